@@ -1,0 +1,27 @@
+"""Fused kernels for GRPO: from logits, or hidden states, to the loss and its gradient in one pass."""
+
+from grpo_kernels.config import GRPOLossConfig
+from grpo_kernels.modules import GRPOLoss, LinearGRPOLoss
+from grpo_kernels.ops.grpo_loss import GRPOLossOutput, grpo_loss
+from grpo_kernels.ops.group_advantages import group_advantages
+from grpo_kernels.ops.linear_grpo_loss import linear_grpo_loss
+from grpo_kernels.ops.linear_token_logprobs import linear_token_logprobs
+from grpo_kernels.ops.policy_loss import PolicyLossOutput, policy_loss
+from grpo_kernels.ops.token_logprobs import TokenLogprobs, token_logprobs
+from grpo_kernels.version import __version__
+
+__all__ = [
+    "GRPOLoss",
+    "GRPOLossConfig",
+    "GRPOLossOutput",
+    "LinearGRPOLoss",
+    "PolicyLossOutput",
+    "TokenLogprobs",
+    "__version__",
+    "group_advantages",
+    "grpo_loss",
+    "linear_grpo_loss",
+    "linear_token_logprobs",
+    "policy_loss",
+    "token_logprobs",
+]

@@ -1,0 +1,119 @@
+"""The public ``group_advantages`` and its registered ops."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from grpo_kernels import registry
+from grpo_kernels.ops.group_advantages import reference
+from grpo_kernels.ops.library import define
+from grpo_kernels.ops.validation import check_device, check_float, check_shape
+
+SCALE_REWARDS = ("group", "batch", "none")
+AGGREGATIONS = ("sum_then_normalize", "normalize_then_sum")
+ESTIMATORS = ("grpo",)
+
+
+def _fake(rewards, weights, num_generations, scale_rewards, aggregation, eps):  # type: ignore[no-untyped-def]
+    return rewards.new_empty(rewards.shape[0])
+
+
+_OPS = define(
+    "group_advantages",
+    "(Tensor rewards, Tensor weights, int num_generations, int scale_rewards, int aggregation, float eps) -> Tensor",
+    _fake,
+)
+
+
+def group_advantages(
+    rewards: Tensor,  # [B] or [B, K]
+    num_generations: int,
+    *,
+    scale_rewards: str = "group",
+    reward_weights: Tensor | None = None,  # [K]
+    aggregation: str = "sum_then_normalize",
+    estimator: str = "grpo",
+    eps: float = 1e-4,
+    backend: str = "auto",
+) -> Tensor:
+    """Advantage of each completion: its reward, normalised within its group.
+
+        A_i = (r_i - mean_group r) / (std_group r + eps)
+
+    DeepSeekMath section 4.1.2 (arXiv:2402.03300); the deviation is unbiased, as in TRL. Arithmetic is fp32, or fp64
+    for fp64 input. Not differentiable.
+
+    Args:
+        rewards: Unitless; ``num_generations`` consecutive completions are a group. With ``K`` reward functions, one
+            column each. NaN marks a reward that could not be given: such a completion leaves the group's mean and
+            deviation, and its advantage is 0.
+        num_generations: Completions per prompt; divides ``B``.
+        scale_rewards: Divide by the deviation of the "group", of the whole "batch", or by nothing ("none",
+            Dr. GRPO, arXiv:2503.20783).
+        reward_weights: Weight of each reward function; None means 1.
+        aggregation: "sum_then_normalize", or "normalize_then_sum" (GDPO, arXiv:2601.05242): every reward function is
+            normalised within the group, and their weighted sum within the batch.
+        estimator: "grpo".
+        eps: Added to the deviation.
+        backend: "auto", or one of ``grpo_kernels.registry.BACKENDS``.
+
+    Returns:
+        Advantages ``[B]``, fp32 or fp64. Exactly 0 for a group whose rewards are all equal.
+
+    Raises:
+        TypeError: ``rewards`` is not floating point.
+        ValueError: Shapes do not fit, ``num_generations`` does not divide ``B``, an option is unknown, or a reward is
+            infinite (read on the CPU alone).
+        RuntimeError: The named backend cannot run here.
+
+    Example:
+        >>> group_advantages(torch.tensor([0.0, 1.0, 1.0, 1.0]), num_generations=2, scale_rewards="none")
+        tensor([-0.5000,  0.5000,  0.0000,  0.0000])
+    """
+    check_float("rewards", rewards)
+    if rewards.dim() not in (1, 2) or rewards.numel() == 0:
+        raise ValueError(f"rewards must have shape [B] or [B, K], none of them 0, got {list(rewards.shape)}")
+    _one_of("scale_rewards", scale_rewards, SCALE_REWARDS)
+    _one_of("aggregation", aggregation, AGGREGATIONS)
+    _one_of("estimator", estimator, ESTIMATORS)
+    if num_generations < 1 or rewards.shape[0] % num_generations:
+        raise ValueError(
+            f"num_generations must be at least 1 and divide the batch of {rewards.shape[0]} rewards, "
+            f"got {num_generations}"
+        )
+    with torch.no_grad():
+        dtype = torch.float64 if rewards.dtype == torch.float64 else torch.float32
+        table = rewards.to(dtype).reshape(rewards.shape[0], -1)
+        if reward_weights is None:
+            weights = table.new_ones(table.shape[1])
+        else:
+            check_device(rewards.device, [("reward_weights", reward_weights)])
+            check_shape("reward_weights", reward_weights, (table.shape[1],))
+            weights = reward_weights.to(dtype)
+        _check_finite(table)
+        backend = registry.resolve("group_advantages", backend, rewards.device)
+        if backend == "torch":
+            return reference.group_advantages(table, weights, num_generations, scale_rewards, aggregation, eps)
+        return _OPS[backend](
+            table.contiguous(),
+            weights.contiguous(),
+            num_generations,
+            SCALE_REWARDS.index(scale_rewards),
+            AGGREGATIONS.index(aggregation),
+            eps,
+        )
+
+
+def _check_finite(rewards: Tensor) -> None:
+    if rewards.device.type != "cpu" or torch.compiler.is_compiling():
+        return
+    infinite = rewards.isinf()
+    if infinite.any():
+        row, column = infinite.nonzero()[0].tolist()
+        raise ValueError(f"rewards must be finite or NaN, got {rewards[row, column].item()} at [{row}, {column}]")
+
+
+def _one_of(name: str, value: str, allowed: tuple[str, ...]) -> None:
+    if value not in allowed:
+        raise ValueError(f"{name} must be one of {', '.join(map(repr, allowed))}, got {value!r}")

@@ -1,0 +1,58 @@
+"""Group-normalised advantages in plain torch: DeepSeekMath section 4.1.2, with TRL's treatment of missing rewards."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def group_advantages(
+    rewards: Tensor,  # [B, K]
+    weights: Tensor,  # [K]
+    num_generations: int,
+    scale_rewards: str,
+    aggregation: str,
+    eps: float,
+) -> Tensor:  # [B]
+    """``(r - mean_group r) / (std_group r + eps)``; NaN marks a missing reward. See the public function."""
+    missing = rewards.isnan()
+    unscorable = missing.all(-1)
+    groups = rewards.shape[0] // num_generations
+    if aggregation == "normalize_then_sum":
+        rewards = torch.stack(
+            [_normalize(r.view(groups, -1), "group", eps).reshape(-1) for r in rewards.unbind(-1)], dim=-1
+        )
+    total = torch.where(missing, 0, rewards * weights).sum(-1)
+    total = torch.where(unscorable, torch.nan, total)
+    if aggregation == "normalize_then_sum":
+        advantages = _normalize(total.view(1, -1), "group", eps)
+    else:
+        advantages = _normalize(total.view(groups, -1), scale_rewards, eps)
+    return advantages.reshape(-1).nan_to_num(nan=0.0)
+
+
+def _normalize(rewards: Tensor, scale_rewards: str, eps: float) -> Tensor:  # [groups, G] -> [groups, G]
+    """Centred on the group's mean, and divided by the unbiased deviation of the group or of the whole tensor."""
+    centred = rewards - rewards.nanmean(-1, keepdim=True)
+    centred = torch.where(_all_equal(rewards), 0, centred)
+    if scale_rewards == "none":
+        return centred
+    if scale_rewards == "batch":
+        std = _nanstd(rewards.reshape(1, -1))
+    else:
+        std = _nanstd(rewards)
+    return centred / (std + eps)
+
+
+def _all_equal(rewards: Tensor) -> Tensor:  # [groups, G] -> [groups, 1]
+    low = rewards.nan_to_num(nan=torch.inf).amin(-1, keepdim=True)
+    high = rewards.nan_to_num(nan=-torch.inf).amax(-1, keepdim=True)
+    return low >= high
+
+
+def _nanstd(values: Tensor) -> Tensor:  # [groups, G] -> [groups, 1]
+    """Unbiased deviation of the values that are not NaN; 0 where fewer than two are left."""
+    present = ~values.isnan()
+    count = present.sum(-1, keepdim=True)
+    deviation = torch.where(present, values - values.nanmean(-1, keepdim=True), 0)
+    return (deviation.square().sum(-1, keepdim=True) / (count - 1).clamp(min=1)).sqrt()

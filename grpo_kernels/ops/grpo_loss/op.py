@@ -1,0 +1,235 @@
+"""The public ``grpo_loss``, its registered op and its autograd function."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from grpo_kernels import registry
+from grpo_kernels.config import GRPOLossConfig, PolicyLossCode
+from grpo_kernels.ops.gradients import hand_over, mark_written
+from grpo_kernels.ops.group_advantages import group_advantages
+from grpo_kernels.ops.grpo_loss import reference
+from grpo_kernels.ops.library import define
+from grpo_kernels.ops.policy_loss.inputs import FLAT_SCHEMA, PolicyInputs
+from grpo_kernels.ops.policy_loss.metrics import PolicyMetrics
+from grpo_kernels.ops.policy_loss.op import policy_loss, policy_loss_fwd, policy_metrics
+from grpo_kernels.ops.token_logprobs.op import accumulation_dtype, rows_of, token_ids, token_logprobs
+from grpo_kernels.ops.token_logprobs.transform import TRANSFORM_SCHEMA, Transform
+from grpo_kernels.ops.validation import check_device, check_id_range, check_logits
+
+
+class GRPOLossOutput(NamedTuple):
+    """A scalar loss, the only differentiable field; log-probs and entropy in nats, like the ids; TRL's metrics."""
+
+    loss: Tensor
+    logprobs: Tensor
+    entropy: Tensor
+    metrics: PolicyMetrics
+
+
+def _fake(logits, ids, *_):  # type: ignore[no-untyped-def]
+    dtype = accumulation_dtype(logits.dtype)
+    statistics = (torch.empty_like(ids, dtype=dtype) for _ in range(2))
+    return (*statistics, torch.empty_like(ids, dtype=torch.bool))
+
+
+#: Statistics of every row and, into ``dlogits``, the gradient of the loss. ``dlogits`` may be ``logits`` itself. With
+#: ``pack``, the gradients of live rows (those with a coefficient other than 0) lie end to end at the front of
+#: ``dlogits``, in the rows' order; ``live`` tells which they are.
+grpo_loss_fwd = define(
+    "grpo_loss_fwd",
+    f"(Tensor logits, Tensor ids, {FLAT_SCHEMA}, int[] options, float[] params, {TRANSFORM_SCHEMA}, "
+    "Tensor(a!)? dlogits, bool pack) -> (Tensor logprobs, Tensor entropy, Tensor live)",
+    _fake,
+)
+
+
+class _GRPOLoss(torch.autograd.Function):
+    @staticmethod
+    def forward(  # type: ignore[override]
+        ctx: Any,
+        logits: Tensor,
+        ids: Tensor,
+        inputs: PolicyInputs,
+        code: PolicyLossCode,
+        transform: Transform,
+        form_gradient: bool,
+        inplace: bool,
+        backend: str,
+    ) -> tuple[Tensor, ...]:
+        values = logits.detach()
+        dlogits = None
+        if form_gradient:
+            inplace = inplace and rows_of(values).data_ptr() == values.data_ptr()
+            dlogits = values if inplace else torch.empty(values.shape, dtype=values.dtype, device=values.device)
+        logprobs, entropy, _ = grpo_loss_fwd[backend](
+            rows_of(values),
+            token_ids(ids),
+            *inputs.flat(),
+            code.options,
+            code.params,
+            *transform,
+            dlogits if dlogits is None or dlogits.dim() == 3 else dlogits[None],
+            False,
+        )
+        loss, _, partials = policy_loss_fwd(logprobs.view(-1), entropy.view(-1), inputs, code, backend)
+        logprobs, entropy = logprobs.view(ids.shape), entropy.view(ids.shape)
+        if dlogits is not None and inplace:
+            mark_written(values)
+        ctx.save_for_backward(dlogits)
+        ctx.backend = backend
+        ctx.mark_non_differentiable(logprobs, entropy, partials)
+        ctx.set_materialize_grads(False)
+        return loss, logprobs, entropy, partials
+
+    @staticmethod
+    def backward(ctx: Any, dloss: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        if dloss is None:
+            return (None,) * 8
+        (dlogits,) = ctx.saved_tensors
+        return hand_over(dlogits, dloss, ctx.backend), None, None, None, None, None, None, None
+
+
+def grpo_loss(
+    logits: Tensor,  # [B, T, V] or [B, T + 1, V]; packed [N, V]
+    completion_ids: Tensor,  # [B, T]; packed [N]
+    advantages: Tensor | None,  # [B] or [B, T]; packed [S] or [N]
+    completion_mask: Tensor,  # like completion_ids
+    *,
+    rewards: Tensor | None = None,  # [B] or [B, K]
+    num_generations: int | None = None,
+    scale_rewards: str = "group",
+    old_logprobs: Tensor | None = None,  # like completion_ids
+    ref_logprobs: Tensor | None = None,  # like completion_ids
+    rollout_is_weights: Tensor | None = None,  # like completion_ids, or [B, 1]; packed [N] or [S, 1]
+    num_items_in_batch: float | Tensor | None = None,
+    cu_seqlens: Tensor | None = None,  # [S + 1]
+    loss_scale: float = 1.0,
+    config: GRPOLossConfig = GRPOLossConfig(),  # noqa: B008  frozen
+    softcap: float | None = None,
+    logit_scale: float = 1.0,
+    inplace: bool = False,
+    backend: str = "auto",
+) -> GRPOLossOutput:
+    """The GRPO loss from logits, its gradient formed in the same pass.
+
+    ``token_logprobs`` at the configuration's temperature, then ``policy_loss``; see there for the equations. At token
+    level the forward reads the logits once and writes their gradient once, and the backward multiplies it by the
+    upstream scalar, unless that is 1. A sequence-level ratio needs a pass for the statistics first.
+
+    Args:
+        logits: Position ``t`` predicts token ``t``. A ``T + 1``-th position, as ``logits_to_keep=T + 1`` gives it, is
+            ignored, and its gradient is 0.
+        completion_ids: The sampled tokens.
+        advantages: One per completion, unitless; or one per token; or None, with ``rewards``.
+        completion_mask: 0 excludes a token, whatever the other inputs hold there.
+        rewards: Instead of advantages: ``group_advantages`` is taken over these. Whole groups, on this process.
+        num_generations: Completions per prompt, with ``rewards``.
+        scale_rewards: "group" or "none", with ``rewards``.
+        old_logprobs, ref_logprobs, rollout_is_weights, num_items_in_batch, cu_seqlens: As for ``policy_loss``.
+        loss_scale: Multiplies the loss and the gradient, before the gradient is rounded to the logits' dtype.
+        config: The loss.
+        softcap, logit_scale: As for ``token_logprobs``.
+        inplace: Write the gradient over the logits, which then hold no logits any more. The "torch" backend has no
+            such form and leaves them as they are.
+        backend: "auto", or one of ``grpo_kernels.registry.BACKENDS``.
+
+    Returns:
+        ``GRPOLossOutput``; only ``loss`` is differentiable. A second backward is refused.
+
+    Raises:
+        TypeError: A tensor has a dtype that does not fit.
+        ValueError: Shapes or devices do not fit, an input that the configuration needs is missing, both or neither of
+            ``advantages`` and ``rewards`` are given, or an unmasked id is outside the vocabulary (read on the CPU).
+        RuntimeError: The named backend cannot run here.
+
+    Example:
+        >>> logits = torch.zeros(2, 3, 8, requires_grad=True)
+        >>> ids, mask = torch.zeros(2, 3, dtype=torch.long), torch.ones(2, 3)
+        >>> out = grpo_loss(logits, ids, None, mask, rewards=torch.tensor([0.0, 1.0]), num_generations=2)
+        >>> out.loss.backward()
+    """
+    check_logits("logits", logits, completion_ids)
+    check_device(logits.device, [("completion_ids", completion_ids)])
+    transform = Transform.of(config.temperature, softcap, logit_scale)
+    backend = registry.resolve("grpo_loss", backend, logits.device)
+    advantages = resolve_advantages(advantages, rewards, num_generations, scale_rewards, backend)
+    check_id_range("completion_ids", completion_ids, completion_mask, logits.shape[-1])
+    arguments = {
+        "old_logprobs": old_logprobs,
+        "ref_logprobs": ref_logprobs,
+        "rollout_is_weights": rollout_is_weights,
+        "num_items_in_batch": num_items_in_batch,
+        "cu_seqlens": cu_seqlens,
+        "loss_scale": loss_scale,
+        "config": config,
+    }
+    if backend != "torch" and not config.is_token_local:
+        tokens = token_logprobs(
+            logits,
+            completion_ids,
+            temperature=config.temperature,
+            softcap=softcap,
+            logit_scale=logit_scale,
+            mask=completion_mask,
+            outputs=("entropy",),
+            inplace_backward=inplace,
+            backend=backend,
+        )
+        return from_tokens(tokens.logprobs, tokens.entropy, advantages, completion_mask, arguments, backend)
+    inputs = PolicyInputs.of(
+        completion_ids, accumulation_dtype(logits.dtype), advantages, completion_mask, **arguments
+    )
+    if backend == "torch":
+        rows = logits if completion_ids.dim() == 1 else logits[:, : completion_ids.shape[1]]
+        loss, logprobs, entropy, partials = reference.grpo_loss(
+            rows, completion_ids, inputs, softcap, logit_scale, config
+        )
+        logprobs, entropy = logprobs.detach(), entropy.detach()
+    else:
+        form_gradient = torch.is_grad_enabled() and logits.requires_grad
+        loss, logprobs, entropy, partials = _GRPOLoss.apply(
+            logits, completion_ids, inputs, config.code(), transform, form_gradient, inplace, backend
+        )
+    return GRPOLossOutput(loss, logprobs, entropy, policy_metrics(partials, config, True))
+
+
+def from_tokens(
+    logprobs: Tensor,
+    entropy: Tensor | None,
+    advantages: Tensor,
+    completion_mask: Tensor,
+    arguments: dict[str, Any],
+    backend: str,
+) -> GRPOLossOutput:
+    """The loss of a sequence-dependent variant: statistics of all rows first, the gradient in the backward."""
+    loss, metrics = policy_loss(logprobs, advantages, completion_mask, entropy=entropy, backend=backend, **arguments)
+    return GRPOLossOutput(loss, logprobs.detach(), entropy.detach(), metrics)
+
+
+def resolve_advantages(
+    advantages: Tensor | None,
+    rewards: Tensor | None,
+    num_generations: int | None,
+    scale_rewards: str,
+    backend: str,
+) -> Tensor:
+    """The advantages given, or those of the rewards given.
+
+    Raises:
+        ValueError: Both or neither are given, rewards come without their group size, or are scaled over the batch.
+    """
+    if advantages is not None:
+        if rewards is not None:
+            raise ValueError("rewards must be None where advantages are given, got both")
+        return advantages
+    if rewards is None:
+        raise ValueError("advantages must be given, or else rewards with num_generations, got neither")
+    if num_generations is None:
+        raise ValueError("num_generations must be given with rewards, got None")
+    if scale_rewards not in ("group", "none"):
+        raise ValueError(f"scale_rewards must be 'group' or 'none' with rewards, got {scale_rewards!r}")
+    return group_advantages(rewards, num_generations, scale_rewards=scale_rewards, backend=backend)

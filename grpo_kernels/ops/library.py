@@ -1,0 +1,44 @@
+"""Registration: one schema and one fake per op, one registered op per backend that has kernels for it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from grpo_kernels.registry import BACKENDS
+
+NAMESPACE = "grpo_kernels"
+KERNEL_BACKENDS = tuple(backend for backend in BACKENDS if backend != "torch")
+
+_LIBRARY = torch.library.Library(NAMESPACE, "FRAGMENT")
+
+
+def define(
+    name: str,
+    schema: str,
+    fake: Callable[..., Any],
+    implementations: dict[str, Callable[..., Any]] | None = None,
+) -> dict[str, Callable[..., Any]]:
+    """Defines ``grpo_kernels::<name>_<backend>`` for every backend with kernels.
+
+    Args:
+        name: The op's name, without the backend.
+        schema: Its arguments and results, in the dispatcher's language.
+        fake: Shapes and dtypes of its results, for tracing.
+        implementations: Python implementations by backend; a backend that is missing here registers its own,
+            from C++, when its extension is loaded.
+
+    Returns:
+        The callable of each backend.
+    """
+    ops = {}
+    for backend in KERNEL_BACKENDS:
+        qualified = f"{name}_{backend}"
+        _LIBRARY.define(qualified + schema)
+        torch.library.register_fake(f"{NAMESPACE}::{qualified}", fake, lib=_LIBRARY)
+        if implementations and backend in implementations:
+            _LIBRARY.impl(qualified, implementations[backend], "CompositeExplicitAutograd")
+        ops[backend] = getattr(getattr(torch.ops, NAMESPACE), qualified)
+    return ops

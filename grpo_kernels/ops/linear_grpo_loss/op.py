@@ -1,0 +1,261 @@
+"""The public ``linear_grpo_loss``, its registered op and its autograd function."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from grpo_kernels import registry
+from grpo_kernels.config import GRPOLossConfig, PolicyLossCode
+from grpo_kernels.ops.gradients import hand_over
+from grpo_kernels.ops.grpo_loss import reference
+from grpo_kernels.ops.grpo_loss.op import GRPOLossOutput, from_tokens, grpo_loss_fwd, resolve_advantages
+from grpo_kernels.ops.library import KERNEL_BACKENDS, define
+from grpo_kernels.ops.linear_token_logprobs import reference as linear_reference
+from grpo_kernels.ops.linear_token_logprobs.chunks import (
+    Head,
+    HeadGradients,
+    count_rows,
+    part,
+    row_chunks,
+    unmasked_rows,
+)
+from grpo_kernels.ops.linear_token_logprobs.op import (
+    HEAD_SCHEMA,
+    check_head,
+    check_workspace,
+    gradient_fakes,
+    head_dtypes,
+    linear_token_logprobs,
+)
+from grpo_kernels.ops.policy_loss.inputs import FLAT_SCHEMA, PolicyInputs
+from grpo_kernels.ops.policy_loss.op import policy_loss_fwd, policy_metrics
+from grpo_kernels.ops.token_logprobs.op import accumulation_dtype
+from grpo_kernels.ops.token_logprobs.transform import TRANSFORM_SCHEMA, Transform
+from grpo_kernels.ops.validation import check_id_range
+
+
+def _fwd(  # type: ignore[no-untyped-def]
+    backend, hidden, weight, bias, compute_dtype, logits_dtype, workspace_bytes, ids, mask, *options
+) -> tuple[Tensor, ...]:
+    *per_token, options_, params, temperature, softcap, logit_scale, need_dhidden, need_dweight, need_dbias = options
+    needs = (need_dhidden, need_dweight, need_dbias)
+    head = Head(weight, bias, compute_dtype, logits_dtype)
+    grads = HeadGradients(head, hidden, needs)
+    dtype = accumulation_dtype(logits_dtype)
+    logprobs, entropy = (hidden.new_zeros(ids.shape, dtype=dtype) for _ in range(2))
+    rows = unmasked_rows(mask, ids.shape[0])
+    chunks = [*row_chunks(count_rows(rows), head.vocab, logits_dtype.itemsize, workspace_bytes)]
+    workspace = head.workspace(max((c.stop - c.start for c in chunks), default=0))
+    for chunk in chunks:
+        which = part(rows, chunk)
+        inputs = head.cast(hidden[which])
+        logits = head.logits(inputs, workspace[: chunk.stop - chunk.start])
+        logprobs[which], entropy[which], live = grpo_loss_fwd[backend](
+            logits[None],
+            ids[which][None],
+            mask[which],
+            *(None if x is None else x[which] for x in per_token),
+            options_,
+            params,
+            temperature,
+            softcap,
+            logit_scale,
+            logits[None] if any(needs) else None,
+            True,
+        )
+        if any(needs):
+            _add_live(grads, logits, inputs, live[0], which)
+    return (logprobs, entropy, *grads.results((hidden.dtype, weight.dtype, weight.dtype if bias is None else bias.dtype)))
+
+
+def _add_live(grads: HeadGradients, dlogits: Tensor, inputs: Tensor, live: Tensor, which: Tensor | slice) -> None:
+    """Adds a chunk whose live rows' gradients lie packed at the front of ``dlogits``."""
+    index = live.nonzero()[:, 0]
+    if index.shape[0] == live.shape[0]:
+        grads.add(dlogits, inputs, which)
+        return
+    rows = index + which.start if isinstance(which, slice) else which[index]
+    grads.add(dlogits[: index.shape[0]], inputs[index], rows)
+
+
+def _fake(hidden, weight, bias, compute_dtype, logits_dtype, workspace_bytes, ids, *options):  # type: ignore[no-untyped-def]
+    dtype = accumulation_dtype(logits_dtype)
+    statistics = (torch.empty_like(ids, dtype=dtype) for _ in range(2))
+    return (*statistics, *gradient_fakes(hidden, weight, bias, options[-3:]))
+
+
+_FWD = define(
+    "linear_grpo_loss_fwd",
+    f"({HEAD_SCHEMA}, Tensor ids, {FLAT_SCHEMA}, int[] options, float[] params, {TRANSFORM_SCHEMA}, "
+    "bool need_dhidden, bool need_dweight, bool need_dbias) -> "
+    "(Tensor logprobs, Tensor entropy, Tensor dhidden, Tensor dweight, Tensor dbias)",
+    _fake,
+    {backend: partial(_fwd, backend) for backend in KERNEL_BACKENDS},
+)
+
+
+class _LinearGRPOLoss(torch.autograd.Function):
+    @staticmethod
+    def forward(  # type: ignore[override]
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        dtypes: tuple[torch.dtype, torch.dtype],
+        workspace_bytes: int,
+        ids: Tensor,
+        inputs: PolicyInputs,
+        code: PolicyLossCode,
+        transform: Transform,
+        needs: tuple[bool, bool, bool],
+        backend: str,
+    ) -> tuple[Tensor, ...]:
+        logprobs, entropy, *grads = _FWD[backend](
+            hidden.detach().reshape(-1, hidden.shape[-1]),
+            weight,
+            bias,
+            *dtypes,
+            workspace_bytes,
+            ids.reshape(-1).to(torch.int64),
+            *inputs.flat(),
+            code.options,
+            code.params,
+            *transform,
+            *needs,
+        )
+        loss, _, partials = policy_loss_fwd(logprobs, entropy, inputs, code, backend)
+        logprobs, entropy = logprobs.view(ids.shape), entropy.view(ids.shape)
+        ctx.save_for_backward(*(grad if need else None for grad, need in zip(grads, needs, strict=True)))
+        ctx.options = (hidden.shape, backend)
+        ctx.mark_non_differentiable(logprobs, entropy, partials)
+        ctx.set_materialize_grads(False)
+        return loss, logprobs, entropy, partials
+
+    @staticmethod
+    def backward(ctx: Any, dloss: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        if dloss is None:
+            return (None,) * 11
+        shape, backend = ctx.options
+        grads = [None if g is None else hand_over(g, dloss, backend) for g in ctx.saved_tensors]
+        dhidden = None if grads[0] is None else grads[0].view(shape)
+        return (dhidden, *grads[1:], *(None,) * 8)
+
+
+def linear_grpo_loss(
+    hidden_states: Tensor,  # [B, T, H]; packed [N, H]
+    lm_head_weight: Tensor,  # [V, H]
+    completion_ids: Tensor,  # [B, T]; packed [N]
+    advantages: Tensor | None,  # [B] or [B, T]; packed [S] or [N]
+    completion_mask: Tensor,  # like completion_ids
+    *,
+    bias: Tensor | None = None,  # [V]
+    rewards: Tensor | None = None,  # [B] or [B, K]
+    num_generations: int | None = None,
+    scale_rewards: str = "group",
+    old_logprobs: Tensor | None = None,  # like completion_ids
+    ref_logprobs: Tensor | None = None,  # like completion_ids
+    rollout_is_weights: Tensor | None = None,  # like completion_ids, or [B, 1]; packed [N] or [S, 1]
+    num_items_in_batch: float | Tensor | None = None,
+    cu_seqlens: Tensor | None = None,  # [S + 1]
+    loss_scale: float = 1.0,
+    config: GRPOLossConfig = GRPOLossConfig(),  # noqa: B008  frozen
+    softcap: float | None = None,
+    logit_scale: float = 1.0,
+    logits_dtype: torch.dtype | None = None,
+    max_logits_bytes: int = 0,
+    workspace_bytes: int | None = None,
+    backend: str = "auto",
+) -> GRPOLossOutput:
+    """The GRPO loss from hidden states, in chunks of tokens: the logits never exist as a whole.
+
+    ``grpo_loss`` of ``h W^T + b``. At token level each chunk is projected once, its rows become their own gradient
+    while they are at hand, and ``dX`` and ``dW`` are formed from the live rows, those whose coefficient is not 0:
+    ``2 N H V (1 + 2 f)`` operations at a live share ``f``, a frozen head ``2 N H V (1 + f)``. Masked rows are not
+    projected at all. A sequence-level ratio is ``linear_token_logprobs`` followed by ``policy_loss``.
+
+    Args:
+        hidden_states: Position ``t`` predicts token ``t``.
+        lm_head_weight: The head, tied or not, of the same dtype; under autocast both are rounded to its dtype.
+        completion_ids, advantages, completion_mask, rewards, num_generations, scale_rewards, old_logprobs,
+            ref_logprobs, rollout_is_weights, num_items_in_batch, cu_seqlens, loss_scale, config, softcap,
+            logit_scale: As for ``grpo_loss``.
+        bias, logits_dtype, workspace_bytes: As for ``linear_token_logprobs``.
+        max_logits_bytes: As for ``linear_token_logprobs``, where a sequence-level ratio has to wait for the whole
+            sequence; no effect at token level.
+        backend: "auto", or one of ``grpo_kernels.registry.BACKENDS``. "torch" forms the whole logits.
+
+    Returns:
+        ``GRPOLossOutput``; only ``loss`` is differentiable. A second backward is refused.
+
+    Raises:
+        TypeError: A dtype does not fit.
+        ValueError: As for ``grpo_loss`` and ``linear_token_logprobs``.
+        RuntimeError: The named backend cannot run here.
+
+    Example:
+        >>> hidden, head = torch.randn(2, 3, 4, requires_grad=True), torch.randn(8, 4, requires_grad=True)
+        >>> ids, mask = torch.zeros(2, 3, dtype=torch.long), torch.ones(2, 3)
+        >>> linear_grpo_loss(hidden, head, ids, torch.tensor([1.0, -1.0]), mask).loss.backward()
+    """
+    check_head(hidden_states, lm_head_weight, bias, completion_ids, "completion_ids")
+    transform = Transform.of(config.temperature, softcap, logit_scale)
+    dtypes = head_dtypes(hidden_states, lm_head_weight, logits_dtype)
+    workspace = check_workspace(workspace_bytes, max_logits_bytes)
+    backend = registry.resolve("linear_grpo_loss", backend, hidden_states.device)
+    advantages = resolve_advantages(advantages, rewards, num_generations, scale_rewards, backend)
+    arguments: dict[str, Any] = {
+        "old_logprobs": old_logprobs,
+        "ref_logprobs": ref_logprobs,
+        "rollout_is_weights": rollout_is_weights,
+        "num_items_in_batch": num_items_in_batch,
+        "cu_seqlens": cu_seqlens,
+        "loss_scale": loss_scale,
+        "config": config,
+    }
+    inputs = PolicyInputs.of(
+        completion_ids, accumulation_dtype(dtypes[0]), advantages, completion_mask, **arguments
+    )
+    check_id_range("completion_ids", completion_ids, inputs.mask, lm_head_weight.shape[0])
+    if backend == "torch":
+        logits = linear_reference.project(hidden_states, lm_head_weight, bias, inputs.mask, *dtypes)
+        loss, logprobs, entropy, partials = reference.grpo_loss(
+            logits, completion_ids, inputs, softcap, logit_scale, config
+        )
+        return GRPOLossOutput(loss, logprobs.detach(), entropy.detach(), policy_metrics(partials, config, True))
+    if not config.is_token_local:
+        tokens = linear_token_logprobs(
+            hidden_states,
+            lm_head_weight,
+            completion_ids,
+            bias=bias,
+            temperature=config.temperature,
+            softcap=softcap,
+            logit_scale=logit_scale,
+            mask=completion_mask,
+            outputs=("entropy",),
+            logits_dtype=logits_dtype,
+            max_logits_bytes=max_logits_bytes,
+            workspace_bytes=workspace_bytes,
+            backend=backend,
+        )
+        return from_tokens(tokens.logprobs, tokens.entropy, advantages, completion_mask, arguments, backend)
+    grad = torch.is_grad_enabled()
+    needs = tuple(grad and x is not None and x.requires_grad for x in (hidden_states, lm_head_weight, bias))
+    loss, logprobs, entropy, partials = _LinearGRPOLoss.apply(
+        hidden_states,
+        lm_head_weight,
+        bias,
+        dtypes,
+        workspace,
+        completion_ids,
+        inputs,
+        config.code(),
+        transform,
+        needs,
+        backend,
+    )
+    return GRPOLossOutput(loss, logprobs, entropy, policy_metrics(partials, config, True))

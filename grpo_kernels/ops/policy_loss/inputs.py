@@ -1,0 +1,158 @@
+"""What the loss of a token needs beside its log-probability: validated, in one dtype, with the reduction as weights."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from grpo_kernels.config import GRPOLossConfig
+from grpo_kernels.ops.sequences import Sequences
+from grpo_kernels.ops.validation import check_cu_seqlens, check_device, check_float, check_mask, check_shape
+
+
+@dataclass(frozen=True)
+class PolicyInputs:
+    """Per-token inputs, each shaped like the tokens: ``[B, T]``, or ``[N]`` when packed.
+
+    The loss is ``sum(-policy_weights S + beta kl_weights k - entropy_weights H)``: every loss type, the rollout
+    weights, the entropy bonus and the loss scale are in the weights, so kernels know of no reduction.
+    """
+
+    sequences: Sequences
+    mask: Tensor  # bool
+    advantages: Tensor
+    policy_weights: Tensor
+    kl_weights: Tensor
+    entropy_weights: Tensor | None
+    old_logprobs: Tensor | None
+    ref_logprobs: Tensor | None
+
+    @classmethod
+    def of(
+        cls,
+        tokens: Tensor,  # [B, T] or [N]: what the other inputs must fit
+        dtype: torch.dtype,
+        advantages: Tensor,
+        completion_mask: Tensor,
+        *,
+        old_logprobs: Tensor | None,
+        ref_logprobs: Tensor | None,
+        rollout_is_weights: Tensor | None,
+        num_items_in_batch: float | Tensor | None,
+        cu_seqlens: Tensor | None,
+        loss_scale: float,
+        config: GRPOLossConfig,
+    ) -> PolicyInputs:
+        """Validates the arguments of a public loss, as its docstring gives them."""
+        _check(
+            tokens, advantages, completion_mask, old_logprobs, ref_logprobs, rollout_is_weights, cu_seqlens, config
+        )
+        sequences = Sequences.of(tokens, cu_seqlens)
+        mask = completion_mask != 0
+        weights = token_weights(mask, sequences, config, num_items_in_batch, dtype) * loss_scale
+        policy_weights = weights
+        if rollout_is_weights is not None:
+            rollout = sequences.per_token(rollout_is_weights.to(dtype))
+            policy_weights = weights * torch.where(mask, rollout, 0)
+        entropy_weights = None
+        if config.entropy_coef != 0:
+            count = mask.sum().clamp(min=1)
+            entropy_weights = mask.to(dtype) * (config.entropy_coef * loss_scale) / count
+
+        def cast(values: Tensor | None) -> Tensor | None:
+            return None if values is None else values.detach().to(dtype)
+
+        return cls(
+            sequences,
+            mask,
+            sequences.per_token(advantages.detach().to(dtype)),
+            policy_weights,
+            weights,
+            entropy_weights,
+            cast(old_logprobs),
+            cast(ref_logprobs) if config.beta != 0 else None,
+        )
+
+    def flat(self) -> tuple[Tensor | None, ...]:
+        """The tensors as kernels take them, contiguous ``[N]``: in the order of the fields, without ``sequences``."""
+        fields = (
+            self.mask,
+            self.advantages,
+            self.policy_weights,
+            self.kl_weights,
+            self.entropy_weights,
+            self.old_logprobs,
+            self.ref_logprobs,
+        )
+        return tuple(None if f is None else f.reshape(-1).contiguous() for f in fields)
+
+
+#: ``PolicyInputs.flat`` in the dispatcher's language.
+FLAT_SCHEMA = (
+    "Tensor mask, Tensor advantages, Tensor policy_weights, Tensor kl_weights, Tensor? entropy_weights, "
+    "Tensor? old_logprobs, Tensor? ref_logprobs"
+)
+
+
+def token_weights(
+    mask: Tensor,  # bool
+    sequences: Sequences,
+    config: GRPOLossConfig,
+    num_items_in_batch: float | Tensor | None,
+    dtype: torch.dtype,
+) -> Tensor:
+    """The weight of each token in the loss: all that tells one loss type from its siblings. 0 where masked."""
+    weights = mask.to(dtype)
+    if config.loss_type == "grpo":
+        lengths = sequences.sum(weights).clamp(min=1)
+        return weights / sequences.spread(lengths * sequences.count)
+    if config.loss_type == "dr_grpo":
+        assert config.max_completion_length is not None  # GRPOLossConfig demands it
+        return weights / (sequences.count * config.max_completion_length)
+    total: float | Tensor = weights.sum()
+    if config.loss_type == "dapo" and num_items_in_batch is not None:
+        total = num_items_in_batch
+        if not isinstance(total, Tensor):
+            return weights / max(float(total), 1.0)
+        total = total.to(device=mask.device, dtype=dtype)
+    return weights / total.clamp(min=1)
+
+
+def _check(
+    tokens: Tensor,
+    advantages: Tensor,
+    completion_mask: Tensor,
+    old_logprobs: Tensor | None,
+    ref_logprobs: Tensor | None,
+    rollout_is_weights: Tensor | None,
+    cu_seqlens: Tensor | None,
+    config: GRPOLossConfig,
+) -> None:
+    check_mask("completion_mask", completion_mask)
+    check_shape("completion_mask", completion_mask, tokens.shape)
+    check_cu_seqlens(cu_seqlens, tokens)
+    count = tokens.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
+    check_float("advantages", advantages)
+    check_shape("advantages", advantages, (count,), tokens.shape)
+    for name, values in (("old_logprobs", old_logprobs), ("ref_logprobs", ref_logprobs)):
+        if values is not None:
+            check_float(name, values)
+            check_shape(name, values, tokens.shape)
+    if rollout_is_weights is not None:
+        check_float("rollout_is_weights", rollout_is_weights)
+        check_shape("rollout_is_weights", rollout_is_weights, tokens.shape, (count, 1))
+    if config.beta != 0 and ref_logprobs is None:
+        raise ValueError(f"ref_logprobs must be given when beta is not 0 (beta={config.beta}), got None")
+    check_device(
+        tokens.device,
+        [
+            ("advantages", advantages),
+            ("completion_mask", completion_mask),
+            ("old_logprobs", old_logprobs),
+            ("ref_logprobs", ref_logprobs),
+            ("rollout_is_weights", rollout_is_weights),
+            ("cu_seqlens", cu_seqlens),
+        ],
+    )

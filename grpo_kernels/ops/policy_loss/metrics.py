@@ -1,0 +1,87 @@
+"""Training metrics as one tensor of sums, counts and extrema, read under TRL's names."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from enum import IntEnum
+
+import torch
+from torch import Tensor
+from torch import distributed as dist
+
+
+class Partial(IntEnum):
+    """Position of each sum, count and extremum; mirrored in policy_math.h."""
+
+    TOKENS = 0  # unmasked tokens
+    RATIOS = 1  # importance ratios: tokens, or sequences at sequence level
+    KL = 2
+    ENTROPY = 3
+    LOW = 4  # clipped below, with a negative advantage
+    HIGH = 5  # clipped above, with a positive advantage
+    LOW_MIN = 6  # extrema of a sequence's clipped share
+    HIGH_MAX = 7
+
+
+_MEANS = {
+    "kl": (Partial.KL, Partial.TOKENS),
+    "entropy": (Partial.ENTROPY, Partial.TOKENS),
+    "clip_ratio/low_mean": (Partial.LOW, Partial.RATIOS),
+    "clip_ratio/high_mean": (Partial.HIGH, Partial.RATIOS),
+}
+_EXTREMA = {"clip_ratio/low_min": Partial.LOW_MIN, "clip_ratio/high_max": Partial.HIGH_MAX}
+CLIP_METRICS = (
+    "clip_ratio/low_mean",
+    "clip_ratio/low_min",
+    "clip_ratio/high_mean",
+    "clip_ratio/high_max",
+    "clip_ratio/region_mean",
+)
+
+
+class PolicyMetrics(Mapping[str, Tensor]):
+    """TRL's metric names to 0-dim tensors on the loss's device; reading one syncs nothing.
+
+    Args:
+        partials: Sums, counts and extrema, ``[len(Partial)]``, as ``Partial`` orders them.
+        names: The metrics that these inputs define.
+    """
+
+    def __init__(self, partials: Tensor, names: tuple[str, ...]) -> None:
+        self.partials = partials
+        self.names = names
+
+    def __getitem__(self, name: str) -> Tensor:
+        if name not in self.names:
+            raise KeyError(name)
+        if name in _EXTREMA:
+            value = self.partials[_EXTREMA[name]]
+            return torch.where(value.isfinite(), value, 0)
+        if name == "clip_ratio/region_mean":
+            return self["clip_ratio/low_mean"] + self["clip_ratio/high_mean"]
+        total, count = _MEANS[name]
+        return self.partials[total] / self.partials[count].clamp(min=1)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.names)
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    def reduce(self, group: dist.ProcessGroup | None = None) -> PolicyMetrics:
+        """The metrics of all processes of ``group`` together, as one process with all the data would compute them.
+
+        One collective. Needs an initialised ``torch.distributed``.
+        """
+        world = dist.get_world_size(group)
+        gathered = self.partials.new_empty(world * len(Partial))
+        dist.all_gather_into_tensor(gathered, self.partials, group=group)
+        return PolicyMetrics(combine_partials(gathered.view(world, len(Partial))), self.names)
+
+
+def combine_partials(parts: Tensor) -> Tensor:  # [K, len(Partial)] -> [len(Partial)]
+    """Sums and counts added, extrema compared."""
+    combined = parts.sum(0)
+    combined[Partial.LOW_MIN] = parts[:, Partial.LOW_MIN].amin()
+    combined[Partial.HIGH_MAX] = parts[:, Partial.HIGH_MAX].amax()
+    return combined

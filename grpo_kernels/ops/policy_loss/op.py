@@ -1,0 +1,173 @@
+"""The public ``policy_loss``, its registered op and its autograd function."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from grpo_kernels import registry
+from grpo_kernels.config import GRPOLossConfig, PolicyLossCode
+from grpo_kernels.ops.library import define
+from grpo_kernels.ops.policy_loss import reference
+from grpo_kernels.ops.policy_loss.inputs import FLAT_SCHEMA, PolicyInputs
+from grpo_kernels.ops.policy_loss.metrics import CLIP_METRICS, Partial, PolicyMetrics
+from grpo_kernels.ops.validation import check_device, check_float, check_shape
+
+
+class PolicyLossOutput(NamedTuple):
+    """A scalar loss, differentiable, and metrics under TRL's names."""
+
+    loss: Tensor
+    metrics: PolicyMetrics
+
+
+def _fake(logprobs, *_):  # type: ignore[no-untyped-def]
+    return logprobs.new_empty(()), torch.empty_like(logprobs), logprobs.new_empty(len(Partial))
+
+
+_FWD = define(
+    "policy_loss_fwd",
+    f"(Tensor logprobs, Tensor? entropy, {FLAT_SCHEMA}, Tensor offsets, int[] options, float[] params)"
+    " -> (Tensor loss, Tensor dlogprobs, Tensor partials)",
+    _fake,
+)
+
+
+def policy_loss_fwd(
+    logprobs: Tensor,  # [N]
+    entropy: Tensor | None,  # [N]
+    inputs: PolicyInputs,
+    code: PolicyLossCode,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Loss, ``dloss/dlogprobs [N]`` and the metrics' partials, by the kernels of ``backend``."""
+    return _FWD[backend](logprobs, entropy, *inputs.flat(), inputs.sequences.offsets, code.options, code.params)
+
+
+def policy_metrics(partials: Tensor, config: GRPOLossConfig, has_entropy: bool) -> PolicyMetrics:
+    """The metrics that a configuration defines."""
+    names = ("kl",) if config.beta != 0 else ()
+    names += ("entropy",) if has_entropy else ()
+    return PolicyMetrics(partials, names + CLIP_METRICS)
+
+
+class _PolicyLoss(torch.autograd.Function):
+    @staticmethod
+    def forward(  # type: ignore[override]
+        ctx: Any,
+        logprobs: Tensor,
+        entropy: Tensor | None,
+        inputs: PolicyInputs,
+        code: PolicyLossCode,
+        backend: str,
+    ) -> tuple[Tensor, Tensor]:
+        flat_entropy = None if entropy is None else _flat(entropy, inputs)
+        loss, dlogprobs, partials = policy_loss_fwd(_flat(logprobs, inputs), flat_entropy, inputs, code, backend)
+        ctx.mark_non_differentiable(partials)
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(dlogprobs.view(logprobs.shape), inputs.entropy_weights)
+        ctx.dtypes = (logprobs.dtype, None if entropy is None else entropy.dtype)
+        return loss, partials
+
+    @staticmethod
+    def backward(ctx: Any, dloss: Tensor | None, _: Tensor | None) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        if dloss is None:
+            return None, None, None, None, None
+        dlogprobs, entropy_weights = ctx.saved_tensors
+        logprobs_dtype, entropy_dtype = ctx.dtypes
+        dentropy = None
+        if ctx.needs_input_grad[1] and entropy_weights is not None:
+            dentropy = (-entropy_weights * dloss).to(entropy_dtype)
+        return (dlogprobs * dloss).to(logprobs_dtype), dentropy, None, None, None
+
+
+def _flat(values: Tensor, inputs: PolicyInputs) -> Tensor:  # -> [N]
+    return values.detach().to(inputs.advantages.dtype).reshape(-1).contiguous()
+
+
+def policy_loss(
+    logprobs: Tensor,  # [B, T], or packed [N]
+    advantages: Tensor,  # [B] or [B, T]; packed [S] or [N]
+    completion_mask: Tensor,  # like logprobs
+    *,
+    old_logprobs: Tensor | None = None,  # like logprobs
+    ref_logprobs: Tensor | None = None,  # like logprobs
+    rollout_is_weights: Tensor | None = None,  # like logprobs, or [B, 1]; packed [N] or [S, 1]
+    entropy: Tensor | None = None,  # like logprobs
+    num_items_in_batch: float | Tensor | None = None,
+    cu_seqlens: Tensor | None = None,  # [S + 1]
+    loss_scale: float = 1.0,
+    config: GRPOLossConfig = GRPOLossConfig(),  # noqa: B008  frozen
+    backend: str = "auto",
+) -> PolicyLossOutput:
+    """Clipped policy-gradient loss with a KL penalty and an entropy bonus, weighted and summed over tokens.
+
+    With ``rho = exp(logprobs - old_logprobs)``, or its geometric mean over a sequence,
+
+        loss = sum_it w_it (-min(rho_it A_i, clip(rho_it, 1 - eps_low, 1 + eps_high) A_i) + beta k_it) - coef mean H
+
+    DeepSeekMath eq. 3 (arXiv:2402.03300) with the two clip bounds of DAPO (arXiv:2503.14476). Arithmetic is fp32, or
+    fp64 for fp64 input.
+
+    Args:
+        logprobs: Log-probabilities, in nats, of the sampled tokens under the policy being trained.
+        advantages: One per completion, unitless; or one per token.
+        completion_mask: 0 excludes a token, whatever the other inputs hold there.
+        old_logprobs: The same tokens under the policy that sampled them. None means on-policy: ratio 1.
+        ref_logprobs: The same tokens under the frozen reference policy; needed, and read, when beta is not 0.
+        rollout_is_weights: Old policy over the inference engine's, a correction that multiplies the policy term.
+        entropy: Entropy of each token's distribution, in nats; needed when ``entropy_coef`` is not 0.
+        num_items_in_batch: Tokens that "dapo" divides by, over all micro-batches and processes that make one step.
+            None means the unmasked tokens given here.
+        cu_seqlens: Where each packed completion begins, and the end.
+        loss_scale: Multiplies the loss and the gradient.
+        config: The loss. Its temperature has no effect here.
+        backend: "auto", or one of ``grpo_kernels.registry.BACKENDS``.
+
+    Returns:
+        Scalar loss, and metrics as 0-dim tensors under TRL's names. Zero, with zero gradient, if nothing is unmasked.
+
+    Raises:
+        TypeError: A tensor has a dtype that does not fit.
+        ValueError: Shapes or devices do not fit, or an input that the configuration needs is missing.
+        RuntimeError: The named backend cannot run here.
+
+    Example:
+        >>> logprobs = torch.tensor([[-1.0, -2.0]], requires_grad=True)
+        >>> loss, metrics = policy_loss(logprobs, torch.tensor([1.0]), torch.tensor([[1, 1]]))
+        >>> loss.backward()
+        >>> logprobs.grad
+        tensor([[-0.5000, -0.5000]])
+    """
+    check_float("logprobs", logprobs)
+    if logprobs.dim() not in (1, 2):
+        raise ValueError(f"logprobs must have shape [B, T] or, packed, [N], got {list(logprobs.shape)}")
+    if entropy is not None:
+        check_float("entropy", entropy)
+        check_shape("entropy", entropy, logprobs.shape)
+        check_device(logprobs.device, [("entropy", entropy)])
+    elif config.entropy_coef != 0:
+        raise ValueError(f"entropy must be given when entropy_coef is not 0 ({config.entropy_coef}), got None")
+    dtype = torch.float64 if logprobs.dtype == torch.float64 else torch.float32
+    inputs = PolicyInputs.of(
+        logprobs,
+        dtype,
+        advantages,
+        completion_mask,
+        old_logprobs=old_logprobs,
+        ref_logprobs=ref_logprobs,
+        rollout_is_weights=rollout_is_weights,
+        num_items_in_batch=num_items_in_batch,
+        cu_seqlens=cu_seqlens,
+        loss_scale=loss_scale,
+        config=config,
+    )
+    backend = registry.resolve("policy_loss", backend, logprobs.device)
+    if backend == "torch":
+        upcast = None if entropy is None else entropy.to(dtype)
+        loss, partials = reference.policy_loss(logprobs.to(dtype), inputs, upcast, config)
+    else:
+        loss, partials = _PolicyLoss.apply(logprobs, entropy, inputs, config.code(), backend)
+    return PolicyLossOutput(loss, policy_metrics(partials, config, entropy is not None))

@@ -1,0 +1,102 @@
+"""Checks that public functions make before any launch; each names the argument, what was expected and what came."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+import torch
+from torch import Tensor
+
+FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
+def check_float(name: str, tensor: Tensor) -> None:
+    """Raises TypeError unless ``tensor`` is a tensor of a supported floating-point dtype."""
+    if not isinstance(tensor, Tensor):
+        raise TypeError(f"{name} must be a tensor, got {type(tensor).__name__}")
+    if tensor.dtype not in FLOAT_DTYPES:
+        raise TypeError(f"{name} must be float32, bfloat16, float16 or float64, got {tensor.dtype}")
+
+
+def check_ids(name: str, tensor: Tensor) -> None:
+    """Raises TypeError unless ``tensor`` holds int32 or int64 token ids."""
+    if not isinstance(tensor, Tensor):
+        raise TypeError(f"{name} must be a tensor, got {type(tensor).__name__}")
+    if tensor.dtype not in (torch.int64, torch.int32):
+        raise TypeError(f"{name} must be int64 or int32, got {tensor.dtype}")
+
+
+def check_mask(name: str, tensor: Tensor) -> None:
+    """Raises TypeError unless ``tensor`` is a tensor that can be a mask: bool, integer or floating point."""
+    if not isinstance(tensor, Tensor):
+        raise TypeError(f"{name} must be a tensor, got {type(tensor).__name__}")
+    if tensor.is_complex():
+        raise TypeError(f"{name} must be bool, integer or floating point, got {tensor.dtype}")
+
+
+def check_shape(name: str, tensor: Tensor, *expected: Sequence[int]) -> None:
+    """Raises ValueError unless ``tensor`` has one of the expected shapes."""
+    if tuple(tensor.shape) not in {tuple(shape) for shape in expected}:
+        wanted = " or ".join(str(list(shape)) for shape in expected)
+        raise ValueError(f"{name} must have shape {wanted}, got {list(tensor.shape)}")
+
+
+def check_device(device: torch.device, tensors: Iterable[tuple[str, Tensor | None]]) -> None:
+    """Raises ValueError unless every given tensor is on ``device``."""
+    for name, tensor in tensors:
+        if tensor is not None and tensor.device != device:
+            raise ValueError(f"{name} must be on {device}, like the first argument, got {tensor.device}")
+
+
+def check_logits(name: str, logits: Tensor, ids: Tensor) -> None:
+    """Raises unless ``logits`` is ``[B, T, V]`` or ``[B, T + 1, V]`` for ids ``[B, T]``, or ``[N, V]`` for ``[N]``."""
+    check_float(name, logits)
+    check_ids("ids", ids)
+    if ids.dim() not in (1, 2):
+        raise ValueError(f"ids must have shape [B, T] or, packed, [N], got {list(ids.shape)}")
+    vocab = logits.shape[-1] if logits.dim() else 0
+    if vocab == 0:
+        raise ValueError(f"{name} must have a vocabulary of at least 1, got shape {list(logits.shape)}")
+    shapes = [(*ids.shape, vocab)]
+    if ids.dim() == 2:
+        shapes.append((ids.shape[0], ids.shape[1] + 1, vocab))
+    check_shape(name, logits, *shapes)
+
+
+def check_transform(temperature: float, softcap: float | None) -> None:
+    """Raises ValueError unless the temperature, and the softcap if there is one, are positive."""
+    if not temperature > 0:
+        raise ValueError(f"temperature must be greater than 0, got {temperature!r}")
+    if softcap is not None and not softcap > 0:
+        raise ValueError(f"softcap must be None or greater than 0, got {softcap!r}")
+
+
+def check_id_range(name: str, ids: Tensor, mask: Tensor | None, vocab: int) -> None:
+    """Raises ValueError for an unmasked id outside the vocabulary.
+
+    It reads values, so it runs on the CPU alone, and not while a graph is traced; the kernels check again.
+    """
+    if ids.device.type != "cpu" or torch.compiler.is_compiling() or isinstance(ids, torch._subclasses.FakeTensor):
+        return
+    bad = (ids < 0) | (ids >= vocab)
+    if mask is not None:
+        bad = bad & (mask != 0)
+    if bad.any():
+        raise ValueError(f"{name} must lie in [0, {vocab}) where unmasked, got {ids[bad][0].item()}")
+
+
+def check_cu_seqlens(cu_seqlens: Tensor | None, ids: Tensor) -> None:
+    """Raises unless packed ids come with ``cu_seqlens [S + 1]`` from 0 to N, and unpacked ids without."""
+    if cu_seqlens is None:
+        if ids.dim() == 1:
+            raise ValueError(f"cu_seqlens must be given for packed tokens of shape {list(ids.shape)}, got None")
+        return
+    check_ids("cu_seqlens", cu_seqlens)
+    if ids.dim() != 1:
+        raise ValueError(f"cu_seqlens must be None for tokens of shape {list(ids.shape)}, got a tensor")
+    if cu_seqlens.dim() != 1 or cu_seqlens.shape[0] < 2:
+        raise ValueError(f"cu_seqlens must have shape [S + 1] with S at least 1, got {list(cu_seqlens.shape)}")
+    if cu_seqlens.device.type == "cpu" and not torch.compiler.is_compiling():
+        ends = (int(cu_seqlens[0]), int(cu_seqlens[-1]))
+        if ends != (0, ids.shape[0]) or bool((cu_seqlens.diff() < 0).any()):
+            raise ValueError(f"cu_seqlens must rise from 0 to {ids.shape[0]}, got {cu_seqlens.tolist()}")

@@ -1,0 +1,89 @@
+"""Which backend runs which op: one table, one way to ask, one reason when the answer is no."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+
+import torch
+
+OPS = (
+    "group_advantages",
+    "token_logprobs",
+    "linear_token_logprobs",
+    "policy_loss",
+    "grpo_loss",
+    "linear_grpo_loss",
+)
+#: In order of preference for "auto". "torch" is the reference and runs everywhere.
+BACKENDS = ("cpu", "torch")
+
+_EXTENSION = Path(__file__).with_name("_cpu.so")
+
+
+@cache
+def _load_cpu_extension() -> str | None:
+    """Loads the C++ ops once; returns why they are missing, or None."""
+    if not _EXTENSION.exists():
+        return f"the C++ extension is not built ({_EXTENSION.name} is not beside the package)"
+    try:
+        torch.ops.load_library(str(_EXTENSION))
+    except OSError as error:  # an extension built for another platform: reported, and raised where it is asked for
+        return f"the C++ extension does not load: {error}"
+    return None
+
+
+def _cpu_reason(device: torch.device) -> str | None:
+    if device.type != "cpu":
+        return f"its tensors must be on the CPU, got {device}"
+    return _load_cpu_extension()
+
+
+_REASONS: dict[str, Callable[[torch.device], str | None]] = {
+    "cpu": _cpu_reason,
+    "torch": lambda device: None,
+}
+_TABLE = {(op, backend) for op in OPS for backend in BACKENDS}
+
+
+def unsupported_reason(op: str, backend: str, device: torch.device) -> str | None:
+    """Why ``backend`` cannot run ``op`` on ``device``, or None if it can.
+
+    Raises:
+        ValueError: The op or the backend is unknown.
+    """
+    if op not in OPS:
+        raise ValueError(f"op must be one of {', '.join(map(repr, OPS))}, got {op!r}")
+    if backend not in BACKENDS:
+        raise ValueError(f"backend must be 'auto' or one of {', '.join(map(repr, BACKENDS))}, got {backend!r}")
+    if (op, backend) not in _TABLE:
+        return f"{op} has no {backend} implementation"
+    return _REASONS[backend](device)
+
+
+def supports(op: str, backend: str, device: torch.device) -> bool:
+    """Whether ``backend`` can run ``op`` on ``device``."""
+    return unsupported_reason(op, backend, device) is None
+
+
+def resolve(op: str, backend: str, device: torch.device) -> str:
+    """The backend that runs ``op``: the first that can for "auto", else the named one.
+
+    Raises:
+        ValueError: The backend is unknown.
+        RuntimeError: The named backend cannot run here; the message says why.
+    """
+    if backend == "auto":
+        return next(name for name in BACKENDS if supports(op, name, device))
+    reason = unsupported_reason(op, backend, device)
+    if reason is not None:
+        raise RuntimeError(f"backend {backend!r} cannot run {op}: {reason}")
+    return backend
+
+
+def cpu_simd_level() -> str | None:
+    """The instruction set that the C++ kernels chose on this machine, or None without the extension."""
+    if _load_cpu_extension() is not None:
+        return None
+    return ("baseline", "avx2", "avx512")[torch.ops.grpo_kernels.cpu_simd_level()]
