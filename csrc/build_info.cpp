@@ -1,0 +1,31 @@
+// The Python module grpo_kernels._build_info: how this copy of the package was built.
+// The definitions come from CMakeLists.txt.
+
+#include <pybind11/pybind11.h>
+
+namespace py = pybind11;
+
+namespace {
+
+// Words as a Python list of str.
+py::object words(const char* text) { return py::str(text).attr("split")(); }
+
+py::dict build_info() {
+  py::dict info;
+  info["version"] = GRPO_VERSION;
+  info["compiler"] = GRPO_COMPILER;
+  info["cxx_standard"] = static_cast<int>(__cplusplus / 100 % 100);
+  info["torch_version"] = GRPO_TORCH_VERSION;
+  info["torch_stable_abi"] = GRPO_TORCH_STABLE_ABI;
+  info["simd_levels"] = words(GRPO_SIMD_LEVELS);
+  info["cuda_archs"] = py::list();
+  return info;
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_build_info, m) {
+  m.doc() = "How this copy of grpo_kernels was built.";
+  m.def("build_info", &build_info,
+        "Versions, compiler, C++ standard, oldest torch served, SIMD levels and CUDA architectures.");
+}
