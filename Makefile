@@ -1,0 +1,73 @@
+# The environment is .venv; every target makes what it needs of it, once.
+#   PYTHON=python3.12 make test     another interpreter (3.11 or newer)
+#   MAX_JOBS=2 make test            fewer compiler processes
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+PIP_INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
+INSTALL := $(PIP_INSTALL) --no-build-isolation --editable
+
+# A change to one of these builds the package again; Python sources are used in place.
+BUILD_INPUTS := pyproject.toml setup.py CMakeLists.txt grpo_kernels/version.py $(shell find csrc -type f)
+
+.PHONY: demo test test-full bench bench-quick lint format install check-portable clean help
+
+help:
+	@echo "make demo            train a small reasoning model on the CPU and watch the reward rise"
+	@echo "make test            lint and tests"
+	@echo "make test-full       lint and all tests, the slow ones too"
+	@echo "make bench           benchmarks;  make bench-quick: small shapes"
+	@echo "make install         the package with its training extra, in .venv"
+	@echo "make lint, format    ruff"
+	@echo "make check-portable  build with clang, compile for arm64"
+	@echo "make clean           remove .venv and everything built"
+
+demo: $(VENV)/.train
+	$(BIN)/grpo-kernels train --recipe addition
+
+test: lint
+	$(BIN)/python -m pytest
+
+test-full: lint
+	$(BIN)/python -m pytest -m "slow or not slow"
+
+bench: $(VENV)/.bench
+	$(BIN)/python -m pytest benchmarks --benchmark-only
+
+bench-quick: $(VENV)/.bench
+	$(BIN)/python -m pytest benchmarks --benchmark-only --quick
+
+lint: $(VENV)/.test
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+format: $(VENV)/.test
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+install: $(VENV)/.train
+
+check-portable: $(VENV)/.torch
+	BIN="$(abspath $(BIN))" .ci/check-portable
+
+clean:
+	rm -rf $(VENV) build *.egg-info grpo_kernels/*.so
+
+$(VENV)/.torch: constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(PIP_INSTALL) torch
+	$(PIP_INSTALL) cmake ninja pybind11 setuptools wheel
+	touch $@
+
+$(VENV)/.train: $(VENV)/.torch $(BUILD_INPUTS)
+	$(INSTALL) ".[train]"
+	touch $@
+
+$(VENV)/.test: $(VENV)/.torch $(BUILD_INPUTS)
+	$(INSTALL) ".[train,trl,test]"
+	touch $@
+
+$(VENV)/.bench: $(VENV)/.torch $(BUILD_INPUTS)
+	$(INSTALL) ".[train,trl,test,bench]"
+	touch $@
