@@ -1,0 +1,76 @@
+"""What is installed and what runs here, as `grpo-kernels info` prints it."""
+
+from __future__ import annotations
+
+import importlib
+import platform
+from importlib.metadata import PackageNotFoundError, version
+
+import torch
+
+from grpo_kernels import registry
+from grpo_kernels.version import __version__
+
+
+def report(device: torch.device | str = "cpu") -> str:
+    """Versions, how the C++ parts were built, and which backend runs which op on ``device``."""
+    device = torch.device(device)
+    sections = [_versions(), _build(), _backends(device)]
+    return "\n\n".join("\n".join(lines) for lines in sections)
+
+
+def _versions() -> list[str]:
+    rows = [
+        ("grpo-kernels", __version__),
+        ("python", f"{platform.python_version()} on {platform.system()} {platform.machine()}"),
+        ("torch", f"{torch.__version__}, {torch.get_num_threads()} threads"),
+    ]
+    rows += [(name, _installed(name)) for name in ("transformers", "trl", "triton")]
+    return _table(rows)
+
+
+def _installed(distribution: str) -> str:
+    try:
+        return version(distribution)
+    except PackageNotFoundError:
+        return "not installed"
+
+
+def _build() -> list[str]:
+    try:
+        info = importlib.import_module("grpo_kernels._build_info").build_info()
+    except ImportError as error:
+        return [f"build info: none ({error})"]
+    rows = [(name.replace("_", " "), _value(value)) for name, value in info.items()]
+    rows.append(("simd level here", registry.cpu_simd_level() or "none: the C++ extension is not loaded"))
+    return ["build", *_table(rows, indent="  ")]
+
+
+def _value(value: object) -> str:
+    return (", ".join(map(str, value)) or "none") if isinstance(value, list) else str(value)
+
+
+def _backends(device: torch.device) -> list[str]:
+    reasons = {
+        (op, backend): registry.unsupported_reason(op, backend, device=device)
+        for op in registry.OPS
+        for backend in registry.BACKENDS
+    }
+    rows = [(f"on {device}", *registry.BACKENDS)]
+    rows += [(op, *("no" if reasons[op, backend] else "yes" for backend in registry.BACKENDS)) for op in registry.OPS]
+    lines = _table(rows)
+    notes: dict[str, list[str]] = {}
+    for (op, backend), reason in reasons.items():
+        if reason:
+            notes.setdefault(f"{backend}: {reason}", []).append(op)
+    for note, ops in notes.items():
+        lines.append(note if len(ops) == len(registry.OPS) else f"{note} ({', '.join(ops)})")
+    return lines
+
+
+def _table(rows: list[tuple[str, ...]], indent: str = "") -> list[str]:
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return [
+        (indent + "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True))).rstrip()
+        for row in rows
+    ]
