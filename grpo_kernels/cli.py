@@ -1,0 +1,67 @@
+"""The ``grpo-kernels`` command."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+INTERRUPTED = 130  # what a shell reports for a process that SIGINT ended
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the command line and returns its exit status: 0, 2 for bad arguments, 130 after Ctrl-C."""
+    parser = argparse.ArgumentParser(prog="grpo-kernels", description="Fused kernels for GRPO.")
+    commands = parser.add_subparsers(dest="command", required=True)
+    train = commands.add_parser("train", add_help=False, help="train by a recipe; train --help lists every option")
+    train.add_argument("--recipe", help='a recipe that ships with the package ("addition") or a YAML file')
+    commands.add_parser("info", help="versions, backends and the compiled extension's build")
+    arguments, rest = parser.parse_known_args(argv)
+    if arguments.command == "train":
+        return _train(arguments.recipe, rest)
+    if rest:
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    return _info()
+
+
+def _info() -> int:
+    from grpo_kernels import info  # each command imports what it needs: this one works without transformers
+
+    print(info.report())
+    return 0
+
+
+def _train(recipe_name: str | None, overrides: Sequence[str]) -> int:
+    try:
+        from grpo_kernels.training.recipe import load_recipe
+    except ImportError as error:
+        print(f"error: training needs the extra grpo-kernels[train]: {error}", file=sys.stderr)
+        return 2
+    output_dir = None
+    try:
+        try:
+            recipe = load_recipe(recipe_name, overrides)
+        except (ValueError, FileNotFoundError) as error:
+            print(f"error: {error}", file=sys.stderr)
+            return 2
+        output_dir = Path(recipe.output_dir)
+        from grpo_kernels.training.run import train
+
+        train(recipe)
+    except KeyboardInterrupt:
+        print(_interrupted_message(output_dir), file=sys.stderr)
+        return INTERRUPTED
+    return 0
+
+
+def _interrupted_message(output_dir: Path | None) -> str:
+    from grpo_kernels.training.checkpoint import list_checkpoints
+
+    complete = [] if output_dir is None else list_checkpoints(output_dir)
+    kept = f"last complete checkpoint: {complete[-1]}" if complete else "no checkpoint yet"
+    return f"\ninterrupted; {kept}; metrics: {output_dir}/metrics.jsonl" if output_dir else "\ninterrupted"
+
+
+if __name__ == "__main__":
+    sys.exit(main())

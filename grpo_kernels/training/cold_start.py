@@ -1,0 +1,51 @@
+"""A short supervised start, so that the first rollouts of GRPO earn a reward now and then."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator, Sequence
+
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from grpo_kernels import token_logprobs
+from grpo_kernels.training.data import Row, render_prompt
+from grpo_kernels.training.recipe import Recipe
+from grpo_kernels.training.rollout import Rollout, completion_logits, teacher_forced
+
+
+def cold_start(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, rows: Sequence[Row], recipe: Recipe
+) -> Iterator[float]:
+    """Trains on the rows that have a ``completion``, for ``sft_steps`` steps of AdamW with linear decay.
+
+    Yields:
+        The loss of each step, in nats per token.
+
+    Raises:
+        ValueError: No row has a completion.
+    """
+    examples = [row for row in rows if row.get("completion")]
+    if recipe.sft_steps and not examples:
+        raise ValueError(f"sft_steps is {recipe.sft_steps}, but no row of {recipe.dataset_name!r} has a completion")
+    rng = random.Random(recipe.seed)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=recipe.sft_learning_rate, weight_decay=0.0)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 - step / recipe.sft_steps)
+    for _ in range(recipe.sft_steps):
+        chosen = rng.choices(examples, k=recipe.sft_batch_size)
+        batch = teacher_forced(
+            tokenizer,
+            [render_prompt(row, tokenizer, recipe.system_prompt) for row in chosen],
+            [row["completion"] for row in chosen],
+        )
+        batch = Rollout(*(tensor.to(model.device) for tensor in batch))
+        logprobs = token_logprobs(
+            completion_logits(model, batch), batch.completion_ids, mask=batch.completion_mask, backend=recipe.backend
+        ).logprobs
+        loss = -logprobs.sum() / batch.completion_mask.sum()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0, error_if_nonfinite=True)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        schedule.step()
+        yield loss.item()

@@ -1,0 +1,240 @@
+"""Recipes: one dataclass of hyper-parameters under TRL's names, read from a YAML file and the command line."""
+
+# ruff: noqa: RUF009  (_option returns a dataclasses.field)
+from __future__ import annotations
+
+import argparse
+import difflib
+from collections.abc import Sequence
+from dataclasses import dataclass, field, fields
+from importlib import resources
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from transformers import HfArgumentParser
+
+from grpo_kernels.config import GRPOLossConfig
+
+
+def _option(default: Any, help_text: str) -> Any:
+    if isinstance(default, list):
+        return field(default_factory=lambda: list(default), metadata={"help": help_text})
+    return field(default=default, metadata={"help": help_text})
+
+
+@dataclass(kw_only=True)
+class Recipe:
+    """Everything a training run depends on.
+
+    A *generation* samples ``per_device_train_batch_size * steps_per_generation`` completions. They are used
+    ``num_iterations`` times, and one optimizer step takes ``gradient_accumulation_steps`` micro-batches of them.
+
+    Raises:
+        ValueError: A value is out of range, or the batch sizes do not divide.
+    """
+
+    # the task
+    dataset_name: str = _option("addition", '"addition" (built in), a .jsonl file, a folder, or a name on the Hub')
+    dataset_config: str | None = _option(None, "the configuration of a dataset that has several")
+    dataset_split: str = _option("train", "the split to train on")
+    eval_dataset_split: str | None = _option(None, "the held-out split; by default rows taken out of dataset_split")
+    num_eval_prompts: int = _option(200, "held-out problems; 0 turns the evaluation off")
+    model_name_or_path: str | None = _option(None, "any AutoModelForCausalLM; by default the built-in task's own")
+    dtype: Literal["float32", "bfloat16", "float16"] = _option("float32", "the dtype to load the model in")
+    system_prompt: str | None = _option(None, "put before every prompt of a model that has a chat template")
+    reward_funcs: list[str] = _option(["accuracy", "format"], 'reward functions: built-in names, or "module:function"')
+    reward_weights: list[float] | None = _option(None, "one weight per reward function; by default 1")
+    shuffle_rewards: bool = _option(False, "control experiment: permute the rewards over the generation")
+
+    # the supervised cold start
+    sft_steps: int = _option(0, "supervised steps before GRPO, on rows that have a completion column")
+    sft_batch_size: int = _option(32, "examples in a supervised step")
+    sft_learning_rate: float = _option(1e-3, "peak learning rate of the cold start, decayed linearly")
+
+    # sampling
+    num_generations: int = _option(8, "completions per prompt: the group size")
+    max_completion_length: int = _option(256, "tokens to sample at most")
+    temperature: float = _option(1.0, "of sampling, and of the log-probabilities in the loss")
+
+    # the loss
+    loss_type: str = _option("dapo", "grpo, bnpo, dr_grpo, dapo, ...: see GRPOLossConfig")
+    importance_sampling_level: str = _option("token", "token or sequence")
+    epsilon: float = _option(0.2, "lower clip range")
+    epsilon_high: float | None = _option(None, "upper clip range; by default epsilon")
+    delta: float | None = _option(None, "upper bound of the unclipped ratio")
+    beta: float = _option(0.0, "weight of the KL penalty; 0 needs no reference model")
+    use_bias_correction_kl: bool = _option(True, "multiply the KL estimate by the importance ratio")
+    entropy_coef: float = _option(0.0, "weight of the entropy bonus")
+    scale_rewards: Literal["group", "batch", "none"] = _option("group", "the standard deviation to divide by")
+    multi_objective_aggregation: Literal["sum_then_normalize", "normalize_then_sum"] = _option(
+        "sum_then_normalize", "how several reward functions become one advantage"
+    )
+    mask_truncated_completions: bool = _option(False, "leave completions without an end token out of the loss")
+
+    # optimisation
+    max_steps: int = _option(100, "optimizer steps")
+    per_device_train_batch_size: int = _option(8, "completions in a micro-batch")
+    gradient_accumulation_steps: int = _option(1, "micro-batches in an optimizer step")
+    steps_per_generation: int | None = _option(None, "micro-batches in a generation; by default one optimizer step's")
+    num_iterations: int = _option(1, "times that a generation is used")
+    learning_rate: float = _option(1e-6, "peak learning rate of AdamW")
+    lr_scheduler_type: str = _option("linear", "a schedule of transformers.get_scheduler")
+    warmup_steps: int = _option(0, "steps from 0 to the peak learning rate")
+    weight_decay: float = _option(0.0, "of AdamW")
+    adam_beta1: float = _option(0.9, "of AdamW")
+    adam_beta2: float = _option(0.999, "of AdamW")
+    adam_epsilon: float = _option(1e-8, "of AdamW")
+    max_grad_norm: float = _option(1.0, "gradient norm to clip to; 0 turns clipping off")
+
+    # the run
+    output_dir: str = _option("runs/grpo", "checkpoints, metrics.jsonl and curves.png go here")
+    overwrite_output_dir: bool = _option(False, "replace the checkpoints and metrics of an earlier run there")
+    seed: int = _option(0, "of the model's initialisation, the data order and the sampling")
+    num_threads: int | None = _option(None, "torch's threads; a tiny model is fastest with 1")
+    device: str = _option("auto", 'a torch device, or "auto": CUDA where there is one')
+    backend: str = _option("auto", "the grpo_kernels backend: auto, torch, cpu, triton or cuda")
+    logging_steps: int = _option(5, "optimizer steps between rows of the table")
+    num_completions_to_print: int = _option(2, "sample completions to print")
+    completions_steps: int = _option(20, "optimizer steps between printed completions; 0 turns them off")
+    save_steps: int = _option(50, "optimizer steps between checkpoints; the last step is always saved")
+    save_total_limit: int = _option(2, "checkpoints to keep")
+    eval_samples: int = _option(4, "completions per held-out problem at temperature 1")
+    eval_batch_size: int = _option(256, "completions to sample at once in an evaluation")
+    disable_tqdm: bool = _option(False, "no progress bar")
+
+    def __post_init__(self) -> None:
+        if self.steps_per_generation is None:
+            self.steps_per_generation = self.gradient_accumulation_steps
+        for name in _AT_LEAST_ONE:
+            _at_least(name, getattr(self, name), 1)
+        for name in _AT_LEAST_ZERO:
+            _at_least(name, getattr(self, name), 0)
+        _divides("gradient_accumulation_steps", self.gradient_accumulation_steps,
+                 "steps_per_generation", self.steps_per_generation)  # fmt: skip
+        _divides("num_generations", self.num_generations,
+                 "per_device_train_batch_size * steps_per_generation", self.generation_batch_size)  # fmt: skip
+        _at_least("num_generations", self.num_generations, 2)  # a group of one has no spread
+        if self.reward_weights is not None and len(self.reward_weights) != len(self.reward_funcs):
+            raise ValueError(
+                f"reward_weights must have one weight per reward function ({len(self.reward_funcs)}), "
+                f"got {len(self.reward_weights)}"
+            )
+        self.loss_config()
+
+    @property
+    def generation_batch_size(self) -> int:
+        """Completions sampled at once."""
+        return self.per_device_train_batch_size * (self.steps_per_generation or 1)
+
+    @property
+    def prompts_per_generation(self) -> int:
+        """Groups sampled at once."""
+        return self.generation_batch_size // self.num_generations
+
+    @property
+    def is_on_policy(self) -> bool:
+        """Whether each generation serves one optimizer step, so that every importance ratio is 1."""
+        return self.num_iterations == 1 and self.steps_per_generation == self.gradient_accumulation_steps
+
+    def loss_config(self) -> GRPOLossConfig:
+        """The loss that the recipe asks for; raises ValueError where ``GRPOLossConfig`` does."""
+        return GRPOLossConfig(
+            loss_type=self.loss_type,
+            importance_sampling_level=self.importance_sampling_level,
+            epsilon_low=self.epsilon,
+            epsilon_high=self.epsilon_high,
+            delta=self.delta,
+            beta=self.beta,
+            use_bias_correction_kl=self.use_bias_correction_kl,
+            temperature=self.temperature,
+            entropy_coef=self.entropy_coef,
+            max_completion_length=self.max_completion_length,
+        )
+
+
+_AT_LEAST_ONE = (
+    "max_steps", "per_device_train_batch_size", "gradient_accumulation_steps", "steps_per_generation", "num_iterations",
+    "max_completion_length", "sft_batch_size", "logging_steps", "save_steps", "save_total_limit", "eval_samples",
+    "eval_batch_size",
+)  # fmt: skip
+_AT_LEAST_ZERO = (
+    "learning_rate", "sft_learning_rate", "sft_steps", "warmup_steps", "weight_decay", "max_grad_norm",
+    "num_eval_prompts", "num_completions_to_print", "completions_steps",
+)  # fmt: skip
+
+
+def _at_least(name: str, value: float, minimum: int) -> None:
+    if not value >= minimum:
+        raise ValueError(f"{name} must be at least {minimum}, got {value}")
+
+
+def _divides(divisor_name: str, divisor: int, name: str, value: int) -> None:
+    if value % divisor:
+        raise ValueError(f"{divisor_name} ({divisor}) must divide {name} ({value})")
+
+
+def recipe_path(name: str) -> Path:
+    """The file of a recipe: a path to a YAML file, or the name of one that ships with the package.
+
+    Raises:
+        FileNotFoundError: There is no such recipe; the message lists those that ship.
+    """
+    path = Path(name)
+    if path.is_file():
+        return path
+    shipped = Path(str(resources.files("grpo_kernels.training") / "recipes"))
+    candidate = shipped / f"{name}.yaml"
+    if path.name == name and candidate.is_file():
+        return candidate
+    names = ", ".join(sorted(p.stem for p in shipped.glob("*.yaml")))
+    raise FileNotFoundError(f"no recipe {name!r}: neither a file nor one of the recipes that ship ({names})")
+
+
+def load_recipe(name: str | None, overrides: Sequence[str] = ()) -> Recipe:
+    """Reads a recipe and applies command-line overrides.
+
+    Args:
+        name: A packaged recipe's name or a YAML file; None for the defaults alone.
+        overrides: ``["--key", "value", ...]``, which win over the file.
+
+    Raises:
+        FileNotFoundError: There is no such recipe.
+        ValueError: A key is unknown (the message names the nearest known one) or a value does not fit.
+    """
+    arguments = [] if name is None else _file_arguments(recipe_path(name))
+    parser = HfArgumentParser(Recipe, prog="grpo-kernels train", allow_abbrev=False, exit_on_error=False)
+    try:
+        recipe, unknown = parser.parse_args_into_dataclasses(
+            [*arguments, *overrides], return_remaining_strings=True, look_for_args_file=False
+        )
+    except argparse.ArgumentError as error:
+        raise ValueError(f"recipe: {error}") from error
+    if unknown:
+        key = unknown[0].lstrip("-").split("=")[0].replace("-", "_")
+        raise ValueError(f"command line: {_unknown_key(key)}")
+    return recipe
+
+
+def _file_arguments(path: Path) -> list[str]:
+    """The file as command-line arguments, so that argparse checks and converts its values (YAML reads 1e-4 as text)."""
+    content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    if not isinstance(content, dict):
+        raise ValueError(f"{path}: expected a mapping of keys to values, got {type(content).__name__}")
+    known = {f.name for f in fields(Recipe)}
+    arguments: list[str] = []
+    for key, value in content.items():
+        if key not in known:
+            raise ValueError(f"{path}: {_unknown_key(str(key))}")
+        if isinstance(value, dict):
+            raise ValueError(f"{path}: {key} must be a single value or a list, got a mapping")
+        if isinstance(value, list):
+            arguments += [f"--{key}", *map(str, value)]
+        elif value is not None:
+            arguments.append(f"--{key}={value}")
+    return arguments
+
+
+def _unknown_key(key: str) -> str:
+    nearest = difflib.get_close_matches(key, [f.name for f in fields(Recipe)], n=1, cutoff=0.0)[0]
+    return f"unknown key {key!r}; the nearest known key is {nearest!r}"

@@ -1,0 +1,139 @@
+"""Sampling completions, and the model's logits on them."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+from grpo_kernels import token_logprobs
+
+
+class Rollout(NamedTuple):
+    """B completions with their prompts. P and T are the longest prompt and completion."""
+
+    prompt_ids: Tensor  # [B, P], padded on the left
+    prompt_mask: Tensor  # [B, P], 0 on padding
+    completion_ids: Tensor  # [B, T], padded on the right
+    completion_mask: Tensor  # [B, T], 1 up to and including the end token
+
+    def select(self, indices: Tensor) -> Rollout:
+        """The completions at ``indices``, without the columns that are padding for all of them."""
+        prompt_mask, completion_mask = self.prompt_mask[indices], self.completion_mask[indices]
+        first = int((prompt_mask.sum(dim=0) == 0).sum())
+        length = max(1, int(completion_mask.sum(dim=1).max()))
+        return Rollout(
+            self.prompt_ids[indices, first:],
+            prompt_mask[:, first:],
+            self.completion_ids[indices, :length],
+            completion_mask[:, :length],
+        )
+
+
+def generate(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[str],
+    *,
+    max_completion_length: int,
+    temperature: float,
+) -> Rollout:
+    """Samples one completion per prompt from the whole distribution (no top-k, top-p or penalty), or the greedy one.
+
+    The model's own generation config is set aside, so that the sampled distribution is the one that the loss sees.
+
+    Args:
+        model: Any causal language model, on any device.
+        tokenizer: Must have a pad token; pads on the left here whatever it is set to.
+        prompts: B texts. Repeat a prompt for a group.
+        max_completion_length: Tokens at most.
+        temperature: Divides the logits; 0 is greedy.
+    """
+    encoded = tokenizer(list(prompts), padding=True, padding_side="left", return_tensors="pt")
+    prompt_ids, prompt_mask = encoded["input_ids"].to(model.device), encoded["attention_mask"].to(model.device)
+    end_ids = end_token_ids(model, tokenizer)
+    sampling = {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0} if temperature else {}
+    config = GenerationConfig(
+        max_new_tokens=max_completion_length, eos_token_id=end_ids, pad_token_id=tokenizer.pad_token_id, **sampling
+    )
+    models_own = model.generation_config
+    model.generation_config = GenerationConfig()  # generate() fills what is unset from here
+    try:
+        with torch.no_grad():
+            sequences = model.generate(prompt_ids, attention_mask=prompt_mask, generation_config=config)
+    finally:
+        model.generation_config = models_own
+    completion_ids = sequences[:, prompt_ids.shape[1] :].contiguous()
+    return Rollout(prompt_ids, prompt_mask, completion_ids, end_mask(completion_ids, end_ids))
+
+
+def teacher_forced(tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str], completions: Sequence[str]) -> Rollout:
+    """Given completions, ended by the end token, in the shape of sampled ones."""
+    encoded = tokenizer(list(prompts), padding=True, padding_side="left", return_tensors="pt")
+    ids = tokenizer(list(completions), add_special_tokens=False)["input_ids"]
+    ended = [[*completion, tokenizer.eos_token_id] for completion in ids]
+    padded = tokenizer.pad({"input_ids": ended}, padding_side="right", return_tensors="pt")
+    return Rollout(encoded["input_ids"], encoded["attention_mask"], padded["input_ids"], padded["attention_mask"])
+
+
+def end_mask(completion_ids: Tensor, end_ids: Sequence[int]) -> Tensor:  # [B, T] -> [B, T]
+    """1 up to and including each completion's first end token, 0 after it; also where padding is an end token."""
+    is_end = torch.isin(completion_ids, torch.tensor(end_ids, device=completion_ids.device)).long()
+    return (is_end.cumsum(dim=1) - is_end == 0).long()
+
+
+def ends(rollout: Rollout, end_ids: Sequence[int]) -> Tensor:  # [B]
+    """Whether each completion has an end token, rather than being cut off at the length limit."""
+    is_end = torch.isin(rollout.completion_ids, torch.tensor(end_ids, device=rollout.completion_ids.device))
+    return (is_end & rollout.completion_mask.bool()).any(dim=1)
+
+
+def completion_texts(rollout: Rollout, tokenizer: PreTrainedTokenizerBase) -> list[str]:
+    """The decoded completions without special tokens."""
+    lengths = rollout.completion_mask.sum(dim=1).tolist()
+    ids = [row[:n] for row, n in zip(rollout.completion_ids.tolist(), lengths, strict=True)]
+    return tokenizer.batch_decode(ids, skip_special_tokens=True)
+
+
+def completion_logits(model: PreTrainedModel, rollout: Rollout) -> Tensor:  # [B, T+1, V]
+    """Logits whose position t predicts completion token t; the last position predicts what would follow."""
+    length = rollout.completion_ids.shape[1]
+    attention_mask = torch.cat([rollout.prompt_mask, rollout.completion_mask], dim=1)
+    arguments = {"attention_mask": attention_mask, "use_cache": False}
+    known = inspect.signature(model.forward).parameters
+    if "position_ids" in known:
+        arguments["position_ids"] = (attention_mask.cumsum(dim=1) - 1).clamp(min=0)
+    if "logits_to_keep" in known:
+        arguments["logits_to_keep"] = length + 1
+    logits = model(torch.cat([rollout.prompt_ids, rollout.completion_ids], dim=1), **arguments).logits
+    return logits if logits.shape[1] == length + 1 else logits[:, -(length + 1) :]
+
+
+@torch.no_grad()
+def completion_logprobs(
+    model: PreTrainedModel, rollout: Rollout, *, temperature: float, batch_size: int, backend: str
+) -> Tensor:  # [B, T]
+    """Log-probabilities, in nats, of the sampled tokens under ``model``; 0 on padding. Forms no gradient."""
+    logprobs = torch.zeros(rollout.completion_ids.shape, dtype=torch.float32, device=rollout.completion_ids.device)
+    for indices in torch.arange(len(logprobs), device=logprobs.device).split(batch_size):
+        part = rollout.select(indices)
+        values = token_logprobs(
+            completion_logits(model, part),
+            part.completion_ids,
+            temperature=temperature,
+            mask=part.completion_mask,
+            backend=backend,
+        ).logprobs
+        logprobs[indices, : values.shape[1]] = values
+    return logprobs
+
+
+def end_token_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """The tokens that end a completion: the tokenizer's, and those the model's generation config adds."""
+    own = model.generation_config.eos_token_id
+    extra = [] if own is None else own if isinstance(own, list) else [own]
+    return sorted({tokenizer.eos_token_id, *extra})
