@@ -64,7 +64,7 @@ class CMakeBuild(build_ext):
                 raise ExecError(f"grpo_kernels: {' '.join(command)} failed; its output above says why") from error
 
     def cmake_arguments(self) -> list[str]:
-        find_tool("C++ compiler", os.environ.get("CXX", "c++").split()[0], "g++", "clang++")
+        find_tool("C++ compiler", *os.environ.get("CXX", "c++ g++ clang++").split())
         torch = package_dir("torch")
         if torch is None:
             raise PlatformError("grpo_kernels: torch is not installed; install torch >= 2.11 first")

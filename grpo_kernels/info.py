@@ -26,6 +26,7 @@ def _versions() -> list[str]:
         ("torch", f"{torch.__version__}, {torch.get_num_threads()} threads"),
     ]
     rows += [(name, _installed(name)) for name in ("transformers", "trl", "triton")]
+    rows.append(("simd level", registry.cpu_simd_level() or "none: the C++ kernels are not loaded"))
     return _table(rows)
 
 
@@ -42,7 +43,6 @@ def _build() -> list[str]:
     except ImportError as error:
         return [f"build info: none ({error})"]
     rows = [(name.replace("_", " "), _value(value)) for name, value in info.items()]
-    rows.append(("simd level here", registry.cpu_simd_level() or "none: the C++ extension is not loaded"))
     return ["build", *_table(rows, indent="  ")]
 
 

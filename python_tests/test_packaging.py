@@ -1,0 +1,231 @@
+"""What is installed: symbols, imports, the wheel, the console script, pins."""
+
+import os
+import platform
+import re
+import shutil
+import subprocess
+import sys
+import sysconfig
+import tomllib
+import zipfile
+from importlib import metadata
+from pathlib import Path
+
+import pytest
+import torch
+
+import grpo_kernels
+from grpo_kernels import info, registry
+
+ROOT = Path(__file__).parents[1]
+PACKAGE = Path(grpo_kernels.__file__).parent
+LIBRARY = PACKAGE / "_cpu.so"
+PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
+
+on_linux = pytest.mark.skipif(platform.system() != "Linux", reason="reads ELF files")
+on_x86 = pytest.mark.skipif(platform.machine() != "x86_64", reason="x86-64 instruction sets")
+
+
+def output_of(*command: object, **options: object) -> str:
+    result = subprocess.run([str(part) for part in command], capture_output=True, text=True, **options)
+    assert result.returncode == 0, result.stdout + result.stderr
+    return result.stdout
+
+
+def run_python(script: str, *, first_on_path: Path | None = None) -> str:
+    """Runs a script in a fresh interpreter, away from the checkout."""
+    environment = dict(os.environ)
+    environment.pop("PYTHONPATH", None)
+    if first_on_path:
+        environment["PYTHONPATH"] = str(first_on_path)
+    return output_of(sys.executable, "-c", script, env=environment, cwd=first_on_path or "/")
+
+
+def copy_of_checkout(target: Path) -> Path:
+    ignored = shutil.ignore_patterns(".git", ".venv", "build", "runs", "*.egg-info", "*.so", "__pycache__", ".*_cache")
+    return Path(shutil.copytree(ROOT, target / "checkout", ignore=ignored))
+
+
+# ---- the C++ library
+
+
+def forbidden_symbols(library: Path) -> set[str]:
+    """Undefined symbols of Python, and C++ ones of torch: what the stable ABI is there to avoid."""
+    symbols = (line.split(maxsplit=1)[1] for line in output_of("nm", "-DC", "--undefined-only", library).splitlines())
+    return {name for name in symbols if re.search(r"^_?Py|\b(at|c10|torch|caffe2)::", name)}
+
+
+@on_linux
+def test_library_asks_for_no_python_and_no_torch_cpp_symbols():
+    assert forbidden_symbols(LIBRARY) == set()
+
+
+@on_linux
+def test_forbidden_symbols_are_found_where_they_are():
+    found = forbidden_symbols(Path(torch.__file__).parent / "lib" / "libtorch_python.so")
+    assert any(name.startswith("Py") for name in found)
+    assert any("c10::" in name for name in found)
+
+
+@on_linux
+def test_library_does_not_remember_where_torch_was():
+    dynamic = output_of("readelf", "-d", LIBRARY)
+    assert "libtorch_cpu.so" in dynamic
+    assert not re.search("RPATH|RUNPATH|libtorch_python|libpython|libcudart|libgomp", dynamic)
+
+
+@on_linux
+@on_x86
+@pytest.mark.parametrize(("register", "levels"), [("%ymm", "avx2|avx512"), ("%zmm", "avx512")])
+def test_wide_instructions_stay_in_their_level(register, levels):
+    functions = re.split(r"\n\n[0-9a-f]+ <", output_of("objdump", "-dC", "--no-show-raw-insn", LIBRARY))[1:]
+    users = {text[: text.index(">:")] for text in functions if register in text}
+    assert users, f"nothing uses {register}: the levels are not compiled"
+    assert {name for name in users if not re.search(levels, name)} == set()
+
+
+@on_linux
+@on_x86
+@pytest.mark.parametrize("level", ["baseline", "avx2", "avx512"])
+def test_levels_share_no_inline_function(level):
+    """The linker would merge it, and every level run the same copy: a slow one, or one the machine cannot run."""
+    pattern = f"build/cmake-*/CMakeFiles/row_kernels_{level}.dir/csrc/cpu/row_kernels.cpp.o"
+    built = sorted(ROOT.glob(pattern), key=lambda path: path.stat().st_mtime)
+    if not built:
+        pytest.skip("the library was not built in this checkout")
+    defined = output_of("nm", "-C", "--extern-only", "--defined-only", built[-1]).splitlines()
+    names = {line.split(maxsplit=2)[2] for line in defined}
+    assert names
+    assert {name for name in names if level not in name} == set()
+
+
+def test_build_info_says_what_was_built():
+    from grpo_kernels import _build_info
+
+    built = _build_info.build_info()
+    assert built["version"] == grpo_kernels.__version__
+    assert PYPROJECT["project"]["dependencies"] == [f"torch>={built['torch_stable_abi']}"]
+    x86 = platform.machine() == "x86_64"
+    assert built["simd_levels"] == (["baseline", "avx2", "avx512"] if x86 else ["baseline"])
+    assert registry.cpu_simd_level() in built["simd_levels"]
+    assert built["compiler"] and built["torch_version"]
+
+
+# ---- what an import needs
+
+
+def test_importing_brings_in_torch_alone():
+    brought = run_python(
+        "import sys, torch\n"
+        "before = {name.split('.')[0] for name in sys.modules}\n"
+        "import grpo_kernels\n"
+        "after = {name.split('.')[0] for name in sys.modules}\n"
+        "print(*sorted(after - before - sys.stdlib_module_names))"
+    ).split()
+    own = {name for name in brought if "grpo_kernels" in name}
+    of_torch = {re.match(r"[\w.-]+", requirement)[0].lower() for requirement in metadata.requires("torch")}
+    assert set(brought) - own <= of_torch | {"mpmath", "markupsafe"}
+
+
+def test_works_without_the_compiled_library(tmp_path):
+    shutil.copytree(PACKAGE, tmp_path / "grpo_kernels", ignore=shutil.ignore_patterns("*.so", "__pycache__"))
+    script = """
+import pathlib, sys, torch
+sys.modules["grpo_kernels._build_info"] = None  # an editable install finds what the copy lacks
+import grpo_kernels
+from grpo_kernels import info, registry
+assert pathlib.Path(grpo_kernels.__file__).parent.parent == pathlib.Path.cwd(), grpo_kernels.__file__
+logits = torch.randn(2, 3, 7, requires_grad=True)
+arguments = (logits, torch.tensor([[0, 1, 2], [3, 4, 5]]), torch.tensor([1.0, -1.0]), torch.ones(2, 3))
+grpo_kernels.grpo_loss(*arguments).loss.backward()
+assert logits.grad.abs().sum() > 0
+assert registry.resolve("grpo_loss", "auto", torch.device("cpu")) == "torch"
+assert registry.cpu_simd_level() is None
+try:
+    grpo_kernels.grpo_loss(*arguments, backend="cpu")
+except RuntimeError as error:
+    print(error)
+print(info.report())
+"""
+    printed = run_python(script, first_on_path=tmp_path)
+    assert "backend 'cpu' cannot run grpo_loss: the C++ extension is not built" in printed
+    assert "build info: none" in printed
+
+
+# ---- the console script
+
+
+def test_console_script_reports():
+    printed = output_of(Path(sysconfig.get_path("scripts")) / "grpo-kernels", "info")
+    assert grpo_kernels.__version__ in printed
+    assert torch.__version__ in printed
+    assert f"simd level    {registry.cpu_simd_level()}" in printed
+    for op in registry.OPS:
+        assert re.search(rf"^{op} +yes +yes$", printed, re.MULTILINE), printed
+
+
+def test_report_gives_the_reason(monkeypatch):
+    def reason(op, backend, device):
+        return f"not on {device}" if (op, backend) == ("grpo_loss", "cpu") else None
+
+    monkeypatch.setattr(registry, "unsupported_reason", reason)
+    printed = info.report("meta")
+    assert re.search(r"^grpo_loss +no +yes$", printed, re.MULTILINE), printed
+    assert "cpu: not on meta (grpo_loss)" in printed
+
+
+# ---- metadata
+
+
+def test_version_is_the_same_everywhere():
+    assert metadata.version("grpo-kernels") == grpo_kernels.__version__
+    assert f"## [{grpo_kernels.__version__}]" in (ROOT / "CHANGELOG.md").read_text()
+
+
+def test_everything_the_makefile_installs_is_pinned():
+    pins = {line.split("==")[0].lower() for line in (ROOT / "constraints.txt").read_text().splitlines() if "==" in line}
+    extras = PYPROJECT["project"]["optional-dependencies"]
+    asked = [*PYPROJECT["build-system"]["requires"], *PYPROJECT["project"]["dependencies"]]
+    asked += [requirement for name in ("train", "trl", "bench", "test") for requirement in extras[name]]
+    assert {re.match(r"[\w.-]+", requirement)[0].lower() for requirement in asked} - pins == set()
+
+
+def test_a_missing_compiler_is_named(tmp_path):
+    checkout = copy_of_checkout(tmp_path)
+    environment = dict(os.environ, PATH=str(tmp_path), CXX="no-such-compiler")
+    command = [sys.executable, "setup.py", "build_ext", "--build-lib", tmp_path / "lib"]
+    result = subprocess.run(command, cwd=checkout, env=environment, capture_output=True, text=True)
+    assert result.returncode != 0
+    assert "no C++ compiler found (looked for no-such-compiler)" in result.stderr
+
+
+@pytest.mark.slow
+def test_wheel_from_the_sdist(tmp_path):
+    checkout = copy_of_checkout(tmp_path)
+    output_of(sys.executable, "setup.py", "--quiet", "sdist", "--dist-dir", tmp_path, cwd=checkout)
+    shutil.rmtree(checkout)
+    [sdist] = tmp_path.glob("*.tar.gz")
+    output_of(sys.executable, "-m", "pip", "wheel", "--no-build-isolation", "--no-deps", "-w", tmp_path, sdist)
+    [wheel] = tmp_path.glob("*.whl")
+    assert "-py3-none-" in wheel.name  # one build for every Python
+
+    with zipfile.ZipFile(wheel) as archive:
+        names = set(archive.namelist())
+        archive.extractall(tmp_path / "site")
+    dist_info = f"grpo_kernels-{grpo_kernels.__version__}.dist-info/"
+    recipes = {f"grpo_kernels/training/recipes/{path.name}" for path in PACKAGE.glob("training/recipes/*.yaml")}
+    modules = {f"grpo_kernels/{path.relative_to(PACKAGE)}" for path in PACKAGE.rglob("*.py")}
+    shipped = {"grpo_kernels/_cpu.so", "grpo_kernels/py.typed", dist_info + "licenses/LICENSE"} | recipes | modules
+    assert recipes and shipped <= names
+    rest = names - shipped
+    assert {
+        name for name in rest if not re.match(rf"grpo_kernels/_build_info\..*\.so$|{re.escape(dist_info)}", name)
+    } == set()
+
+    script = (
+        "import torch; from grpo_kernels import registry;"
+        "print(registry.__file__, registry.unsupported_reason('grpo_loss', 'cpu', torch.device('cpu')))"
+    )
+    site = tmp_path / "site"
+    assert run_python(script, first_on_path=site).strip() == f"{site}/grpo_kernels/registry.py None"
