@@ -80,7 +80,7 @@ def _fwd(  # type: ignore[no-untyped-def]
 def _bwd(  # type: ignore[no-untyped-def]
     backend, hidden, weight, bias, compute_dtype, logits_dtype, workspace_bytes, ids, mask, *options
 ) -> tuple[Tensor, ...]:
-    lse, entropy, dlogprobs, dentropy, *transform, retained, need_dhidden, need_dweight, need_dbias = options
+    logprobs, lse, entropy, dlogprobs, dentropy, *transform, retained, need_dhidden, need_dweight, need_dbias = options
     head = Head(weight, bias, compute_dtype, logits_dtype)
     grads = HeadGradients(head, hidden, (need_dhidden, need_dweight, need_dbias))
     rows = unmasked_rows(mask, ids.shape[0])
@@ -101,6 +101,7 @@ def _bwd(  # type: ignore[no-untyped-def]
             logits[None],
             ids[which][None],
             None,
+            logprobs[which],
             lse[which],
             entropy[which],
             None if dlogprobs is None else dlogprobs[which],
@@ -147,7 +148,7 @@ _FWD = define(
 )
 _BWD = define(
     "linear_token_logprobs_bwd",
-    f"({HEAD_SCHEMA}, Tensor ids, Tensor? mask, Tensor lse, Tensor entropy, Tensor? dlogprobs, Tensor? dentropy, "
+    f"({HEAD_SCHEMA}, Tensor ids, Tensor? mask, Tensor logprobs, Tensor lse, Tensor entropy, Tensor? dlogprobs, Tensor? dentropy, "
     f"{TRANSFORM_SCHEMA}, Tensor retained, bool need_dhidden, bool need_dweight, bool need_dbias) -> "
     "(Tensor dhidden, Tensor dweight, Tensor dbias)",
     _bwd_fake,
@@ -177,7 +178,7 @@ class _LinearTokenLogprobs(torch.autograd.Function):
         logprobs, lse, entropy, *extras, retained = _FWD[backend](
             rows, weight, bias, *dtypes, workspace_bytes, flat_ids, flat_mask, *transform, outputs, max_logits_bytes
         )
-        ctx.save_for_backward(hidden, weight, bias, flat_ids, flat_mask, lse, entropy, retained)
+        ctx.save_for_backward(hidden, weight, bias, flat_ids, flat_mask, logprobs, lse, entropy, retained)
         ctx.options = (dtypes, workspace_bytes, transform, backend)
         ctx.mark_non_differentiable(*extras)
         ctx.set_materialize_grads(False)
@@ -187,7 +188,7 @@ class _LinearTokenLogprobs(torch.autograd.Function):
     def backward(ctx: Any, dlogprobs: Tensor | None, dentropy: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         if dlogprobs is None and dentropy is None:
             return (None,) * 11
-        hidden, weight, bias, ids, mask, lse, entropy, retained = ctx.saved_tensors
+        hidden, weight, bias, ids, mask, logprobs, lse, entropy, retained = ctx.saved_tensors
         dtypes, workspace_bytes, transform, backend = ctx.options
         needs = (ctx.needs_input_grad[0], ctx.needs_input_grad[1], bias is not None and ctx.needs_input_grad[2])
         dhidden, dweight, dbias = _BWD[backend](
@@ -198,6 +199,7 @@ class _LinearTokenLogprobs(torch.autograd.Function):
             workspace_bytes,
             ids,
             mask,
+            logprobs,
             lse,
             entropy,
             None if dlogprobs is None else dlogprobs.reshape(-1),

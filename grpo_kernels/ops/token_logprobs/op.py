@@ -51,7 +51,7 @@ token_logprobs_fwd = define(
 #: Writes the gradient of every row into ``dlogits``, which may be ``logits`` itself.
 token_logprobs_bwd = define(
     "token_logprobs_bwd",
-    "(Tensor logits, Tensor ids, Tensor? mask, Tensor lse, Tensor entropy, Tensor? dlogprobs, Tensor? dentropy, "
+    "(Tensor logits, Tensor ids, Tensor? mask, Tensor logprobs, Tensor lse, Tensor entropy, Tensor? dlogprobs, Tensor? dentropy, "
     f"{TRANSFORM_SCHEMA}, Tensor(a!) dlogits) -> ()",
     _bwd_fake,
 )
@@ -119,7 +119,7 @@ class _TokenLogprobs(torch.autograd.Function):
         logprobs, lse, entropy, *extras = token_logprobs_fwd[backend](
             rows, token_ids(ids), kernel_mask, *transform, outputs
         )
-        ctx.save_for_backward(logits, ids, mask, lse, entropy)
+        ctx.save_for_backward(logits, ids, mask, logprobs, lse, entropy)
         ctx.options = (transform, inplace_backward, backend)
         ctx.mark_non_differentiable(*extras)
         ctx.set_materialize_grads(False)
@@ -130,7 +130,7 @@ class _TokenLogprobs(torch.autograd.Function):
     def backward(ctx: Any, dlogprobs: Tensor | None, dentropy: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         if dlogprobs is None and dentropy is None:
             return (None,) * 7
-        logits, ids, mask, lse, entropy = ctx.saved_tensors
+        logits, ids, mask, logprobs, lse, entropy = ctx.saved_tensors
         transform, inplace_backward, backend = ctx.options
         logits = logits.detach()
         rows = rows_of(logits)
@@ -141,6 +141,7 @@ class _TokenLogprobs(torch.autograd.Function):
             rows,
             kernel_ids,
             None if mask is None else mask.view(kernel_ids.shape),
+            logprobs,
             lse,
             entropy,
             None if dlogprobs is None else dlogprobs.reshape(kernel_ids.shape).contiguous(),

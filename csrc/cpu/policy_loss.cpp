@@ -1,0 +1,136 @@
+// policy_loss: loss, gradient by log-probability and metric partials of every token, sequence by sequence.
+#include <cmath>
+#include <tuple>
+#include <vector>
+
+#include "policy_math.h"
+#include "tensors.h"
+
+namespace grpo {
+namespace {
+
+template <class R>
+struct Inputs {
+  const R *logprobs, *entropy;
+  const bool* mask;
+  const R *advantages, *policy_weights, *kl_weights, *entropy_weights, *old_logprobs, *ref_logprobs;
+  PolicyOptions<R> options;
+};
+
+struct SequenceTotals {
+  double loss = 0;
+  double partials[kPartialCount] = {};
+};
+
+// Mean log-ratio of a sequence's unmasked tokens.
+template <class R>
+R mean_log_ratio(const Inputs<R>& in, int64_t begin, int64_t end) {
+  if (!in.old_logprobs) return R(0);
+  double sum = 0;
+  int64_t tokens = 0;
+  for (int64_t n = begin; n < end; ++n) {
+    if (!in.mask[n]) continue;
+    sum += in.logprobs[n] - in.old_logprobs[n];
+    ++tokens;
+  }
+  return static_cast<R>(tokens ? sum / static_cast<double>(tokens) : 0);
+}
+
+template <class R>
+SequenceTotals sequence_loss(const Inputs<R>& in, int64_t begin, int64_t end, R* dlogprobs) {
+  const bool sequence_level = in.options.sequence_level;
+  const R mean = sequence_level ? mean_log_ratio(in, begin, end) : R(0);
+  SequenceTotals out;
+  double tokens = 0, low = 0, high = 0, dmean = 0;
+  for (int64_t n = begin; n < end; ++n) {
+    dlogprobs[n] = 0;
+    if (!in.mask[n]) continue;
+    const R own = in.old_logprobs ? in.logprobs[n] - in.old_logprobs[n] : R(0);
+    const TokenLoss<R> token =
+        token_loss(in.logprobs[n], sequence_level ? mean : own, in.ref_logprobs ? in.ref_logprobs + n : nullptr,
+                   in.advantages[n], in.policy_weights[n], in.kl_weights[n], in.options);
+    dlogprobs[n] = token.dlogprob + (sequence_level ? R(0) : token.dlog_ratio);
+    dmean += token.dlog_ratio;
+    out.loss += token.loss;
+    if (in.entropy && in.entropy_weights) out.loss -= static_cast<double>(in.entropy_weights[n]) * in.entropy[n];
+    tokens += 1;
+    low += token.is_low;
+    high += token.is_high;
+    out.partials[kKl] += token.kl;
+    if (in.entropy) out.partials[kEntropy] += in.entropy[n];
+  }
+  if (sequence_level && tokens > 0) {  // the mean hands its derivative to its tokens in equal parts
+    for (int64_t n = begin; n < end; ++n) {
+      if (in.mask[n]) dlogprobs[n] += static_cast<R>(dmean / tokens);
+    }
+  }
+  const double share = tokens > 0 ? tokens : 1;
+  out.partials[kTokens] = tokens;
+  out.partials[kRatios] = sequence_level ? 1 : tokens;
+  out.partials[kLow] = sequence_level ? low / share : low;
+  out.partials[kHigh] = sequence_level ? high / share : high;
+  const bool has_share = sequence_level || tokens > 0;
+  out.partials[kLowMin] = has_share ? low / share : INFINITY;
+  out.partials[kHighMax] = has_share ? high / share : -INFINITY;
+  return out;
+}
+
+// In the sequences' order, whatever thread computed them.
+template <class R>
+void reduce(const std::vector<SequenceTotals>& sequences, R* loss, R* partials) {
+  SequenceTotals sum;
+  sum.partials[kLowMin] = INFINITY;
+  sum.partials[kHighMax] = -INFINITY;
+  for (const SequenceTotals& s : sequences) {
+    sum.loss += s.loss;
+    for (int i = 0; i < kLowMin; ++i) sum.partials[i] += s.partials[i];
+    sum.partials[kLowMin] = std::fmin(sum.partials[kLowMin], s.partials[kLowMin]);
+    sum.partials[kHighMax] = std::fmax(sum.partials[kHighMax], s.partials[kHighMax]);
+  }
+  *loss = static_cast<R>(sum.loss);
+  for (int i = 0; i < kPartialCount; ++i) partials[i] = static_cast<R>(sum.partials[i]);
+}
+
+}  // namespace
+
+std::tuple<Tensor, Tensor, Tensor> policy_loss_fwd(
+    const Tensor& logprobs,                // [N]
+    const std::optional<Tensor>& entropy,  // [N]
+    const Tensor& mask, const Tensor& advantages, const Tensor& policy_weights, const Tensor& kl_weights,
+    const std::optional<Tensor>& entropy_weights, const std::optional<Tensor>& old_logprobs,
+    const std::optional<Tensor>& ref_logprobs,
+    const Tensor& offsets,  // [S + 1]
+    std::vector<int64_t> options, std::vector<double> params) {
+  const ScalarType type = arithmetic_type(logprobs);
+  const Tensor loss = empty({}, type), dlogprobs = empty_like(logprobs, type), partials = empty({kPartialCount}, type);
+  const auto run = [&]<class R>(R) {
+    const Inputs<R> in{data<R>(logprobs),
+                       data<R>(entropy),
+                       data<bool>(mask),
+                       data<R>(advantages),
+                       data<R>(policy_weights),
+                       data<R>(kl_weights),
+                       data<R>(entropy_weights),
+                       data<R>(old_logprobs),
+                       data<R>(ref_logprobs),
+                       PolicyOptions<R>::decode(options.data(), params.data())};
+    const int64_t* offset = data<int64_t>(offsets);
+    const int64_t count = offsets.size(0) - 1, tokens = logprobs.size(0);
+    for (int64_t s = 0; s < count; ++s) {
+      STD_TORCH_CHECK(offset[s] >= 0 && offset[s] <= offset[s + 1] && offset[s + 1] <= tokens,
+                      "cu_seqlens must rise from 0 to ", tokens);
+    }
+    STD_TORCH_CHECK(count >= 0 && offset[0] == 0 && offset[count] == tokens, "cu_seqlens must rise from 0 to ", tokens);
+    std::vector<SequenceTotals> totals(count);
+    parallel_rows(count, 32 * (count ? tokens / count : 0), [&](int64_t s) {
+      totals[s] = sequence_loss<R>(in, offset[s], offset[s + 1], mutable_data<R>(dlogprobs));
+    });
+    reduce<R>(totals, mutable_data<R>(loss), mutable_data<R>(partials));
+  };
+  type == ScalarType::Double ? run(double()) : run(float());
+  return {loss, dlogprobs, partials};
+}
+
+}  // namespace grpo
+
+STABLE_TORCH_LIBRARY_IMPL(grpo_kernels, CPU, m) { m.impl("policy_loss_fwd_cpu", TORCH_BOX(&grpo::policy_loss_fwd)); }

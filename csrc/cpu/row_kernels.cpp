@@ -1,0 +1,211 @@
+// The row kernels of one instruction set. A row is read from memory once: its second reading, for the gradient, finds it
+// in the core's own cache (151936 fp32 logits are 608 KB).
+#include "row_kernels.h"
+
+#include <algorithm>
+
+#include "simd.h"
+
+namespace grpo::GRPO_ISA {
+namespace {
+
+constexpr int64_t kBlock = 2048;  // logits whose maximum is taken before their exponentials: they stay in L1
+
+// The transform as the vectors need it.
+template <class R, bool kSoftcap>
+struct VectorTransform {
+  R inner;  // scale / softcap, or scale / temperature without a softcap
+  R outer;  // softcap / temperature
+  R slope;  // scale / temperature
+
+  explicit VectorTransform(const Transform& t)
+      : inner(static_cast<R>(kSoftcap ? t.logit_scale / t.softcap : t.logit_scale / t.temperature)),
+        outer(static_cast<R>(t.softcap / t.temperature)),
+        slope(static_cast<R>(t.logit_scale / t.temperature)) {}
+
+  Vector<R> operator()(Vector<R> z) const {
+    if constexpr (kSoftcap) return tanh(z * inner) * outer;
+    return z * inner;
+  }
+
+  // y and f'(z) together.
+  void with_slope(Vector<R> z, Vector<R>& y, Vector<R>& dy) const {
+    if constexpr (kSoftcap) {
+      const Vector<R> t = tanh(z * inner);
+      y = t * outer;
+      dy = (R(1) - t * t) * slope;
+    } else {
+      y = z * inner;
+      dy = splat<R>(slope);
+    }
+  }
+};
+
+// The last, incomplete vector of a row, in memory of its own.
+template <class T>
+struct Tail {
+  T values[kLanes<Arithmetic<T>>] = {};
+  Tail(const T* from, int64_t count) { std::copy(from, from + count, values); }
+};
+
+template <class R>
+Vector<R> lanes_from(int64_t count, Vector<R> v, R rest) {  // lanes past count hold rest
+  for (int i = 0; i < kLanes<R>; ++i) v[i] = i < count ? v[i] : rest;
+  return v;
+}
+
+template <class R>
+double horizontal_sum(Vector<R> v) {
+  double sum = 0;
+  for (int i = 0; i < kLanes<R>; ++i) sum += v[i];
+  return sum;
+}
+
+template <class R>
+R horizontal_max(Vector<R> v) {
+  R largest = v[0];
+  for (int i = 1; i < kLanes<R>; ++i) largest = v[i] > largest ? v[i] : largest;
+  return largest;
+}
+
+// Calls body(y) for every vector of y = f(z); lanes past the end hold `rest`.
+template <class T, class F, class Body>
+inline void for_each_vector(const T* z, int64_t count, const F& transform, Arithmetic<T> rest, Body body) {
+  using R = Arithmetic<T>;
+  int64_t i = 0;
+  for (; i + kLanes<R> <= count; i += kLanes<R>) body(transform(load(z + i)));
+  if (i < count) body(lanes_from<R>(count - i, transform(load(Tail<T>(z + i, count - i).values)), rest));
+}
+
+template <class T, bool kSoftcap, bool kExtras>
+RowStatistics statistics_of(const T* z, int64_t vocab, int64_t id, const Transform& options) {
+  using R = Arithmetic<T>;
+  using V = Vector<R>;
+  const VectorTransform<R, kSoftcap> transform(options);
+  RowStatistics row;
+  for (int64_t start = 0; start < vocab; start += kBlock) {
+    const int64_t count = std::min(kBlock, vocab - start);
+    V largest = splat<R>(-INFINITY);
+    for_each_vector(z + start, count, transform, R(-INFINITY), [&](V y) { largest = max(y, largest); });
+    OnlineSoftmax<double> block;
+    block.max = horizontal_max<R>(largest);
+    // a block of -inf alone has no maximum to subtract: its exponentials are 0 by any other
+    const R shift = block.max == -INFINITY ? R(0) : static_cast<R>(block.max);
+    V sum{}, weighted{}, squares{};
+    for_each_vector(z + start, count, transform, R(-INFINITY), [&](V y) {
+      const V t = y - shift;
+      const V e = exp(t);
+      sum += e;
+      weighted += (t < R(-88) ? splat<R>(-88) : t) * e;  // -inf * 0 is NaN
+      if constexpr (kExtras) squares += e * e;
+    });
+    block.sum = horizontal_sum<R>(sum);
+    block.weighted = horizontal_sum<R>(weighted);
+    if constexpr (kExtras) {
+      const double before = row.softmax.max;
+      const double joint = std::max(before, block.max);
+      row.sum_squares = (row.sum_squares == 0 ? 0 : row.sum_squares * std::exp(2 * (before - joint))) +
+                        (block.max == -INFINITY ? 0 : horizontal_sum<R>(squares) * std::exp(2 * (block.max - joint)));
+      V total{};
+      for_each_vector(z + start, count, transform, R(0), [&](V y) { total += y; });
+      row.sum_logits += horizontal_sum<R>(total);
+      if (block.max > before) {
+        for (int64_t i = 0; i < count; i += kLanes<R>) {
+          const int64_t n = std::min<int64_t>(kLanes<R>, count - i);
+          const V y = transform(load(Tail<T>(z + start + i, n).values));
+          int lane = 0;
+          while (lane < n && y[lane] != static_cast<R>(block.max)) ++lane;
+          if (lane < n) {
+            row.first_largest = start + i + lane;
+            break;
+          }
+        }
+      }
+    }
+    row.softmax.merge(block);
+  }
+  row.target = transform(load(Tail<T>(z + id, 1).values))[0];
+  return row;
+}
+
+template <class T>
+RowStatistics statistics(const void* z, int64_t vocab, int64_t id, const Transform& options, bool extras) {
+  const T* row = static_cast<const T*>(z);
+  if (options.softcap > 0) {
+    return extras ? statistics_of<T, true, true>(row, vocab, id, options)
+                  : statistics_of<T, true, false>(row, vocab, id, options);
+  }
+  return extras ? statistics_of<T, false, true>(row, vocab, id, options)
+                : statistics_of<T, false, false>(row, vocab, id, options);
+}
+
+template <class T, bool kSoftcap, bool kEntropy>
+void gradient_of(const T* z, T* dz, int64_t vocab, const Transform& options, const RowGradient& g) {
+  using R = Arithmetic<T>;
+  using V = Vector<R>;
+  const VectorTransform<R, kSoftcap> transform(options);
+  const R lse = static_cast<R>(g.lse), entropy = static_cast<R>(g.entropy);
+  const R c = static_cast<R>(g.c), c_h = static_cast<R>(g.c_h);
+  const auto derivative = [&](V values) {
+    V y, dy;
+    transform.with_slope(values, y, dy);
+    const V log_p = y - lse;
+    const V p = exp(log_p);
+    if constexpr (kEntropy) {
+      const V bounded = log_p < R(-88) ? splat<R>(-88) : log_p;  // -inf * 0 is NaN
+      return -(p * (c + c_h * (bounded + entropy))) * dy;
+    }
+    return p * (-c * dy);
+  };
+  V target, slope;
+  transform.with_slope(load(Tail<T>(z + g.id, 1).values), target, slope);  // before dz, which may be z, is written
+  int64_t i = 0;
+  for (; i + kLanes<R> <= vocab; i += kLanes<R>) store(dz + i, derivative(load(z + i)));
+  Tail<T> tail(z + i, vocab - i);
+  store(tail.values, derivative(load(tail.values)));
+  std::copy(tail.values, tail.values + (vocab - i), dz + i);
+  // the target's 1 - p, from the log-probability: no digit is lost where p is near 1
+  double at_target = -std::expm1(g.logprob) * g.c;
+  if (kEntropy) at_target -= g.c_h * std::exp(g.logprob) * (g.logprob + g.entropy);
+  Tail<T> patch(z, 0);
+  store(patch.values, splat<R>(static_cast<R>(at_target * slope[0])));
+  dz[g.id] = patch.values[0];
+}
+
+template <class T>
+void gradient(const void* z, void* dz, int64_t vocab, const Transform& options, const RowGradient& g) {
+  const T* from = static_cast<const T*>(z);
+  T* to = static_cast<T*>(dz);
+  if (options.softcap > 0) {
+    return g.c_h != 0 ? gradient_of<T, true, true>(from, to, vocab, options, g)
+                      : gradient_of<T, true, false>(from, to, vocab, options, g);
+  }
+  return g.c_h != 0 ? gradient_of<T, false, true>(from, to, vocab, options, g)
+                    : gradient_of<T, false, false>(from, to, vocab, options, g);
+}
+
+template <class T>
+void scale(void* values, int64_t count, double factor) {
+  using R = Arithmetic<T>;
+  T* v = static_cast<T*>(values);
+  const R f = static_cast<R>(factor);
+  int64_t i = 0;
+  for (; i + kLanes<R> <= count; i += kLanes<R>) store(v + i, load(v + i) * f);
+  Tail<T> tail(v + i, count - i);
+  store(tail.values, load(tail.values) * f);
+  std::copy(tail.values, tail.values + (count - i), v + i);
+}
+
+template <class T>
+constexpr RowKernels kernels_for() {
+  return {statistics<T>, gradient<T>, scale<T>};
+}
+
+}  // namespace
+
+// By Dtype.
+extern const RowKernels kRowKernels[kDtypeCount];
+const RowKernels kRowKernels[kDtypeCount] = {kernels_for<float>(), kernels_for<BFloat16>(), kernels_for<Half>(),
+                                             kernels_for<double>()};
+
+}  // namespace grpo::GRPO_ISA

@@ -1,0 +1,29 @@
+// scale: a gradient times a scalar, in its own memory; nothing is read or written where the scalar is 1.
+#include "tensors.h"
+
+namespace grpo {
+
+void scale(const Tensor& gradient, const Tensor& factor) {
+  STD_TORCH_CHECK(factor.numel() == 1, "expected a scalar");
+  const double value = [&] {
+    switch (dtype_of(factor)) {
+      case Dtype::kFloat:
+        return static_cast<double>(*data<float>(factor));
+      case Dtype::kDouble:
+        return *data<double>(factor);
+      default:
+        STD_TORCH_CHECK(false, "expected a float32 or float64 scalar");
+    }
+    return 0.0;
+  }();
+  if (value == 1) return;
+  const Rows rows(gradient);
+  const RowKernels& kernels = row_kernels(dtype_of(gradient));
+  parallel_rows(rows.batch * rows.length, rows.width, [&](int64_t row) {
+    kernels.scale(rows.row(row / rows.length, row % rows.length), rows.width, value);
+  });
+}
+
+}  // namespace grpo
+
+STABLE_TORCH_LIBRARY_IMPL(grpo_kernels, CPU, m) { m.impl("scale_cpu", TORCH_BOX(&grpo::scale)); }

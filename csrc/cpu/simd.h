@@ -1,0 +1,155 @@
+// Vectors of the compiler's own (GCC and Clang), as wide as the instruction set this file is compiled for.
+//
+// Each instruction set compiles row_kernels.cpp again with GRPO_ISA defined; nothing here may be included elsewhere.
+#pragma once
+
+#include <bit>
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+
+#include "dtypes.h"
+
+namespace grpo::GRPO_ISA {
+
+#if defined(__AVX512F__)
+constexpr int kVectorBytes = 64;
+#elif defined(__AVX2__)
+constexpr int kVectorBytes = 32;
+#else
+constexpr int kVectorBytes = 16;  // SSE2, NEON
+#endif
+
+template <class R>
+constexpr int kLanes = kVectorBytes / sizeof(R);
+
+template <class R, int bytes = kVectorBytes>
+struct VectorOf {
+  typedef R type __attribute__((vector_size(bytes)));
+};
+using F32 = VectorOf<float>::type;
+using I32 = VectorOf<int32_t>::type;
+using U32 = VectorOf<uint32_t>::type;
+using F64 = VectorOf<double>::type;
+using U16Half = VectorOf<uint16_t, kVectorBytes / 2>::type;  // as many lanes as F32
+
+template <class R>
+using Vector = typename VectorOf<R>::type;
+
+template <class V>
+inline V load_bytes(const void* from) {
+  V v;
+  std::memcpy(&v, from, sizeof(V));
+  return v;
+}
+
+template <class V>
+inline void store_bytes(void* to, V v) {
+  std::memcpy(to, &v, sizeof(V));
+}
+
+template <class To, class From>
+inline To bits(From v) {
+  static_assert(sizeof(To) == sizeof(From));
+  To to;
+  std::memcpy(&to, &v, sizeof(To));
+  return to;
+}
+
+template <class R>
+inline Vector<R> splat(R x) {
+  return Vector<R>{} + x;
+}
+
+// ---- loads and stores: storage type to arithmetic type and back, rounding to nearest even
+
+inline F32 load(const float* p) { return load_bytes<F32>(p); }
+inline F64 load(const double* p) { return load_bytes<F64>(p); }
+inline F32 load(const BFloat16* p) {
+  return bits<F32>(__builtin_convertvector(load_bytes<U16Half>(p), U32) << 16);
+}
+inline F32 load(const Half* p) {
+  const U32 h = __builtin_convertvector(load_bytes<U16Half>(p), U32);
+  const U32 sign = (h & 0x8000u) << 16;
+  // exponent and mantissa in fp32's place are the value times 2^-112; subnormals come out normal
+  const F32 magnitude = bits<F32>((h & 0x7fffu) << 13) * 0x1p112f;
+  const U32 special = (h & 0x7fffu) >= 0x7c00u ? U32{} + 0x7f800000u : U32{};
+  return bits<F32>(bits<U32>(magnitude) | special | sign);
+}
+
+inline void store(float* p, F32 v) { store_bytes(p, v); }
+inline void store(double* p, F64 v) { store_bytes(p, v); }
+inline void store(BFloat16* p, F32 v) {
+  const U32 u = bits<U32>(v);
+  const U32 rounded = (u + 0x7fffu + ((u >> 16) & 1u)) >> 16;
+  const U32 nan = (u >> 16) | 0x40u;
+  store_bytes(p, __builtin_convertvector((u & 0x7fffffffu) > 0x7f800000u ? nan : rounded, U16Half));
+}
+inline void store(Half* p, F32 v) {
+  const U32 u = bits<U32>(v);
+  const U32 sign = (u >> 16) & 0x8000u;
+  const U32 a = u & 0x7fffffffu;
+  // below 2^-14: adding 2^-1 leaves the value in units of 2^-24, fp16's subnormal step, rounded to even, in the low bits
+  const U32 subnormal = bits<U32>(bits<F32>(a) + 0.5f) - 0x3f000000u;
+  const U32 normal = (a - 0x38000000u + 0xfffu + ((a >> 13) & 1u)) >> 13;
+  U32 h = a < 0x38800000u ? subnormal : normal;
+  h = a >= 0x477ff000u ? U32{} + 0x7c00u : h;  // rounds past 65504
+  h = a > 0x7f800000u ? U32{} + 0x7e00u : h;
+  store_bytes(p, __builtin_convertvector(h | sign, U16Half));
+}
+
+// ---- arithmetic
+
+// e^x for x <= 88. Relative error below 1.2e-7 (2 ulp); exactly 0 below -87.33; NaN stays NaN.
+inline F32 exp(F32 x) {
+  const F32 bounded = x < -87.33f ? splat(-87.33f) : x;
+  const F32 magic = splat(0x1.8p23f);  // its last bit is worth 1: adding it rounds to an integer
+  const F32 shifted = bounded * 1.44269504f + magic;
+  const F32 n = shifted - magic;
+  F32 r = bounded - n * 0.693359375f;  // ln 2 in two parts; n times the first is exact
+  r = r + n * 2.12194440e-4f;
+  F32 p = splat(1.9875691500e-4f);
+  p = p * r + 1.3981999507e-3f;
+  p = p * r + 8.3334519073e-3f;
+  p = p * r + 4.1665795894e-2f;
+  p = p * r + 1.6666665459e-1f;
+  p = p * r + 5.0000001201e-1f;
+  const F32 mantissa = p * (r * r) + r + 1.0f;
+  const I32 exponent = bits<I32>(shifted) << 23;  // n lies in the low bits of shifted
+  const F32 scaled = bits<F32>(bits<I32>(mantissa) + exponent);
+  return x < -87.33f ? F32{} : scaled;
+}
+
+// tanh x. Absolute error below 1.5e-7, relative error below 3e-7.
+inline F32 tanh(F32 x) {
+  const F32 magnitude = bits<F32>(bits<U32>(x) & 0x7fffffffu);
+  const F32 bounded = magnitude > 9.1f ? splat(9.1f) : magnitude;  // tanh 9.1 rounds to 1
+  const F32 large = 1.0f - 2.0f / (exp(bounded + bounded) + 1.0f);
+  const F32 s = x * x;
+  F32 p = splat(-5.70498872745e-3f);
+  p = p * s + 2.06390887954e-2f;
+  p = p * s - 5.37397155531e-2f;
+  p = p * s + 1.33314422036e-1f;
+  p = p * s - 3.33332819422e-1f;
+  const F32 small = x + x * s * p;
+  const F32 signed_large = bits<F32>(bits<U32>(large) | (bits<U32>(x) & 0x80000000u));
+  const F32 y = magnitude < 0.625f ? small : signed_large;
+  return x != x ? x : y;
+}
+
+// fp64 serves tests: the C library's functions, lane by lane.
+inline F64 exp(F64 x) {
+  for (int i = 0; i < kLanes<double>; ++i) x[i] = std::exp(x[i]);
+  return x;
+}
+inline F64 tanh(F64 x) {
+  for (int i = 0; i < kLanes<double>; ++i) x[i] = std::tanh(x[i]);
+  return x;
+}
+
+template <class V>
+inline V max(V a, V b) {
+  return a > b ? a : b;
+}
+
+}  // namespace grpo::GRPO_ISA
