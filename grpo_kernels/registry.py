@@ -34,10 +34,15 @@ def _load_cpu_extension() -> str | None:
     return None
 
 
+@torch.compiler.assume_constant_result
+def _extension_error() -> str | None:
+    return _load_cpu_extension()
+
+
 def _cpu_reason(device: torch.device) -> str | None:
     if device.type != "cpu":
         return f"its tensors must be on the CPU, got {device}"
-    return _load_cpu_extension()
+    return _extension_error()
 
 
 _REASONS: dict[str, Callable[[torch.device], str | None]] = {
