@@ -8,6 +8,15 @@
 #include <cstdint>
 #include <cstring>
 
+#ifdef __AVX2__
+#if defined(__GNUC__) && !defined(__clang__)
+// GCC 12 warns of its own header's deliberately undefined operands, wherever they are inlined (GCC bug 105593)
+#pragma GCC diagnostic ignored "-Wuninitialized"
+#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
+#endif
+#include <immintrin.h>
+#endif
+
 #include "dtypes.h"
 
 namespace grpo::GRPO_ISA {
@@ -65,17 +74,10 @@ inline Vector<R> splat(R x) {
 
 inline F32 load(const float* p) { return load_bytes<F32>(p); }
 inline F64 load(const double* p) { return load_bytes<F64>(p); }
-inline F32 load(const BFloat16* p) {
-  return bits<F32>(__builtin_convertvector(load_bytes<U16Half>(p), U32) << 16);
-}
-inline F32 load(const Half* p) {
-  const U32 h = __builtin_convertvector(load_bytes<U16Half>(p), U32);
-  const U32 sign = (h & 0x8000u) << 16;
-  // exponent and mantissa in fp32's place are the value times 2^-112; subnormals come out normal
-  const F32 magnitude = bits<F32>((h & 0x7fffu) << 13) * 0x1p112f;
-  const U32 special = (h & 0x7fffu) >= 0x7c00u ? U32{} + 0x7f800000u : U32{};
-  return bits<F32>(bits<U32>(magnitude) | special | sign);
-}
+inline U32 widen(const void* p);               // as many uint16 as F32 has lanes
+inline void store_narrow(void* p, U32 values);  // each below 2^16
+
+inline F32 load(const BFloat16* p) { return bits<F32>(widen(p) << 16); }
 
 inline void store(float* p, F32 v) { store_bytes(p, v); }
 inline void store(double* p, F64 v) { store_bytes(p, v); }
@@ -83,7 +85,38 @@ inline void store(BFloat16* p, F32 v) {
   const U32 u = bits<U32>(v);
   const U32 rounded = (u + 0x7fffu + ((u >> 16) & 1u)) >> 16;
   const U32 nan = (u >> 16) | 0x40u;
-  store_bytes(p, __builtin_convertvector((u & 0x7fffffffu) > 0x7f800000u ? nan : rounded, U16Half));
+  store_narrow(p, v != v ? nan : rounded);
+}
+
+#if defined(__AVX512F__)
+
+inline U32 widen(const void* p) { return bits<U32>(_mm512_cvtepu16_epi32(load_bytes<__m256i>(p))); }
+inline void store_narrow(void* p, U32 v) { store_bytes(p, _mm512_cvtepi32_epi16(bits<__m512i>(v))); }
+inline F32 load(const Half* p) { return _mm512_cvtph_ps(load_bytes<__m256i>(p)); }
+inline void store(Half* p, F32 v) { store_bytes(p, _mm512_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT)); }
+
+#elif defined(__AVX2__)
+
+inline U32 widen(const void* p) { return bits<U32>(_mm256_cvtepu16_epi32(load_bytes<__m128i>(p))); }
+inline void store_narrow(void* p, U32 v) {
+  const __m256i u = bits<__m256i>(v);
+  store_bytes(p, _mm_packus_epi32(_mm256_castsi256_si128(u), _mm256_extracti128_si256(u, 1)));
+}
+inline F32 load(const Half* p) { return _mm256_cvtph_ps(load_bytes<__m128i>(p)); }
+inline void store(Half* p, F32 v) { store_bytes(p, _mm256_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT)); }
+
+#else
+
+inline U32 widen(const void* p) { return __builtin_convertvector(load_bytes<U16Half>(p), U32); }
+inline void store_narrow(void* p, U32 v) { store_bytes(p, __builtin_convertvector(v, U16Half)); }
+
+inline F32 load(const Half* p) {
+  const U32 h = widen(p);
+  const U32 sign = (h & 0x8000u) << 16;
+  // exponent and mantissa in fp32's place are the value times 2^-112; subnormals come out normal
+  const F32 magnitude = bits<F32>((h & 0x7fffu) << 13) * 0x1p112f;
+  const U32 special = (h & 0x7fffu) >= 0x7c00u ? U32{} + 0x7f800000u : U32{};
+  return bits<F32>(bits<U32>(magnitude) | special | sign);
 }
 inline void store(Half* p, F32 v) {
   const U32 u = bits<U32>(v);
@@ -95,8 +128,10 @@ inline void store(Half* p, F32 v) {
   U32 h = a < 0x38800000u ? subnormal : normal;
   h = a >= 0x477ff000u ? U32{} + 0x7c00u : h;  // rounds past 65504
   h = a > 0x7f800000u ? U32{} + 0x7e00u : h;
-  store_bytes(p, __builtin_convertvector(h | sign, U16Half));
+  store_narrow(p, h | sign);
 }
+
+#endif
 
 // ---- arithmetic
 
