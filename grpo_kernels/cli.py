@@ -33,26 +33,32 @@ def _info() -> int:
 
 
 def _train(recipe_name: str | None, overrides: Sequence[str]) -> int:
-    try:
-        from grpo_kernels.training.recipe import load_recipe
-    except ImportError as error:
-        print(f"error: training needs the extra grpo-kernels[train]: {error}", file=sys.stderr)
-        return 2
     output_dir = None
     try:
         try:
+            from grpo_kernels.training.recipe import load_recipe
+
             recipe = load_recipe(recipe_name, overrides)
+        except ImportError as error:
+            return _fail(f"training needs the extra grpo-kernels[train]: {error}")
         except (ValueError, FileNotFoundError) as error:
-            print(f"error: {error}", file=sys.stderr)
-            return 2
-        output_dir = Path(recipe.output_dir)
+            return _fail(str(error))
         from grpo_kernels.training.run import train
 
-        train(recipe)
+        output_dir = Path(recipe.output_dir)
+        try:
+            train(recipe)
+        except FileExistsError as error:
+            return _fail(str(error))
     except KeyboardInterrupt:
         print(_interrupted_message(output_dir), file=sys.stderr)
         return INTERRUPTED
     return 0
+
+
+def _fail(message: str) -> int:
+    print(f"error: {message}", file=sys.stderr)
+    return 2
 
 
 def _interrupted_message(output_dir: Path | None) -> str:

@@ -25,8 +25,10 @@ def cold_start(
     Raises:
         ValueError: No row has a completion.
     """
+    if not recipe.sft_steps:
+        return
     examples = [row for row in rows if row.get("completion")]
-    if recipe.sft_steps and not examples:
+    if not examples:
         raise ValueError(f"sft_steps is {recipe.sft_steps}, but no row of {recipe.dataset_name!r} has a completion")
     rng = random.Random(recipe.seed)
     optimizer = torch.optim.AdamW(model.parameters(), lr=recipe.sft_learning_rate, weight_decay=0.0)

@@ -106,6 +106,7 @@ def plot_curves(records: Sequence[dict[str, Any]], path: Path) -> None:
                 held_out = [(r["step"], r[key]) for r in records if key in r]
                 if held_out:
                     axes.plot(*zip(*held_out, strict=True), "o--", label=label)
+        if axes.lines:
             axes.legend()
     unfinished = path.with_name(f".{path.name}")
     figure.savefig(unfinished, dpi=120, format="png")

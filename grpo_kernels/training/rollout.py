@@ -118,7 +118,8 @@ def completion_logprobs(
     model: PreTrainedModel, rollout: Rollout, *, temperature: float, batch_size: int, backend: str
 ) -> Tensor:  # [B, T]
     """Log-probabilities, in nats, of the sampled tokens under ``model``; 0 on padding. Forms no gradient."""
-    logprobs = torch.zeros(rollout.completion_ids.shape, dtype=torch.float32, device=rollout.completion_ids.device)
+    dtype = torch.float64 if model.dtype == torch.float64 else torch.float32
+    logprobs = torch.zeros(rollout.completion_ids.shape, dtype=dtype, device=rollout.completion_ids.device)
     for indices in torch.arange(len(logprobs), device=logprobs.device).split(batch_size):
         part = rollout.select(indices)
         values = token_logprobs(

@@ -1,0 +1,159 @@
+"""Checkpoints that are whole or absent, Ctrl-C, and the command line."""
+
+from __future__ import annotations
+
+import json
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from grpo_kernels import cli
+from grpo_kernels.training import addition
+from grpo_kernels.training.checkpoint import clear_run, list_checkpoints, save_checkpoint
+from grpo_kernels.training.reporting import MetricsFile, heading, plot_curves, read_metrics
+
+
+@pytest.fixture
+def tokenizer():
+    return addition.build_tokenizer()
+
+
+@pytest.fixture
+def model(tokenizer):
+    return addition.build_model(tokenizer, seed=0)
+
+
+def test_a_checkpoint_loads_with_the_auto_classes(tmp_path, model, tokenizer):
+    path = save_checkpoint(tmp_path, 3, model, tokenizer, keep=2)
+    assert path == tmp_path / "checkpoint-3"
+    loaded = AutoModelForCausalLM.from_pretrained(path)
+    assert all(torch.equal(p, q) for p, q in zip(model.parameters(), loaded.parameters(), strict=True))
+    assert AutoTokenizer.from_pretrained(path)("1 + 1")["input_ids"] == tokenizer("1 + 1")["input_ids"]
+
+
+def test_an_interrupted_write_leaves_the_earlier_checkpoint(tmp_path, model, tokenizer, monkeypatch):
+    save_checkpoint(tmp_path, 1, model, tokenizer, keep=1)
+
+    def interrupted(folder):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(tokenizer, "save_pretrained", interrupted)  # the model's files are already written then
+        with pytest.raises(KeyboardInterrupt):
+            save_checkpoint(tmp_path, 2, model, tokenizer, keep=1)
+    assert list_checkpoints(tmp_path) == [tmp_path / "checkpoint-1"]
+    AutoModelForCausalLM.from_pretrained(tmp_path / "checkpoint-1")
+    save_checkpoint(tmp_path, 2, model, tokenizer, keep=1)
+    assert list_checkpoints(tmp_path) == [tmp_path / "checkpoint-2"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["checkpoint-2"]
+
+
+def test_an_interrupted_deletion_leaves_no_checkpoint_with_parts_missing(tmp_path, model, tokenizer, monkeypatch):
+    save_checkpoint(tmp_path, 1, model, tokenizer, keep=1)
+
+    def interrupted(folder):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr("grpo_kernels.training.checkpoint.shutil.rmtree", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            save_checkpoint(tmp_path, 2, model, tokenizer, keep=1)
+    assert list_checkpoints(tmp_path) == [tmp_path / "checkpoint-2"]
+    save_checkpoint(tmp_path, 10, model, tokenizer, keep=2)
+    assert [p.name for p in list_checkpoints(tmp_path)] == ["checkpoint-2", "checkpoint-10"]
+
+
+def test_clearing_a_run_leaves_other_files(tmp_path, model, tokenizer):
+    save_checkpoint(tmp_path, 1, model, tokenizer, keep=1)
+    for name in ("metrics.jsonl", "curves.png", "notes.txt", "checkpoint-mine"):
+        (tmp_path / name).write_text("")
+    clear_run(tmp_path)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["checkpoint-mine", "notes.txt"]
+
+
+def test_metrics_can_be_read_while_the_file_is_open(tmp_path):
+    file = MetricsFile(tmp_path / "metrics.jsonl")
+    file.write({"step": 1, "reward": 0.5})
+    file.write({"step": 2, "reward": 0.75})
+    assert read_metrics(tmp_path / "metrics.jsonl") == [{"step": 1, "reward": 0.5}, {"step": 2, "reward": 0.75}]
+    file.close()
+
+
+def test_curves_are_drawn_with_and_without_a_kl(tmp_path):
+    records = [{"step": s, "reward": s / 10, "rewards/accuracy/mean": 0.5, "eval_accuracy": 0.4} for s in range(5)]
+    plot_curves(records, tmp_path / "curves.png")
+    plot_curves([{**r, "kl": 0.1, "clip_ratio/region_mean": 0.0} for r in records], tmp_path / "more.png")
+    assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")
+    assert (tmp_path / "curves.png").read_bytes() != (tmp_path / "more.png").read_bytes()
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["curves.png", "more.png"]
+
+
+def test_the_heading_spells_every_name_in_its_column():
+    lines = heading(["step", "rewards/accuracy/mean", "learning_rate"]).splitlines()
+    columns = [(0, 7), (9, 18), (20, 29)]
+    assert lines[-1] == "  ".join("-" * (end - start) for start, end in columns)
+    spelled = ["".join(line[start:end].strip() for line in lines[:-1]) for start, end in columns]
+    assert spelled == ["step", "rewards/accuracy/mean", "learning_rate"]
+
+
+def start_endless_run(folder):
+    command = [sys.executable, "-m", "grpo_kernels.cli", "train", "--recipe", "addition", "--output_dir", str(folder)]
+    small = {
+        "sft_steps": 2, "num_eval_prompts": 0, "max_steps": 100000, "save_steps": 1, "max_completion_length": 8,
+        "per_device_train_batch_size": 8, "steps_per_generation": 1, "gradient_accumulation_steps": 1,
+    }  # fmt: skip
+    arguments = [text for key, value in small.items() for text in (f"--{key}", str(value))]
+    return subprocess.Popen([*command, *arguments], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def test_ctrl_c_leaves_a_usable_checkpoint_and_usable_metrics(tmp_path):
+    process = start_endless_run(tmp_path)
+    try:
+        deadline = time.monotonic() + 120
+        while not (tmp_path / "checkpoint-5").exists() and process.poll() is None and time.monotonic() < deadline:
+            time.sleep(0.05)
+        process.send_signal(signal.SIGINT)
+        _, errors = process.communicate(timeout=60)
+    finally:
+        process.kill()
+    assert process.returncode == 130, errors
+    latest = list_checkpoints(tmp_path)[-1]
+    assert f"interrupted; last complete checkpoint: {latest}; metrics: {tmp_path / 'metrics.jsonl'}" in errors
+    assert "Traceback" not in errors
+    steps = [record["step"] for record in read_metrics(tmp_path / "metrics.jsonl")]
+    assert steps == list(range(1, len(steps) + 1))
+    assert int(latest.name.removeprefix("checkpoint-")) in (len(steps), len(steps) - 1)
+    tokenizer = AutoTokenizer.from_pretrained(latest)
+    logits = AutoModelForCausalLM.from_pretrained(latest)(**tokenizer("1 2 + 3 4 =", return_tensors="pt")).logits
+    assert logits.isfinite().all()
+
+
+def test_bad_arguments_end_with_status_2_and_one_line(tmp_path, capsys):
+    assert cli.main(["train", "--recipe", "addition", "--learning_rat", "1"]) == 2
+    assert capsys.readouterr().err == (
+        "error: command line: unknown key 'learning_rat'; the nearest known key is 'learning_rate'\n"
+    )
+    assert cli.main(["train", "--recipe", "nothing"]) == 2
+    assert "no recipe 'nothing'" in capsys.readouterr().err
+    (tmp_path / "metrics.jsonl").write_text("{}\n")
+    arguments = ["--output_dir", str(tmp_path), "--overwrite_output_dir", "false"]
+    assert cli.main(["train", "--recipe", "addition", *arguments]) == 2
+    assert "holds another run" in capsys.readouterr().err
+    assert json.loads((tmp_path / "metrics.jsonl").read_text()) == {}
+
+
+def test_info_needs_no_training_extra():
+    script = (
+        "import sys; sys.modules.update(dict.fromkeys(['transformers', 'yaml', 'tqdm', 'datasets', 'matplotlib']));"
+        "from grpo_kernels.cli import main; status = main(['info']);"
+        "assert main(['train', '--recipe', 'addition']) == 2; sys.exit(status)"
+    )
+    finished = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=120)
+    assert finished.returncode == 0, finished.stderr
+    assert "torch" in finished.stdout
+    assert "training needs the extra grpo-kernels[train]" in finished.stderr

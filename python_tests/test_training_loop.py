@@ -1,0 +1,254 @@
+"""The GRPO loop: one step however it is cut, ratios, control experiment, and a reward that rises."""
+
+from __future__ import annotations
+
+import json
+import math
+
+import pytest
+import torch
+
+from grpo_kernels.training import addition
+from grpo_kernels.training.cold_start import cold_start
+from grpo_kernels.training.data import Task, load_task
+from grpo_kernels.training.loop import GRPOLoop
+from grpo_kernels.training.recipe import Recipe, load_recipe
+from grpo_kernels.training.reporting import read_metrics
+from grpo_kernels.training.rollout import completion_logprobs
+from grpo_kernels.training.run import train
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    """Two contended threads make a model of this size ten times slower."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def odd_token_reward(prompts, completions, **columns):
+    """Differs within every group, whatever the model."""
+    return [float(sum(map(ord, completion)) % 7) for completion in completions]
+
+
+def share_of_sevens(prompts, completions, **columns):
+    return [completion.split().count("7") / 6 for completion in completions]
+
+
+def infinite_reward(prompts, completions, **columns):
+    return [math.inf] * len(completions)
+
+
+def recipe_of(**changes):
+    settings = {
+        "num_generations": 4,
+        "per_device_train_batch_size": 4,
+        "steps_per_generation": 4,
+        "gradient_accumulation_steps": 4,
+        "max_completion_length": 12,
+        "learning_rate": 1e-3,
+        "reward_funcs": ["test_training_loop:odd_token_reward"],
+        "device": "cpu",
+        "num_eval_prompts": 0,
+        "disable_tqdm": True,
+    }
+    return Recipe(**{**settings, **changes})
+
+
+def loop_of(**changes):
+    torch.manual_seed(0)
+    recipe = recipe_of(**changes)
+    return GRPOLoop(load_task(recipe), recipe)
+
+
+def gradients(loop, micro_batches):
+    loop.model.zero_grad(set_to_none=True)
+    metrics = loop.accumulate_gradients(micro_batches)
+    return metrics, [parameter.grad.clone() for parameter in loop.model.parameters()]
+
+
+@pytest.mark.parametrize("backend", ["torch", "auto"])
+@pytest.mark.parametrize("loss_type", ["grpo", "bnpo", "dr_grpo", "dapo"])
+def test_accumulated_gradients_equal_those_of_one_batch(loss_type, backend):
+    """Micro-batches of unequal token counts; fp64, so that only the normaliser could tell them apart."""
+    entropy_coef = 0.1 if loss_type in ("dapo", "bnpo") else 0.0
+    loop = loop_of(loss_type=loss_type, entropy_coef=entropy_coef, beta=0.1, backend=backend)
+    loop.model.double()
+    loop.reference.double()
+    batch, _, _ = loop.collect()
+    with torch.no_grad():
+        loop.model.lm_head.weight.mul_(1.5)  # ratios and KL away from 1 and 0
+    batch = batch._replace(old_logprobs=batch.ref_logprobs)
+    order = batch.rollout.completion_mask.sum(dim=1).argsort()
+    parts = [batch.select(indices) for indices in order.split(4)]
+    assert len({int(part.rollout.completion_mask.sum()) for part in parts}) > 1
+    whole_metrics, whole = gradients(loop, [batch.select(order)])
+    cut_metrics, cut = gradients(loop, parts)
+    assert max(float(g.abs().max()) for g in whole) > 1e-4
+    for expected, actual in zip(whole, cut, strict=True):
+        torch.testing.assert_close(actual, expected, atol=1e-12, rtol=1e-7)
+    assert cut_metrics == pytest.approx(whole_metrics, rel=1e-6)
+
+
+def test_ratios_leave_1_in_the_second_iteration():
+    loop = loop_of(num_iterations=2, epsilon=1e-3)
+    batch, _, _ = loop.collect()
+    first, second = loop.optimizer_batches(batch)
+    assert batch.old_logprobs is not None
+    assert loop.optimizer_step(first)["clip_ratio/region_mean"] == 0
+    mask = batch.rollout.completion_mask.bool()
+    new = completion_logprobs(loop.model, batch.rollout, temperature=1.0, batch_size=16, backend="torch")
+    assert (new - batch.old_logprobs)[mask].abs().max() > 1e-3
+    assert loop.optimizer_step(second)["clip_ratio/region_mean"] > 0
+
+
+def test_each_iteration_uses_every_completion_once():
+    loop = loop_of(num_iterations=2, gradient_accumulation_steps=2)
+    batch, _, _ = loop.collect()
+    batch = batch._replace(advantages=torch.arange(16.0))
+    seen = [[m.advantages.tolist() for m in step] for step in loop.optimizer_batches(batch)]
+    assert [len(step) for step in seen] == [2, 2, 2, 2]
+    for half in (seen[:2], seen[2:]):
+        assert sorted(advantage for step in half for part in step for advantage in part) == list(range(16))
+    assert seen[:2] != seen[2:]
+
+
+def test_old_and_reference_log_probs_exist_only_where_they_are_used():
+    batch, _, _ = loop_of().collect()
+    assert batch.old_logprobs is None and batch.ref_logprobs is None
+    batch, _, _ = loop_of(num_iterations=2, beta=0.1).collect()
+    torch.testing.assert_close(batch.old_logprobs, batch.ref_logprobs)
+    assert (batch.old_logprobs < 0).any()
+
+
+def test_the_reference_stays_where_it_was():
+    loop = loop_of(beta=0.1, max_steps=2)
+    before = [p.clone() for p in loop.reference.parameters()]
+    kl = [step.metrics["kl"] for step in loop.run()]
+    assert abs(kl[0]) < 1e-6 < kl[1]
+    assert all(torch.equal(p, q) for p, q in zip(before, loop.reference.parameters(), strict=True))
+    assert not all(torch.equal(p, q) for p, q in zip(before, loop.model.parameters(), strict=True))
+
+
+def test_an_infinite_reward_stops_the_run():
+    loop = loop_of(reward_funcs=["test_training_loop:infinite_reward"])
+    with pytest.raises(ValueError, match=r"infinite_reward' must return finite rewards, got inf for completion 0"):
+        next(loop.run())
+
+
+def test_truncated_completions_can_be_left_out():
+    loop = loop_of(max_completion_length=2, mask_truncated_completions=True)
+    batch, metrics, _ = loop.collect()
+    assert metrics["completions/clipped_ratio"] > 0
+    kept = batch.rollout.completion_mask.any(dim=1).float().mean().item()
+    assert kept == pytest.approx(1 - metrics["completions/clipped_ratio"])
+    step = next(iter(loop.optimizer_batches(batch)))
+    assert math.isfinite(loop.optimizer_step(step)["loss"])
+
+
+def test_shuffled_rewards_are_the_same_rewards_elsewhere():
+    plain, shuffled = loop_of(), loop_of(shuffle_rewards=True)
+    rewards = []
+    for loop in (plain, shuffled):
+        torch.manual_seed(1)
+        rewards.append([sample.reward for sample in loop.collect()[2]])
+    assert sorted(rewards[0]) == sorted(rewards[1])
+    assert rewards[0] != rewards[1]
+
+
+def test_metrics_have_trls_names():
+    metrics = next(loop_of(beta=0.1).run()).metrics
+    name = "test_training_loop:odd_token_reward"
+    assert metrics.keys() >= {
+        "loss", "reward", "reward_std", "frac_reward_zero_std", f"rewards/{name}/mean", f"rewards/{name}/std",
+        "completions/mean_length", "completions/min_length", "completions/max_length", "completions/clipped_ratio",
+        "kl", "entropy", "clip_ratio/low_mean", "clip_ratio/low_min", "clip_ratio/high_mean", "clip_ratio/high_max",
+        "clip_ratio/region_mean", "grad_norm", "learning_rate", "step_time",
+    }  # fmt: skip
+    assert all(isinstance(value, float) and math.isfinite(value) for value in metrics.values())
+
+
+def test_the_gradient_norm_is_clipped_and_the_learning_rate_decays():
+    loop = loop_of(max_grad_norm=1e-3, max_steps=4)
+    step, *_ = loop.optimizer_batches(loop.collect()[0])
+    assert loop.optimizer_step(step)["grad_norm"] > 1e-3  # reported before clipping
+    rates = [step.metrics["learning_rate"] for step in loop_of(max_steps=4).run()]
+    assert rates == pytest.approx([1e-3, 7.5e-4, 5e-4, 2.5e-4])
+
+
+def test_the_cold_start_lowers_the_loss_and_needs_completions():
+    recipe = recipe_of(sft_steps=20)
+    task = load_task(recipe)
+    losses = list(cold_start(task.model, task.tokenizer, task.train_rows, recipe))
+    assert len(losses) == 20
+    assert losses[0] > math.log(len(task.tokenizer)) - 0.5
+    assert losses[-1] < losses[0] - 0.5
+    with pytest.raises(ValueError, match="sft_steps is 20, but no row of 'addition' has a completion"):
+        next(cold_start(task.model, task.tokenizer, [{"prompt": "1", "answer": "1"}], recipe))
+
+
+def test_any_model_folder_trains_on_any_prompt_answer_file(tmp_path):
+    """Model and tokenizer by folder, data by file, reward columns from the file, checkpoint by AutoModelForCausalLM."""
+    tokenizer = addition.build_tokenizer()
+    addition.build_model(tokenizer, seed=0).save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    rows = [{"prompt": f"{i} + 1 =", "answer": i + 1, "hint": "x"} for i in range(9)]
+    (tmp_path / "sums.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    recipe = recipe_of(
+        dataset_name=str(tmp_path / "sums.jsonl"),
+        model_name_or_path=str(tmp_path / "model"),
+        output_dir=str(tmp_path / "run"),
+        num_eval_prompts=2,
+        reward_funcs=["accuracy", "test_training_loop:odd_token_reward"],
+        max_steps=2,
+    )
+    result = train(recipe)
+    assert result.before.keys() == {"eval_accuracy", "eval_accuracy_greedy"}
+    assert (tmp_path / "run" / "curves.png").read_bytes().startswith(b"\x89PNG")
+    again = load_task(recipe_of(model_name_or_path=str(result.checkpoint)))
+    assert isinstance(again, Task)
+    assert again.tokenizer("1 + 1 =")["input_ids"] == tokenizer("1 + 1 =")["input_ids"]
+    with pytest.raises(FileExistsError, match="holds another run"):
+        train(recipe)
+
+
+def curve(folder, **changes):
+    """The reward at each step of a run."""
+    train(recipe_of(output_dir=str(folder), **changes))
+    return [record["reward"] for record in read_metrics(folder / "metrics.jsonl")]
+
+
+def test_the_same_recipe_gives_the_same_curve_and_another_seed_another(tmp_path):
+    curves = [curve(tmp_path / name, seed=seed, max_steps=3) for name, seed in (("a", 0), ("b", 0), ("c", 1))]
+    assert curves[0] == curves[1] != curves[2]
+
+
+@pytest.mark.parametrize("shuffle", [False, True])
+def test_the_reward_rises_unless_it_is_shuffled(shuffle):
+    loop = loop_of(
+        reward_funcs=["test_training_loop:share_of_sevens"],
+        shuffle_rewards=shuffle,
+        per_device_train_batch_size=16,
+        steps_per_generation=2,
+        gradient_accumulation_steps=1,
+        max_completion_length=6,
+        max_steps=30,
+        learning_rate=3e-3,
+    )
+    rewards = [step.metrics["reward"] for step in loop.run()]
+    rise = sum(rewards[-4:]) / 4 - sum(rewards[:4]) / 4
+    assert rise < 0.05 if shuffle else rise > 0.3
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", [0, 1, 2])
+def test_the_demo_raises_held_out_accuracy(tmp_path, seed):
+    result = train(load_recipe("addition", ["--output_dir", str(tmp_path), "--seed", str(seed)]))
+    assert result.after["eval_accuracy"] >= result.before["eval_accuracy"] + 0.2
+
+
+@pytest.mark.slow
+def test_shuffled_rewards_do_not_raise_held_out_accuracy(tmp_path):
+    result = train(load_recipe("addition", ["--output_dir", str(tmp_path), "--shuffle_rewards", "true"]))
+    assert result.after["eval_accuracy"] < result.before["eval_accuracy"] + 0.1

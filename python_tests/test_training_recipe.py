@@ -1,0 +1,195 @@
+"""Recipes, rewards and data: what a run is told, and what it says to bad input."""
+
+from __future__ import annotations
+
+import json
+import math
+import random
+
+import pytest
+import torch
+
+from grpo_kernels.training import addition, data, rewards
+from grpo_kernels.training.recipe import Recipe, load_recipe
+
+
+def write_recipe(folder, text):
+    path = folder / "recipe.yaml"
+    path.write_text(text)
+    return str(path)
+
+
+def test_the_packaged_recipe_loads_by_name():
+    recipe = load_recipe("addition")
+    assert recipe.dataset_name == "addition"
+    assert recipe.num_threads == 1
+    assert recipe.loss_config().epsilon_high == 0.28
+
+
+def test_file_values_are_converted_and_the_command_line_wins(tmp_path):
+    path = write_recipe(tmp_path, "learning_rate: 1e-4\nreward_funcs: [format]\nbeta: 0.5\nepsilon_high: null\n")
+    recipe = load_recipe(path, ["--beta", "0.25", "--shuffle_rewards", "true", "--reward_weights", "2"])
+    assert recipe.learning_rate == 1e-4  # YAML reads 1e-4 as text
+    assert recipe.reward_funcs == ["format"]
+    assert recipe.reward_weights == [2.0]
+    assert recipe.beta == 0.25
+    assert recipe.shuffle_rewards is True
+    assert recipe.epsilon_high is None
+
+
+@pytest.mark.parametrize(
+    ("key", "nearest"),
+    [("learning_rat", "learning_rate"), ("epsilon_hi", "epsilon_high"), ("num_generation", "num_generations")],
+)
+def test_an_unknown_key_names_the_nearest_known_one(tmp_path, key, nearest):
+    with pytest.raises(ValueError, match=f"unknown key '{key}'; the nearest known key is '{nearest}'"):
+        load_recipe(write_recipe(tmp_path, f"{key}: 1\n"))
+    with pytest.raises(ValueError, match=f"unknown key '{key}'; the nearest known key is '{nearest}'"):
+        load_recipe("addition", [f"--{key}", "1"])
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("max_steps: many\n", "max_steps.*many"),
+        ("max_steps: 0\n", "max_steps must be at least 1, got 0"),
+        ("max_steps: {a: 1}\n", "max_steps must be a single value or a list"),
+        ("loss_type: gpro\n", "loss_type must be one of .* got 'gpro'"),
+        ("temperature: 0\n", "temperature must be finite and greater than 0"),
+        ("num_generations: 3\n", r"num_generations \(3\) must divide .* \(8\)"),
+        ("num_generations: 1\n", "num_generations must be at least 2, got 1"),
+        ("gradient_accumulation_steps: 2\nsteps_per_generation: 3\n", r"gradient_accumulation_steps \(2\) must divide"),
+        ("reward_weights: [1, 2, 3]\n", r"reward_weights must have one weight per reward function \(2\), got 3"),
+        ("- a\n- list\n", "expected a mapping"),
+    ],
+)
+def test_a_bad_value_is_named(tmp_path, text, message):
+    with pytest.raises(ValueError, match=message):
+        load_recipe(write_recipe(tmp_path, text))
+
+
+def test_a_missing_recipe_lists_those_that_ship():
+    with pytest.raises(FileNotFoundError, match=r"no recipe 'substraction'.*addition"):
+        load_recipe("substraction")
+
+
+def test_batch_sizes_follow_from_the_recipe():
+    recipe = Recipe(per_device_train_batch_size=16, gradient_accumulation_steps=2, steps_per_generation=4)
+    assert (recipe.generation_batch_size, recipe.prompts_per_generation, recipe.is_on_policy) == (64, 8, False)
+    assert Recipe(per_device_train_batch_size=16, gradient_accumulation_steps=2).is_on_policy
+
+
+def test_accuracy_and_format_rewards():
+    completions = [
+        "<think> 1 + 1 </think> <answer> 2 </answer>",
+        "<think>a</think>\n<answer>3</answer>",
+        "<answer> 2 </answer>",
+        "<think> a </think> <answer> 2 </answer> 7",
+        "<think> <think> a </think> <answer> 2 </answer>",
+        "<think> a </think> <answer> 2",
+    ]
+    prompts = ["1 + 1 ="] * len(completions)
+    assert rewards.accuracy_reward(prompts, completions, answer=["2", "2", 2, "2", "2", "2"]) == [1, 0, 1, 1, 1, 0]
+    assert rewards.format_reward(prompts, completions) == [1, 1, 0, 0, 0, 0]
+
+
+def test_accuracy_compares_the_last_answer_up_to_white_space():
+    completions = ["<answer> 1 2 </answer> <answer> 1 3 </answer>", "<answer>13</answer>"]
+    assert rewards.accuracy_reward(["", ""], completions, answer=["13", " 1 3"]) == [1.0, 1.0]
+
+
+def test_rewards_are_weighted_and_an_abstention_counts_for_nothing():
+    functions = {
+        "length": lambda prompts, completions, **columns: [float(len(c)) for c in completions],
+        "sometimes": lambda prompts, completions, *, level, **columns: [None if x else 1.0 for x in level],
+    }
+    table = rewards.score(functions, ["p"] * 2, ["ab", "abc"], {"level": [0, 1]})
+    torch.testing.assert_close(table, torch.tensor([[2.0, 1.0], [3.0, math.nan]]), equal_nan=True)
+    assert rewards.total(table, [0.5, 4.0]).tolist() == [5.0, 1.5]
+    assert rewards.total(table, None).tolist() == [3.0, 3.0]
+    assert math.isnan(rewards.total(torch.tensor([[math.nan, math.nan]]), None).item())
+
+
+def infinite_reward(prompts, completions, **columns):
+    return [0.0, math.inf, *[0.0] * (len(completions) - 2)]
+
+
+def test_bad_rewards_are_named():
+    with pytest.raises(ValueError, match="'boom' must return finite rewards, got inf for completion 1"):
+        rewards.score({"boom": infinite_reward}, ["p"] * 3, ["c"] * 3, {})
+    with pytest.raises(ValueError, match="'few' must return 2 rewards, got 1"):
+        rewards.score({"few": lambda prompts, completions, **columns: [1.0]}, ["p"] * 2, ["c"] * 2, {})
+
+
+def test_reward_functions_resolve_by_name_and_by_module():
+    assert rewards.resolve("accuracy") is rewards.accuracy_reward
+    assert rewards.resolve("grpo_kernels.training.rewards:format_reward") is rewards.format_reward
+    with pytest.raises(ValueError, match=r"expected one of accuracy, format or .* got 'acuracy'"):
+        rewards.resolve("acuracy")
+    with pytest.raises(ValueError, match="has no function 'nothing'"):
+        rewards.resolve("grpo_kernels.training.rewards:nothing")
+
+
+def test_addition_traces_are_right_without_an_error_and_wrong_with_one():
+    rng = random.Random(0)
+    for _ in range(200):
+        a, b = rng.randrange(10, 100), rng.randrange(10, 100)
+        assert rewards.accuracy_reward([""], [addition.trace(a, b)], answer=[a + b]) == [1.0]
+        assert rewards.accuracy_reward([""], [addition.trace(a, b, rng)], answer=[a + b]) == [0.0]
+        assert rewards.format_reward([""], [addition.trace(a, b, rng)]) == [1.0]
+
+
+def test_held_out_sums_are_in_the_training_set_in_neither_order():
+    train, held_out = addition.build_rows(seed=3, num_eval=100)
+    operands = {tuple(sorted(row["prompt"].removesuffix(" =").split(" + "))) for row in train}
+    assert len(held_out) == 100
+    for row in held_out:
+        assert tuple(sorted(row["prompt"].removesuffix(" =").split(" + "))) not in operands
+    traces = [row for row in train if "completion" in row]
+    broken = sum(rewards.format_reward([""], [row["completion"]])[0] == 0 for row in traces) / len(traces)
+    wrong = 1 - sum(rewards.extract_answer(row["completion"] + " </answer>") == row["answer"] for row in traces) / len(
+        traces
+    )
+    assert len(traces) == 1000
+    assert 0.2 < broken < 0.3
+    assert wrong > 0.3
+
+
+def test_every_word_of_the_task_is_in_the_tokenizer():
+    tokenizer = addition.build_tokenizer()
+    train, held_out = addition.build_rows(seed=0, num_eval=10)
+    for row in [*train, *held_out]:
+        ids = tokenizer(row["prompt"] + " " + row.get("completion", ""))["input_ids"]
+        assert tokenizer.unk_token_id not in ids
+
+
+def test_jsonl_rows_are_read_and_bad_ones_named(tmp_path):
+    path = tmp_path / "sums.jsonl"
+    path.write_text('{"prompt": "1 + 1 =", "answer": 2, "level": 0}\n\n{"prompt": "2 + 2 =", "answer": 4}\n')
+    assert [row["answer"] for row in data.read_jsonl(path)] == [2, 4]
+    path.write_text('{"prompt": "1 + 1 ="}\nnot json\n')
+    with pytest.raises(ValueError, match=r"sums\.jsonl:2: expected a JSON object, got 'not json'"):
+        data.read_jsonl(path)
+    path.write_text(json.dumps({"prompt": "1 + 1 =", "result": 2}) + "\n")
+    with pytest.raises(
+        ValueError, match="row 0 must have columns prompt and answer; it lacks answer and has prompt, result"
+    ):
+        data.load_task(Recipe(dataset_name=str(path)))
+
+
+def test_a_dataset_without_a_model_is_refused(tmp_path):
+    path = tmp_path / "sums.jsonl"
+    path.write_text('{"prompt": "1 + 1 =", "answer": 2}\n' * 4)
+    with pytest.raises(ValueError, match="model_name_or_path must be given"):
+        data.load_task(Recipe(dataset_name=str(path), num_eval_prompts=0))
+    with pytest.raises(ValueError, match=r"at least 1 training rows .* got 0"):
+        data.load_task(Recipe(dataset_name=str(path), num_eval_prompts=4))
+
+
+def test_chat_prompts_go_through_the_template():
+    tokenizer = addition.build_tokenizer()
+    tokenizer.chat_template = "{% for m in messages %}[{{ m.role }}]{{ m.content }}{% endfor %}[go]"
+    chat = {"prompt": [{"role": "user", "content": "1 + 1"}]}
+    assert data.render_prompt(chat, tokenizer, None) == "[user]1 + 1[go]"
+    assert data.render_prompt({"prompt": "1 + 1"}, tokenizer, "Add.") == "[system]Add.[user]1 + 1[go]"
+    assert data.render_prompt({"prompt": "1 + 1"}, tokenizer, None) == "1 + 1"
