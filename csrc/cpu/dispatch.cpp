@@ -1,6 +1,9 @@
 // Which instruction set this processor has.
 #include <torch/csrc/stable/library.h>
 
+#include <algorithm>
+#include <atomic>
+
 #include "row_kernels.h"
 
 namespace grpo {
@@ -17,19 +20,26 @@ extern const RowKernels kRowKernels[kDtypeCount];
 }
 #endif
 
-int simd_level() {
+namespace {
+
+int supported_level() {
 #ifdef GRPO_HAVE_X86_ISA
-  static const int level = [] {
-    if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-        __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl")) {
-      return 2;
-    }
-    return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") ? 1 : 0;
-  }();
-  return level;
-#else
-  return 0;
+  if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
+      __builtin_cpu_supports("avx512vl")) {
+    return 2;
+  }
+  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) return 1;
 #endif
+  return 0;
+}
+
+std::atomic<int64_t> highest_level = 2;
+
+}  // namespace
+
+int simd_level() {
+  static const int supported = supported_level();
+  return std::min<int>(supported, static_cast<int>(highest_level.load(std::memory_order_relaxed)));
 }
 
 const RowKernels& row_kernels(Dtype dtype) {
@@ -43,9 +53,16 @@ const RowKernels& row_kernels(Dtype dtype) {
 
 int64_t cpu_simd_level() { return simd_level(); }
 
+// For tests: every narrower path can be taken on a processor that has a wider one.
+void cpu_limit_simd_level(int64_t level) { highest_level = level; }
+
 }  // namespace grpo
 
-STABLE_TORCH_LIBRARY_FRAGMENT(grpo_kernels, m) { m.def("cpu_simd_level() -> int"); }
+STABLE_TORCH_LIBRARY_FRAGMENT(grpo_kernels, m) {
+  m.def("cpu_simd_level() -> int");
+  m.def("cpu_limit_simd_level(int level) -> ()");
+}
 STABLE_TORCH_LIBRARY_IMPL(grpo_kernels, CompositeExplicitAutograd, m) {
   m.impl("cpu_simd_level", TORCH_BOX(&grpo::cpu_simd_level));
+  m.impl("cpu_limit_simd_level", TORCH_BOX(&grpo::cpu_limit_simd_level));
 }
