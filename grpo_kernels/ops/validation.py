@@ -36,7 +36,8 @@ def check_mask(name: str, tensor: Tensor) -> None:
 
 def check_shape(name: str, tensor: Tensor, *expected: Sequence[int]) -> None:
     """Raises ValueError unless ``tensor`` has one of the expected shapes."""
-    if tuple(tensor.shape) not in {tuple(shape) for shape in expected}:
+    # compared, not hashed: a hash would fix a traced graph to these sizes
+    if not any(tuple(tensor.shape) == tuple(shape) for shape in expected):
         wanted = " or ".join(str(list(shape)) for shape in expected)
         raise ValueError(f"{name} must have shape {wanted}, got {list(tensor.shape)}")
 
