@@ -14,7 +14,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command line and returns its exit status: 0, 2 for bad arguments, 130 after Ctrl-C."""
     parser = argparse.ArgumentParser(prog="grpo-kernels", description="Fused kernels for GRPO.")
     commands = parser.add_subparsers(dest="command", required=True)
-    train = commands.add_parser("train", add_help=False, help="train by a recipe; train --help lists every option")
+    train = commands.add_parser(
+        "train", add_help=False, allow_abbrev=False, help="train by a recipe; train --help lists every option"
+    )
     train.add_argument("--recipe", help='a recipe that ships with the package ("addition") or a YAML file')
     commands.add_parser("info", help="versions, backends and the compiled extension's build")
     arguments, rest = parser.parse_known_args(argv)

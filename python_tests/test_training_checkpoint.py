@@ -95,8 +95,8 @@ def test_curves_are_drawn_with_and_without_a_kl(tmp_path):
 
 def test_the_heading_spells_every_name_in_its_column():
     lines = heading(["step", "rewards/accuracy/mean", "learning_rate"]).splitlines()
-    columns = [(0, 7), (9, 18), (20, 29)]
-    assert lines[-1] == "  ".join("-" * (end - start) for start, end in columns)
+    columns = [(0, 5), (6, 15), (16, 25)]
+    assert lines[-1] == " ".join("-" * (end - start) for start, end in columns)
     spelled = ["".join(line[start:end].strip() for line in lines[:-1]) for start, end in columns]
     assert spelled == ["step", "rewards/accuracy/mean", "learning_rate"]
 

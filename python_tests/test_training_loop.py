@@ -11,10 +11,11 @@ import torch
 from grpo_kernels.training import addition
 from grpo_kernels.training.cold_start import cold_start
 from grpo_kernels.training.data import Task, load_task
+from grpo_kernels.training.evaluation import evaluate
 from grpo_kernels.training.loop import GRPOLoop
 from grpo_kernels.training.recipe import Recipe, load_recipe
 from grpo_kernels.training.reporting import read_metrics
-from grpo_kernels.training.rollout import completion_logprobs
+from grpo_kernels.training.rollout import completion_logprobs, teacher_forced
 from grpo_kernels.training.run import train
 
 
@@ -175,6 +176,32 @@ def test_the_gradient_norm_is_clipped_and_the_learning_rate_decays():
     assert loop.optimizer_step(step)["grad_norm"] > 1e-3  # reported before clipping
     rates = [step.metrics["learning_rate"] for step in loop_of(max_steps=4).run()]
     assert rates == pytest.approx([1e-3, 7.5e-4, 5e-4, 2.5e-4])
+
+
+def test_an_evaluation_is_repeatable_and_leaves_the_random_state():
+    recipe = recipe_of(num_eval_prompts=8, eval_samples=2, eval_batch_size=3, reward_funcs=["accuracy"])
+    task = load_task(recipe)
+    state = torch.get_rng_state()
+    first = evaluate(task.model, task.tokenizer, task.eval_rows, recipe)
+    assert torch.equal(torch.get_rng_state(), state)
+    torch.manual_seed(5)
+    assert evaluate(task.model, task.tokenizer, task.eval_rows, recipe) == first
+
+
+def test_an_evaluation_counts_right_answers(monkeypatch):
+    """A sampler that answers the first half of the problems rightly, and every problem when greedy."""
+    recipe = recipe_of(num_eval_prompts=8, eval_samples=2, eval_batch_size=3)
+    task = load_task(recipe)
+    answers = {row["prompt"]: row["answer"] for row in task.eval_rows}
+    known = set(list(answers)[:4])
+
+    def sampler(model, tokenizer, prompts, *, max_completion_length, temperature):
+        digits = [" ".join(answers[p]) if temperature == 0 or p in known else "7" for p in prompts]
+        return teacher_forced(tokenizer, prompts, [f"<answer> {d} </answer>" for d in digits])
+
+    monkeypatch.setattr("grpo_kernels.training.evaluation.generate", sampler)
+    accuracies = evaluate(task.model, task.tokenizer, task.eval_rows, recipe)
+    assert accuracies == {"eval_accuracy": 0.5, "eval_accuracy_greedy": 1.0}
 
 
 def test_the_cold_start_lowers_the_loss_and_needs_completions():

@@ -174,9 +174,10 @@ class GRPOLoop:
 
     def _batch(self, rollout: Rollout, rewards: Tensor) -> Batch:
         recipe = self.recipe
-        weights = None if recipe.reward_weights is None else torch.tensor(recipe.reward_weights)
+        device = self.model.device
+        weights = None if recipe.reward_weights is None else torch.tensor(recipe.reward_weights, device=device)
         advantages = group_advantages(
-            rewards,
+            rewards.to(device),
             recipe.num_generations,
             scale_rewards=recipe.scale_rewards,
             reward_weights=weights,
@@ -188,7 +189,7 @@ class GRPOLoop:
         if recipe.mask_truncated_completions:
             ended = ends(rollout, end_token_ids(self.model, self.tokenizer))
             rollout = rollout._replace(completion_mask=rollout.completion_mask * ended[:, None])
-        return Batch(rollout, advantages.to(self.model.device), old_logprobs, ref_logprobs)
+        return Batch(rollout, advantages, old_logprobs, ref_logprobs)
 
     def _logprobs(self, model: torch.nn.Module, rollout: Rollout) -> Tensor:  # [B, T]
         return completion_logprobs(

@@ -203,7 +203,12 @@ def load_recipe(name: str | None, overrides: Sequence[str] = ()) -> Recipe:
         ValueError: A key is unknown (the message names the nearest known one) or a value does not fit.
     """
     arguments = [] if name is None else _file_arguments(recipe_path(name))
-    parser = HfArgumentParser(Recipe, prog="grpo-kernels train", allow_abbrev=False, exit_on_error=False)
+    parser = HfArgumentParser(
+        Recipe,
+        usage="grpo-kernels train [--recipe NAME_OR_FILE] [--key value ...]",
+        allow_abbrev=False,
+        exit_on_error=False,
+    )
     try:
         recipe, unknown = parser.parse_args_into_dataclasses(
             [*arguments, *overrides], return_remaining_strings=True, look_for_args_file=False

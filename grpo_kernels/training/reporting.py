@@ -17,6 +17,7 @@ COLUMNS = (
     "completions/mean_length", "completions/clipped_ratio", "kl", "entropy", "clip_ratio/region_mean", "grad_norm",
     "learning_rate", "step_time",
 )  # fmt: skip
+_SCIENTIFIC = ("kl", "learning_rate")
 _HEADING_EVERY = 12
 
 
@@ -56,7 +57,7 @@ class Table:
             self._bar.write("\n" + heading(self._columns))
         self._rows += 1
         cells = [_cell(name, metrics[name]).rjust(_width(name)) for name in self._columns]
-        self._bar.write("  ".join(cells))
+        self._bar.write(" ".join(cells))
 
 
 def heading(columns: Sequence[str]) -> str:
@@ -65,8 +66,8 @@ def heading(columns: Sequence[str]) -> str:
     height = max(map(len, broken))
     padded = [[""] * (height - len(lines)) + lines for lines in broken]
     widths = [_width(name) for name in columns]
-    lines = ["  ".join(cell[i].rjust(w) for cell, w in zip(padded, widths, strict=True)) for i in range(height)]
-    return "\n".join([*lines, "  ".join("-" * w for w in widths)])
+    lines = [" ".join(cell[i].rjust(w) for cell, w in zip(padded, widths, strict=True)) for i in range(height)]
+    return "\n".join([*lines, " ".join("-" * w for w in widths)])
 
 
 def sample_text(step: int, samples: Sequence[Sample]) -> str:
@@ -124,12 +125,12 @@ def _break(name: str) -> list[str]:
 
 
 def _width(name: str) -> int:
-    return max(7, *map(len, _break(name)))
+    return max(7 if name in _SCIENTIFIC else 5, *map(len, _break(name)))
 
 
 def _cell(name: str, value: float) -> str:
     if name == "step":
         return str(int(value))
-    if name in ("learning_rate", "kl"):
+    if name in _SCIENTIFIC:
         return f"{value:.1e}"
     return f"{value:.3f}"

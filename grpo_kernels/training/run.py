@@ -106,7 +106,7 @@ def _show(step: Step, recipe: Recipe, table: Table, bar: tqdm) -> None:
     if step.number % recipe.logging_steps == 0 or step.number == 1:
         table.row({"step": step.number, **step.metrics})
     if recipe.completions_steps and recipe.num_completions_to_print and step.number % recipe.completions_steps == 0:
-        stride = max(1, recipe.num_generations + 1)  # of another group each, where there are several
+        stride = recipe.num_generations + 1  # each from another group
         bar.write(sample_text(step.number, step.samples[::stride][: recipe.num_completions_to_print]) + "\n")
 
 
