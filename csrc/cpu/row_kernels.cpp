@@ -92,11 +92,14 @@ RowStatistics statistics_of(const T* z, int64_t vocab, int64_t id, const Transfo
     // a block of -inf alone has no maximum to subtract: its exponentials are 0 by any other
     const R shift = block.max == -INFINITY ? R(0) : static_cast<R>(block.max);
     V sum{}, weighted{}, squares{};
+    const T* next = z + start + kBlock;  // fetched while this block is computed
     for_each_vector(z + start, count, transform, R(-INFINITY), [&](V y) {
-      const V t = y - shift;
+      __builtin_prefetch(next);
+      next += kLanes<R>;
+      const V t = max(splat<R>(-88), y - shift);  // -inf * 0 is NaN
       const V e = exp(t);
       sum += e;
-      weighted += (t < R(-88) ? splat<R>(-88) : t) * e;  // -inf * 0 is NaN
+      weighted += t * e;
       if constexpr (kExtras) squares += e * e;
     });
     block.sum = horizontal_sum<R>(sum);
@@ -152,7 +155,7 @@ void gradient_of(const T* z, T* dz, int64_t vocab, const Transform& options, con
     const V log_p = y - lse;
     const V p = exp(log_p);
     if constexpr (kEntropy) {
-      const V bounded = log_p < R(-88) ? splat<R>(-88) : log_p;  // -inf * 0 is NaN
+      const V bounded = max(splat<R>(-88), log_p);  // -inf * 0 is NaN
       return -(p * (c + c_h * (bounded + entropy))) * dy;
     }
     return p * (-c * dy);
