@@ -85,18 +85,14 @@ def _bwd(  # type: ignore[no-untyped-def]
     grads = HeadGradients(head, hidden, (need_dhidden, need_dweight, need_dbias))
     rows = unmasked_rows(mask, ids.shape[0])
     live = _live_positions(rows, dlogprobs, dentropy)  # positions in rows, hence in retained
-    kept = int((live < retained.shape[0]).sum())
     index = live if isinstance(rows, slice) else rows[live]
     chunks = [*row_chunks(live.shape[0], head.vocab, logits_dtype.itemsize, workspace_bytes)]
     workspace = head.workspace(max((c.stop - c.start for c in chunks), default=0))
     for chunk in chunks:
         which = index[chunk]
         inputs = head.cast(hidden[which])
-        logits = workspace[: which.shape[0]]
-        reused = min(max(kept - chunk.start, 0), which.shape[0])
-        torch.index_select(retained, 0, live[chunk][:reused], out=logits[:reused])
-        if reused < which.shape[0]:
-            head.logits(inputs[reused:], logits[reused:])
+        dlogits = workspace[: which.shape[0]]
+        logits = _chunk_logits(head, inputs, retained, live[chunk], dlogits)
         token_logprobs_bwd[backend](
             logits[None],
             ids[which][None],
@@ -107,10 +103,23 @@ def _bwd(  # type: ignore[no-untyped-def]
             None if dlogprobs is None else dlogprobs[which],
             None if dentropy is None else dentropy[which],
             *transform,
-            logits[None],
+            dlogits[None],
         )
-        grads.add(logits, inputs, which)
+        grads.add(dlogits, inputs, which)
     return grads.results((hidden.dtype, weight.dtype, weight.dtype if bias is None else bias.dtype))
+
+
+def _chunk_logits(head: Head, inputs: Tensor, retained: Tensor, positions: Tensor, out: Tensor) -> Tensor:
+    """The logits of the live rows at ``positions``: retained ones read where they lie if they lie together, else
+    copied into ``out``, and the others projected again."""
+    reused = int((positions < retained.shape[0]).sum())
+    first, last = int(positions[0]), int(positions[-1])
+    if reused == positions.shape[0] == last - first + 1:
+        return retained[first : last + 1]
+    torch.index_select(retained, 0, positions[:reused], out=out[:reused])
+    if reused < positions.shape[0]:
+        head.logits(inputs[reused:], out[reused:])
+    return out
 
 
 def _live_positions(rows: Tensor | slice, dlogprobs: Tensor | None, dentropy: Tensor | None) -> Tensor:
