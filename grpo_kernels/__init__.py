@@ -2,8 +2,8 @@
 
 from grpo_kernels.config import GRPOLossConfig
 from grpo_kernels.modules import GRPOLoss, LinearGRPOLoss
-from grpo_kernels.ops.grpo_loss import GRPOLossOutput, grpo_loss
 from grpo_kernels.ops.group_advantages import group_advantages
+from grpo_kernels.ops.grpo_loss import GRPOLossOutput, grpo_loss
 from grpo_kernels.ops.linear_grpo_loss import linear_grpo_loss
 from grpo_kernels.ops.linear_token_logprobs import linear_token_logprobs
 from grpo_kernels.ops.policy_loss import PolicyLossOutput, policy_loss

@@ -69,7 +69,7 @@ def _fwd(  # type: ignore[no-untyped-def]
         )
         if any(needs):
             _add_live(grads, logits, inputs, live[0], which)
-    return (logprobs, entropy, *grads.results((hidden.dtype, weight.dtype, weight.dtype if bias is None else bias.dtype)))
+    return (logprobs, entropy, *grads.results())
 
 
 def _add_live(grads: HeadGradients, dlogits: Tensor, inputs: Tensor, live: Tensor, which: Tensor | slice) -> None:
@@ -216,9 +216,7 @@ def linear_grpo_loss(
         "loss_scale": loss_scale,
         "config": config,
     }
-    inputs = PolicyInputs.of(
-        completion_ids, accumulation_dtype(dtypes[0]), advantages, completion_mask, **arguments
-    )
+    inputs = PolicyInputs.of(completion_ids, accumulation_dtype(dtypes[0]), advantages, completion_mask, **arguments)
     check_id_range("completion_ids", completion_ids, inputs.mask, lm_head_weight.shape[0])
     if backend == "torch":
         logits = linear_reference.project(hidden_states, lm_head_weight, bias, inputs.mask, *dtypes)

@@ -44,6 +44,7 @@ class Head:
     ) -> None:
         self.compute_dtype = compute_dtype
         self.logits_dtype = logits_dtype
+        self.parameter_dtypes = (weight.dtype, weight.dtype if bias is None else bias.dtype)
         self.weight = self.cast(weight)
         self.bias = None if bias is None else self.cast(bias)
 
@@ -70,48 +71,53 @@ class HeadGradients:
 
     Args:
         head: The projection.
-        rows: Rows of ``dX``; those that no chunk names stay 0.
+        hidden: The hidden states, ``[N, H]``; rows of ``dX`` that no chunk names stay 0.
         needs: Whether ``dX``, ``dW`` and ``db`` are needed.
     """
 
     def __init__(self, head: Head, hidden: Tensor, needs: tuple[bool, bool, bool]) -> None:
         self.head = head
+        self.dtypes = (hidden.dtype, *head.parameter_dtypes)
         dtype = accumulation_dtype(head.compute_dtype)
         self.dhidden = hidden.new_zeros(hidden.shape, dtype=dtype) if needs[0] else None
         self.dweight = torch.empty_like(head.weight, dtype=dtype) if needs[1] else None
         self.dbias = hidden.new_zeros(head.vocab, dtype=dtype) if needs[2] else None
         self._is_first = True
 
-    def add(self, dlogits: Tensor, hidden: Tensor, rows: Tensor | slice) -> None:  # [n, V], [n, H], n of the rows
+    def add(self, dlogits: Tensor, hidden: Tensor, rows: Tensor | slice) -> None:  # [n, V], [n, H]
         """Adds a chunk: the gradient of its logits, the ``cast`` hidden states, and which rows of ``dX`` they are."""
         if dlogits.shape[0] == 0:
             return
         if self.dhidden is not None:
-            self.dhidden[rows] = (dlogits @ self.head.weight).to(self.dhidden.dtype)
+            self.dhidden[rows] = _mm(dlogits, self.head.weight).to(self.dhidden.dtype)
         if self.dweight is not None:
-            self._add_weight(dlogits, hidden)
+            self._add_weight(self.dweight, dlogits, hidden)
         if self.dbias is not None:
             self.dbias += dlogits.sum(0, dtype=self.dbias.dtype)
         self._is_first = False
 
-    def _add_weight(self, dlogits: Tensor, hidden: Tensor) -> None:
-        assert self.dweight is not None
-        if dlogits.dtype != self.dweight.dtype:  # half precision: no GEMM here writes fp32 from it
-            dlogits, hidden = dlogits.to(self.dweight.dtype), hidden.to(self.dweight.dtype)
+    def _add_weight(self, dweight: Tensor, dlogits: Tensor, hidden: Tensor) -> None:
+        if dlogits.dtype != dweight.dtype:  # half precision: no GEMM here writes fp32 from it
+            dlogits, hidden = dlogits.to(dweight.dtype), hidden.to(dweight.dtype)
         if self._is_first:
-            torch.mm(dlogits.t(), hidden, out=self.dweight)
+            torch.mm(dlogits.t(), hidden, out=dweight)
         else:
-            self.dweight.addmm_(dlogits.t(), hidden)
+            dweight.addmm_(dlogits.t(), hidden)
 
-    def results(self, dtypes: tuple[torch.dtype, ...]) -> tuple[Tensor, Tensor, Tensor]:
-        """``dX``, ``dW`` and ``db`` in the given dtypes; empty where not needed."""
+    def results(self) -> tuple[Tensor, ...]:
+        """``dX``, ``dW`` and ``db`` in their parameters' dtypes; empty where not needed."""
         if self._is_first and self.dweight is not None:
             self.dweight.zero_()
         grads = (self.dhidden, self.dweight, self.dbias)
         return tuple(
             self.head.weight.new_empty(0, dtype=dtype) if grad is None else grad.to(dtype)
-            for grad, dtype in zip(grads, dtypes, strict=True)
+            for grad, dtype in zip(grads, self.dtypes, strict=True)
         )
+
+
+def _mm(dlogits: Tensor, weight: Tensor) -> Tensor:  # [n, V], [V, H] -> [n, H]
+    """A GEMM even for one row: a GEMV sums the vocabulary in sequence, at 80 times the error over 129280 columns."""
+    return dlogits @ weight if dlogits.shape[0] > 1 else (dlogits.expand(2, -1) @ weight)[:1]
 
 
 def unmasked_rows(mask: Tensor | None, rows: int) -> Tensor | slice:

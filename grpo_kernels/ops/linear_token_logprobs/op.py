@@ -106,7 +106,7 @@ def _bwd(  # type: ignore[no-untyped-def]
             dlogits[None],
         )
         grads.add(dlogits, inputs, which)
-    return grads.results((hidden.dtype, weight.dtype, weight.dtype if bias is None else bias.dtype))
+    return grads.results()
 
 
 def _chunk_logits(head: Head, inputs: Tensor, retained: Tensor, positions: Tensor, out: Tensor) -> Tensor:
@@ -157,8 +157,8 @@ _FWD = define(
 )
 _BWD = define(
     "linear_token_logprobs_bwd",
-    f"({HEAD_SCHEMA}, Tensor ids, Tensor? mask, Tensor logprobs, Tensor lse, Tensor entropy, Tensor? dlogprobs, Tensor? dentropy, "
-    f"{TRANSFORM_SCHEMA}, Tensor retained, bool need_dhidden, bool need_dweight, bool need_dbias) -> "
+    f"({HEAD_SCHEMA}, Tensor ids, Tensor? mask, Tensor logprobs, Tensor lse, Tensor entropy, Tensor? dlogprobs, "
+    f"Tensor? dentropy, {TRANSFORM_SCHEMA}, Tensor retained, bool need_dhidden, bool need_dweight, bool need_dbias) -> "
     "(Tensor dhidden, Tensor dweight, Tensor dbias)",
     _bwd_fake,
     {backend: partial(_bwd, backend) for backend in KERNEL_BACKENDS},
