@@ -11,6 +11,7 @@ import tomllib
 import zipfile
 from importlib import metadata
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 import torch
@@ -175,6 +176,42 @@ def test_report_gives_the_reason(monkeypatch):
     printed = info.report("meta")
     assert re.search(r"^grpo_loss +no +yes$", printed, re.MULTILINE), printed
     assert "cpu: not on meta (grpo_loss)" in printed
+
+
+# ---- the README
+
+
+class _Output(NamedTuple):
+    logits: torch.Tensor
+
+
+def test_readme_snippets_agree():
+    before, after = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    torch.manual_seed(0)
+    batch, length, vocabulary = 4, 5, 11
+    logits = torch.randn(batch, length + 1, vocabulary)
+    values = {
+        "torch": torch,
+        "T": length,
+        "temperature": 0.7,
+        "completion_ids": torch.randint(vocabulary, (batch, length)),
+        "completion_mask": torch.rand(batch, length) > 0.2,
+        "advantages": torch.randn(batch),
+        "old_logprobs": -3 + torch.rand(batch, length),
+        "ref_logprobs": -3 + torch.rand(batch, length),
+        "input_ids": None,
+        "attention_mask": None,
+    }
+    losses, gradients = [], []
+    for snippet in (before, after):
+        leaf = logits.clone().requires_grad_()
+        names = dict(values, model=lambda *_, leaf=leaf, **__: _Output(leaf * 1.0))
+        exec(snippet, names)
+        losses.append(names["loss"] if "loss" in names else names["output"].loss)
+        gradients.append(leaf.grad)
+    torch.testing.assert_close(losses[1], losses[0])
+    torch.testing.assert_close(gradients[1], gradients[0])
+    assert gradients[0].abs().sum() > 0
 
 
 # ---- metadata
