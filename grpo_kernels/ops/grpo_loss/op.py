@@ -15,8 +15,14 @@ from grpo_kernels.ops.grpo_loss import reference
 from grpo_kernels.ops.library import define
 from grpo_kernels.ops.policy_loss.inputs import FLAT_SCHEMA, PolicyInputs
 from grpo_kernels.ops.policy_loss.metrics import PolicyMetrics
-from grpo_kernels.ops.policy_loss.op import policy_loss, policy_loss_fwd, policy_metrics
-from grpo_kernels.ops.token_logprobs.op import accumulation_dtype, rows_of, token_ids, token_logprobs
+from grpo_kernels.ops.policy_loss.op import policy_loss_fwd, policy_loss_of, policy_metrics
+from grpo_kernels.ops.token_logprobs.op import (
+    TokenLogprobs,
+    accumulation_dtype,
+    rows_of,
+    token_ids,
+    token_logprobs,
+)
 from grpo_kernels.ops.token_logprobs.transform import TRANSFORM_SCHEMA, Transform
 from grpo_kernels.ops.validation import check_device, check_id_range, check_logits
 
@@ -157,57 +163,60 @@ def grpo_loss(
     transform = Transform.of(config.temperature, softcap, logit_scale)
     backend = registry.resolve("grpo_loss", backend, logits.device)
     advantages = resolve_advantages(advantages, rewards, num_generations, scale_rewards, backend)
-    check_id_range("completion_ids", completion_ids, completion_mask, logits.shape[-1])
-    arguments = {
-        "old_logprobs": old_logprobs,
-        "ref_logprobs": ref_logprobs,
-        "rollout_is_weights": rollout_is_weights,
-        "num_items_in_batch": num_items_in_batch,
-        "cu_seqlens": cu_seqlens,
-        "loss_scale": loss_scale,
-        "config": config,
-    }
-    if backend != "torch" and not config.is_token_local:
+    inputs = PolicyInputs.of(
+        completion_ids,
+        accumulation_dtype(logits.dtype),
+        advantages,
+        completion_mask,
+        old_logprobs=old_logprobs,
+        ref_logprobs=ref_logprobs,
+        rollout_is_weights=rollout_is_weights,
+        num_items_in_batch=num_items_in_batch,
+        cu_seqlens=cu_seqlens,
+        loss_scale=loss_scale,
+        config=config,
+    )
+    check_id_range("completion_ids", completion_ids, inputs.mask, logits.shape[-1])
+    if backend == "torch":
+        rows = logits if completion_ids.dim() == 1 else logits[:, : completion_ids.shape[1]]
+        return reference_loss(rows, completion_ids, inputs, softcap, logit_scale, config)
+    if not config.is_token_local:
         tokens = token_logprobs(
             logits,
             completion_ids,
             temperature=config.temperature,
             softcap=softcap,
             logit_scale=logit_scale,
-            mask=completion_mask,
+            mask=inputs.mask,
             outputs=("entropy",),
             inplace_backward=inplace,
             backend=backend,
         )
-        return from_tokens(tokens.logprobs, tokens.entropy, advantages, completion_mask, arguments, backend)
-    inputs = PolicyInputs.of(
-        completion_ids, accumulation_dtype(logits.dtype), advantages, completion_mask, **arguments
+        return loss_of_tokens(tokens, inputs, config, backend)
+    form_gradient = torch.is_grad_enabled() and logits.requires_grad
+    loss, logprobs, entropy, partials = _GRPOLoss.apply(
+        logits, completion_ids, inputs, config.code(), transform, form_gradient, inplace, backend
     )
-    if backend == "torch":
-        rows = logits if completion_ids.dim() == 1 else logits[:, : completion_ids.shape[1]]
-        loss, logprobs, entropy, partials = reference.grpo_loss(
-            rows, completion_ids, inputs, softcap, logit_scale, config
-        )
-        logprobs, entropy = logprobs.detach(), entropy.detach()
-    else:
-        form_gradient = torch.is_grad_enabled() and logits.requires_grad
-        loss, logprobs, entropy, partials = _GRPOLoss.apply(
-            logits, completion_ids, inputs, config.code(), transform, form_gradient, inplace, backend
-        )
     return GRPOLossOutput(loss, logprobs, entropy, policy_metrics(partials, config, True))
 
 
-def from_tokens(
-    logprobs: Tensor,
-    entropy: Tensor | None,
-    advantages: Tensor,
-    completion_mask: Tensor,
-    arguments: dict[str, Any],
-    backend: str,
+def reference_loss(
+    logits: Tensor,
+    ids: Tensor,
+    inputs: PolicyInputs,
+    softcap: float | None,
+    logit_scale: float,
+    config: GRPOLossConfig,
 ) -> GRPOLossOutput:
-    """The loss of a sequence-dependent variant: statistics of all rows first, the gradient in the backward."""
-    loss, metrics = policy_loss(logprobs, advantages, completion_mask, entropy=entropy, backend=backend, **arguments)
-    return GRPOLossOutput(loss, logprobs.detach(), entropy.detach(), metrics)
+    """The "torch" backend."""
+    loss, logprobs, entropy, partials = reference.grpo_loss(logits, ids, inputs, softcap, logit_scale, config)
+    return GRPOLossOutput(loss, logprobs.detach(), entropy.detach(), policy_metrics(partials, config, True))
+
+
+def loss_of_tokens(tokens: TokenLogprobs, inputs: PolicyInputs, config: GRPOLossConfig, backend: str) -> GRPOLossOutput:
+    """A sequence-dependent variant: the statistics of all rows first, their gradient in the backward."""
+    loss, metrics = policy_loss_of(tokens.logprobs, tokens.entropy, inputs, config, backend)
+    return GRPOLossOutput(loss, tokens.logprobs.detach(), tokens.entropy.detach(), metrics)
 
 
 def resolve_advantages(

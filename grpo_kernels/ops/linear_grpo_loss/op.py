@@ -11,8 +11,13 @@ from torch import Tensor
 from grpo_kernels import registry
 from grpo_kernels.config import GRPOLossConfig, PolicyLossCode
 from grpo_kernels.ops.gradients import hand_over
-from grpo_kernels.ops.grpo_loss import reference
-from grpo_kernels.ops.grpo_loss.op import GRPOLossOutput, from_tokens, grpo_loss_fwd, resolve_advantages
+from grpo_kernels.ops.grpo_loss.op import (
+    GRPOLossOutput,
+    grpo_loss_fwd,
+    loss_of_tokens,
+    reference_loss,
+    resolve_advantages,
+)
 from grpo_kernels.ops.library import KERNEL_BACKENDS, define
 from grpo_kernels.ops.linear_token_logprobs import reference as linear_reference
 from grpo_kernels.ops.linear_token_logprobs.chunks import (
@@ -207,23 +212,23 @@ def linear_grpo_loss(
     workspace = check_workspace(workspace_bytes, max_logits_bytes)
     backend = registry.resolve("linear_grpo_loss", backend, hidden_states.device)
     advantages = resolve_advantages(advantages, rewards, num_generations, scale_rewards, backend)
-    arguments: dict[str, Any] = {
-        "old_logprobs": old_logprobs,
-        "ref_logprobs": ref_logprobs,
-        "rollout_is_weights": rollout_is_weights,
-        "num_items_in_batch": num_items_in_batch,
-        "cu_seqlens": cu_seqlens,
-        "loss_scale": loss_scale,
-        "config": config,
-    }
-    inputs = PolicyInputs.of(completion_ids, accumulation_dtype(dtypes[0]), advantages, completion_mask, **arguments)
+    inputs = PolicyInputs.of(
+        completion_ids,
+        accumulation_dtype(dtypes[0]),
+        advantages,
+        completion_mask,
+        old_logprobs=old_logprobs,
+        ref_logprobs=ref_logprobs,
+        rollout_is_weights=rollout_is_weights,
+        num_items_in_batch=num_items_in_batch,
+        cu_seqlens=cu_seqlens,
+        loss_scale=loss_scale,
+        config=config,
+    )
     check_id_range("completion_ids", completion_ids, inputs.mask, lm_head_weight.shape[0])
     if backend == "torch":
         logits = linear_reference.project(hidden_states, lm_head_weight, bias, inputs.mask, *dtypes)
-        loss, logprobs, entropy, partials = reference.grpo_loss(
-            logits, completion_ids, inputs, softcap, logit_scale, config
-        )
-        return GRPOLossOutput(loss, logprobs.detach(), entropy.detach(), policy_metrics(partials, config, True))
+        return reference_loss(logits, completion_ids, inputs, softcap, logit_scale, config)
     if not config.is_token_local:
         tokens = linear_token_logprobs(
             hidden_states,
@@ -233,14 +238,14 @@ def linear_grpo_loss(
             temperature=config.temperature,
             softcap=softcap,
             logit_scale=logit_scale,
-            mask=completion_mask,
+            mask=inputs.mask,
             outputs=("entropy",),
             logits_dtype=logits_dtype,
             max_logits_bytes=max_logits_bytes,
             workspace_bytes=workspace_bytes,
             backend=backend,
         )
-        return from_tokens(tokens.logprobs, tokens.entropy, advantages, completion_mask, arguments, backend)
+        return loss_of_tokens(tokens, inputs, config, backend)
     grad = torch.is_grad_enabled()
     needs = tuple(grad and x is not None and x.requires_grad for x in (hidden_states, lm_head_weight, bias))
     loss, logprobs, entropy, partials = _LinearGRPOLoss.apply(

@@ -46,9 +46,7 @@ class PolicyInputs:
         config: GRPOLossConfig,
     ) -> PolicyInputs:
         """Validates the arguments of a public loss, as its docstring gives them."""
-        _check(
-            tokens, advantages, completion_mask, old_logprobs, ref_logprobs, rollout_is_weights, cu_seqlens, config
-        )
+        _check(tokens, advantages, completion_mask, old_logprobs, ref_logprobs, rollout_is_weights, cu_seqlens, config)
         sequences = Sequences.of(tokens, cu_seqlens)
         mask = completion_mask != 0
         weights = token_weights(mask, sequences, config, num_items_in_batch, dtype) * loss_scale

@@ -165,7 +165,15 @@ def policy_loss(
         config=config,
     )
     backend = registry.resolve("policy_loss", backend, logprobs.device)
+    return policy_loss_of(logprobs, entropy, inputs, config, backend)
+
+
+def policy_loss_of(
+    logprobs: Tensor, entropy: Tensor | None, inputs: PolicyInputs, config: GRPOLossConfig, backend: str
+) -> PolicyLossOutput:
+    """``policy_loss`` of inputs that are already validated, on a backend that is already resolved."""
     if backend == "torch":
+        dtype = inputs.advantages.dtype
         upcast = None if entropy is None else entropy.to(dtype)
         loss, partials = reference.policy_loss(logprobs.to(dtype), inputs, upcast, config)
     else:
