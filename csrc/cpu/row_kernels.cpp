@@ -147,12 +147,14 @@ void gradient_of(const T* z, T* dz, int64_t vocab, const Transform& options, con
   using R = Arithmetic<T>;
   using V = Vector<R>;
   const VectorTransform<R, kSoftcap> transform(options);
-  const R lse = static_cast<R>(g.lse), entropy = static_cast<R>(g.entropy);
+  // in two parts, or an offset common to all logits would cost p its digits: y - lse is exact where p is not tiny
+  const R lse = static_cast<R>(g.lse), lse_rest = static_cast<R>(g.lse - lse);
+  const R entropy = static_cast<R>(g.entropy);
   const R c = static_cast<R>(g.c), c_h = static_cast<R>(g.c_h);
   const auto derivative = [&](V values) {
     V y, dy;
     transform.with_slope(values, y, dy);
-    const V log_p = y - lse;
+    const V log_p = (y - lse) - lse_rest;
     const V p = exp(log_p);
     if constexpr (kEntropy) {
       const V bounded = max(splat<R>(-88), log_p);  // -inf * 0 is NaN

@@ -11,11 +11,14 @@ enum Outputs { kLogSumSquares = 1 << 1, kMeanLogits = 1 << 2, kIsTop1 = 1 << 3 }
 
 template <class R>
 struct Statistics {
-  R *logprobs, *lse, *entropy, *log_sum_squares, *mean_logits;
+  R* logprobs;
+  double* lse;
+  R *entropy, *log_sum_squares, *mean_logits;
   bool* is_top1;
 
   void write_masked(int64_t n) const {
-    logprobs[n] = lse[n] = entropy[n] = 0;
+    logprobs[n] = entropy[n] = 0;
+    lse[n] = 0;
     if (log_sum_squares) log_sum_squares[n] = 0;
     if (mean_logits) mean_logits[n] = 0;
     if (is_top1) is_top1[n] = false;
@@ -24,7 +27,7 @@ struct Statistics {
   void write(int64_t n, const RowStatistics& row, int64_t vocab, int64_t id) const {
     const double log_sum = std::log(row.softmax.sum);
     logprobs[n] = static_cast<R>(row.target - row.softmax.max - log_sum);
-    lse[n] = static_cast<R>(row.softmax.log_sum_exp());
+    lse[n] = row.softmax.log_sum_exp();
     entropy[n] = static_cast<R>(row.softmax.entropy());
     if (log_sum_squares) log_sum_squares[n] = static_cast<R>(std::log(row.sum_squares) - 2 * log_sum);
     if (mean_logits) mean_logits[n] = static_cast<R>(row.sum_logits / static_cast<double>(vocab));
@@ -55,12 +58,13 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> token_logprobs_fwd(
   const auto optional = [&](int64_t bit, ScalarType dtype) {
     return outputs & bit ? empty_like(ids, dtype) : empty({0}, dtype);
   };
-  const Tensor logprobs = empty_like(ids, type), lse = empty_like(ids, type), entropy = empty_like(ids, type);
+  const Tensor logprobs = empty_like(ids, type), entropy = empty_like(ids, type);
+  const Tensor lse = empty_like(ids, ScalarType::Double);
   const Tensor log_sum_squares = optional(kLogSumSquares, type), mean_logits = optional(kMeanLogits, type);
   const Tensor is_top1 = optional(kIsTop1, ScalarType::Bool);
   const auto run = [&]<class R>(R) {
     const Statistics<R> out{mutable_data<R>(logprobs),
-                            mutable_data<R>(lse),
+                            mutable_data<double>(lse),
                             mutable_data<R>(entropy),
                             outputs & kLogSumSquares ? mutable_data<R>(log_sum_squares) : nullptr,
                             outputs & kMeanLogits ? mutable_data<R>(mean_logits) : nullptr,
@@ -83,7 +87,8 @@ void backward(const Tensor& logits, const Tensor& ids, const std::optional<Tenso
   const int64_t length = ids.size(1), size = from.width * static_cast<int64_t>(logits.element_size());
   const int64_t* id = data<int64_t>(ids);
   const bool* unmasked = data<bool>(mask);
-  const R *row_logprob = data<R>(logprobs), *row_lse = data<R>(lse), *row_entropy = data<R>(entropy);
+  const R *row_logprob = data<R>(logprobs), *row_entropy = data<R>(entropy);
+  const double* row_lse = data<double>(lse);
   const R *c = data<R>(dlogprobs), *c_h = data<R>(dentropy);
   check_ids(id, unmasked, ids.numel(), from.width);
   parallel_rows(from.batch * from.length, from.width, [&](int64_t row) {

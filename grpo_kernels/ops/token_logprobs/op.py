@@ -22,13 +22,17 @@ def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
 
 
 def empty_statistics(like: Tensor, shape: tuple[int, ...], outputs: int) -> tuple[Tensor, ...]:
-    """``logprobs, lse, entropy, log_sum_sq_probs, mean_logits, is_top1``; empty where not asked for."""
+    """``logprobs, lse, entropy, log_sum_sq_probs, mean_logits, is_top1``; empty where not asked for.
+
+    The log-sum-exp is fp64: the backward takes differences of logits from it, and an offset common to all logits
+    would leave an fp32 one with few digits after the point.
+    """
     dtype = accumulation_dtype(like.dtype)
 
     def out(index: int, dtype: torch.dtype = dtype) -> Tensor:
         return like.new_empty(shape if outputs >> index & 1 else (0,), dtype=dtype)
 
-    always = [like.new_empty(shape, dtype=dtype) for _ in range(3)]
+    always = [like.new_empty(shape, dtype=d) for d in (dtype, torch.float64, dtype)]
     return (*always, out(1), out(2), out(3, torch.bool))
 
 

@@ -1,0 +1,1 @@
+"""Named cases and assertions that tests and benchmarks share."""

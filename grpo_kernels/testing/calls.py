@@ -1,0 +1,107 @@
+"""Every public op called on a case's inputs, its outputs and gradients by name."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from grpo_kernels.ops.grpo_loss import grpo_loss
+from grpo_kernels.ops.linear_grpo_loss import linear_grpo_loss
+from grpo_kernels.ops.linear_token_logprobs import linear_token_logprobs
+from grpo_kernels.ops.policy_loss import policy_loss
+from grpo_kernels.ops.token_logprobs import token_logprobs
+from grpo_kernels.ops.token_logprobs.reference import OUTPUTS
+from grpo_kernels.testing.cases import Case
+from grpo_kernels.testing.inputs import Inputs
+
+#: What each op takes log-probabilities from, hence what it is differentiated by.
+SOURCES = {
+    "token_logprobs": "logits",
+    "linear_token_logprobs": "hidden",
+    "policy_loss": "logprobs",
+    "grpo_loss": "logits",
+    "linear_grpo_loss": "hidden",
+}
+LEAVES = {"logits": ("logits",), "hidden": ("hidden", "weight", "bias"), "logprobs": ("logprobs", "entropy")}
+
+
+def applies(op: str, case: Case) -> bool:
+    """Whether a case says anything about an op."""
+    source = SOURCES[op]
+    if source == "hidden" and (case.logits != "normal" or case.layout == "next"):
+        return False
+    if source != "hidden" and case.bias:
+        return False
+    if source == "logprobs":
+        transformed = case.softcap is not None or case.logit_scale != 1
+        return not (transformed or case.advantages == "rewards" or case.layout == "next" or case.logits != "normal")
+    return True
+
+
+def leaves(op: str, inputs: Inputs) -> dict[str, Tensor]:
+    """The op's differentiable inputs, sharing the inputs' memory."""
+    given = inputs.tensors()
+    return {name: given[name].detach().requires_grad_() for name in LEAVES[SOURCES[op]] if name in given}
+
+
+def call(op: str, inputs: Inputs, leaf: dict[str, Tensor], backend: str, **options: Any) -> Any:
+    """The op's own result.
+
+    Args:
+        op: Its name.
+        inputs: What it is given.
+        leaf: Its differentiable inputs, as ``leaves`` gives them.
+        backend: The backend.
+        **options: Further arguments, over those of the case.
+    """
+    case = inputs.case
+    transform = {"softcap": case.softcap, "logit_scale": case.logit_scale}
+    if op.endswith("token_logprobs"):
+        arguments = {
+            "mask": inputs.mask,
+            "temperature": case.config.temperature,
+            "outputs": OUTPUTS,
+            **transform,
+            "backend": backend,
+            **options,
+        }
+        if op == "token_logprobs":
+            return token_logprobs(leaf["logits"], inputs.ids, **arguments)
+        return linear_token_logprobs(leaf["hidden"], leaf["weight"], inputs.ids, bias=leaf.get("bias"), **arguments)
+    arguments = {
+        "old_logprobs": inputs.old,
+        "ref_logprobs": inputs.ref,
+        "rollout_is_weights": inputs.rollout,
+        "num_items_in_batch": inputs.num_items,
+        "cu_seqlens": inputs.cu_seqlens,
+        "loss_scale": case.loss_scale,
+        "config": case.config,
+        "backend": backend,
+        **options,
+    }
+    if op == "policy_loss":
+        return policy_loss(leaf["logprobs"], inputs.advantages, inputs.mask, entropy=leaf["entropy"], **arguments)
+    if inputs.rewards is not None:
+        arguments |= {"rewards": inputs.rewards, "num_generations": 2, "scale_rewards": case.scale_rewards}
+    common = (inputs.ids, inputs.advantages, inputs.mask)
+    if op == "grpo_loss":
+        return grpo_loss(leaf["logits"], *common, **transform, **arguments)
+    return linear_grpo_loss(leaf["hidden"], leaf["weight"], *common, bias=leaf.get("bias"), **transform, **arguments)
+
+
+def run(op: str, inputs: Inputs, backend: str, **options: Any) -> dict[str, Tensor]:
+    """Outputs by name, metrics among them, and the gradient of every differentiable input as ``d<input>``."""
+    leaf = leaves(op, inputs)
+    result = call(op, inputs, leaf, backend, **options)
+    outputs = {name: value for name, value in result._asdict().items() if isinstance(value, Tensor)}
+    if "loss" in outputs:
+        outputs |= result.metrics
+        result.loss.backward(torch.full_like(result.loss, inputs.case.grad_output))
+    else:
+        wanted = [(result.logprobs, inputs.dlogprobs), (result.entropy, inputs.dentropy)]
+        wanted = [(y, dy.to(y.dtype)) for y, dy in wanted if y is not None]
+        torch.autograd.backward([y for y, _ in wanted], [dy for _, dy in wanted])
+    gradients = {f"d{name}": x.grad for name, x in leaf.items() if x.grad is not None}
+    return {name: value.detach() for name, value in (outputs | gradients).items()}

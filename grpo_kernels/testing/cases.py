@@ -1,0 +1,184 @@
+"""Named cases: what can stand in the inputs of an op, one peculiarity a case, and every variant of the loss."""
+
+from __future__ import annotations
+
+import itertools
+from dataclasses import dataclass, field
+
+from grpo_kernels.config import IMPORTANCE_SAMPLING_LEVELS, LOSS_TYPES, GRPOLossConfig
+
+
+@dataclass(frozen=True)
+class Case:
+    """A recipe for inputs; ``grpo_kernels.testing.inputs.build`` makes the tensors.
+
+    Args:
+        name: What is peculiar about it.
+        batch, length, vocab, hidden: B, T, V, H.
+        lengths: Tokens of each completion of a packed batch, instead of ``batch`` and ``length``.
+        config: The loss.
+        layout: "dense"; "next" ``[B, T + 1, V]``; "strided", a batch stride beyond ``T V`` and an offset;
+            "transposed", where not even the last dimension is dense.
+        logits: "normal"; "offset" by 1e4; "low", all under -100; "peaked", one column far above; "holes", columns of
+            -inf beside the token's own.
+        mask: "ones"; "tail", completions of unequal length; "holes", tokens left out in the middle; "zeros"; "first",
+            the first completion left out whole.
+        dirty: NaN, inf and id -100 stand under the mask, and in the position past the last.
+        advantages: "sequence", "token", "zero", "some" (three of four are zero), or "rewards" to be grouped by two.
+        scale_rewards: With "rewards".
+        old, ref: Whether old and reference log-probs are given. Ratios of old lie well off the clip bounds.
+        rollout: None, "token" or "sequence".
+        num_items: None, a number, or "tensor".
+        loss_scale, softcap, logit_scale, bias: As the ops take them.
+        on_bound: The ratio is exactly 1 and so are the clip bounds.
+        grad_output: What the loss's backward is started with.
+    """
+
+    name: str
+    batch: int = 4
+    length: int = 5
+    vocab: int = 37
+    hidden: int = 16
+    lengths: tuple[int, ...] | None = None
+    config: GRPOLossConfig = field(default_factory=GRPOLossConfig)
+    layout: str = "dense"
+    logits: str = "normal"
+    mask: str = "tail"
+    dirty: bool = False
+    advantages: str = "sequence"
+    scale_rewards: str = "group"
+    old: bool = True
+    ref: bool = True
+    rollout: str | None = None
+    num_items: float | str | None = None
+    loss_scale: float = 1.0
+    softcap: float | None = None
+    logit_scale: float = 1.0
+    bias: bool = False
+    on_bound: bool = False
+    grad_output: float = 1.0
+
+    def __str__(self) -> str:
+        return self.name
+
+
+_KL = GRPOLossConfig(beta=0.1, epsilon_high=0.28)
+_SEQUENCE = GRPOLossConfig(beta=0.1, importance_sampling_level="sequence")
+_ENTROPY = GRPOLossConfig(beta=0.1, entropy_coef=0.05)
+_ON_BOUND = GRPOLossConfig(epsilon_low=0.0, epsilon_high=0.0)
+
+#: Shapes, layouts and values.
+INPUT_CASES = (
+    Case("plain", config=_KL),
+    Case("one_token", length=1, mask="ones", config=_KL),
+    Case("one_row", batch=1, length=1, mask="ones", config=_KL),
+    Case("odd_length", batch=3, length=7, config=_KL),
+    Case("vocab_1", vocab=1, config=_KL),
+    Case("vocab_2", vocab=2, config=_KL),
+    Case("vocab_prime", vocab=4099, batch=2, config=_KL),
+    Case("vocab_block", vocab=4096, batch=2, config=_ENTROPY),
+    Case("vocab_past_block", vocab=2049, batch=2, config=_ENTROPY),
+    Case("next_token_layout", layout="next", config=_ENTROPY),
+    Case("next_token_layout_sequence", layout="next", config=_SEQUENCE),
+    Case("strided", layout="strided", config=_ENTROPY),
+    Case("strided_sequence", layout="strided", config=_SEQUENCE),
+    Case("transposed", layout="transposed", config=_ENTROPY),
+    Case("transposed_sequence", layout="transposed", config=_SEQUENCE),
+    Case("mask_holes", mask="holes", config=_ENTROPY),
+    Case("mask_holes_sequence", mask="holes", config=_SEQUENCE),
+    Case("one_completion_masked", mask="first", config=_KL),
+    Case("one_completion_masked_sequence", mask="first", config=_SEQUENCE),
+    Case("one_completion_masked_grpo", mask="first", config=GRPOLossConfig(loss_type="grpo")),
+    Case("dirty_mask", mask="holes", dirty=True, rollout="token", advantages="token", config=_ENTROPY),
+    Case("dirty_mask_sequence", mask="holes", dirty=True, rollout="token", advantages="token", config=_SEQUENCE),
+    Case("dirty_next_token", mask="tail", dirty=True, layout="next", config=_ENTROPY),
+    Case("all_masked", mask="zeros", config=_ENTROPY),
+    Case("all_masked_dirty", mask="zeros", dirty=True, config=_ENTROPY),
+    Case("all_masked_sequence", mask="zeros", config=_SEQUENCE),
+    Case("all_masked_grpo", mask="zeros", config=GRPOLossConfig(loss_type="grpo")),
+    Case("logits_offset", logits="offset", config=_ENTROPY),
+    Case("logits_low", logits="low", config=_ENTROPY),
+    Case("logits_peaked", logits="peaked", config=_ENTROPY),
+    Case("logits_peaked_vocab", logits="peaked", vocab=5003, batch=2, config=_ENTROPY),
+    Case("logits_holes", logits="holes", config=_ENTROPY),
+    Case("logits_holes_block", logits="holes", vocab=6000, batch=2, config=_ENTROPY),
+    Case("softcap", softcap=3.0, config=_ENTROPY),
+    Case("softcap_saturated", softcap=0.5, logit_scale=20.0, config=_ENTROPY),
+    Case("logit_scale", logit_scale=0.0625, config=_KL),
+    Case("temperature", config=GRPOLossConfig(temperature=0.7, beta=0.1, entropy_coef=0.05)),
+    Case("transform_all", softcap=5.0, logit_scale=1.5, config=GRPOLossConfig(temperature=1.3, entropy_coef=0.05)),
+    Case("bias", bias=True, config=_ENTROPY),
+    Case("bias_sequence", bias=True, config=_SEQUENCE),
+)
+
+#: What the loss is given beside log-probabilities.
+LOSS_CASES = (
+    Case("on_policy", old=False, ref=False),
+    Case("on_policy_kl", old=False, config=_KL),
+    Case("on_policy_sequence", old=False, config=_SEQUENCE),
+    Case("on_clip_bound", on_bound=True, ref=False, config=_ON_BOUND),
+    Case("on_clip_bound_delta", on_bound=True, ref=False, config=GRPOLossConfig(epsilon_low=0, delta=1.0)),
+    Case("zero_advantage", advantages="zero", ref=False),
+    Case("zero_advantage_kl", advantages="zero", config=_KL),
+    Case("zero_advantage_entropy", advantages="zero", ref=False, config=GRPOLossConfig(entropy_coef=0.05)),
+    Case("some_advantages", advantages="some", batch=8, ref=False),
+    Case("token_advantages", advantages="token", config=_KL),
+    Case("token_advantages_sequence", advantages="token", config=_SEQUENCE),
+    Case("rewards", advantages="rewards", config=_KL),
+    Case("rewards_unscaled", advantages="rewards", scale_rewards="none"),
+    Case("rollout_token", rollout="token", config=_KL),
+    Case("rollout_sequence", rollout="sequence", config=_KL),
+    Case("rollout_sequence_level", rollout="token", config=_SEQUENCE),
+    Case("num_items_number", num_items=31.0),
+    Case("num_items_tensor", num_items="tensor"),
+    Case("num_items_below_one", num_items=0.25),
+    Case("loss_scale", loss_scale=1024.0, config=_ENTROPY),
+    Case("loss_scale_sequence", loss_scale=1024.0, config=_SEQUENCE),
+    Case("grad_output", grad_output=-0.375, config=_ENTROPY),
+    Case("grad_output_sequence", grad_output=-0.375, config=_SEQUENCE),
+    Case("negative_entropy_coef", config=GRPOLossConfig(entropy_coef=-0.05)),
+    Case("packed", lengths=(3, 7, 1, 5), config=_KL),
+    Case("packed_one", lengths=(6,), config=_ENTROPY),
+    Case("packed_empty_completion", lengths=(3, 0, 4), config=GRPOLossConfig(loss_type="grpo")),
+    Case("packed_sequence", lengths=(3, 7, 1, 5), rollout="sequence", config=_SEQUENCE),
+    Case("packed_of_single_tokens", lengths=(1, 1, 1), rollout="sequence", config=_SEQUENCE),
+    Case("packed_token_advantages", lengths=(2, 6, 3), advantages="token", mask="holes", config=_ENTROPY),
+    Case("packed_dirty", lengths=(4, 6, 3), mask="holes", dirty=True, config=_ENTROPY),
+    Case("packed_grpo", lengths=(3, 7, 1, 5), config=GRPOLossConfig(loss_type="grpo", beta=0.1)),
+    Case("packed_strided", lengths=(3, 7, 2), layout="strided", config=_ENTROPY),
+)
+
+#: Vocabularies of models in use, a few rows each: Llama 3, DeepSeek V3, Qwen2.5.
+VOCABULARY_CASES = tuple(
+    Case(f"vocab_{vocab}", batch=1, length=3, vocab=vocab, hidden=8, config=_ENTROPY)
+    for vocab in (128256, 129280, 151936)
+)
+
+
+def _variant(loss_type: str, level: str, kl: str, delta: float | None, entropy: float) -> Case:
+    config = GRPOLossConfig(
+        loss_type=loss_type,
+        importance_sampling_level=level,
+        epsilon_high=0.28,
+        delta=delta,
+        beta=0.0 if kl == "none" else 0.1,
+        use_bias_correction_kl=kl == "corrected",
+        entropy_coef=entropy,
+        max_completion_length=8 if loss_type == "dr_grpo" else None,
+    )
+    name = f"{loss_type}-{level}-kl_{kl}-{'delta' if delta else 'no_delta'}-{'entropy' if entropy else 'no_entropy'}"
+    return Case(name, batch=6, config=config, num_items=17.0 if loss_type == "dapo" else None)
+
+
+#: Every loss type x level x KL x delta x entropy bonus.
+VARIANT_CASES = tuple(
+    _variant(*options)
+    for options in itertools.product(
+        LOSS_TYPES, IMPORTANCE_SAMPLING_LEVELS, ("none", "plain", "corrected"), (None, 1.6), (0.0, 0.05)
+    )
+)
+
+#: Found by a random search and kept.
+FOUND_CASES: tuple[Case, ...] = ()
+
+ALL_CASES = (*INPUT_CASES, *LOSS_CASES, *VOCABULARY_CASES, *VARIANT_CASES, *FOUND_CASES)

@@ -1,0 +1,62 @@
+"""Every op on every backend against fp64, with an error of at most twice that of plain torch in the same dtype."""
+
+from __future__ import annotations
+
+from functools import cache
+
+import pytest
+import torch
+
+from grpo_kernels import registry
+from grpo_kernels.testing.assertions import assert_near_baseline
+from grpo_kernels.testing.calls import SOURCES, applies, run
+from grpo_kernels.testing.cases import ALL_CASES, VARIANT_CASES, VOCABULARY_CASES, Case
+from grpo_kernels.testing.inputs import Inputs, build
+
+pytestmark = pytest.mark.usefixtures("poison", "one_thread")
+DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
+def _is_tested(op: str, backend: str, dtype: torch.dtype, case: Case) -> bool:
+    if not applies(op, case):
+        return False
+    few_dtypes = case in VARIANT_CASES or case in VOCABULARY_CASES
+    # the torch backend in fp64 is the baseline itself, and in half precision fp32 between two roundings
+    if backend == "torch":
+        return dtype == torch.float32 and not few_dtypes
+    return dtype in (torch.float32, torch.bfloat16) or not few_dtypes
+
+
+GRID = [
+    pytest.param(op, backend, dtype, case, id=f"{op}-{backend}-{str(dtype)[6:]}-{case}")
+    for op in SOURCES
+    for case in ALL_CASES
+    for dtype in DTYPES
+    for backend in registry.BACKENDS
+    if _is_tested(op, backend, dtype, case)
+]
+
+
+@cache
+def _expected(op: str, dtype: torch.dtype, case: Case) -> tuple[Inputs, dict, dict]:
+    inputs = build(case, dtype, SOURCES[op])
+    return inputs, run(op, inputs, "torch"), run(op, inputs.double(), "torch")
+
+
+@pytest.mark.parametrize(("op", "backend", "dtype", "case"), GRID)
+def test_op_is_near_its_fp64_baseline(op: str, backend: str, dtype: torch.dtype, case: Case) -> None:
+    reason = registry.unsupported_reason(op, backend, torch.device("cpu"))
+    if reason is not None:
+        pytest.skip(reason)
+    inputs, reference, baseline = _expected(op, dtype, case)
+    before = inputs.clone().tensors()
+    results = run(op, inputs, backend)
+    assert_near_baseline(results, reference, baseline, dtype)
+    for name, tensor in inputs.tensors().items():
+        assert torch.equal(tensor.nan_to_num(), before[name].nan_to_num()), f"{name} was changed"
+
+
+@pytest.mark.parametrize("op", registry.OPS)
+def test_the_compiled_backend_is_present(op: str) -> None:
+    assert registry.unsupported_reason(op, "cpu", torch.device("cpu")) is None
+    assert registry.resolve(op, "auto", torch.device("cpu")) == "cpu"
