@@ -41,8 +41,8 @@ def cold_start(
             [row["completion"] for row in chosen],
         )
         batch = Rollout(*(tensor.to(model.device) for tensor in batch))
-        logprobs = token_logprobs(
-            completion_logits(model, batch), batch.completion_ids, mask=batch.completion_mask, backend=recipe.backend
+        logprobs = token_logprobs(  # by the reference, so that GRPO starts from one model whatever its backend
+            completion_logits(model, batch), batch.completion_ids, mask=batch.completion_mask, backend="torch"
         ).logprobs
         loss = -logprobs.sum() / batch.completion_mask.sum()
         loss.backward()
