@@ -8,6 +8,7 @@ import math
 import pytest
 import torch
 
+from grpo_kernels import registry
 from grpo_kernels.training import addition
 from grpo_kernels.training.cold_start import cold_start
 from grpo_kernels.training.data import Task, load_task
@@ -249,6 +250,19 @@ def curve(folder, **changes):
 def test_the_same_recipe_gives_the_same_curve_and_another_seed_another(tmp_path):
     curves = [curve(tmp_path / name, seed=seed, max_steps=3) for name, seed in (("a", 0), ("b", 0), ("c", 1))]
     assert curves[0] == curves[1] != curves[2]
+
+
+def test_the_backends_give_the_same_curve():
+    """Rewards are those of the same sampled completions, so they are equal, not merely close."""
+    reason = registry.unsupported_reason("grpo_loss", "cpu", torch.device("cpu"))
+    if reason is not None:
+        pytest.skip(reason)
+    settings = {"num_iterations": 2, "beta": 0.1, "max_steps": 8, "temperature": 0.9}
+    runs = [[step.metrics for step in loop_of(backend=b, **settings).run()] for b in ("torch", "cpu")]
+    for reference, kernels in zip(*runs, strict=True):
+        del reference["step_time"], kernels["step_time"]
+        assert kernels["reward"] == reference["reward"]
+        assert kernels == pytest.approx(reference, rel=1e-3, abs=1e-5)
 
 
 @pytest.mark.parametrize("shuffle", [False, True])

@@ -55,6 +55,8 @@ def test_an_unknown_key_names_the_nearest_known_one(tmp_path, key, nearest):
         ("max_steps: 0\n", "max_steps must be at least 1, got 0"),
         ("max_steps: {a: 1}\n", "max_steps must be a single value or a list"),
         ("loss_type: gpro\n", "loss_type must be one of .* got 'gpro'"),
+        ("backend: gpu\n", "backend must be one of auto, .* got 'gpu'"),
+        ("lr_scheduler_type: exponential\n", "lr_scheduler_type.*exponential"),
         ("temperature: 0\n", "temperature must be finite and greater than 0"),
         ("num_generations: 3\n", r"num_generations \(3\) must divide .* \(8\)"),
         ("num_generations: 1\n", "num_generations must be at least 2, got 1"),

@@ -12,6 +12,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, P
 
 from grpo_kernels.training import addition
 from grpo_kernels.training.recipe import Recipe
+from grpo_kernels.training.rewards import RewardFunction, resolve
 
 Row = dict[str, Any]
 
@@ -23,13 +24,15 @@ class Task(NamedTuple):
     tokenizer: PreTrainedTokenizerBase
     train_rows: list[Row]  # with at least "prompt" and "answer"
     eval_rows: list[Row]
+    reward_functions: dict[str, RewardFunction]  # by the names that metrics show
 
 
 def load_task(recipe: Recipe) -> Task:
     """Loads or builds everything a recipe names.
 
     Raises:
-        ValueError: A column is missing, there are too few rows, or no model is named for a dataset that has none.
+        ValueError: A column is missing, there are too few rows, a reward function is unknown, or no model is named for
+            a dataset that has none.
     """
     if recipe.dataset_name == "addition":
         train_rows, eval_rows = addition.build_rows(recipe.seed, recipe.num_eval_prompts)
@@ -40,8 +43,9 @@ def load_task(recipe: Recipe) -> Task:
             f"dataset {recipe.dataset_name!r} must have at least {recipe.prompts_per_generation} training rows "
             f"(one generation's prompts), got {len(train_rows)}"
         )
+    reward_functions = {name: resolve(name) for name in recipe.reward_funcs}
     model, tokenizer = load_model(recipe)
-    return Task(model, tokenizer, train_rows, eval_rows)
+    return Task(model, tokenizer, train_rows, eval_rows, reward_functions)
 
 
 def load_model(recipe: Recipe) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:

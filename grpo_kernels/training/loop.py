@@ -18,9 +18,9 @@ from transformers import get_scheduler
 
 from grpo_kernels import group_advantages, grpo_loss
 from grpo_kernels.ops.policy_loss.metrics import PolicyMetrics, combine_partials
-from grpo_kernels.training import rewards as reward_module
 from grpo_kernels.training.data import Row, Task, render_prompt
 from grpo_kernels.training.recipe import Recipe
+from grpo_kernels.training.rewards import score, total
 from grpo_kernels.training.rollout import (
     Rollout,
     completion_logits,
@@ -68,7 +68,7 @@ class GRPOLoop:
     """Trains ``task.model`` in place.
 
     Args:
-        task: The model, its tokenizer and the rows.
+        task: The model, its tokenizer, the rows and the reward functions.
         recipe: The hyper-parameters.
     """
 
@@ -76,7 +76,7 @@ class GRPOLoop:
         self.model, self.tokenizer, self.rows = task.model, task.tokenizer, task.train_rows
         self.recipe = recipe
         self.config = recipe.loss_config()
-        self.reward_functions = {name: reward_module.resolve(name) for name in recipe.reward_funcs}
+        self.reward_functions = task.reward_functions
         self.reference = copy.deepcopy(self.model).requires_grad_(False) if recipe.beta else None
         self.optimizer = torch.optim.AdamW(
             self.model.parameters(),
@@ -117,10 +117,10 @@ class GRPOLoop:
         )
         completions = completion_texts(rollout, self.tokenizer)
         columns = {name: [row.get(name) for row in rows] for name in rows[0] if name not in ("prompt", "completion")}
-        rewards = reward_module.score(self.reward_functions, [row["prompt"] for row in rows], completions, columns)
+        rewards = score(self.reward_functions, [row["prompt"] for row in rows], completions, columns)
         if recipe.shuffle_rewards:
             rewards = rewards[torch.randperm(len(rewards))]
-        totals = reward_module.total(rewards, recipe.reward_weights)
+        totals = total(rewards, recipe.reward_weights)
         metrics = self._reward_metrics(rewards, totals) | self._length_metrics(rollout)
         samples = [Sample(*s) for s in zip(texts, completions, totals.tolist(), strict=True)]
         return self._batch(rollout, rewards), metrics, samples

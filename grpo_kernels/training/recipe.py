@@ -15,6 +15,7 @@ import yaml
 from transformers import HfArgumentParser
 
 from grpo_kernels.config import GRPOLossConfig
+from grpo_kernels.registry import BACKENDS
 
 
 def _option(default: Any, help_text: str) -> Any:
@@ -79,7 +80,9 @@ class Recipe:
     steps_per_generation: int | None = _option(None, "micro-batches in a generation; by default one optimizer step's")
     num_iterations: int = _option(1, "times that a generation is used")
     learning_rate: float = _option(1e-6, "peak learning rate of AdamW")
-    lr_scheduler_type: str = _option("linear", "a schedule of transformers.get_scheduler")
+    lr_scheduler_type: Literal["linear", "cosine", "constant", "constant_with_warmup"] = _option(
+        "linear", "how the learning rate goes on after the warm-up"
+    )
     warmup_steps: int = _option(0, "steps from 0 to the peak learning rate")
     weight_decay: float = _option(0.0, "of AdamW")
     adam_beta1: float = _option(0.9, "of AdamW")
@@ -93,7 +96,7 @@ class Recipe:
     seed: int = _option(0, "of the model's initialisation, the data order and the sampling")
     num_threads: int | None = _option(None, "torch's threads; a tiny model is fastest with 1")
     device: str = _option("auto", 'a torch device, or "auto": CUDA where there is one')
-    backend: str = _option("auto", "the grpo_kernels backend: auto, torch, cpu, triton or cuda")
+    backend: str = _option("auto", "the grpo_kernels backend, or auto")
     logging_steps: int = _option(5, "optimizer steps between rows of the table")
     num_completions_to_print: int = _option(2, "sample completions to print")
     completions_steps: int = _option(20, "optimizer steps between printed completions; 0 turns them off")
@@ -120,6 +123,8 @@ class Recipe:
                 f"reward_weights must have one weight per reward function ({len(self.reward_funcs)}), "
                 f"got {len(self.reward_weights)}"
             )
+        if self.backend not in ("auto", *BACKENDS):
+            raise ValueError(f"backend must be one of auto, {', '.join(BACKENDS)}, got {self.backend!r}")
         self.loss_config()
 
     @property

@@ -11,6 +11,7 @@ from tqdm import tqdm
 from transformers import set_seed
 from transformers.utils.logging import disable_progress_bar
 
+from grpo_kernels import registry
 from grpo_kernels.training.checkpoint import clear_run, list_checkpoints, save_checkpoint
 from grpo_kernels.training.cold_start import cold_start
 from grpo_kernels.training.data import Task, load_task
@@ -45,6 +46,11 @@ def train(recipe: Recipe) -> Result:
     disable_progress_bar()  # transformers' own, one for every file that it reads or writes
     set_seed(recipe.seed)
     task = load_task(recipe)
+    backend = registry.resolve("grpo_loss", recipe.backend, task.model.device)
+    print(
+        f"{task.model.num_parameters() / 1e6:.2f} M parameters on {task.model.device}, loss by the {backend} backend, "
+        f"{len(task.train_rows)} training problems"
+    )
     _prepare(output_dir, recipe.overwrite_output_dir)
     metrics_file = MetricsFile(output_dir / "metrics.jsonl")
     try:
