@@ -1,0 +1,152 @@
+"""Registered ops are what their schemas and fakes say; public functions trace whole, once for all lengths."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch._dynamo.testing import CompileCounterWithBackend
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import grpo_kernels
+from grpo_kernels import GRPOLossConfig, group_advantages
+from grpo_kernels.ops.library import KERNEL_BACKENDS
+from grpo_kernels.testing.calls import SOURCES, applies, call, leaves, run
+from grpo_kernels.testing.cases import INPUT_CASES, LOSS_CASES, Case
+from grpo_kernels.testing.inputs import Inputs, build
+
+CASES = {case.name: case for case in (*INPUT_CASES, *LOSS_CASES)}
+#: One of each way through the code.
+TRACED = ("bias_sequence", "next_token_layout", "dirty_mask", "packed_sequence", "packed_token_advantages", "rewards",
+          "num_items_tensor")  # fmt: skip
+
+
+class _Recorder(TorchDispatchMode):
+    """Keeps the arguments of our own ops, as they were before the call."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: list[tuple[Any, tuple]] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        if func.namespace == "grpo_kernels":
+            self.calls.append((func, tuple(x.clone() if isinstance(x, Tensor) else x for x in args)))
+        return func(*args, **(kwargs or {}))
+
+
+def _recorded_calls() -> dict[str, tuple[Any, tuple]]:
+    """Arguments with which the public functions call each registered op, for a few cases."""
+    calls = {}
+    for name in ("plain", "bias_sequence", "dirty_mask", "next_token_layout", "packed_sequence", "grad_output"):
+        for op in SOURCES:
+            if not applies(op, CASES[name]):
+                continue
+            with _Recorder() as recorder:
+                run(op, build(CASES[name], torch.float32, SOURCES[op]), "cpu")
+            calls |= {f"{func._opname}-{op}-{name}": (func, args) for func, args in recorder.calls}
+    with _Recorder() as recorder:
+        group_advantages(torch.tensor([[1.0], [2.0], [4.0], [8.0]]), 2, backend="cpu")
+    calls |= {f"{func._opname}-group_advantages": (func, args) for func, args in recorder.calls}
+    return calls
+
+
+RECORDED = _recorded_calls()
+
+
+@pytest.mark.parametrize("name", RECORDED)
+def test_opcheck(name: str) -> None:
+    func, args = RECORDED[name]
+    torch.library.opcheck(func, args)
+
+
+def test_opcheck_covers_every_registered_op() -> None:
+    defined = {
+        schema.name.split("::")[1]
+        for schema in torch._C._jit_get_all_schemas()
+        if schema.name.startswith("grpo_kernels::") and schema.name.endswith(KERNEL_BACKENDS)
+    }
+    assert defined == {func._opname for func, _ in RECORDED.values()}
+
+
+@pytest.fixture(autouse=True)
+def fresh_compiler() -> Iterator[None]:
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+def _loss(op: str, inputs: Inputs, leaf: dict[str, Tensor], backend: str, **options: Any) -> Tensor:
+    result = call(op, inputs, leaf, backend, **options)
+    if "loss" in result._fields:
+        return result.loss + 0 * result.metrics["entropy"]
+    upstream = (inputs.dlogprobs.nan_to_num(0, 0, 0), inputs.dentropy.nan_to_num(0, 0, 0))
+    return (result.logprobs * upstream[0]).sum() + (result.entropy * upstream[1]).sum()
+
+
+def _gradients(function: Callable[..., Tensor], op: str, inputs: Inputs, **options: Any) -> list[Tensor]:
+    leaf = leaves(op, inputs)
+    loss = function(op, inputs, {name: x * 1.0 for name, x in leaf.items()}, "cpu", **options)
+    (inputs.case.grad_output * loss).backward()
+    return [loss.detach(), *(x.grad for x in leaf.values() if x.grad is not None)]
+
+
+@pytest.mark.parametrize(("op", "name"), [(op, name) for op in SOURCES for name in TRACED if applies(op, CASES[name])])
+def test_public_function_traces_whole(op: str, name: str) -> None:
+    inputs = build(CASES[name], torch.float32, SOURCES[op])
+    compiled = torch.compile(_loss, fullgraph=True, backend="aot_eager", dynamic=False)
+    expected, got = _gradients(_loss, op, inputs), _gradients(compiled, op, inputs)
+    assert len(expected) == len(got) > 1
+    for a, b in zip(expected, got, strict=True):
+        torch.testing.assert_close(b, a, rtol=1e-6, atol=1e-7)
+
+
+@pytest.mark.parametrize(
+    ("op", "name", "options"),
+    [
+        ("token_logprobs", "plain", {"inplace_backward": True}),
+        ("grpo_loss", "plain", {"inplace": True}),
+        ("grpo_loss", "strided_sequence", {"inplace": True}),
+        ("linear_token_logprobs", "plain", {"max_logits_bytes": 400, "workspace_bytes": 500}),
+        ("linear_grpo_loss", "bias", {"workspace_bytes": 500, "logits_dtype": torch.float32}),
+        ("linear_grpo_loss", "bias_sequence", {"max_logits_bytes": 400, "workspace_bytes": 500}),
+    ],
+)
+def test_options_trace_whole(op: str, name: str, options: dict[str, Any]) -> None:
+    inputs = build(CASES[name], torch.float32, SOURCES[op])
+    compiled = torch.compile(_loss, fullgraph=True, backend="aot_eager", dynamic=False)
+    for a, b in zip(_gradients(_loss, op, inputs), _gradients(compiled, op, inputs, **options), strict=True):
+        torch.testing.assert_close(b, a, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("op", "level"), [*((op, "token") for op in SOURCES), ("grpo_loss", "sequence"), ("linear_grpo_loss", "sequence")]
+)
+def test_a_new_length_compiles_nothing(op: str, level: str) -> None:
+    counter = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(_loss, fullgraph=True, backend=counter)
+    config = GRPOLossConfig(beta=0.1, entropy_coef=0.05, importance_sampling_level=level)
+    counts = []
+    for length in (5, 7, 16, 33):
+        inputs = build(Case(f"length_{length}", length=length, config=config), torch.float32, SOURCES[op])
+        for a, b in zip(_gradients(_loss, op, inputs), _gradients(compiled, op, inputs), strict=True):
+            torch.testing.assert_close(b, a, rtol=1e-6, atol=1e-7)
+        counts.append(counter.frame_count)
+    assert counts == [1, 2, 2, 2]  # once for the first length, once for any
+
+
+def test_group_advantages_traces_whole() -> None:
+    rewards = torch.tensor([1.0, 2.0, 4.0, torch.nan])
+    compiled = torch.compile(lambda r: group_advantages(r, 2), fullgraph=True, backend="aot_eager")
+    assert torch.equal(compiled(rewards), group_advantages(rewards, 2))
+
+
+def test_module_traces_whole() -> None:
+    inputs = build(CASES["plain"], torch.float32)
+    module = grpo_kernels.GRPOLoss(CASES["plain"].config)
+    arguments = (inputs.logits, inputs.ids, inputs.advantages, inputs.mask)
+    options = {"old_logprobs": inputs.old, "ref_logprobs": inputs.ref}
+    compiled = torch.compile(module, fullgraph=True, backend="aot_eager")
+    assert torch.equal(compiled(*arguments, **options).loss, module(*arguments, **options).loss)
