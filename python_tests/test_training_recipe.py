@@ -6,6 +6,7 @@ import json
 import math
 import random
 
+import datasets
 import pytest
 import torch
 
@@ -177,6 +178,23 @@ def test_jsonl_rows_are_read_and_bad_ones_named(tmp_path):
         ValueError, match="row 0 must have columns prompt and answer; it lacks answer and has prompt, result"
     ):
         data.load_task(Recipe(dataset_name=str(path)))
+
+
+def test_a_dataset_folder_gives_its_splits(tmp_path):
+    tokenizer = addition.build_tokenizer()
+    addition.build_model(tokenizer, seed=0).save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    rows = [{"prompt": f"{i} + 1 =", "answer": str(i + 1)} for i in range(9)]
+    train, test = datasets.Dataset.from_list(rows), datasets.Dataset.from_list(rows[:3])
+    datasets.DatasetDict({"train": train, "test": test}).save_to_disk(tmp_path / "both")
+    train.save_to_disk(tmp_path / "one")
+    settings = {"model_name_or_path": str(tmp_path / "model"), "device": "cpu", "num_eval_prompts": 2}
+    task = data.load_task(Recipe(dataset_name=str(tmp_path / "both"), eval_dataset_split="test", **settings))
+    assert task.train_rows == rows
+    assert task.eval_rows == rows[:2]
+    task = data.load_task(Recipe(dataset_name=str(tmp_path / "one"), **settings))
+    assert len(task.train_rows) == 7
+    assert sorted([*task.train_rows, *task.eval_rows], key=lambda row: row["prompt"]) == rows
 
 
 def test_a_dataset_without_a_model_is_refused(tmp_path):
