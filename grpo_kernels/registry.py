@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import cache
 from pathlib import Path
 
 import torch
@@ -19,30 +18,26 @@ OPS = (
 #: In order of preference for "auto". "torch" is the reference and runs everywhere.
 BACKENDS = ("cpu", "torch")
 
-_EXTENSION = Path(__file__).with_name("_cpu.so")
 
-
-@cache
-def _load_cpu_extension() -> str | None:
-    """Loads the C++ ops once; returns why they are missing, or None."""
-    if not _EXTENSION.exists():
-        return f"the C++ extension is not built ({_EXTENSION.name} is not beside the package)"
+def _load_extension(path: Path) -> str | None:
+    """Loads the C++ ops; returns why they are missing, or None."""
+    if not path.exists():
+        return f"the C++ extension is not built ({path.name} is not beside the package)"
     try:
-        torch.ops.load_library(str(_EXTENSION))
+        torch.ops.load_library(str(path))
     except OSError as error:  # an extension built for another platform: reported, and raised where it is asked for
         return f"the C++ extension does not load: {error}"
     return None
 
 
-@torch.compiler.assume_constant_result
-def _extension_error() -> str | None:
-    return _load_cpu_extension()
+# loaded at import: a traced graph then meets a constant
+_EXTENSION_ERROR = _load_extension(Path(__file__).with_name("_cpu.so"))
 
 
 def _cpu_reason(device: torch.device) -> str | None:
     if device.type != "cpu":
         return f"its tensors must be on the CPU, got {device}"
-    return _extension_error()
+    return _EXTENSION_ERROR
 
 
 _REASONS: dict[str, Callable[[torch.device], str | None]] = {
@@ -89,6 +84,6 @@ def resolve(op: str, backend: str, device: torch.device) -> str:
 
 def cpu_simd_level() -> str | None:
     """The instruction set that the C++ kernels chose on this machine, or None without the extension."""
-    if _load_cpu_extension() is not None:
+    if _EXTENSION_ERROR is not None:
         return None
     return ("baseline", "avx2", "avx512")[torch.ops.grpo_kernels.cpu_simd_level()]

@@ -28,6 +28,7 @@ int supported_level() {
       __builtin_cpu_supports("avx512vl")) {
     return 2;
   }
+  // with AVX2 and FMA comes F16C, on every processor that has been made
   if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) return 1;
 #endif
   return 0;

@@ -55,8 +55,8 @@ token_logprobs_fwd = define(
 #: Writes the gradient of every row into ``dlogits``, which may be ``logits`` itself.
 token_logprobs_bwd = define(
     "token_logprobs_bwd",
-    "(Tensor logits, Tensor ids, Tensor? mask, Tensor logprobs, Tensor lse, Tensor entropy, Tensor? dlogprobs, Tensor? dentropy, "
-    f"{TRANSFORM_SCHEMA}, Tensor(a!) dlogits) -> ()",
+    "(Tensor logits, Tensor ids, Tensor? mask, Tensor logprobs, Tensor lse, Tensor entropy, Tensor? dlogprobs, "
+    f"Tensor? dentropy, {TRANSFORM_SCHEMA}, Tensor(a!) dlogits) -> ()",
     _bwd_fake,
 )
 
