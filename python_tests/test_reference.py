@@ -1,0 +1,210 @@
+"""The reference stands on its own: finite differences in fp64, and numbers worked by hand."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor
+
+from grpo_kernels import (
+    GRPOLossConfig,
+    group_advantages,
+    grpo_loss,
+    linear_token_logprobs,
+    policy_loss,
+    token_logprobs,
+)
+from grpo_kernels.registry import BACKENDS
+from grpo_kernels.testing.calls import SOURCES, applies, call, leaves
+from grpo_kernels.testing.cases import INPUT_CASES, LOSS_CASES, VARIANT_CASES, Case
+from grpo_kernels.testing.inputs import Inputs, build
+
+SMOOTH = [
+    case
+    for case in (*INPUT_CASES, *LOSS_CASES, *VARIANT_CASES)
+    # on a bound there is no derivative; on-policy the ratio is 1 wherever one steps; of NaN there are no differences;
+    # the step is too coarse where logits are large
+    if case.old and not (case.on_bound or case.dirty or case.vocab > 100 or case.logits in ("offset", "holes"))
+]
+
+
+def _differentiable(op: str, inputs: Inputs, backend: str) -> tuple[Callable[..., Tensor], list[Tensor]]:
+    leaf = leaves(op, inputs)
+
+    def function(*tensors: Tensor) -> Tensor:
+        result = call(op, inputs, dict(zip(leaf, tensors, strict=True)), backend)
+        if "loss" in result._fields:
+            return result.loss
+        return (result.logprobs * inputs.dlogprobs + result.entropy * inputs.dentropy).sum()
+
+    return function, list(leaf.values())
+
+
+@pytest.mark.parametrize(("op", "case"), [(op, c) for op in SOURCES for c in SMOOTH if applies(op, c)], ids=str)
+def test_gradcheck(op: str, case: Case) -> None:
+    function, tensors = _differentiable(op, build(case, torch.float64, SOURCES[op]), "torch")
+    torch.autograd.gradcheck(function, tensors, fast_mode=True, atol=1e-6)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_token_logprobs_of_two_logits(backend: str) -> None:
+    # softmax(0, ln 3) = (1/4, 3/4)
+    logits = torch.tensor([[[0.0, math.log(3.0)]]], requires_grad=True)
+    outputs = ("entropy", "log_sum_sq_probs", "mean_logits", "is_top1")
+    out = token_logprobs(logits, torch.tensor([[1]]), outputs=outputs, backend=backend)
+    assert out.logprobs.item() == pytest.approx(math.log(0.75))
+    assert out.entropy.item() == pytest.approx(-0.25 * math.log(0.25) - 0.75 * math.log(0.75))
+    assert out.log_sum_sq_probs.item() == pytest.approx(math.log(0.0625 + 0.5625))
+    assert out.mean_logits.item() == pytest.approx(math.log(3.0) / 2)
+    assert out.is_top1.item() is True
+    (gradient,) = torch.autograd.grad(out.logprobs.sum(), logits, retain_graph=True)
+    assert gradient.flatten().tolist() == pytest.approx([-0.25, 0.25])
+    # -p (log p + H): the entropy falls as the larger logit grows
+    (gradient,) = torch.autograd.grad(out.entropy.sum(), logits)
+    assert gradient.flatten().tolist() == pytest.approx([0.1875 * math.log(3.0), -0.1875 * math.log(3.0)])
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_transform_scales_caps_and_then_cools(backend: str) -> None:
+    # 2 tanh(0.5 z / 2) / 0.25 at z = (0, 4): (0, 8 tanh 1)
+    logits = torch.tensor([[[0.0, 4.0]]])
+    out = token_logprobs(
+        logits, torch.tensor([[0]]), temperature=0.25, softcap=2.0, logit_scale=0.5, outputs=("mean_logits",),
+        backend=backend,
+    )  # fmt: skip
+    assert out.mean_logits.item() == pytest.approx(4 * math.tanh(1))
+    assert out.logprobs.item() == pytest.approx(-math.log1p(math.exp(8 * math.tanh(1))))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_linear_logprobs_of_a_unit_vector(backend: str) -> None:
+    # h = (1, 0) picks the head's first column, (0, ln 3), and the bias moves it to (ln 3, ln 3)
+    head = torch.tensor([[0.0, 5.0], [math.log(3.0), 7.0]])
+    hidden, ids = torch.tensor([[[1.0, 0.0]]]), torch.tensor([[0]])
+    assert linear_token_logprobs(hidden, head, ids, backend=backend).logprobs.item() == pytest.approx(math.log(0.25))
+    bias = torch.tensor([math.log(3.0), 0.0])
+    out = linear_token_logprobs(hidden, head, ids, bias=bias, backend=backend)
+    assert out.logprobs.item() == pytest.approx(math.log(0.5))
+
+
+# Two completions of two and one tokens, ratios 1.5, 0.5 and 0.5, advantages 1 and -1, clip range 0.8 to 1.2.
+LOGPROBS = torch.tensor([[math.log(0.3), math.log(0.2)], [math.log(0.4), -7.0]], dtype=torch.float64)
+OLD = torch.tensor([[math.log(0.2), math.log(0.4)], [math.log(0.8), -1.0]], dtype=torch.float64)
+MASK = torch.tensor([[1, 1], [1, 0]])
+ADVANTAGES = torch.tensor([1.0, -1.0], dtype=torch.float64)
+# clipped to 1.2; 0.5 as min(0.5, 0.8); and -0.8 as min(-0.5, -0.8): dropping further earns nothing
+SURROGATE = [1.2, 0.5, -0.8]
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize(
+    ("config", "loss"),
+    [
+        (GRPOLossConfig(loss_type="dapo"), -(1.2 + 0.5 - 0.8) / 3),
+        (GRPOLossConfig(loss_type="bnpo"), -(1.2 + 0.5 - 0.8) / 3),
+        (GRPOLossConfig(loss_type="grpo"), -((1.2 + 0.5) / 2 - 0.8) / 2),
+        (GRPOLossConfig(loss_type="dr_grpo", max_completion_length=10), -(1.2 + 0.5 - 0.8) / 20),
+        (GRPOLossConfig(epsilon_high=0.4), -(1.4 + 0.5 - 0.8) / 3),
+        (GRPOLossConfig(epsilon_high=0.6), -(1.5 + 0.5 - 0.8) / 3),
+        (GRPOLossConfig(epsilon_low=0.6, epsilon_high=0.2), -(1.2 + 0.5 - 0.5) / 3),
+        (GRPOLossConfig(delta=1.1), -(1.1 + 0.5 - 0.8) / 3),
+    ],
+)
+def test_clipped_loss_by_hand(config: GRPOLossConfig, loss: float, backend: str) -> None:
+    out = policy_loss(LOGPROBS, ADVANTAGES, MASK, old_logprobs=OLD, config=config, backend=backend)
+    assert out.loss.item() == pytest.approx(loss, rel=1e-12)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_clipped_gradient_and_metrics_by_hand(backend: str) -> None:
+    leaf = LOGPROBS.clone().requires_grad_()
+    loss, metrics = policy_loss(leaf, ADVANTAGES, MASK, old_logprobs=OLD, backend=backend)
+    loss.backward()
+    # only the second token is not clipped: -rho A / 3
+    torch.testing.assert_close(leaf.grad, torch.tensor([[0.0, -0.5 / 3], [0.0, 0.0]], dtype=torch.float64))
+    values = {name: value.item() for name, value in metrics.items()}
+    assert values == pytest.approx(
+        {
+            "clip_ratio/low_mean": 1 / 3,
+            "clip_ratio/low_min": 0.0,
+            "clip_ratio/high_mean": 1 / 3,
+            "clip_ratio/high_max": 0.5,
+            "clip_ratio/region_mean": 2 / 3,
+        }
+    )
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_sequence_ratio_is_the_geometric_mean(backend: str) -> None:
+    leaf = LOGPROBS.clone().requires_grad_()
+    config = GRPOLossConfig(loss_type="grpo", importance_sampling_level="sequence", epsilon_low=0.6)
+    loss, _ = policy_loss(leaf, ADVANTAGES, MASK, old_logprobs=OLD, config=config, backend=backend)
+    ratio = math.sqrt(1.5 * 0.5)
+    assert loss.item() == pytest.approx(-(ratio - 0.5) / 2, rel=1e-12)
+    loss.backward()
+    gradient = [[-ratio / 4, -ratio / 4], [0.25, 0.0]]  # each token carries its share of the sequence's
+    torch.testing.assert_close(leaf.grad, torch.tensor(gradient, dtype=torch.float64))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize(("corrected", "factor"), [(False, 1.0), (True, 1.5)])
+def test_kl_by_hand(corrected: bool, factor: float, backend: str) -> None:
+    # one token of ratio 1.5 and advantage 0; the reference is half as likely: k3 = 1/2 + ln 2 - 1
+    logprobs = torch.tensor([[math.log(0.3)]], dtype=torch.float64, requires_grad=True)
+    config = GRPOLossConfig(beta=0.1, use_bias_correction_kl=corrected)
+    loss, metrics = policy_loss(
+        logprobs, torch.tensor([0.0]), torch.tensor([[True]]),
+        old_logprobs=torch.tensor([[math.log(0.2)]]).double(), ref_logprobs=logprobs.detach() - math.log(2),
+        config=config, backend=backend,
+    )  # fmt: skip
+    k3 = 0.5 + math.log(2) - 1
+    assert metrics["kl"].item() == pytest.approx(factor * k3, rel=1e-6)
+    assert loss.item() == pytest.approx(0.1 * factor * k3, rel=1e-6)
+    loss.backward()
+    # d k3 = 1 - 1/2; corrected, the ratio grows too
+    expected = 0.1 * (factor * 0.5 + (factor * k3 if corrected else 0))
+    assert logprobs.grad.item() == pytest.approx(expected, rel=1e-6)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_entropy_bonus_is_the_mean_over_tokens(backend: str) -> None:
+    entropy = torch.tensor([[1.0, 2.0], [6.0, 100.0]], requires_grad=True)
+    config = GRPOLossConfig(loss_type="grpo", entropy_coef=0.5)
+    zero = torch.zeros(2)
+    loss, metrics = policy_loss(torch.zeros(2, 2), zero, MASK, entropy=entropy, config=config, backend=backend)
+    assert (loss.item(), metrics["entropy"].item()) == pytest.approx((-1.5, 3.0))
+    loss.backward()
+    assert entropy.grad.tolist() == [pytest.approx([-1 / 6, -1 / 6]), pytest.approx([-1 / 6, 0])]
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_grpo_loss_by_hand(backend: str) -> None:
+    # on-policy, uniform over 4, advantage 2: dL/dlogits = -2 (onehot - 1/4)
+    logits = torch.zeros(1, 1, 4, requires_grad=True)
+    out = grpo_loss(logits, torch.tensor([[2]]), torch.tensor([2.0]), torch.ones(1, 1), backend=backend)
+    out.loss.backward()
+    assert out.loss.item() == pytest.approx(-2)
+    assert out.logprobs.item() == pytest.approx(-math.log(4))
+    assert out.entropy.item() == pytest.approx(math.log(4))
+    assert logits.grad.flatten().tolist() == pytest.approx([0.5, 0.5, -1.5, 0.5])
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_group_advantages_by_hand(backend: str) -> None:
+    # group means 2 and 5; the unbiased deviation of (1, 3) is sqrt 2
+    rewards = torch.tensor([1.0, 3.0, 5.0, 5.0], dtype=torch.float64)
+    side = 1 / (math.sqrt(2) + 1e-4)
+    assert group_advantages(rewards, 2, backend=backend).tolist() == pytest.approx([-side, side, 0, 0], rel=1e-12)
+    batch = 1 / (rewards.std().item() + 0.5)
+    got = group_advantages(rewards, 2, scale_rewards="batch", eps=0.5, backend=backend).tolist()
+    assert got == pytest.approx([-batch, batch, 0, 0], rel=1e-12)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_equal_rewards_give_exactly_no_advantage(backend: str) -> None:
+    rewards = torch.full((7,), 0.1)  # their fp32 mean is not 0.1
+    for scale_rewards in ("group", "batch", "none"):
+        assert not group_advantages(rewards, 7, scale_rewards=scale_rewards, backend=backend).any()
