@@ -189,9 +189,10 @@ class _LinearTokenLogprobs(torch.autograd.Function):
         )
         ctx.save_for_backward(hidden, weight, bias, flat_ids, flat_mask, logprobs, lse, entropy, retained)
         ctx.options = (dtypes, workspace_bytes, transform, backend)
-        ctx.mark_non_differentiable(*extras)
         ctx.set_materialize_grads(False)
-        return tuple(x.view(ids.shape) if x.numel() == ids.numel() else x for x in (logprobs, entropy, *extras))
+        shaped = [x.view(ids.shape) if x.numel() == ids.numel() else x for x in (logprobs, entropy, *extras)]
+        ctx.mark_non_differentiable(*shaped[2:])
+        return tuple(shaped)
 
     @staticmethod
     def backward(ctx: Any, dlogprobs: Tensor | None, dentropy: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:  # type: ignore[override]

@@ -125,9 +125,9 @@ class _TokenLogprobs(torch.autograd.Function):
         )
         ctx.save_for_backward(logits, ids, mask, logprobs, lse, entropy)
         ctx.options = (transform, inplace_backward, backend)
-        ctx.mark_non_differentiable(*extras)
         ctx.set_materialize_grads(False)
-        shaped = (x.view(ids.shape) if x.numel() == ids.numel() else x for x in (logprobs, entropy, *extras))
+        shaped = [x.view(ids.shape) if x.numel() == ids.numel() else x for x in (logprobs, entropy, *extras)]
+        ctx.mark_non_differentiable(*shaped[2:])
         return tuple(shaped)
 
     @staticmethod
