@@ -15,6 +15,16 @@ KERNEL_BACKENDS = tuple(backend for backend in BACKENDS if backend != "torch")
 _LIBRARY = torch.library.Library(NAMESPACE, "FRAGMENT")
 
 
+def _without_autocast(implementation: Callable[..., Any]) -> Callable[..., Any]:
+    """An op's arguments say what it computes in; autocast must not round its inner GEMMs once more."""
+
+    def run(first: torch.Tensor, *arguments: Any) -> Any:
+        with torch.autocast(first.device.type, enabled=False):
+            return implementation(first, *arguments)
+
+    return run
+
+
 def define(
     name: str,
     schema: str,
@@ -39,6 +49,6 @@ def define(
         _LIBRARY.define(qualified + schema)
         torch.library.register_fake(f"{NAMESPACE}::{qualified}", fake, lib=_LIBRARY)
         if implementations and backend in implementations:
-            _LIBRARY.impl(qualified, implementations[backend], "CompositeExplicitAutograd")
+            _LIBRARY.impl(qualified, _without_autocast(implementations[backend]), "CompositeExplicitAutograd")
         ops[backend] = getattr(getattr(torch.ops, NAMESPACE), qualified)
     return ops

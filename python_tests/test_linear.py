@@ -1,0 +1,294 @@
+"""The linear ops: which GEMMs they spend, in how much memory, and that neither changes a result."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.profiler import ProfilerActivity, profile
+
+from grpo_kernels import GRPOLossConfig, grpo_loss, linear_grpo_loss, linear_token_logprobs, token_logprobs
+from grpo_kernels.testing.calls import call, leaves, run
+from grpo_kernels.testing.cases import INPUT_CASES, LOSS_CASES, VOCABULARY_CASES, Case
+from grpo_kernels.testing.inputs import Inputs, build
+
+CASES = {case.name: case for case in (*INPUT_CASES, *LOSS_CASES)}
+LINEAR = ("linear_token_logprobs", "linear_grpo_loss")
+BATCH, LENGTH, HIDDEN, VOCAB = 4, 6, 16, 96
+_GEMMS = ("aten::mm", "aten::addmm", "aten::addmm_")
+
+
+def _profiled(function: Callable[[], Any]) -> list[Any]:
+    with profile(activities=[ProfilerActivity.CPU], record_shapes=True, profile_memory=True) as profiler:
+        function()
+    return list(profiler.events())
+
+
+def _gemm_rows(function: Callable[[], Any]) -> float:
+    """Multiply-adds of all GEMMs, in units of one token through the head."""
+    total = 0
+    for event in _profiled(function):
+        if event.name in _GEMMS:
+            first = 1 if "addmm" in event.name else 0
+            a, b = event.input_shapes[first : first + 2]
+            total += a[0] * a[1] * b[1]
+    return total / (HIDDEN * VOCAB)
+
+
+def _largest_allocation(function: Callable[[], Any]) -> int:
+    return max(event.self_cpu_memory_usage for event in _profiled(function))
+
+
+def _tensors(**changes: Any) -> dict[str, Tensor]:
+    rng = torch.Generator().manual_seed(0)
+    return {
+        "hidden_states": torch.randn(BATCH, LENGTH, HIDDEN, generator=rng).requires_grad_(),
+        "lm_head_weight": torch.randn(VOCAB, HIDDEN, generator=rng).requires_grad_(),
+        "completion_ids": torch.randint(VOCAB, (BATCH, LENGTH), generator=rng),
+        "advantages": torch.tensor([1.0, -1.0, 0.5, 2.0]),
+        "completion_mask": torch.ones(BATCH, LENGTH),
+        **changes,
+    }
+
+
+def _step(config: GRPOLossConfig | None = None, **changes: Any) -> float:
+    arguments = _tensors(**changes)
+
+    def step() -> None:
+        loss = linear_grpo_loss(**arguments, config=config or GRPOLossConfig(), backend="cpu").loss
+        if loss.requires_grad:
+            loss.backward()
+
+    return _gemm_rows(step)
+
+
+ROWS = BATCH * LENGTH
+
+
+def test_a_step_spends_three_gemms_a_row() -> None:
+    assert _step() == 3 * ROWS
+
+
+def test_masked_rows_are_not_projected() -> None:
+    mask = torch.ones(BATCH, LENGTH)
+    mask[:, 4:] = 0
+    assert _step(completion_mask=mask) == 3 * (ROWS - 2 * BATCH)
+
+
+def test_rows_of_zero_advantage_cost_one_gemm() -> None:
+    advantages = torch.tensor([1.0, 0.0, 0.0, 0.0])
+    assert _step(advantages=advantages) == ROWS + 2 * LENGTH
+    assert _step(advantages=torch.zeros(BATCH)) == ROWS
+
+
+def test_rows_of_zero_advantage_live_by_kl_and_entropy() -> None:
+    zero = torch.zeros(BATCH)
+    reference = torch.full((BATCH, LENGTH), -3.0)
+    assert _step(GRPOLossConfig(beta=0.1), advantages=zero, ref_logprobs=reference) == 3 * ROWS
+    assert _step(GRPOLossConfig(entropy_coef=0.1), advantages=zero) == 3 * ROWS
+
+
+def test_rows_of_zero_rollout_weight_cost_one_gemm() -> None:
+    weights = torch.tensor([[1.0], [0.0], [0.0], [1.0]])
+    assert _step(rollout_is_weights=weights) == ROWS + 2 * 2 * LENGTH
+
+
+def test_clipped_rows_cost_one_gemm() -> None:
+    tensors = _tensors()
+    logprobs = linear_token_logprobs(
+        tensors["hidden_states"].detach(), tensors["lm_head_weight"].detach(), tensors["completion_ids"]
+    ).logprobs
+    old = logprobs - math.log(1.5)  # above the range: clipped where the advantage is positive
+    assert _step(old_logprobs=old) == ROWS + 2 * LENGTH
+
+
+def test_a_frozen_head_costs_no_weight_gradient() -> None:
+    head = _tensors()["lm_head_weight"].detach()
+    assert _step(lm_head_weight=head) == 2 * ROWS
+
+
+def test_frozen_hidden_states_cost_no_gradient() -> None:
+    hidden = _tensors()["hidden_states"].detach()
+    assert _step(hidden_states=hidden) == 2 * ROWS
+
+
+def test_no_grad_costs_the_forward() -> None:
+    with torch.no_grad():
+        assert _step() == ROWS
+    frozen = {name: _tensors()[name].detach() for name in ("hidden_states", "lm_head_weight")}
+    assert _step(**frozen) == ROWS
+
+
+def _logprob_step(upstream: Tensor, freeze_head: bool = False, **options: Any) -> float:
+    tensors = _tensors()
+    head = tensors["lm_head_weight"].detach() if freeze_head else tensors["lm_head_weight"]
+
+    def step() -> None:
+        out = linear_token_logprobs(
+            tensors["hidden_states"], head, tensors["completion_ids"], backend="cpu", **options
+        ).logprobs
+        (out * upstream).sum().backward()
+
+    return _gemm_rows(step)
+
+
+@pytest.mark.parametrize("live", [0, 2, LENGTH])
+def test_logprob_rows_without_upstream_gradient_cost_one_gemm(live: int) -> None:
+    upstream = torch.zeros(BATCH, LENGTH)
+    upstream[:, :live] = 1
+    assert _logprob_step(upstream) == ROWS + 3 * BATCH * live
+    assert _logprob_step(upstream, freeze_head=True) == ROWS + 2 * BATCH * live
+
+
+def test_retained_logits_are_not_projected_again() -> None:
+    upstream, row = torch.ones(BATCH, LENGTH), VOCAB * 4
+    assert _logprob_step(upstream, max_logits_bytes=ROWS * row) == 3 * ROWS
+    assert _logprob_step(upstream, max_logits_bytes=10 * row + 1) == 4 * ROWS - 10
+    upstream[0] = 0
+    assert _logprob_step(upstream, max_logits_bytes=10 * row) == ROWS + 3 * (ROWS - LENGTH) - (10 - LENGTH)
+
+
+def test_sequence_level_drops_dead_rows() -> None:
+    config = GRPOLossConfig(importance_sampling_level="sequence")
+    assert _step(config, advantages=torch.tensor([1.0, 0.0, 0.0, 0.0])) == ROWS + 3 * LENGTH
+
+
+ROW = 37 * 8  # bytes of the cases' logits in fp64
+OPTIONS = (
+    {"workspace_bytes": 1},
+    {"workspace_bytes": 3 * ROW},
+    {"max_logits_bytes": 3 * ROW},
+    {"max_logits_bytes": 7 * ROW, "workspace_bytes": 2 * ROW},
+    {"max_logits_bytes": 1 << 30},
+)
+MEMORY_CASES = ("plain", "dirty_mask", "dirty_mask_sequence", "bias", "bias_sequence", "packed_sequence", "all_masked",
+                "some_advantages", "zero_advantage", "strided")  # fmt: skip
+
+
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+@pytest.mark.parametrize("name", MEMORY_CASES)
+@pytest.mark.parametrize("op", LINEAR)
+def test_bounds_on_memory_change_no_result(op: str, name: str, options: dict[str, int], poison: None) -> None:
+    inputs = build(CASES[name], torch.float64, "hidden")
+    expected, got = run(op, inputs, "cpu"), run(op, inputs, "cpu", **options)
+    assert expected.keys() == got.keys()
+    for key, value in expected.items():
+        torch.testing.assert_close(got[key], value, rtol=1e-12, atol=1e-13, msg=lambda m, key=key: f"{key}: {m}")
+
+
+def test_retained_logits_stay_within_their_bound() -> None:
+    tensors = _tensors()
+    out = linear_token_logprobs(
+        tensors["hidden_states"], tensors["lm_head_weight"], tensors["completion_ids"], max_logits_bytes=5000,
+        workspace_bytes=2000, backend="cpu",
+    )  # fmt: skip
+    saved = [x for x in out.logprobs.grad_fn.saved_tensors if x is not None and x.shape[-1:] == (VOCAB,)]
+    assert [x.nbytes for x in saved] == [5000 // (4 * VOCAB) * 4 * VOCAB]
+
+
+def test_logits_never_exist_as_a_whole() -> None:
+    case = Case("wide", batch=4, length=16, vocab=4000, hidden=4)
+    inputs = build(case, torch.float32, "hidden")
+    bound = case.vocab * 4 * 8  # 8 rows of 64
+    for op in LINEAR:
+        assert _largest_allocation(lambda op=op: run(op, inputs, "cpu", workspace_bytes=bound)) <= bound
+
+
+@pytest.mark.parametrize("level", ["token", "sequence"])
+def test_an_in_place_step_allocates_next_to_nothing(level: str) -> None:
+    config = GRPOLossConfig(importance_sampling_level=level)
+    inputs = build(Case("wide", batch=4, length=16, vocab=4000, ref=False, config=config), torch.float32)
+    leaf = leaves("grpo_loss", inputs)
+    events = _profiled(lambda: call("grpo_loss", inputs, leaf, "cpu", inplace=True).loss.backward())
+    total = sum(max(event.self_cpu_memory_usage, 0) for event in events)
+    assert total < 0.02 * inputs.logits.nbytes
+
+
+def test_no_grad_allocates_no_gradient() -> None:
+    inputs = build(Case("wide", batch=4, length=16, vocab=4000), torch.float32)
+    with torch.no_grad():
+        largest = _largest_allocation(lambda: call("grpo_loss", inputs, leaves("grpo_loss", inputs), "cpu"))
+    assert largest < 0.01 * inputs.logits.nbytes
+
+
+@pytest.mark.parametrize("op", LINEAR)
+def test_autocast_rounds_the_inputs_and_not_the_gradients(op: str) -> None:
+    half = build(CASES["bias"], torch.bfloat16, "hidden")
+    wide = half._map(lambda x: x.float() if x.is_floating_point() else x)
+    expected = run(op, half, "cpu")
+    with torch.autocast("cpu", torch.bfloat16):
+        got = run(op, wide, "cpu")
+    assert expected.keys() == got.keys()
+    for name, value in got.items():
+        if name in ("dhidden", "dweight", "dbias"):
+            assert value.dtype == torch.float32
+            assert torch.equal(value.to(torch.bfloat16), expected[name])
+            assert not torch.equal(value, expected[name].float())
+        else:
+            assert torch.equal(value, expected[name]), name
+
+
+def test_autocast_of_the_reference_rounds_the_inputs_alone() -> None:
+    half = build(CASES["bias"], torch.bfloat16, "hidden")
+    expected = call("linear_token_logprobs", half, leaves("linear_token_logprobs", half), "torch").logprobs
+    wide = half._map(lambda x: x.float() if x.is_floating_point() else x)
+    with torch.autocast("cpu", torch.bfloat16):
+        got = call("linear_token_logprobs", wide, leaves("linear_token_logprobs", wide), "torch").logprobs
+    assert torch.equal(got, expected)
+
+
+def test_autocast_leaves_a_loss_from_logits_alone() -> None:
+    inputs = build(CASES["plain"], torch.bfloat16)
+    expected = run("grpo_loss", inputs, "cpu")
+    with torch.autocast("cpu", torch.bfloat16):
+        got = run("grpo_loss", inputs, "cpu")
+    assert all(torch.equal(got[name], value) for name, value in expected.items())
+
+
+@pytest.mark.parametrize("op", LINEAR)
+def test_half_precision_logits_are_rounded_once(op: str) -> None:
+    """With ``logits_dtype`` the log-probs are those of the rounded logits, to fp32's accuracy."""
+    inputs = build(CASES["plain"], torch.bfloat16, "hidden")
+    result = run(op, inputs, "cpu", logits_dtype=torch.bfloat16)
+    exact = inputs.hidden.double() @ inputs.weight.double().mT
+    expected = token_logprobs(exact.to(torch.bfloat16).double(), inputs.ids, mask=inputs.mask, backend="torch").logprobs
+    off = (result["logprobs"] - expected).abs()
+    # a sum that falls beside the middle of two bf16 values may be rounded to the other one
+    assert off.median() < 1e-6 and off.max() < 0.1
+    assert result["dhidden"].dtype == result["dweight"].dtype == torch.bfloat16
+
+
+ACCURATE = [case for case in (*INPUT_CASES, *VOCABULARY_CASES) if case.softcap is None]
+
+
+@pytest.mark.parametrize("case", ACCURATE, ids=str)
+def test_logprobs_from_fp32_logits_are_within_1e_5(case: Case) -> None:
+    inputs = build(case, torch.float32)
+    assert (_logprobs(inputs, "cpu") - _logprobs(inputs.double(), "torch")).abs().max() < 1e-5
+
+
+def _logprobs(inputs: Inputs, backend: str) -> Tensor:
+    return call("token_logprobs", inputs, leaves("token_logprobs", inputs), backend).logprobs.detach()
+
+
+@pytest.mark.parametrize("vocab", [1000, 151936])
+def test_linear_logprobs_have_at_most_twice_the_error_of_plain_torch(vocab: int) -> None:
+    inputs = build(Case("accuracy", batch=2, length=8, vocab=vocab, hidden=256, mask="ones"), torch.float32, "hidden")
+    exact = run("linear_token_logprobs", inputs.double(), "torch")["logprobs"]
+    plain = (inputs.hidden @ inputs.weight.mT).log_softmax(-1).gather(-1, inputs.ids[..., None])[..., 0]
+    got = linear_token_logprobs(inputs.hidden, inputs.weight, inputs.ids, backend="cpu").logprobs
+    assert (got - exact).abs().max() <= 2 * (plain - exact).abs().max()
+
+
+def test_from_hidden_states_as_from_logits() -> None:
+    inputs = build(CASES["plain"], torch.float64, "hidden")
+    logits = inputs.hidden @ inputs.weight.mT
+    arguments: dict[str, Any] = {"old_logprobs": inputs.old, "ref_logprobs": inputs.ref, "config": inputs.case.config}
+    rest = (inputs.ids, inputs.advantages, inputs.mask)
+    a = grpo_loss(logits, *rest, **arguments)
+    b = linear_grpo_loss(inputs.hidden, inputs.weight, *rest, **arguments)
+    torch.testing.assert_close(a.loss, b.loss, rtol=1e-12, atol=0)
