@@ -17,7 +17,7 @@ from torch import Tensor
 from transformers import get_scheduler
 
 from grpo_kernels import group_advantages, grpo_loss
-from grpo_kernels.ops.policy_loss.metrics import PolicyMetrics, combine_partials
+from grpo_kernels.ops.policy_loss.metrics import PolicyMetrics
 from grpo_kernels.training.data import Row, Task, render_prompt
 from grpo_kernels.training.recipe import Recipe
 from grpo_kernels.training.rewards import score, total
@@ -152,7 +152,7 @@ class GRPOLoop:
         """
         by_token = self.config.loss_type in ("dapo", "bnpo")
         sizes = [int(b.rollout.completion_mask.sum()) if by_token else len(b.advantages) for b in micro_batches]
-        loss, partials = 0.0, []
+        loss, parts = 0.0, []
         for batch, size in zip(micro_batches, sizes, strict=True):
             output = grpo_loss(
                 completion_logits(self.model, batch.rollout),
@@ -168,9 +168,9 @@ class GRPOLoop:
             )
             output.loss.backward()
             loss += output.loss.item()
-            partials.append(output.metrics.partials)
-        combined = PolicyMetrics(combine_partials(torch.stack(partials)), output.metrics.names)
-        return {"loss": loss, **{name: value.item() for name, value in combined.items()}}
+            parts.append(output.metrics)
+        metrics = PolicyMetrics.combined(parts)
+        return {"loss": loss, **{name: value.item() for name, value in metrics.items()}}
 
     def _batch(self, rollout: Rollout, rewards: Tensor) -> Batch:
         recipe = self.recipe

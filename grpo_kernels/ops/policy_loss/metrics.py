@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from enum import IntEnum
 
 import torch
@@ -68,6 +68,11 @@ class PolicyMetrics(Mapping[str, Tensor]):
     def __len__(self) -> int:
         return len(self.names)
 
+    @staticmethod
+    def combined(parts: Sequence[PolicyMetrics]) -> PolicyMetrics:
+        """The metrics of several micro-batches together, as one batch of them all would have them."""
+        return PolicyMetrics(_combine(torch.stack([part.partials for part in parts])), parts[0].names)
+
     def reduce(self, group: dist.ProcessGroup | None = None) -> PolicyMetrics:
         """The metrics of all processes of ``group`` together, as one process with all the data would compute them.
 
@@ -76,10 +81,10 @@ class PolicyMetrics(Mapping[str, Tensor]):
         world = dist.get_world_size(group)
         gathered = self.partials.new_empty(world * len(Partial))
         dist.all_gather_into_tensor(gathered, self.partials, group=group)
-        return PolicyMetrics(combine_partials(gathered.view(world, len(Partial))), self.names)
+        return PolicyMetrics(_combine(gathered.view(world, len(Partial))), self.names)
 
 
-def combine_partials(parts: Tensor) -> Tensor:  # [K, len(Partial)] -> [len(Partial)]
+def _combine(parts: Tensor) -> Tensor:  # [K, len(Partial)] -> [len(Partial)]
     """Sums and counts added, extrema compared."""
     combined = parts.sum(0)
     combined[Partial.LOW_MIN] = parts[:, Partial.LOW_MIN].amin()

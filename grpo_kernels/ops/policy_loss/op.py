@@ -118,7 +118,8 @@ def policy_loss(
         old_logprobs: The same tokens under the policy that sampled them. None means on-policy: ratio 1.
         ref_logprobs: The same tokens under the frozen reference policy; needed, and read, when beta is not 0.
         rollout_is_weights: Old policy over the inference engine's, a correction that multiplies the policy term.
-        entropy: Entropy of each token's distribution, in nats; needed when ``entropy_coef`` is not 0.
+        entropy: Entropy of each token's distribution, in nats; needed when ``entropy_coef`` is not 0. The bonus is on
+            its mean over the unmasked tokens given here, whatever ``num_items_in_batch``, as in TRL.
         num_items_in_batch: Tokens that "dapo" divides by, over all micro-batches and processes that make one step.
             None means the unmasked tokens given here.
         cu_seqlens: Where each packed completion begins, and the end.
