@@ -49,19 +49,19 @@ def check_device(device: torch.device, tensors: Iterable[tuple[str, Tensor | Non
             raise ValueError(f"{name} must be on {device}, like the first argument, got {tensor.device}")
 
 
-def check_logits(name: str, logits: Tensor, ids: Tensor) -> None:
+def check_logits(logits: Tensor, ids: Tensor, ids_name: str = "ids") -> None:
     """Raises unless ``logits`` is ``[B, T, V]`` or ``[B, T + 1, V]`` for ids ``[B, T]``, or ``[N, V]`` for ``[N]``."""
-    check_float(name, logits)
-    check_ids("ids", ids)
+    check_float("logits", logits)
+    check_ids(ids_name, ids)
     if ids.dim() not in (1, 2):
-        raise ValueError(f"ids must have shape [B, T] or, packed, [N], got {list(ids.shape)}")
+        raise ValueError(f"{ids_name} must have shape [B, T] or, packed, [N], got {list(ids.shape)}")
     vocab = logits.shape[-1] if logits.dim() else 0
     if vocab == 0:
-        raise ValueError(f"{name} must have a vocabulary of at least 1, got shape {list(logits.shape)}")
+        raise ValueError(f"logits must have a vocabulary of at least 1, got shape {list(logits.shape)}")
     shapes = [(*ids.shape, vocab)]
     if ids.dim() == 2:
         shapes.append((ids.shape[0], ids.shape[1] + 1, vocab))
-    check_shape(name, logits, *shapes)
+    check_shape("logits", logits, *shapes)
 
 
 def check_transform(temperature: float, softcap: float | None) -> None:

@@ -158,7 +158,7 @@ def grpo_loss(
         >>> out = grpo_loss(logits, ids, None, mask, rewards=torch.tensor([0.0, 1.0]), num_generations=2)
         >>> out.loss.backward()
     """
-    check_logits("logits", logits, completion_ids)
+    check_logits(logits, completion_ids, "completion_ids")
     check_device(logits.device, [("completion_ids", completion_ids)])
     transform = Transform.of(config.temperature, softcap, logit_scale)
     backend = registry.resolve("grpo_loss", backend, logits.device)

@@ -228,8 +228,10 @@ def head_dtypes(hidden: Tensor, weight: Tensor, logits_dtype: torch.dtype | None
     Raises:
         TypeError: The dtypes of the two inputs differ outside autocast, or ``logits_dtype`` does not fit.
     """
-    if torch.is_autocast_enabled(hidden.device.type) and hidden.dtype != torch.float64:
-        compute_dtype = torch.get_autocast_dtype(hidden.device.type)
+    device = hidden.device.type
+    is_autocast = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+    if is_autocast and hidden.dtype != torch.float64:
+        compute_dtype = torch.get_autocast_dtype(device)
     elif hidden.dtype != weight.dtype:
         raise TypeError(f"lm_head_weight must have the dtype of hidden_states, {hidden.dtype}, got {weight.dtype}")
     else:

@@ -204,7 +204,7 @@ def token_logprobs(
         >>> token_logprobs(torch.zeros(1, 1, 4), torch.tensor([[2]])).logprobs
         tensor([[-1.3863]])
     """
-    check_logits("logits", logits, ids)
+    check_logits(logits, ids)
     check_device(logits.device, [("ids", ids), ("mask", mask)])
     transform = Transform.of(temperature, softcap, logit_scale)
     code = outputs_code(outputs)
