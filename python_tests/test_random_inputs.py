@@ -1,0 +1,93 @@
+"""Shapes, masks and values by hypothesis; a case that it finds is kept in ``grpo_kernels.testing.cases``."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import hypothesis
+import pytest
+import torch
+from hypothesis import strategies as st
+
+from grpo_kernels import GRPOLossConfig, group_advantages
+from grpo_kernels.config import IMPORTANCE_SAMPLING_LEVELS, LOSS_TYPES
+from grpo_kernels.testing.assertions import assert_near_baseline
+from grpo_kernels.testing.calls import SOURCES, applies, run
+from grpo_kernels.testing.cases import Case
+from grpo_kernels.testing.inputs import build
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+@st.composite
+def configs(draw: st.DrawFn) -> GRPOLossConfig:
+    return GRPOLossConfig(
+        loss_type=draw(st.sampled_from(LOSS_TYPES)),
+        importance_sampling_level=draw(st.sampled_from(IMPORTANCE_SAMPLING_LEVELS)),
+        epsilon_high=draw(st.sampled_from([None, 0.28])),
+        delta=draw(st.sampled_from([None, 1.6])),
+        beta=draw(st.sampled_from([0.0, 0.1])),
+        use_bias_correction_kl=draw(st.booleans()),
+        temperature=draw(st.sampled_from([1.0, 0.7, 1.5])),
+        entropy_coef=draw(st.sampled_from([0.0, 0.05])),
+        max_completion_length=8,
+    )
+
+
+@st.composite
+def cases(draw: st.DrawFn, source: str) -> Case:
+    packed = draw(st.booleans())
+    layouts = ["dense", "strided"]
+    if not packed:
+        layouts += ["transposed", "next"] if source == "logits" else ["transposed"]
+    logits = ["normal", "offset", "low", "peaked", "holes"] if source == "logits" else ["normal"]
+    case = Case(
+        f"random_{draw(st.integers(0, 10**6))}",
+        batch=draw(st.integers(1, 5)),
+        length=draw(st.integers(1, 9)),
+        vocab=draw(st.one_of(st.integers(1, 70), st.sampled_from([2047, 2048, 2049, 4097]))),
+        hidden=draw(st.integers(1, 9)),
+        config=draw(configs()),
+        layout=draw(st.sampled_from(layouts)),
+        logits=draw(st.sampled_from(logits)),
+        mask=draw(st.sampled_from(["ones", "tail", "holes", "zeros"])),
+        dirty=draw(st.booleans()),
+        advantages=draw(st.sampled_from(["sequence", "token", "zero", "some"])),
+        old=draw(st.booleans()),
+        rollout=draw(st.sampled_from([None, "token", "sequence"])),
+        num_items=draw(st.sampled_from([None, 7.0, "tensor"])),
+        loss_scale=draw(st.sampled_from([1.0, 0.125])),
+        softcap=draw(st.sampled_from([None, 4.0])) if source != "logprobs" else None,
+        logit_scale=draw(st.sampled_from([1.0, 0.5])) if source != "logprobs" else 1.0,
+        bias=draw(st.booleans()) if source == "hidden" else False,
+    )
+    if case.logits == "offset":
+        # scaled, it is rounded to a step of 1e-3 in plain torch as well, and luck says who comes nearer
+        case = replace(case, softcap=None, logit_scale=1.0, config=replace(case.config, temperature=1.0))
+    if packed:
+        lengths = draw(st.lists(st.integers(0, 6), min_size=1, max_size=5).filter(sum))
+        case = replace(case, lengths=tuple(lengths))
+    return case
+
+
+@pytest.mark.parametrize("op", SOURCES)
+@hypothesis.given(data=st.data(), dtype=st.sampled_from([torch.float32, torch.bfloat16]))
+def test_any_case_is_near_its_fp64_baseline(op: str, data: st.DataObject, dtype: torch.dtype) -> None:
+    case = data.draw(cases(SOURCES[op]))
+    assert applies(op, case)
+    inputs = build(case, dtype, SOURCES[op])
+    baseline = run(op, inputs.double(), "torch")
+    assert_near_baseline(run(op, inputs, "cpu"), run(op, inputs, "torch"), baseline, dtype)
+
+
+@hypothesis.given(
+    rewards=st.lists(st.one_of(st.just(float("nan")), st.floats(-100, 100, width=32)), min_size=12, max_size=12),
+    size=st.sampled_from([1, 2, 3, 4, 6, 12]),
+    scale_rewards=st.sampled_from(["group", "batch", "none"]),
+)
+def test_any_rewards_are_near_their_fp64_baseline(rewards: list[float], size: int, scale_rewards: str) -> None:
+    values = torch.tensor(rewards, dtype=torch.float64)
+    expected = group_advantages(values, size, scale_rewards=scale_rewards, backend="torch")
+    got = group_advantages(values, size, scale_rewards=scale_rewards, backend="cpu")
+    torch.testing.assert_close(got, expected, rtol=1e-9, atol=1e-9)
+    assert got.isfinite().all()
