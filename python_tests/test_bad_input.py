@@ -227,9 +227,7 @@ def test_a_missing_extension_is_named_and_auto_does_without(op: str, monkeypatch
     function, arguments = OPS[op]
     function(**arguments)
     assert registry.resolve(op, "auto", torch.device("cpu")) == "torch"
-    with pytest.raises(
-        RuntimeError, match=f"'cpu' cannot run {op}: the C.* extension is not built .*_nowhere.so"
-    ):
+    with pytest.raises(RuntimeError, match=f"'cpu' cannot run {op}: the C.* extension is not built .*_nowhere.so"):
         function(**arguments, backend="cpu")
 
 
