@@ -11,33 +11,29 @@ namespace {
 
 constexpr int64_t kBlock = 2048;  // logits whose maximum is taken before their exponentials: they stay in L1
 
-// The transform as the vectors need it.
+// The transform in two steps, y = outer u(z). Differences are taken of u, before it is scaled: what all logits have in
+// common costs no digits then, and no contraction of a product and a sum can round one occurrence of y unlike another.
 template <class R, bool kSoftcap>
 struct VectorTransform {
-  R inner;  // scale / softcap, or scale / temperature without a softcap
-  R outer;  // softcap / temperature
+  R inner;  // scale / softcap
+  R outer;  // softcap / temperature, or scale / temperature without a softcap
   R slope;  // scale / temperature
+  R sign;   // of outer: the largest y is at the largest sign u
 
   explicit VectorTransform(const Transform& t)
-      : inner(static_cast<R>(kSoftcap ? t.logit_scale / t.softcap : t.logit_scale / t.temperature)),
-        outer(static_cast<R>(t.softcap / t.temperature)),
-        slope(static_cast<R>(t.logit_scale / t.temperature)) {}
+      : inner(static_cast<R>(kSoftcap ? t.logit_scale / t.softcap : 1)),
+        outer(static_cast<R>((kSoftcap ? t.softcap : t.logit_scale) / t.temperature)),
+        slope(static_cast<R>(t.logit_scale / t.temperature)),
+        sign(outer < 0 ? -1 : 1) {}
 
-  Vector<R> operator()(Vector<R> z) const {
-    if constexpr (kSoftcap) return tanh(z * inner) * outer;
-    return z * inner;
+  Vector<R> operator()(Vector<R> z) const {  // u
+    if constexpr (kSoftcap) return tanh(z * inner);
+    return z;
   }
 
-  // y and f'(z) together.
-  void with_slope(Vector<R> z, Vector<R>& y, Vector<R>& dy) const {
-    if constexpr (kSoftcap) {
-      const Vector<R> t = tanh(z * inner);
-      y = t * outer;
-      dy = (R(1) - t * t) * slope;
-    } else {
-      y = z * inner;
-      dy = splat<R>(slope);
-    }
+  Vector<R> derivative(Vector<R> u) const {  // f'(z)
+    if constexpr (kSoftcap) return (R(1) - u * u) * slope;
+    return splat<R>(slope);
   }
 };
 
@@ -68,7 +64,7 @@ R horizontal_max(Vector<R> v) {
   return largest;
 }
 
-// Calls body(y) for every vector of y = f(z); lanes past the end hold `rest`.
+// Calls body(u) for every vector of u(z); lanes past the end hold `rest`.
 template <class T, class F, class Body>
 inline void for_each_vector(const T* z, int64_t count, const F& transform, Arithmetic<T> rest, Body body) {
   using R = Arithmetic<T>;
@@ -82,21 +78,23 @@ RowStatistics statistics_of(const T* z, int64_t vocab, int64_t id, const Transfo
   using R = Arithmetic<T>;
   using V = Vector<R>;
   const VectorTransform<R, kSoftcap> transform(options);
+  const R nothing = -transform.sign * static_cast<R>(INFINITY);  // u of a probability of 0
   RowStatistics row;
   for (int64_t start = 0; start < vocab; start += kBlock) {
     const int64_t count = std::min(kBlock, vocab - start);
     V largest = splat<R>(-INFINITY);
-    for_each_vector(z + start, count, transform, R(-INFINITY), [&](V y) { largest = max(y, largest); });
+    for_each_vector(z + start, count, transform, nothing, [&](V u) { largest = max(u * transform.sign, largest); });
+    const R at_largest = transform.sign * horizontal_max<R>(largest);  // u
     OnlineSoftmax<double> block;
-    block.max = horizontal_max<R>(largest);
+    block.max = static_cast<double>(at_largest) * transform.outer;
     // a block of -inf alone has no maximum to subtract: its exponentials are 0 by any other
-    const R shift = block.max == -INFINITY ? R(0) : static_cast<R>(block.max);
+    const R shift = block.max == -INFINITY ? R(0) : at_largest;
     V sum{}, weighted{}, squares{};
     const T* next = z + start + kBlock;  // fetched while this block is computed
-    for_each_vector(z + start, count, transform, R(-INFINITY), [&](V y) {
+    for_each_vector(z + start, count, transform, nothing, [&](V u) {
       __builtin_prefetch(next);
       next += kLanes<R>;
-      const V t = max(splat<R>(-88), y - shift);  // -inf * 0 is NaN
+      const V t = max(splat<R>(-88), (u - shift) * transform.outer);  // -inf * 0 is NaN
       const V e = exp(t);
       sum += e;
       weighted += t * e;
@@ -110,14 +108,14 @@ RowStatistics statistics_of(const T* z, int64_t vocab, int64_t id, const Transfo
       row.sum_squares = (row.sum_squares == 0 ? 0 : row.sum_squares * std::exp(2 * (before - joint))) +
                         (block.max == -INFINITY ? 0 : horizontal_sum<R>(squares) * std::exp(2 * (block.max - joint)));
       V total{};
-      for_each_vector(z + start, count, transform, R(0), [&](V y) { total += y; });
-      row.sum_logits += horizontal_sum<R>(total);
+      for_each_vector(z + start, count, transform, R(0), [&](V u) { total += u; });
+      row.sum_logits += horizontal_sum<R>(total) * transform.outer;
       if (block.max > before) {
         for (int64_t i = 0; i < count; i += kLanes<R>) {
           const int64_t n = std::min<int64_t>(kLanes<R>, count - i);
-          const V y = transform(load(Tail<T>(z + start + i, n).values));
+          const V u = transform(load(Tail<T>(z + start + i, n).values));
           int lane = 0;
-          while (lane < n && y[lane] != static_cast<R>(block.max)) ++lane;
+          while (lane < n && u[lane] != at_largest) ++lane;
           if (lane < n) {
             row.first_largest = start + i + lane;
             break;
@@ -127,7 +125,7 @@ RowStatistics statistics_of(const T* z, int64_t vocab, int64_t id, const Transfo
     }
     row.softmax.merge(block);
   }
-  row.target = transform(load(Tail<T>(z + id, 1).values))[0];
+  row.target = static_cast<double>(transform(load(Tail<T>(z + id, 1).values))[0]) * transform.outer;
   return row;
 }
 
@@ -147,14 +145,15 @@ void gradient_of(const T* z, T* dz, int64_t vocab, const Transform& options, con
   using R = Arithmetic<T>;
   using V = Vector<R>;
   const VectorTransform<R, kSoftcap> transform(options);
-  // in two parts, or an offset common to all logits would cost p its digits: y - lse is exact where p is not tiny
-  const R lse = static_cast<R>(g.lse), lse_rest = static_cast<R>(g.lse - lse);
+  // log p = (u - u_lse) outer - rest: the log-sum-exp in two parts, or an offset of all logits would cost p its digits
+  const R u_lse = transform.outer == 0 ? R(0) : static_cast<R>(g.lse / transform.outer);
+  const R rest = static_cast<R>(g.lse - static_cast<double>(u_lse) * transform.outer);
   const R entropy = static_cast<R>(g.entropy);
   const R c = static_cast<R>(g.c), c_h = static_cast<R>(g.c_h);
   const auto derivative = [&](V values) {
-    V y, dy;
-    transform.with_slope(values, y, dy);
-    const V log_p = (y - lse) - lse_rest;
+    const V u = transform(values);
+    const V dy = transform.derivative(u);
+    const V log_p = (u - u_lse) * transform.outer - rest;
     const V p = exp(log_p);
     if constexpr (kEntropy) {
       const V bounded = max(splat<R>(-88), log_p);  // -inf * 0 is NaN
@@ -162,8 +161,8 @@ void gradient_of(const T* z, T* dz, int64_t vocab, const Transform& options, con
     }
     return p * (-c * dy);
   };
-  V target, slope;
-  transform.with_slope(load(Tail<T>(z + g.id, 1).values), target, slope);  // before dz, which may be z, is written
+  // before dz, which may be z, is written
+  const V slope = transform.derivative(transform(load(Tail<T>(z + g.id, 1).values)));
   int64_t i = 0;
   for (; i + kLanes<R> <= vocab; i += kLanes<R>) store(dz + i, derivative(load(z + i)));
   Tail<T> tail(z + i, vocab - i);

@@ -65,6 +65,7 @@ class Case:
 _KL = GRPOLossConfig(beta=0.1, epsilon_high=0.28)
 _SEQUENCE = GRPOLossConfig(beta=0.1, importance_sampling_level="sequence")
 _ENTROPY = GRPOLossConfig(beta=0.1, entropy_coef=0.05)
+_COOLED = GRPOLossConfig(temperature=0.7, entropy_coef=0.05)
 _ON_BOUND = GRPOLossConfig(epsilon_low=0.0, epsilon_high=0.0)
 
 #: Shapes, layouts and values.
@@ -179,6 +180,13 @@ VARIANT_CASES = tuple(
 )
 
 #: Found by a random search and kept.
-FOUND_CASES: tuple[Case, ...] = ()
+FOUND_CASES = (
+    Case("logits_offset_cooled", logits="offset", config=_COOLED),
+    Case("logits_peaked_cooled", logits="peaked", config=_COOLED),
+    Case("logits_peaked_cooled_block", logits="peaked", vocab=4097, batch=2, logit_scale=0.5, config=_COOLED),
+    Case("logits_offset_negated", logits="offset", logit_scale=-0.3, config=_COOLED),
+    Case("logits_holes_cooled", logits="holes", vocab=5000, batch=2, logit_scale=0.3, config=_COOLED),
+    Case("vocab_block_negated", vocab=6000, batch=2, logit_scale=-1.5, config=_COOLED),
+)
 
 ALL_CASES = (*INPUT_CASES, *LOSS_CASES, *VOCABULARY_CASES, *VARIANT_CASES, *FOUND_CASES)

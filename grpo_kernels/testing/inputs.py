@@ -17,6 +17,7 @@ from grpo_kernels.testing.cases import Case
 
 #: Ratios of the policies, well off every clip bound that the cases use (0.8, 1.2, 1.28; delta 1.6; 1).
 _RATIOS = (0.55, 0.7, 0.9, 0.97, 1.1, 1.24, 1.45, 1.9)
+_OF_THE_HEAD = ("weight", "bias")
 _DIRT = (math.nan, math.inf, -math.inf)
 
 
@@ -99,7 +100,7 @@ def build(case: Case, dtype: torch.dtype, source: str = "logits") -> Inputs:
         tensors["old"] = tensors["logprobs"].float() if source == "logprobs" else None
     if case.dirty:
         ids = torch.where(mask != 0, ids, -100)
-        tensors = {name: _soil(x, mask != 0) for name, x in tensors.items()}
+        tensors = {name: x if name in _OF_THE_HEAD else _soil(x, mask != 0) for name, x in tensors.items()}
     if dtype == torch.float64:
         tensors = {name: x.double() if isinstance(x, Tensor) else x for name, x in tensors.items()}
     tensors = {name: _lay_out(x, case.layout) if isinstance(x, Tensor) else x for name, x in tensors.items()}
