@@ -138,6 +138,13 @@ def test_clipped_gradient_and_metrics_by_hand(backend: str) -> None:
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
+def test_a_masked_completion_has_no_share_of_clipped_tokens(backend: str) -> None:
+    mask = torch.tensor([[0, 0], [1, 0]])
+    metrics = policy_loss(LOGPROBS, ADVANTAGES, mask, old_logprobs=OLD, backend=backend).metrics
+    assert metrics["clip_ratio/low_min"].item() == 1  # of the one completion that has a token
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
 def test_sequence_ratio_is_the_geometric_mean(backend: str) -> None:
     leaf = LOGPROBS.clone().requires_grad_()
     config = GRPOLossConfig(loss_type="grpo", importance_sampling_level="sequence", epsilon_low=0.6)
@@ -205,6 +212,8 @@ def test_group_advantages_by_hand(backend: str) -> None:
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_equal_rewards_give_exactly_no_advantage(backend: str) -> None:
-    rewards = torch.full((7,), 0.1)  # their fp32 mean is not 0.1
-    for scale_rewards in ("group", "batch", "none"):
-        assert not group_advantages(rewards, 7, scale_rewards=scale_rewards, backend=backend).any()
+    for dtype in (torch.float32, torch.float64):
+        for size in range(2, 20):  # most of these means are not 0.1 once rounded
+            rewards = torch.full((size,), 0.1, dtype=dtype)
+            for scale_rewards in ("group", "batch", "none"):
+                assert not group_advantages(rewards, size, scale_rewards=scale_rewards, backend=backend).any()
