@@ -98,3 +98,18 @@ def test_micro_batches_agree_with_the_batch(level: str, backend: str) -> None:
     whole = dict(_metrics(_inputs(level), slice(None), backend))
     for name, value in PolicyMetrics.combined(parts).items():
         torch.testing.assert_close(value, whole[name], rtol=1e-12, atol=1e-12)
+
+
+def test_extrema_are_those_of_any_part() -> None:
+    """One completion a part; in the first its token is clipped below, in the second above."""
+    ratios, advantages = torch.tensor([[0.5], [2.0]]).log(), torch.tensor([-1.0, 1.0])
+    parts = [
+        policy_loss(ratios[i], advantages[i], torch.ones(1, 1), old_logprobs=torch.zeros(1, 1), backend="torch").metrics
+        for i in (slice(0, 1), slice(1, 2))
+    ]
+    assert [part["clip_ratio/low_min"].item() for part in parts] == [1, 0]
+    assert [part["clip_ratio/high_max"].item() for part in parts] == [0, 1]
+    for order in (parts, parts[::-1]):
+        whole = PolicyMetrics.combined(order)
+        assert whole["clip_ratio/low_min"].item() == 0 and whole["clip_ratio/high_max"].item() == 1
+        assert whole["clip_ratio/low_mean"].item() == whole["clip_ratio/high_mean"].item() == 0.5
