@@ -6,6 +6,7 @@
 
 #include <cmath>
 #include <cstdint>
+#include <stdexcept>
 
 #ifdef __CUDACC__
 #define GRPO_HOST_DEVICE __host__ __device__ __forceinline__
@@ -30,7 +31,12 @@ struct PolicyOptions {
   R delta;  // infinity when absent
   R beta;
 
-  static PolicyOptions decode(const int64_t* options, const double* params) {
+  // From arrays that can be indexed; host only.
+  template <class Options, class Params>
+  static PolicyOptions decode(const Options& options, const Params& params) {
+    if (options.size() != kOptionCount || params.size() != kParamCount) {
+      throw std::invalid_argument("the loss's options are not those of this build");
+    }
     return {static_cast<Surrogate>(options[kSurrogate]), options[kSequenceLevel] != 0,
             options[kBiasCorrectedKl] != 0,              static_cast<R>(params[kRatioLow]),
             static_cast<R>(params[kRatioHigh]),          static_cast<R>(params[kDelta]),
@@ -57,8 +63,8 @@ template <class R>
 GRPO_HOST_DEVICE Term<R> clip_surrogate(R ratio, R advantage, const PolicyOptions<R>& o) {
   const R unclipped = (ratio > o.delta ? o.delta : ratio) * advantage;
   const R clipped = clamp(ratio, o.ratio_low, o.ratio_high) * advantage;
-  const R d_unclipped = ratio <= o.delta ? ratio * advantage : R(0);
-  const R d_clipped = ratio >= o.ratio_low && ratio <= o.ratio_high ? ratio * advantage : R(0);
+  const R d_unclipped = ratio > o.delta ? R(0) : ratio * advantage;  // NaN passes
+  const R d_clipped = ratio < o.ratio_low || ratio > o.ratio_high ? R(0) : ratio * advantage;
   if (unclipped < clipped) return {unclipped, d_unclipped, R(0)};
   if (clipped < unclipped) return {clipped, d_clipped, R(0)};
   return {unclipped, R(0.5) * (d_unclipped + d_clipped), R(0)};
@@ -98,7 +104,8 @@ template <class R>
 GRPO_HOST_DEVICE TokenLoss<R> token_loss(R logprob, R log_ratio, const R* ref_logprob, R advantage, R policy_weight,
                                          R kl_weight, const PolicyOptions<R>& o) {
   const R ratio = std::exp(log_ratio);
-  const Term<R> s = surrogate(ratio, advantage, o);
+  // without an advantage the policy term is 0 whatever the ratio, an infinite one included
+  const Term<R> s = advantage == 0 ? Term<R>{R(0), R(0), R(0)} : surrogate(ratio, advantage, o);
   TokenLoss<R> out{-policy_weight * s.value, -policy_weight * s.dlog_ratio, -policy_weight * s.dlogprob, R(0), false,
                    false};
   if (ref_logprob != nullptr) {

@@ -9,8 +9,7 @@ import torch
 from torch import Tensor
 
 from grpo_kernels import GRPOLossConfig, grpo_loss, linear_grpo_loss, policy_loss, token_logprobs
-from grpo_kernels.registry import BACKENDS
-from grpo_kernels.testing.calls import SOURCES, applies, call, leaves, run
+from grpo_kernels.testing.calls import BACKENDS, SOURCES, applies, call, leaves, run
 from grpo_kernels.testing.cases import INPUT_CASES, LOSS_CASES, Case
 from grpo_kernels.testing.inputs import build
 
@@ -55,7 +54,7 @@ def test_runs_are_bit_equal_on_any_number_of_threads(op: str, kind: str, threads
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("name", ["plain", "next_token_layout", "strided", "transposed", "dirty_mask", "bias_sequence",
+@pytest.mark.parametrize("name", ["plain", "next_token_layout", "strided", "dirty_mask", "bias_sequence",
                                   "packed_token_advantages", "grad_output"])  # fmt: skip
 def test_in_place_gradient_is_the_same_gradient(name: str, dtype: torch.dtype) -> None:
     for op, option in (("grpo_loss", "inplace"), ("token_logprobs", "inplace_backward")):
@@ -105,7 +104,7 @@ def test_second_backward_of_a_fused_op_is_refused(op: str) -> None:
     inputs = build(CASES["plain"], torch.float32, SOURCES[op])
     loss = call(op, inputs, leaves(op, inputs), "cpu").loss
     loss.backward(retain_graph=True)
-    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+    with pytest.raises(RuntimeError, match="a second backward is refused"):
         loss.backward()
 
 
@@ -126,7 +125,7 @@ def test_second_backward_in_place_is_refused() -> None:
     inputs = build(CASES["plain"], torch.float32)
     out = token_logprobs(leaves("token_logprobs", inputs)["logits"], inputs.ids, inplace_backward=True, backend="cpu")
     out.logprobs.sum().backward(retain_graph=True)
-    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+    with pytest.raises(RuntimeError, match="a second backward is refused"):
         out.logprobs.sum().backward()
 
 

@@ -154,7 +154,10 @@ def test_retained_logits_are_not_projected_again() -> None:
 
 def test_sequence_level_drops_dead_rows() -> None:
     config = GRPOLossConfig(importance_sampling_level="sequence")
-    assert _step(config, advantages=torch.tensor([1.0, 0.0, 0.0, 0.0])) == ROWS + 3 * LENGTH
+    advantages = torch.tensor([1.0, 0.0, 0.0, 0.0])
+    off_policy = {"old_logprobs": torch.full((BATCH, LENGTH), -4.0)}
+    assert _step(config, advantages=advantages, **off_policy) == ROWS + 3 * LENGTH
+    assert _step(config, advantages=advantages) == ROWS + 2 * LENGTH  # on-policy: nothing to wait for
 
 
 ROW = 37 * 8  # bytes of the cases' logits in fp64

@@ -17,18 +17,19 @@ struct PolicyInputs {
 
   // dL/dlogprob of an unmasked token; its ratio is its own (token level).
   R coefficient(int64_t n, R logprob, const PolicyOptions<R>& options) const {
-    const R log_ratio = old_logprobs ? logprob - old_logprobs[n] : R(0);
+    const R log_ratio = logprob - (old_logprobs ? old_logprobs[n] : logprob);  // on-policy 0, or a NaN's NaN
     const TokenLoss<R> loss = token_loss(logprob, log_ratio, ref_logprobs ? ref_logprobs + n : nullptr, advantages[n],
                                          policy_weights[n], kl_weights[n], options);
     return loss.dlog_ratio + loss.dlogprob;
   }
 };
 
-// Moves the packed rows of every range of rows up against those of the range before.
+// The rows that one thread has packed.
 struct PackedRange {
   int64_t end = 0, live = 0;
 };
 
+// Moves the packed rows of every range of rows up against those of the range before.
 void join(const Rows& rows, int64_t row_bytes, const std::vector<PackedRange>& ranges) {
   int64_t filled = 0;
   for (int64_t begin = 0; begin < static_cast<int64_t>(ranges.size()); begin = ranges[begin].end) {
@@ -111,16 +112,19 @@ std::tuple<Tensor, Tensor, Tensor> grpo_loss_fwd(
   const Tensor live = empty_like(ids, ScalarType::Bool);
   const auto run = [&]<class R>(R) {
     const Rows from(logits);
+    const int64_t n = ids.numel();
+    from.check_ids_fit(ids);
+    if (dlogits) Rows(*dlogits).check_like(from, *dlogits, logits);
     const Forward<R> forward{
         from,
         dlogits ? std::optional<Rows>(Rows(*dlogits)) : std::nullopt,
         row_kernels(dtype_of(logits)),
         ids.size(1),
         from.width * static_cast<int64_t>(logits.element_size()),
-        data<int64_t>(ids),
-        {data<bool>(mask), data<R>(advantages), data<R>(policy_weights), data<R>(kl_weights), data<R>(entropy_weights),
-         data<R>(old_logprobs), data<R>(ref_logprobs)},
-        PolicyOptions<R>::decode(options.data(), params.data()),
+        data<int64_t>(ids, n),
+        {data<bool>(mask, n), data<R>(advantages, n), data<R>(policy_weights, n), data<R>(kl_weights, n),
+         data<R>(entropy_weights, n), data<R>(old_logprobs, n), data<R>(ref_logprobs, n)},
+        PolicyOptions<R>::decode(options, params),
         {temperature, softcap, logit_scale},
         mutable_data<R>(logprobs),
         mutable_data<R>(entropy),

@@ -15,6 +15,10 @@ struct Inputs {
   const bool* mask;
   const R *advantages, *policy_weights, *kl_weights, *entropy_weights, *old_logprobs, *ref_logprobs;
   PolicyOptions<R> options;
+
+  R log_ratio(int64_t n) const {  // on-policy 0, or a NaN's NaN
+    return logprobs[n] - (old_logprobs ? old_logprobs[n] : logprobs[n]);
+  }
 };
 
 struct SequenceTotals {
@@ -25,12 +29,11 @@ struct SequenceTotals {
 // Mean log-ratio of a sequence's unmasked tokens.
 template <class R>
 R mean_log_ratio(const Inputs<R>& in, int64_t begin, int64_t end) {
-  if (!in.old_logprobs) return R(0);
   double sum = 0;
   int64_t tokens = 0;
   for (int64_t n = begin; n < end; ++n) {
     if (!in.mask[n]) continue;
-    sum += in.logprobs[n] - in.old_logprobs[n];
+    sum += in.log_ratio(n);
     ++tokens;
   }
   return static_cast<R>(tokens ? sum / static_cast<double>(tokens) : 0);
@@ -45,9 +48,8 @@ SequenceTotals sequence_loss(const Inputs<R>& in, int64_t begin, int64_t end, R*
   for (int64_t n = begin; n < end; ++n) {
     dlogprobs[n] = 0;
     if (!in.mask[n]) continue;
-    const R own = in.old_logprobs ? in.logprobs[n] - in.old_logprobs[n] : R(0);
     const TokenLoss<R> token =
-        token_loss(in.logprobs[n], sequence_level ? mean : own, in.ref_logprobs ? in.ref_logprobs + n : nullptr,
+        token_loss(in.logprobs[n], sequence_level ? mean : in.log_ratio(n), in.ref_logprobs ? in.ref_logprobs + n : nullptr,
                    in.advantages[n], in.policy_weights[n], in.kl_weights[n], in.options);
     dlogprobs[n] = token.dlogprob + (sequence_level ? R(0) : token.dlog_ratio);
     dmean += token.dlog_ratio;
@@ -104,18 +106,18 @@ std::tuple<Tensor, Tensor, Tensor> policy_loss_fwd(
   const ScalarType type = arithmetic_type(logprobs);
   const Tensor loss = empty({}, type), dlogprobs = empty_like(logprobs, type), partials = empty({kPartialCount}, type);
   const auto run = [&]<class R>(R) {
-    const Inputs<R> in{data<R>(logprobs),
-                       data<R>(entropy),
-                       data<bool>(mask),
-                       data<R>(advantages),
-                       data<R>(policy_weights),
-                       data<R>(kl_weights),
-                       data<R>(entropy_weights),
-                       data<R>(old_logprobs),
-                       data<R>(ref_logprobs),
-                       PolicyOptions<R>::decode(options.data(), params.data())};
-    const int64_t* offset = data<int64_t>(offsets);
-    const int64_t count = offsets.size(0) - 1, tokens = logprobs.size(0);
+    const int64_t count = offsets.size(0) - 1, tokens = logprobs.numel();
+    const Inputs<R> in{data<R>(logprobs, tokens),
+                       data<R>(entropy, tokens),
+                       data<bool>(mask, tokens),
+                       data<R>(advantages, tokens),
+                       data<R>(policy_weights, tokens),
+                       data<R>(kl_weights, tokens),
+                       data<R>(entropy_weights, tokens),
+                       data<R>(old_logprobs, tokens),
+                       data<R>(ref_logprobs, tokens),
+                       PolicyOptions<R>::decode(options, params)};
+    const int64_t* offset = data<int64_t>(offsets, count + 1);
     for (int64_t s = 0; s < count; ++s) {
       STD_TORCH_CHECK(offset[s] >= 0 && offset[s] <= offset[s + 1] && offset[s + 1] <= tokens,
                       "cu_seqlens must rise from 0 to ", tokens);

@@ -1,5 +1,5 @@
-// The row kernels of one instruction set. A row is read from memory once: its second reading, for the gradient, finds it
-// in the core's own cache (151936 fp32 logits are 608 KB).
+// The row kernels of one instruction set. A row is read from memory once: its second reading, for the gradient, finds
+// it in the core's own cache (151936 fp32 logits are 608 KB).
 #include "row_kernels.h"
 
 #include <algorithm>
@@ -18,13 +18,13 @@ struct VectorTransform {
   R inner;  // scale / softcap
   R outer;  // softcap / temperature, or scale / temperature without a softcap
   R slope;  // scale / temperature
-  R sign;   // of outer: the largest y is at the largest sign u
+  R sign;   // of the scale: y grows with sign z
 
   explicit VectorTransform(const Transform& t)
       : inner(static_cast<R>(kSoftcap ? t.logit_scale / t.softcap : 1)),
         outer(static_cast<R>((kSoftcap ? t.softcap : t.logit_scale) / t.temperature)),
         slope(static_cast<R>(t.logit_scale / t.temperature)),
-        sign(outer < 0 ? -1 : 1) {}
+        sign(slope < 0 ? -1 : 1) {}
 
   Vector<R> operator()(Vector<R> z) const {  // u
     if constexpr (kSoftcap) return tanh(z * inner);
@@ -78,13 +78,15 @@ RowStatistics statistics_of(const T* z, int64_t vocab, int64_t id, const Transfo
   using R = Arithmetic<T>;
   using V = Vector<R>;
   const VectorTransform<R, kSoftcap> transform(options);
-  const R nothing = -transform.sign * static_cast<R>(INFINITY);  // u of a probability of 0
+  const R least_z = -transform.sign * static_cast<R>(INFINITY);
+  const R nothing = transform.outer < 0 ? static_cast<R>(INFINITY) : static_cast<R>(-INFINITY);  // u of probability 0
   RowStatistics row;
   for (int64_t start = 0; start < vocab; start += kBlock) {
     const int64_t count = std::min(kBlock, vocab - start);
     V largest = splat<R>(-INFINITY);
-    for_each_vector(z + start, count, transform, nothing, [&](V u) { largest = max(u * transform.sign, largest); });
-    const R at_largest = transform.sign * horizontal_max<R>(largest);  // u
+    const auto raw = [](V values) { return values; };
+    for_each_vector(z + start, count, raw, least_z, [&](V v) { largest = max(v * transform.sign, largest); });
+    const R at_largest = transform(splat<R>(transform.sign * horizontal_max<R>(largest)))[0];  // u
     OnlineSoftmax<double> block;
     block.max = static_cast<double>(at_largest) * transform.outer;
     // a block of -inf alone has no maximum to subtract: its exponentials are 0 by any other

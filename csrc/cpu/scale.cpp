@@ -4,13 +4,12 @@
 namespace grpo {
 
 void scale(const Tensor& gradient, const Tensor& factor) {
-  STD_TORCH_CHECK(factor.numel() == 1, "expected a scalar");
   const double value = [&] {
     switch (dtype_of(factor)) {
       case Dtype::kFloat:
-        return static_cast<double>(*data<float>(factor));
+        return static_cast<double>(*data<float>(factor, 1));
       case Dtype::kDouble:
-        return *data<double>(factor);
+        return *data<double>(factor, 1);
       default:
         STD_TORCH_CHECK(false, "expected a float32 or float64 scalar");
     }

@@ -122,7 +122,7 @@ inline void store(Half* p, F32 v) {
   const U32 u = bits<U32>(v);
   const U32 sign = (u >> 16) & 0x8000u;
   const U32 a = u & 0x7fffffffu;
-  // below 2^-14: adding 2^-1 leaves the value in units of 2^-24, fp16's subnormal step, rounded to even, in the low bits
+  // below 2^-14: adding 2^-1 leaves the value in units of 2^-24, fp16's subnormal step, rounded to even, at the end
   const U32 subnormal = bits<U32>(bits<F32>(a) + 0.5f) - 0x3f000000u;
   const U32 normal = (a - 0x38000000u + 0xfffu + ((a >> 13) & 1u)) >> 13;
   U32 h = a < 0x38800000u ? subnormal : normal;
@@ -160,9 +160,9 @@ inline F32 exp(F32 x) {
   p = p * r + 4.9999994e-1f;
   p = p * r + 1.0f;
   p = p * r + 1.0f;
-  const I32 exponent = bits<I32>(shifted) << 23;  // n lies in the low bits of shifted
-  const F32 scaled = bits<F32>(bits<I32>(p) + exponent);
-  return x < -87.33f ? F32{} : scaled;
+  // n lies in the low bits of shifted; multiplied, not added to the exponent's bits, so that any NaN stays one
+  const F32 power = bits<F32>((bits<I32>(shifted) << 23) + 0x3f800000);
+  return x < -87.33f ? F32{} : p * power;
 }
 
 // tanh x. Absolute error below 1.5e-7, relative error below 3e-7.

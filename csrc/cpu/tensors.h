@@ -42,15 +42,30 @@ inline Tensor empty(std::initializer_list<int64_t> sizes, ScalarType dtype) {
 
 inline Tensor empty_like(const Tensor& t, ScalarType dtype) { return torch::stable::empty(t.sizes(), dtype); }
 
-// Values of an optional tensor, null when it is absent.
 template <class T>
-const T* data(const Tensor& t) {
+constexpr ScalarType kTypeOf = ScalarType::Undefined;
+template <>
+inline constexpr ScalarType kTypeOf<float> = ScalarType::Float;
+template <>
+inline constexpr ScalarType kTypeOf<double> = ScalarType::Double;
+template <>
+inline constexpr ScalarType kTypeOf<int64_t> = ScalarType::Long;
+template <>
+inline constexpr ScalarType kTypeOf<bool> = ScalarType::Bool;
+
+// The values of a tensor that must hold `count` of them.
+template <class T>
+const T* data(const Tensor& t, int64_t count) {
+  STD_TORCH_CHECK(t.scalar_type() == kTypeOf<T>, "expected another dtype");
+  STD_TORCH_CHECK(t.numel() == count, "expected ", count, " values, got ", t.numel());
   STD_TORCH_CHECK(t.is_contiguous(), "expected a contiguous tensor");
   return static_cast<const T*>(t.const_data_ptr());
 }
+
+// Null when the tensor is absent.
 template <class T>
-const T* data(const std::optional<Tensor>& t) {
-  return t.has_value() ? data<T>(*t) : nullptr;
+const T* data(const std::optional<Tensor>& t, int64_t count) {
+  return t.has_value() ? data<T>(*t, count) : nullptr;
 }
 template <class T>
 T* mutable_data(const Tensor& t) {
@@ -78,6 +93,19 @@ struct Rows {
     }
   }
 
+  // Refuses rows that are not those of ids [B, T], or of ids with a position more.
+  void check_ids_fit(const Tensor& ids) const {
+    STD_TORCH_CHECK(ids.dim() == 2 && ids.size(0) == batch && (ids.size(1) == length || ids.size(1) + 1 == length),
+                    "ids do not fit the rows");
+  }
+
+  // Refuses rows of another shape or dtype than those they are computed from.
+  void check_like(const Rows& from, const Tensor& t, const Tensor& like) const {
+    STD_TORCH_CHECK(batch == from.batch && length == from.length && width == from.width &&
+                        t.scalar_type() == like.scalar_type(),
+                    "expected the gradient to be like the logits");
+  }
+
   char* row(int64_t b, int64_t t) const { return base + b * batch_stride + t * row_stride; }
 };
 
@@ -90,11 +118,18 @@ inline void check_ids(const int64_t* ids, const bool* mask, int64_t count, int64
 }
 
 // Calls body(n) for rows 0..count in parallel, by torch's own threads; each row counts as `width` elements.
+//
+// The threads take rows in turns: masked rows lie together, at the end of a completion, and cost nothing.
 template <class Body>
 void parallel_rows(int64_t count, int64_t width, const Body& body) {
   const int64_t grain = std::max<int64_t>(1, (int64_t(1) << 15) / std::max<int64_t>(1, width));
-  torch::stable::parallel_for(0, count, grain, [&](int64_t begin, int64_t end) {
-    for (int64_t n = begin; n < end; ++n) body(n);
+  const int64_t threads = std::max<int64_t>(1, torch::stable::get_num_threads());
+  const int64_t turns = (count + threads - 1) / threads;
+  torch::stable::parallel_for(0, turns * threads, grain, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) {
+      const int64_t n = i % turns * threads + i / turns;
+      if (n < count) body(n);
+    }
   });
 }
 

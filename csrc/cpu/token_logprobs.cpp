@@ -69,8 +69,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> token_logprobs_fwd(
                             outputs & kLogSumSquares ? mutable_data<R>(log_sum_squares) : nullptr,
                             outputs & kMeanLogits ? mutable_data<R>(mean_logits) : nullptr,
                             outputs & kIsTop1 ? mutable_data<bool>(is_top1) : nullptr};
-    forward<R>(Rows(logits), row_kernels(dtype_of(logits)), data<int64_t>(ids), data<bool>(mask), ids.size(0),
-               ids.size(1), {temperature, softcap, logit_scale}, out);
+    const Rows rows(logits);
+    rows.check_ids_fit(ids);
+    forward<R>(rows, row_kernels(dtype_of(logits)), data<int64_t>(ids, ids.numel()), data<bool>(mask, ids.numel()),
+               ids.size(0), ids.size(1), {temperature, softcap, logit_scale}, out);
   };
   type == ScalarType::Double ? run(double()) : run(float());
   return {logprobs, lse, entropy, log_sum_squares, mean_logits, is_top1};
@@ -79,18 +81,21 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> token_logprobs_fwd(
 namespace {
 
 template <class R>
-void backward(const Tensor& logits, const Tensor& ids, const std::optional<Tensor>& mask,
-              const Tensor& logprobs, const Tensor& lse, const Tensor& entropy, 
-              const std::optional<Tensor>& dlogprobs, const std::optional<Tensor>& dentropy, const Transform& transform, const Tensor& dlogits) {
+void backward(const Tensor& logits, const Tensor& ids, const std::optional<Tensor>& mask, const Tensor& logprobs,
+              const Tensor& lse, const Tensor& entropy, const std::optional<Tensor>& dlogprobs,
+              const std::optional<Tensor>& dentropy, const Transform& transform, const Tensor& dlogits) {
   const Rows from(logits), to(dlogits);
+  from.check_ids_fit(ids);
+  to.check_like(from, dlogits, logits);
   const RowKernels& kernels = row_kernels(dtype_of(logits));
   const int64_t length = ids.size(1), size = from.width * static_cast<int64_t>(logits.element_size());
-  const int64_t* id = data<int64_t>(ids);
-  const bool* unmasked = data<bool>(mask);
-  const R *row_logprob = data<R>(logprobs), *row_entropy = data<R>(entropy);
-  const double* row_lse = data<double>(lse);
-  const R *c = data<R>(dlogprobs), *c_h = data<R>(dentropy);
-  check_ids(id, unmasked, ids.numel(), from.width);
+  const int64_t count = ids.numel();
+  const int64_t* id = data<int64_t>(ids, count);
+  const bool* unmasked = data<bool>(mask, count);
+  const R *row_logprob = data<R>(logprobs, count), *row_entropy = data<R>(entropy, count);
+  const double* row_lse = data<double>(lse, count);
+  const R *c = data<R>(dlogprobs, count), *c_h = data<R>(dentropy, count);
+  check_ids(id, unmasked, count, from.width);
   parallel_rows(from.batch * from.length, from.width, [&](int64_t row) {
     const int64_t b = row / from.length, t = row % from.length, n = b * length + t;
     const bool live = t < length && (!unmasked || unmasked[n]) && ((c && c[n] != 0) || (c_h && c_h[n] != 0));
@@ -107,8 +112,8 @@ void backward(const Tensor& logits, const Tensor& ids, const std::optional<Tenso
 
 void token_logprobs_bwd(const Tensor& logits, const Tensor& ids, const std::optional<Tensor>& mask,
                         const Tensor& logprobs, const Tensor& lse, const Tensor& entropy,
-                        const std::optional<Tensor>& dlogprobs, const std::optional<Tensor>& dentropy, double temperature, double softcap, double logit_scale,
-                        const Tensor& dlogits) {
+                        const std::optional<Tensor>& dlogprobs, const std::optional<Tensor>& dentropy,
+                        double temperature, double softcap, double logit_scale, const Tensor& dlogits) {
   const auto run = arithmetic_type(logits) == ScalarType::Double ? backward<double> : backward<float>;
   run(logits, ids, mask, logprobs, lse, entropy, dlogprobs, dentropy, {temperature, softcap, logit_scale}, dlogits);
 }

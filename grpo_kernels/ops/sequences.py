@@ -26,7 +26,7 @@ class Sequences:
     def of(cls, ids: Tensor, cu_seqlens: Tensor | None) -> Sequences:
         """The completions of ``[B, T]`` tokens, or of ``[N]`` tokens with ``cu_seqlens [S + 1]``."""
         if cu_seqlens is not None:
-            return cls(ids.shape, cu_seqlens.to(torch.int64), True)
+            return cls(ids.shape, cu_seqlens.to(torch.int64).contiguous(), True)
         rows, length = ids.shape
         offsets = torch.arange(rows + 1, device=ids.device, dtype=torch.int64) * length
         return cls(ids.shape, offsets, False)
@@ -47,8 +47,11 @@ class Sequences:
         return values[self._index()] if self.packed else values[:, None].expand(self.shape)
 
     def per_token(self, values: Tensor) -> Tensor:  # [S], [S, 1] or like shape -> like shape
-        """Values given per token as they are; values given per completion spread over its tokens."""
-        if values.shape == self.shape and (not self.packed or self.count != self.shape[0] or values.dim() == 1):
+        """Values given per token as they are; values given per completion spread over its tokens.
+
+        Where there are as many packed tokens as completions, values are taken per token.
+        """
+        if values.shape == self.shape:
             return values
         return self.spread(values.reshape(self.count))
 

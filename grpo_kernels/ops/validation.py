@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
 
 import torch
@@ -43,8 +44,10 @@ def check_shape(name: str, tensor: Tensor, *expected: Sequence[int]) -> None:
 
 
 def check_device(device: torch.device, tensors: Iterable[tuple[str, Tensor | None]]) -> None:
-    """Raises ValueError unless every given tensor is on ``device``."""
+    """Raises unless every given argument is a tensor on ``device``."""
     for name, tensor in tensors:
+        if tensor is not None and not isinstance(tensor, Tensor):
+            raise TypeError(f"{name} must be a tensor, got {type(tensor).__name__}")
         if tensor is not None and tensor.device != device:
             raise ValueError(f"{name} must be on {device}, like the first argument, got {tensor.device}")
 
@@ -64,12 +67,27 @@ def check_logits(logits: Tensor, ids: Tensor, ids_name: str = "ids") -> None:
     check_shape("logits", logits, *shapes)
 
 
-def check_transform(temperature: float, softcap: float | None) -> None:
-    """Raises ValueError unless the temperature, and the softcap if there is one, are positive."""
-    if not temperature > 0:
-        raise ValueError(f"temperature must be greater than 0, got {temperature!r}")
-    if softcap is not None and not softcap > 0:
-        raise ValueError(f"softcap must be None or greater than 0, got {softcap!r}")
+def check_transform(temperature: float, softcap: float | None, logit_scale: float) -> None:
+    """Raises ValueError unless the temperature and the softcap, if there is one, are positive, the scale not 0, and
+    all finite."""
+    if not (temperature > 0 and math.isfinite(temperature)):
+        raise ValueError(f"temperature must be finite and greater than 0, got {temperature!r}")
+    if softcap is not None and not (softcap > 0 and math.isfinite(softcap)):
+        raise ValueError(f"softcap must be None, or finite and greater than 0, got {softcap!r}")
+    if logit_scale == 0 or not math.isfinite(logit_scale):
+        raise ValueError(f"logit_scale must be finite and not 0, got {logit_scale!r}")
+
+
+def check_writable(name: str, tensor: Tensor, argument: str) -> None:
+    """Raises ValueError unless rows of ``tensor`` can be written where they lie: dense, none in another's place."""
+    strides = tensor.stride()
+    extent = 1
+    for size, stride in sorted(zip(tensor.shape, strides, strict=True), key=lambda dim: dim[1]):
+        if size > 1 and stride < extent:
+            raise ValueError(f"{name} must not overlap itself for {argument}, got strides {list(strides)}")
+        extent = max(extent, stride * size) if size > 1 else extent
+    if tensor.shape[-1] > 1 and strides[-1] != 1:
+        raise ValueError(f"{name} must have a dense last dimension for {argument}, got strides {list(strides)}")
 
 
 def check_id_range(name: str, ids: Tensor, mask: Tensor | None, vocab: int) -> None:

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from grpo_kernels import registry
 from grpo_kernels.ops.grpo_loss import grpo_loss
 from grpo_kernels.ops.linear_grpo_loss import linear_grpo_loss
 from grpo_kernels.ops.linear_token_logprobs import linear_token_logprobs
@@ -16,6 +17,8 @@ from grpo_kernels.ops.token_logprobs.reference import OUTPUTS
 from grpo_kernels.testing.cases import Case
 from grpo_kernels.testing.inputs import Inputs
 
+#: The backends that run on the CPU, here and now.
+BACKENDS = tuple(name for name in registry.BACKENDS if registry.supports("grpo_loss", name, torch.device("cpu")))
 #: What each op takes log-probabilities from, hence what it is differentiated by.
 SOURCES = {
     "token_logprobs": "logits",

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from grpo_kernels import registry
 from grpo_kernels.config import GRPOLossConfig, PolicyLossCode
-from grpo_kernels.ops.gradients import hand_over, mark_written
+from grpo_kernels.ops.gradients import hand_over, mark_written, refuse_double_backward
 from grpo_kernels.ops.group_advantages import group_advantages
 from grpo_kernels.ops.grpo_loss import reference
 from grpo_kernels.ops.library import define
@@ -24,7 +24,7 @@ from grpo_kernels.ops.token_logprobs.op import (
     token_logprobs,
 )
 from grpo_kernels.ops.token_logprobs.transform import TRANSFORM_SCHEMA, Transform
-from grpo_kernels.ops.validation import check_device, check_id_range, check_logits
+from grpo_kernels.ops.validation import check_device, check_id_range, check_logits, check_writable
 
 
 class GRPOLossOutput(NamedTuple):
@@ -69,7 +69,6 @@ class _GRPOLoss(torch.autograd.Function):
         values = logits.detach()
         dlogits = None
         if form_gradient:
-            inplace = inplace and rows_of(values).data_ptr() == values.data_ptr()
             dlogits = values if inplace else torch.empty(values.shape, dtype=values.dtype, device=values.device)
         logprobs, entropy, _ = grpo_loss_fwd[backend](
             rows_of(values),
@@ -93,10 +92,10 @@ class _GRPOLoss(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, dloss: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        refuse_double_backward()
         if dloss is None:
             return (None,) * 8
-        (dlogits,) = ctx.saved_tensors
-        return hand_over(dlogits, dloss, ctx.backend), None, None, None, None, None, None, None
+        return (*hand_over(ctx, dloss, ctx.backend), *(None,) * 7)
 
 
 def grpo_loss(
@@ -139,12 +138,12 @@ def grpo_loss(
         loss_scale: Multiplies the loss and the gradient, before the gradient is rounded to the logits' dtype.
         config: The loss.
         softcap, logit_scale: As for ``token_logprobs``.
-        inplace: Write the gradient over the logits, which then hold no logits any more. The "torch" backend has no
-            such form and leaves them as they are.
+        inplace: Write the gradient over the logits, which then hold no logits any more; their last dimension must be
+            dense. The "torch" backend has no such form and leaves them as they are.
         backend: "auto", or one of ``grpo_kernels.registry.BACKENDS``.
 
     Returns:
-        ``GRPOLossOutput``; only ``loss`` is differentiable. A second backward is refused.
+        ``GRPOLossOutput``; only ``loss`` is differentiable, and only once. A second backward is refused.
 
     Raises:
         TypeError: A tensor has a dtype that does not fit.
@@ -161,6 +160,8 @@ def grpo_loss(
     check_logits(logits, completion_ids, "completion_ids")
     check_device(logits.device, [("completion_ids", completion_ids)])
     transform = Transform.of(config.temperature, softcap, logit_scale)
+    if inplace:
+        check_writable("logits", logits, "inplace=True")
     backend = registry.resolve("grpo_loss", backend, logits.device)
     advantages = resolve_advantages(advantages, rewards, num_generations, scale_rewards, backend)
     inputs = PolicyInputs.of(
@@ -180,6 +181,7 @@ def grpo_loss(
     if backend == "torch":
         rows = logits if completion_ids.dim() == 1 else logits[:, : completion_ids.shape[1]]
         return reference_loss(rows, completion_ids, inputs, softcap, logit_scale, config)
+    inputs, config = inputs.token_local(config)
     if not config.is_token_local:
         tokens = token_logprobs(
             logits,

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from grpo_kernels import registry
 from grpo_kernels.config import GRPOLossConfig, PolicyLossCode
-from grpo_kernels.ops.gradients import hand_over
+from grpo_kernels.ops.gradients import hand_over, refuse_double_backward
 from grpo_kernels.ops.grpo_loss.op import (
     GRPOLossOutput,
     grpo_loss_fwd,
@@ -142,10 +142,11 @@ class _LinearGRPOLoss(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, dloss: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        refuse_double_backward()
         if dloss is None:
             return (None,) * 11
         shape, backend = ctx.options
-        grads = [None if g is None else hand_over(g, dloss, backend) for g in ctx.saved_tensors]
+        grads = hand_over(ctx, dloss, backend)
         dhidden = None if grads[0] is None else grads[0].view(shape)
         return (dhidden, *grads[1:], *(None,) * 8)
 
@@ -229,6 +230,7 @@ def linear_grpo_loss(
     if backend == "torch":
         logits = linear_reference.project(hidden_states, lm_head_weight, bias, inputs.mask, *dtypes)
         return reference_loss(logits, completion_ids, inputs, softcap, logit_scale, config)
+    inputs, config = inputs.token_local(config)
     if not config.is_token_local:
         tokens = linear_token_logprobs(
             hidden_states,

@@ -7,6 +7,7 @@ accumulate in fp32 (fp64): the first chunk of ``dW`` is written, later ones are 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -45,19 +46,24 @@ class Head:
         self.compute_dtype = compute_dtype
         self.logits_dtype = logits_dtype
         self.parameter_dtypes = (weight.dtype, weight.dtype if bias is None else bias.dtype)
-        self.weight = self.cast(weight)
+        self.parameter = weight
         self.bias = None if bias is None else self.cast(bias)
+
+    @cached_property
+    def weight(self) -> Tensor:
+        """The weight as the GEMMs take it: only made when a row needs it."""
+        return self.cast(self.parameter)
 
     @property
     def vocab(self) -> int:
-        return self.weight.shape[0]
+        return self.parameter.shape[0]
 
     def cast(self, values: Tensor) -> Tensor:
         """``values`` as the GEMMs take them."""
         return values.detach().to(self.compute_dtype).to(self.logits_dtype)
 
     def workspace(self, rows: int) -> Tensor:  # [rows, V]
-        return torch.empty(rows, self.vocab, dtype=self.logits_dtype, device=self.weight.device)
+        return torch.empty(rows, self.vocab, dtype=self.logits_dtype, device=self.parameter.device)
 
     def logits(self, hidden: Tensor, out: Tensor) -> Tensor:  # [n, H], [n, V] -> [n, V]
         """The logits of rows of ``cast`` hidden states."""
@@ -80,7 +86,7 @@ class HeadGradients:
         self.dtypes = (hidden.dtype, *head.parameter_dtypes)
         dtype = accumulation_dtype(head.compute_dtype)
         self.dhidden = hidden.new_zeros(hidden.shape, dtype=dtype) if needs[0] else None
-        self.dweight = torch.empty_like(head.weight, dtype=dtype) if needs[1] else None
+        self.dweight = hidden.new_empty((head.vocab, hidden.shape[1]), dtype=dtype) if needs[1] else None
         self.dbias = hidden.new_zeros(head.vocab, dtype=dtype) if needs[2] else None
         self._is_first = True
 
@@ -110,7 +116,7 @@ class HeadGradients:
             self.dweight.zero_()
         grads = (self.dhidden, self.dweight, self.dbias)
         return tuple(
-            self.head.weight.new_empty(0, dtype=dtype) if grad is None else grad.to(dtype)
+            self.head.parameter.new_empty(0, dtype=dtype) if grad is None else grad.to(dtype)
             for grad, dtype in zip(grads, self.dtypes, strict=True)
         )
 

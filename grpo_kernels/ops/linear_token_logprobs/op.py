@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from grpo_kernels import registry
+from grpo_kernels.ops.gradients import refuse_double_backward
 from grpo_kernels.ops.library import KERNEL_BACKENDS, define
 from grpo_kernels.ops.linear_token_logprobs import reference
 from grpo_kernels.ops.linear_token_logprobs.chunks import (
@@ -25,6 +26,7 @@ from grpo_kernels.ops.token_logprobs.op import (
     TokenLogprobs,
     accumulation_dtype,
     empty_statistics,
+    like_ids,
     outputs_code,
     pack_outputs,
     token_logprobs_bwd,
@@ -190,12 +192,13 @@ class _LinearTokenLogprobs(torch.autograd.Function):
         ctx.save_for_backward(hidden, weight, bias, flat_ids, flat_mask, logprobs, lse, entropy, retained)
         ctx.options = (dtypes, workspace_bytes, transform, backend)
         ctx.set_materialize_grads(False)
-        shaped = [x.view(ids.shape) if x.numel() == ids.numel() else x for x in (logprobs, entropy, *extras)]
+        shaped = [like_ids(x, ids) for x in (logprobs, entropy, *extras)]
         ctx.mark_non_differentiable(*shaped[2:])
         return tuple(shaped)
 
     @staticmethod
     def backward(ctx: Any, dlogprobs: Tensor | None, dentropy: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        refuse_double_backward()
         if dlogprobs is None and dentropy is None:
             return (None,) * 11
         hidden, weight, bias, ids, mask, logprobs, lse, entropy, retained = ctx.saved_tensors
@@ -306,8 +309,10 @@ def linear_token_logprobs(
         ids: Token ids.
         bias: The head's bias.
         temperature, softcap, logit_scale, mask, outputs: As for ``token_logprobs``.
-        logits_dtype: What logits are rounded to: None means fp32 (fp64 for fp64 inputs), or the inputs' dtype for a
-            smaller workspace and log-probabilities off by the rounding of a logit.
+        logits_dtype: What logits are rounded to: None means fp32 (fp64 for fp64 inputs); the inputs' dtype gives
+            log-probabilities off by the rounding of a logit. On a CPU neither saves memory: no GEMM there writes fp32
+            from half-precision inputs, so either the weight or each chunk's gradient is widened, ``4 V H`` bytes or
+            twice the chunk's, beside the workspace.
         max_logits_bytes: Retain as many logits as fit in so many bytes from the forward to the backward.
         workspace_bytes: Bound of the logits that exist at once beside those; None means 1 GiB. One row at least.
         backend: "auto", or one of ``grpo_kernels.registry.BACKENDS``. "torch" forms the whole logits.
@@ -337,7 +342,8 @@ def linear_token_logprobs(
     if backend == "torch":
         logits = reference.project(hidden_states, lm_head_weight, bias, mask, *dtypes)
         return token_reference.token_logprobs(logits, ids, mask, temperature, softcap, logit_scale, tuple(outputs))
-    if not torch.is_grad_enabled():
+    inputs = (hidden_states, lm_head_weight, bias)
+    if not (torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in inputs)):
         max_logits_bytes = 0
     logprobs, entropy, *extras = _LinearTokenLogprobs.apply(
         hidden_states,

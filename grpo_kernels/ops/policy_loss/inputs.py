@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -47,6 +47,7 @@ class PolicyInputs:
     ) -> PolicyInputs:
         """Validates the arguments of a public loss, as its docstring gives them."""
         _check(tokens, advantages, completion_mask, old_logprobs, ref_logprobs, rollout_is_weights, cu_seqlens, config)
+        _check_items(num_items_in_batch)
         sequences = Sequences.of(tokens, cu_seqlens)
         mask = completion_mask != 0
         weights = token_weights(mask, sequences, config, num_items_in_batch, dtype) * loss_scale
@@ -72,6 +73,22 @@ class PolicyInputs:
             cast(old_logprobs),
             cast(ref_logprobs) if config.beta != 0 else None,
         )
+
+    def token_local(self, config: GRPOLossConfig) -> tuple[PolicyInputs, GRPOLossConfig]:
+        """The same loss with coefficients known token by token, where that is so; else unchanged.
+
+        On-policy every ratio is 1, so a sequence-level ratio hands each token of a sequence the mean of what its
+        tokens' policy terms weigh: known before any logit. Not so with a KL term that is multiplied by the ratio.
+        """
+        waits_for_kl = self.ref_logprobs is not None and config.use_bias_correction_kl
+        is_clipped = config.delta is not None and config.delta < 1
+        if config.is_token_local or self.old_logprobs is not None or waits_for_kl or is_clipped:
+            return self, config
+        ones = self.mask.to(self.advantages.dtype)
+        pull = torch.where(self.mask, self.policy_weights * self.advantages, 0)
+        mean = self.sequences.sum(pull) / self.sequences.sum(ones).clamp(min=1)
+        inputs = replace(self, advantages=self.sequences.spread(mean), policy_weights=ones)
+        return inputs, replace(config, importance_sampling_level="token")
 
     def flat(self) -> tuple[Tensor | None, ...]:
         """The tensors as kernels take them, contiguous ``[N]``: in the order of the fields, without ``sequences``."""
@@ -106,16 +123,22 @@ def token_weights(
     if config.loss_type == "grpo":
         lengths = sequences.sum(weights).clamp(min=1)
         return weights / sequences.spread(lengths * sequences.count)
-    if config.loss_type == "dr_grpo":
-        assert config.max_completion_length is not None  # GRPOLossConfig demands it
+    if config.loss_type == "dr_grpo" and config.max_completion_length is not None:  # GRPOLossConfig demands it
         return weights / (sequences.count * config.max_completion_length)
-    total: float | Tensor = weights.sum()
     if config.loss_type == "dapo" and num_items_in_batch is not None:
-        total = num_items_in_batch
-        if not isinstance(total, Tensor):
-            return weights / max(float(total), 1.0)
-        total = total.to(device=mask.device, dtype=dtype)
-    return weights / total.clamp(min=1)
+        if not isinstance(num_items_in_batch, Tensor):
+            return weights / max(float(num_items_in_batch), 1.0)
+        return weights / num_items_in_batch.to(device=mask.device, dtype=dtype).reshape(()).clamp(min=1)
+    return weights / weights.sum().clamp(min=1)
+
+
+def _check_items(num_items_in_batch: float | Tensor | None) -> None:
+    if isinstance(num_items_in_batch, Tensor):
+        if num_items_in_batch.numel() != 1:
+            shape = list(num_items_in_batch.shape)
+            raise ValueError(f"num_items_in_batch must be a number or a 0-dim tensor, got shape {shape}")
+    elif num_items_in_batch is not None and not num_items_in_batch >= 0:
+        raise ValueError(f"num_items_in_batch must be at least 0, got {num_items_in_batch!r}")
 
 
 def _check(

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from grpo_kernels import registry
 from grpo_kernels.config import GRPOLossConfig, PolicyLossCode
+from grpo_kernels.ops.gradients import refuse_double_backward
 from grpo_kernels.ops.library import define
 from grpo_kernels.ops.policy_loss import reference
 from grpo_kernels.ops.policy_loss.inputs import FLAT_SCHEMA, PolicyInputs
@@ -73,6 +74,7 @@ class _PolicyLoss(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, dloss: Tensor | None, _: Tensor | None) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        refuse_double_backward()
         if dloss is None:
             return None, None, None, None, None
         dlogprobs, entropy_weights = ctx.saved_tensors

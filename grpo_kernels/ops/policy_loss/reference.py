@@ -22,9 +22,12 @@ def policy_loss(
         return torch.where(mask, values, 0)
 
     logprobs = unmasked(logprobs)
-    ratio = importance_ratio(logprobs, inputs, config)
+    log_ratio = importance_log_ratio(logprobs, inputs, config)
+    ratio = log_ratio.exp()
     advantages = unmasked(inputs.advantages)
-    loss = (-inputs.policy_weights * surrogate(ratio, advantages, config)).sum()
+    # no advantage, no policy term: not even of an infinite ratio
+    bounded = torch.where(advantages == 0, 0, log_ratio).exp()
+    loss = (-inputs.policy_weights * surrogate(bounded, advantages, config)).sum()
     kl = None
     if inputs.ref_logprobs is not None:
         kl = kl_penalty(logprobs, unmasked(inputs.ref_logprobs), ratio, config)
@@ -34,15 +37,15 @@ def policy_loss(
     return loss, metric_partials(ratio, advantages, kl, entropy, inputs, config)
 
 
-def importance_ratio(logprobs: Tensor, inputs: PolicyInputs, config: GRPOLossConfig) -> Tensor:
-    """``exp(l - l_old)``; at sequence level ``exp(mean_t(l - l_old))``, GSPO eq. 7 (arXiv:2507.18071)."""
+def importance_log_ratio(logprobs: Tensor, inputs: PolicyInputs, config: GRPOLossConfig) -> Tensor:
+    """``l - l_old``; at sequence level ``mean_t(l - l_old)``, GSPO eq. 7 (arXiv:2507.18071)."""
     mask, sequences = inputs.mask, inputs.sequences
     old = logprobs.detach() if inputs.old_logprobs is None else inputs.old_logprobs
     log_ratio = torch.where(mask, logprobs - old, 0)
     if config.importance_sampling_level == "sequence":
         lengths = sequences.sum(mask.to(logprobs.dtype)).clamp(min=1)
         log_ratio = torch.where(mask, sequences.spread(sequences.sum(log_ratio) / lengths), 0)
-    return log_ratio.exp()
+    return log_ratio
 
 
 def surrogate(ratio: Tensor, advantages: Tensor, config: GRPOLossConfig) -> Tensor:
@@ -90,7 +93,12 @@ def metric_partials(
             zero if entropy is None else torch.where(mask, entropy, 0).sum().to(dtype),
             low_share.sum() if per_sequence else is_low.sum().to(dtype),
             high_share.sum() if per_sequence else is_high.sum().to(dtype),
-            torch.where(has_share, low_share, torch.inf).amin(),
-            torch.where(has_share, high_share, -torch.inf).amax(),
+            _or_none(torch.where(has_share, low_share, torch.inf), torch.inf).amin(),
+            _or_none(torch.where(has_share, high_share, -torch.inf), -torch.inf).amax(),
         ]
     )
+
+
+def _or_none(shares: Tensor, none: float) -> Tensor:  # [S] -> [S + 1]
+    """The shares and a value that no share is compared to: a batch may hold no sequence."""
+    return torch.cat([shares, shares.new_full((1,), none)])

@@ -8,12 +8,19 @@ import torch
 from torch import Tensor
 
 from grpo_kernels import registry
-from grpo_kernels.ops.gradients import mark_written
+from grpo_kernels.ops.gradients import mark_written, refuse_double_backward, refuse_second_backward
 from grpo_kernels.ops.library import define
 from grpo_kernels.ops.token_logprobs import reference
 from grpo_kernels.ops.token_logprobs.reference import OUTPUTS, TokenLogprobs
 from grpo_kernels.ops.token_logprobs.transform import TRANSFORM_SCHEMA, Transform
-from grpo_kernels.ops.validation import check_device, check_id_range, check_logits, check_mask, check_shape
+from grpo_kernels.ops.validation import (
+    check_device,
+    check_id_range,
+    check_logits,
+    check_mask,
+    check_shape,
+    check_writable,
+)
 
 
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -92,6 +99,11 @@ def token_ids(ids: Tensor) -> Tensor:  # [B, T] or [N] -> [B, T] int64
     return (ids if ids.dim() == 2 else ids[None]).to(torch.int64).contiguous()
 
 
+def like_ids(values: Tensor, ids: Tensor) -> Tensor:
+    """A statistic in the shape of the ids, as a view only where it has another; an empty one as it is."""
+    return values if values.shape == ids.shape or values.numel() != ids.numel() else values.view(ids.shape)
+
+
 def token_mask(mask: Tensor | None, ids: Tensor) -> Tensor | None:
     """The mask, checked against the ids, as booleans.
 
@@ -126,20 +138,22 @@ class _TokenLogprobs(torch.autograd.Function):
         ctx.save_for_backward(logits, ids, mask, logprobs, lse, entropy)
         ctx.options = (transform, inplace_backward, backend)
         ctx.set_materialize_grads(False)
-        shaped = [x.view(ids.shape) if x.numel() == ids.numel() else x for x in (logprobs, entropy, *extras)]
+        shaped = [like_ids(x, ids) for x in (logprobs, entropy, *extras)]
         ctx.mark_non_differentiable(*shaped[2:])
         return tuple(shaped)
 
     @staticmethod
     def backward(ctx: Any, dlogprobs: Tensor | None, dentropy: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        refuse_double_backward()
         if dlogprobs is None and dentropy is None:
             return (None,) * 7
-        logits, ids, mask, logprobs, lse, entropy = ctx.saved_tensors
         transform, inplace_backward, backend = ctx.options
+        if inplace_backward:
+            refuse_second_backward(ctx)
+        logits, ids, mask, logprobs, lse, entropy = ctx.saved_tensors
         logits = logits.detach()
         rows = rows_of(logits)
-        inplace = inplace_backward and rows.data_ptr() == logits.data_ptr()
-        dlogits = logits if inplace else torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
+        dlogits = logits if inplace_backward else torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
         kernel_ids = token_ids(ids)
         token_logprobs_bwd[backend](
             rows,
@@ -153,7 +167,7 @@ class _TokenLogprobs(torch.autograd.Function):
             *transform,
             dlogits if dlogits.dim() == 3 else dlogits[None],
         )
-        if inplace:
+        if inplace_backward:
             mark_written(logits)
         return dlogits, None, None, None, None, None, None
 
@@ -187,8 +201,8 @@ def token_logprobs(
         logit_scale: Multiplies the logits, first (Cohere, Granite); a Hugging Face model's logits already include it.
         mask: 0 excludes a token, whatever the logits and the id hold there: its statistics are 0.
         outputs: Any of "entropy", "log_sum_sq_probs", "mean_logits", "is_top1".
-        inplace_backward: Write the gradient over the logits in the backward. A second backward is then refused. The
-            "torch" backend has no such form and leaves the logits as they are.
+        inplace_backward: Write the gradient over the logits in the backward; their last dimension must be dense. A
+            second backward is then refused. The "torch" backend has no such form and leaves the logits as they are.
         backend: "auto", or one of ``grpo_kernels.registry.BACKENDS``.
 
     Returns:
@@ -207,6 +221,8 @@ def token_logprobs(
     check_logits(logits, ids)
     check_device(logits.device, [("ids", ids), ("mask", mask)])
     transform = Transform.of(temperature, softcap, logit_scale)
+    if inplace_backward:
+        check_writable("logits", logits, "inplace_backward=True")
     code = outputs_code(outputs)
     mask = token_mask(mask, ids)
     check_id_range("ids", ids, mask, logits.shape[-1])

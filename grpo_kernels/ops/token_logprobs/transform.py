@@ -17,7 +17,7 @@ class Transform(NamedTuple):
     @classmethod
     def of(cls, temperature: float, softcap: float | None, logit_scale: float) -> Transform:
         """Validates the arguments of a public function."""
-        check_transform(temperature, softcap)
+        check_transform(temperature, softcap, logit_scale)
         return cls(float(temperature), float(softcap or 0.0), float(logit_scale))
 
 
