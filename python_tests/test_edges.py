@@ -189,3 +189,9 @@ def test_raw_ops_refuse_tensors_that_are_too_short() -> None:
         op(logits[:, :2], ids, mask, flat, flat, flat, *rest)
     with pytest.raises(ValueError):
         op(logits, ids, mask, flat, flat, flat, None, None, None, [0], *rest[4:])
+
+
+def test_rewards_are_named_when_they_are_too_many() -> None:
+    logits, ids, _, mask = _problem()
+    with pytest.raises(ValueError, match=r"rewards must have a row for each of the 2 completions, got \[4\]"):
+        grpo_loss(logits, ids, None, mask, rewards=torch.arange(4.0), num_generations=2)

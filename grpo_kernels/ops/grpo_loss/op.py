@@ -24,7 +24,7 @@ from grpo_kernels.ops.token_logprobs.op import (
     token_logprobs,
 )
 from grpo_kernels.ops.token_logprobs.transform import TRANSFORM_SCHEMA, Transform
-from grpo_kernels.ops.validation import check_device, check_id_range, check_logits, check_writable
+from grpo_kernels.ops.validation import check_cu_seqlens, check_device, check_id_range, check_logits, check_writable
 
 
 class GRPOLossOutput(NamedTuple):
@@ -163,7 +163,9 @@ def grpo_loss(
     if inplace:
         check_writable("logits", logits, "inplace=True")
     backend = registry.resolve("grpo_loss", backend, logits.device)
-    advantages = resolve_advantages(advantages, rewards, num_generations, scale_rewards, backend)
+    advantages = resolve_advantages(
+        advantages, rewards, num_generations, scale_rewards, completion_ids, cu_seqlens, backend
+    )
     inputs = PolicyInputs.of(
         completion_ids,
         accumulation_dtype(logits.dtype),
@@ -226,12 +228,15 @@ def resolve_advantages(
     rewards: Tensor | None,
     num_generations: int | None,
     scale_rewards: str,
+    ids: Tensor,
+    cu_seqlens: Tensor | None,
     backend: str,
 ) -> Tensor:
     """The advantages given, or those of the rewards given.
 
     Raises:
-        ValueError: Both or neither are given, rewards come without their group size, or are scaled over the batch.
+        ValueError: Both or neither are given, rewards come without their group size, are scaled over the batch, or
+            are not as many as the completions.
     """
     if advantages is not None:
         if rewards is not None:
@@ -243,4 +248,9 @@ def resolve_advantages(
         raise ValueError("num_generations must be given with rewards, got None")
     if scale_rewards not in ("group", "none"):
         raise ValueError(f"scale_rewards must be 'group' or 'none' with rewards, got {scale_rewards!r}")
-    return group_advantages(rewards, num_generations, scale_rewards=scale_rewards, backend=backend)
+    resolved = group_advantages(rewards, num_generations, scale_rewards=scale_rewards, backend=backend)
+    check_cu_seqlens(cu_seqlens, ids)
+    count = ids.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
+    if resolved.shape[0] != count:
+        raise ValueError(f"rewards must have a row for each of the {count} completions, got {list(rewards.shape)}")
+    return resolved

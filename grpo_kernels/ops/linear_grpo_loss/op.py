@@ -212,7 +212,9 @@ def linear_grpo_loss(
     dtypes = head_dtypes(hidden_states, lm_head_weight, logits_dtype)
     workspace = check_workspace(workspace_bytes, max_logits_bytes)
     backend = registry.resolve("linear_grpo_loss", backend, hidden_states.device)
-    advantages = resolve_advantages(advantages, rewards, num_generations, scale_rewards, backend)
+    advantages = resolve_advantages(
+        advantages, rewards, num_generations, scale_rewards, completion_ids, cu_seqlens, backend
+    )
     inputs = PolicyInputs.of(
         completion_ids,
         accumulation_dtype(dtypes[0]),
