@@ -21,7 +21,7 @@ from grpo_kernels import (
     registry,
     token_logprobs,
 )
-from grpo_kernels.registry import BACKENDS
+from grpo_kernels.testing.calls import BACKENDS
 
 B, T, V, H = 2, 3, 7, 4
 IDS, MASK, ADVANTAGES = torch.tensor([[0, 1, 2], [3, 4, 6]]), torch.ones(B, T), torch.tensor([1.0, -1.0])

@@ -14,7 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import grpo_kernels
 from grpo_kernels import GRPOLossConfig, group_advantages
 from grpo_kernels.ops.library import KERNEL_BACKENDS
-from grpo_kernels.testing.calls import SOURCES, applies, call, leaves, run
+from grpo_kernels.testing.calls import BACKENDS, SOURCES, applies, call, leaves, run
 from grpo_kernels.testing.cases import INPUT_CASES, LOSS_CASES, Case
 from grpo_kernels.testing.inputs import Inputs, build
 
@@ -37,7 +37,7 @@ class _Recorder(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def _recorded_calls() -> dict[str, tuple[Any, tuple]]:
+def _recorded_calls(backend: str) -> dict[str, tuple[Any, tuple]]:
     """Arguments with which the public functions call each registered op, for a few cases."""
     calls = {}
     for name in ("plain", "bias_sequence", "dirty_mask", "next_token_layout", "packed_sequence", "grad_output"):
@@ -45,15 +45,16 @@ def _recorded_calls() -> dict[str, tuple[Any, tuple]]:
             if not applies(op, CASES[name]):
                 continue
             with _Recorder() as recorder:
-                run(op, build(CASES[name], torch.float32, SOURCES[op]), "cpu")
+                run(op, build(CASES[name], torch.float32, SOURCES[op]), backend)
             calls |= {f"{func._opname}-{op}-{name}": (func, args) for func, args in recorder.calls}
     with _Recorder() as recorder:
-        group_advantages(torch.tensor([[1.0], [2.0], [4.0], [8.0]]), 2, backend="cpu")
+        group_advantages(torch.tensor([[1.0], [2.0], [4.0], [8.0]]), 2, backend=backend)
     calls |= {f"{func._opname}-group_advantages": (func, args) for func, args in recorder.calls}
     return calls
 
 
-RECORDED = _recorded_calls()
+COMPILED_BACKENDS = tuple(backend for backend in KERNEL_BACKENDS if backend in BACKENDS)
+RECORDED = {name: call for backend in COMPILED_BACKENDS for name, call in _recorded_calls(backend).items()}
 
 
 @pytest.mark.parametrize("name", RECORDED)
@@ -66,7 +67,7 @@ def test_opcheck_covers_every_registered_op() -> None:
     defined = {
         schema.name.split("::")[1]
         for schema in torch._C._jit_get_all_schemas()
-        if schema.name.startswith("grpo_kernels::") and schema.name.endswith(KERNEL_BACKENDS)
+        if schema.name.startswith("grpo_kernels::") and schema.name.endswith(COMPILED_BACKENDS)
     }
     assert defined == {func._opname for func, _ in RECORDED.values()}
 

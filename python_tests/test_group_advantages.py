@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from grpo_kernels import group_advantages
-from grpo_kernels.registry import BACKENDS
 from grpo_kernels.testing.assertions import assert_near_baseline
+from grpo_kernels.testing.calls import BACKENDS
 
 pytestmark = pytest.mark.usefixtures("poison")
 NAN = float("nan")

@@ -11,7 +11,7 @@ from torch import distributed, multiprocessing
 
 from grpo_kernels import GRPOLossConfig, policy_loss
 from grpo_kernels.ops.policy_loss.metrics import PolicyMetrics
-from grpo_kernels.registry import BACKENDS
+from grpo_kernels.testing.calls import BACKENDS
 from grpo_kernels.testing.cases import Case
 from grpo_kernels.testing.inputs import Inputs, build
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from grpo_kernels import GRPOLossConfig, group_advantages, policy_loss
-from grpo_kernels.registry import BACKENDS
+from grpo_kernels.testing.calls import BACKENDS
 from grpo_kernels.testing.cases import VARIANT_CASES, Case
 from grpo_kernels.testing.inputs import Inputs, build
 

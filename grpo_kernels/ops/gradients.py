@@ -7,13 +7,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from grpo_kernels.ops.library import define
+from grpo_kernels.ops.library import define, lazily
 
 #: ``gradient *= factor`` by a kernel that reads the scalar where it lies and stops at 1.
 _SCALE = define(
     "scale",
     "(Tensor(a!) gradient, Tensor factor) -> ()",
     lambda gradient, factor: None,
+    {"triton": lazily("grpo_kernels.ops.triton_scale", "scale")},
 )
 
 

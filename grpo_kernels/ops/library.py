@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -23,6 +25,23 @@ def _without_autocast(implementation: Callable[..., Any]) -> Callable[..., Any]:
             return implementation(first, *arguments)
 
     return run
+
+
+def lazily(module: str, function: str) -> Callable[..., Any]:
+    """A function whose module is imported at the first call, for one that needs what may not be installed.
+
+    It runs on its first argument's device, whatever device is current.
+    """
+
+    def run(first: torch.Tensor, *arguments: Any) -> Any:
+        with _current(first.device):
+            return getattr(importlib.import_module(module), function)(first, *arguments)
+
+    return run
+
+
+def _current(device: torch.device) -> AbstractContextManager[Any]:
+    return nullcontext() if device.type == "cpu" else torch.get_device_module(device).device(device)
 
 
 def define(

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from grpo_kernels import registry
 from grpo_kernels.ops.group_advantages import reference
-from grpo_kernels.ops.library import define
+from grpo_kernels.ops.library import define, lazily
 from grpo_kernels.ops.validation import check_device, check_float, check_shape
 
 SCALE_REWARDS = ("group", "batch", "none")
@@ -23,6 +23,7 @@ _OPS = define(
     "group_advantages",
     "(Tensor rewards, Tensor weights, int num_generations, int scale_rewards, int aggregation, float eps) -> Tensor",
     _fake,
+    {"triton": lazily("grpo_kernels.ops.group_advantages.triton_kernels", "group_advantages")},
 )
 
 

@@ -12,7 +12,7 @@ from grpo_kernels.config import GRPOLossConfig, PolicyLossCode
 from grpo_kernels.ops.gradients import hand_over, mark_written, refuse_double_backward
 from grpo_kernels.ops.group_advantages import group_advantages
 from grpo_kernels.ops.grpo_loss import reference
-from grpo_kernels.ops.library import define
+from grpo_kernels.ops.library import define, lazily
 from grpo_kernels.ops.policy_loss.inputs import FLAT_SCHEMA, PolicyInputs
 from grpo_kernels.ops.policy_loss.metrics import PolicyMetrics
 from grpo_kernels.ops.policy_loss.op import policy_loss_fwd, policy_loss_of, policy_metrics
@@ -50,6 +50,7 @@ grpo_loss_fwd = define(
     f"(Tensor logits, Tensor ids, {FLAT_SCHEMA}, int[] options, float[] params, {TRANSFORM_SCHEMA}, "
     "Tensor(a!)? dlogits, bool pack) -> (Tensor logprobs, Tensor entropy, Tensor live)",
     _fake,
+    {"triton": lazily("grpo_kernels.ops.grpo_loss.triton_kernels", "grpo_loss_fwd")},
 )
 
 

@@ -10,7 +10,7 @@ from torch import Tensor
 from grpo_kernels import registry
 from grpo_kernels.config import GRPOLossConfig, PolicyLossCode
 from grpo_kernels.ops.gradients import refuse_double_backward
-from grpo_kernels.ops.library import define
+from grpo_kernels.ops.library import define, lazily
 from grpo_kernels.ops.policy_loss import reference
 from grpo_kernels.ops.policy_loss.inputs import FLAT_SCHEMA, PolicyInputs
 from grpo_kernels.ops.policy_loss.metrics import CLIP_METRICS, Partial, PolicyMetrics
@@ -33,6 +33,7 @@ _FWD = define(
     f"(Tensor logprobs, Tensor? entropy, {FLAT_SCHEMA}, Tensor offsets, int[] options, float[] params)"
     " -> (Tensor loss, Tensor dlogprobs, Tensor partials)",
     _fake,
+    {"triton": lazily("grpo_kernels.ops.policy_loss.triton_kernels", "policy_loss_fwd")},
 )
 
 

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from grpo_kernels import registry
 from grpo_kernels.ops.gradients import mark_written, refuse_double_backward, refuse_second_backward
-from grpo_kernels.ops.library import define
+from grpo_kernels.ops.library import define, lazily
 from grpo_kernels.ops.token_logprobs import reference
 from grpo_kernels.ops.token_logprobs.reference import OUTPUTS, TokenLogprobs
 from grpo_kernels.ops.token_logprobs.transform import TRANSFORM_SCHEMA, Transform
@@ -58,6 +58,7 @@ token_logprobs_fwd = define(
     f"(Tensor logits, Tensor ids, Tensor? mask, {TRANSFORM_SCHEMA}, int outputs) -> (Tensor logprobs, Tensor lse, "
     "Tensor entropy, Tensor log_sum_sq_probs, Tensor mean_logits, Tensor is_top1)",
     _fwd_fake,
+    {"triton": lazily("grpo_kernels.ops.token_logprobs.triton_kernels", "token_logprobs_fwd")},
 )
 #: Writes the gradient of every row into ``dlogits``, which may be ``logits`` itself.
 token_logprobs_bwd = define(
@@ -65,6 +66,7 @@ token_logprobs_bwd = define(
     "(Tensor logits, Tensor ids, Tensor? mask, Tensor logprobs, Tensor lse, Tensor entropy, Tensor? dlogprobs, "
     f"Tensor? dentropy, {TRANSFORM_SCHEMA}, Tensor(a!) dlogits) -> ()",
     _bwd_fake,
+    {"triton": lazily("grpo_kernels.ops.token_logprobs.triton_kernels", "token_logprobs_bwd")},
 )
 
 

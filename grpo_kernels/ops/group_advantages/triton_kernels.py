@@ -1,0 +1,116 @@
+"""Triton kernels of ``group_advantages`` and their launcher: one program a group, in fp64, for rewards are few."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+_BLOCK = 256  # rewards that a program holds at once
+_GROUP, _BATCH, _NONE = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)  # in the order of op.SCALE_REWARDS
+_NORMALIZE_THEN_SUM = 1  # in the order of op.AGGREGATIONS
+
+
+@triton.jit
+def _rewards(table_ptr, weights_ptr, rows, inside, functions, first, count):
+    """Weighted sum, over ``count`` reward functions from ``first``, of each row; NaN where all are."""
+    total = tl.zeros(rows.shape, tl.float64)
+    scored = tl.zeros(rows.shape, tl.int32)
+    for k in range(first, first + count):
+        value = tl.load(table_ptr + rows * functions + k, mask=inside, other=float("nan")).to(tl.float64)
+        weight = scored.to(tl.float64) * 0.0 + 1.0
+        if weights_ptr is not None:
+            weight = weight * tl.load(weights_ptr + k).to(tl.float64)
+        total += tl.where(value == value, value * weight, 0.0)
+        scored += (value == value).to(tl.int32)
+    return tl.where(scored > 0, total, float("nan"))
+
+
+@triton.jit
+def _moments(table_ptr, weights_ptr, begin, size, functions, first, count, BLOCK: tl.constexpr):
+    """Mean, unbiased deviation (0 where fewer than two are left), least and largest, of those not NaN."""
+    lanes = tl.arange(0, BLOCK)
+    total = tl.zeros([BLOCK], tl.float64)
+    present = tl.zeros([BLOCK], tl.float64)
+    low = tl.full([BLOCK], float("inf"), tl.float64)
+    high = tl.full([BLOCK], float("-inf"), tl.float64)
+    for start in range(0, size, BLOCK):
+        inside = start + lanes < size
+        value = _rewards(table_ptr, weights_ptr, begin + start + lanes, inside, functions, first, count)
+        given = value == value
+        total += tl.where(given, value, 0.0)
+        present += given.to(tl.float64)
+        low = tl.where(value < low, value, low)
+        high = tl.where(value > high, value, high)
+    number = tl.sum(present, 0)
+    mean = tl.sum(total, 0) / tl.where(number > 0, number, 1.0)
+    squares = tl.zeros([BLOCK], tl.float64)
+    for start in range(0, size, BLOCK):
+        inside = start + lanes < size
+        value = _rewards(table_ptr, weights_ptr, begin + start + lanes, inside, functions, first, count)
+        squares += tl.where(value == value, (value - mean) * (value - mean), 0.0)
+    std = tl.sqrt(tl.sum(squares, 0) / tl.where(number > 1, number - 1.0, 1.0))
+    return mean, std, tl.min(low, 0), tl.max(high, 0)
+
+
+@triton.jit(do_not_specialize=["batch", "size", "functions", "summed"])
+def _normalize_kernel(
+    table_ptr,  # [batch, functions]
+    weights_ptr,  # [functions] or None
+    out_ptr,  # [batch, functions / summed]
+    batch,
+    size,  # of a group
+    functions,
+    summed,  # functions that make one reward
+    eps: tl.float64,
+    SCALE: tl.constexpr,
+    NAN_TO_ZERO: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    columns = functions // summed
+    column = tl.program_id(0) % columns
+    first = column * summed
+    begin = (tl.program_id(0) // columns).to(tl.int64) * size
+    mean, std, low, high = _moments(table_ptr, weights_ptr, begin, size, functions, first, summed, BLOCK)
+    if SCALE == _BATCH:
+        _, std, _, _ = _moments(table_ptr, weights_ptr, begin * 0, batch, functions, first, summed, BLOCK)
+    divisor = std + tl.full([], eps, tl.float64)
+    if SCALE == _NONE:
+        divisor = std * 0.0 + 1.0
+    lanes = tl.arange(0, BLOCK)
+    for start in range(0, size, BLOCK):
+        inside = start + lanes < size
+        rows = begin + start + lanes
+        value = _rewards(table_ptr, weights_ptr, rows, inside, functions, first, summed)
+        all_equal = value * 0.0 + low >= high
+        value = tl.where(all_equal, 0.0, (value - mean) / divisor)
+        if NAN_TO_ZERO:
+            value = tl.where(value == value, value, 0.0)
+        tl.store(out_ptr + rows * columns + column, value.to(out_ptr.dtype.element_ty), mask=inside)
+
+
+def group_advantages(
+    rewards: Tensor,  # [B, K]
+    weights: Tensor,  # [K]
+    num_generations: int,
+    scale_rewards: int,
+    aggregation: int,
+    eps: float,
+) -> Tensor:  # [B]
+    """The registered op."""
+    batch, functions = rewards.shape
+    advantages = rewards.new_empty(batch)
+    groups = batch // num_generations
+    if aggregation == _NORMALIZE_THEN_SUM:
+        table = torch.empty_like(rewards)
+        sizes = (batch, num_generations, functions, 1)
+        _normalize_kernel[(groups * functions,)](
+            rewards, None, table, *sizes, eps, SCALE=_GROUP.value, NAN_TO_ZERO=False, BLOCK=_BLOCK
+        )
+        rewards, groups, num_generations, scale_rewards = table, 1, batch, _GROUP.value
+    sizes = (batch, num_generations, functions, functions)
+    _normalize_kernel[(groups,)](
+        rewards, weights, advantages, *sizes, eps, SCALE=scale_rewards, NAN_TO_ZERO=True, BLOCK=_BLOCK
+    )
+    return advantages

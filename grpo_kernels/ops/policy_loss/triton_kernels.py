@@ -1,0 +1,238 @@
+"""Triton kernels of ``policy_loss`` and their launcher: one program a sequence, then one that adds them in order."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from grpo_kernels.config import Option, Param, Surrogate
+from grpo_kernels.ops.policy_loss.metrics import Partial
+from grpo_kernels.ops.policy_loss.triton_math import token_loss
+from grpo_kernels.ops.token_logprobs.triton_rows import arithmetic, as_bytes
+
+_BLOCK = 1024  # tokens, or sequences, that a program holds at once
+
+# rows of the table of per-sequence totals: those of Partial, then the loss
+_TOKENS = tl.constexpr(int(Partial.TOKENS))
+_RATIOS = tl.constexpr(int(Partial.RATIOS))
+_KL = tl.constexpr(int(Partial.KL))
+_ENTROPY = tl.constexpr(int(Partial.ENTROPY))
+_LOW = tl.constexpr(int(Partial.LOW))
+_HIGH = tl.constexpr(int(Partial.HIGH))
+_LOW_MIN = tl.constexpr(int(Partial.LOW_MIN))
+_HIGH_MAX = tl.constexpr(int(Partial.HIGH_MAX))
+_LOSS = tl.constexpr(len(Partial))
+
+
+def policy_arguments(params: list[float]) -> tuple[float, ...]:
+    """The real parameters, in the order in which kernels take them."""
+    return tuple(params[p] for p in (Param.RATIO_LOW, Param.RATIO_HIGH, Param.DELTA, Param.BETA))
+
+
+def policy_variant(options: list[int]) -> dict[str, Any]:
+    """What a kernel is compiled for.
+
+    Raises:
+        ValueError: The surrogate is one that these kernels do not know.
+    """
+    if options[Option.SURROGATE] != Surrogate.CLIP:
+        raise ValueError(f"options must name a surrogate that the kernels know, got {options[Option.SURROGATE]}")
+    return {"BIAS_CORRECTED": bool(options[Option.BIAS_CORRECTED_KL])}
+
+
+@triton.jit(do_not_specialize=["tokens", "sequences"])
+def _policy_loss_kernel(
+    logprobs_ptr,  # [N]
+    entropy_ptr,  # [N] or None
+    mask_ptr,  # [N], like the next three
+    advantages_ptr,
+    policy_weights_ptr,
+    kl_weights_ptr,
+    entropy_weights_ptr,  # [N] or None, like the next two
+    old_logprobs_ptr,
+    ref_logprobs_ptr,
+    offsets_ptr,  # [S + 1]
+    dlogprobs_ptr,  # [N]
+    totals_ptr,  # [len(Partial) + 1, S] fp64
+    tokens,
+    sequences,
+    ratio_low: tl.float64,
+    ratio_high: tl.float64,
+    delta: tl.float64,
+    beta: tl.float64,
+    SEQUENCE_LEVEL: tl.constexpr,
+    BIAS_CORRECTED: tl.constexpr,
+    ACC: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    s = tl.program_id(0).to(tl.int64)
+    begin = tl.maximum(tl.load(offsets_ptr + s), 0)
+    end = tl.minimum(tl.load(offsets_ptr + s + 1), tokens)  # values are not checked on a GPU; reads stay inside
+    lanes = tl.arange(0, BLOCK)
+    mean = tl.full([], 0.0, ACC)
+    if SEQUENCE_LEVEL and old_logprobs_ptr is not None:
+        log_ratios = tl.zeros([BLOCK], tl.float64)
+        count = tl.zeros([BLOCK], tl.float64)
+        for start in range(begin, end, BLOCK):
+            n = start + lanes
+            live = tl.load(mask_ptr + n, mask=n < end, other=0) != 0
+            own = tl.load(logprobs_ptr + n, mask=live, other=0.0) - tl.load(old_logprobs_ptr + n, mask=live, other=0.0)
+            log_ratios += own.to(tl.float64)
+            count += live.to(tl.float64)
+        total = tl.sum(count, 0)
+        mean = (tl.sum(log_ratios, 0) / tl.where(total > 0, total, 1.0)).to(ACC)
+    losses = tl.zeros([BLOCK], tl.float64)
+    count = tl.zeros([BLOCK], tl.float64)
+    kls = tl.zeros([BLOCK], tl.float64)
+    entropies = tl.zeros([BLOCK], tl.float64)
+    lows = tl.zeros([BLOCK], tl.float64)
+    highs = tl.zeros([BLOCK], tl.float64)
+    dmeans = tl.zeros([BLOCK], tl.float64)
+    for start in range(begin, end, BLOCK):
+        n = start + lanes
+        live = tl.load(mask_ptr + n, mask=n < end, other=0) != 0
+        # a masked token reads 0 everywhere, weights included, and so adds 0
+        logprob = tl.load(logprobs_ptr + n, mask=live, other=0.0)
+        if SEQUENCE_LEVEL:
+            log_ratio = tl.zeros([BLOCK], ACC) + mean
+        elif old_logprobs_ptr is not None:
+            log_ratio = logprob - tl.load(old_logprobs_ptr + n, mask=live, other=0.0)
+        else:
+            log_ratio = tl.zeros([BLOCK], ACC)
+        ref_logprob = logprob
+        if ref_logprobs_ptr is not None:
+            ref_logprob = tl.load(ref_logprobs_ptr + n, mask=live, other=0.0)
+        loss, dlog_ratio, dlogprob, kl, is_low, is_high = token_loss(
+            logprob,
+            log_ratio,
+            ref_logprob,
+            tl.load(advantages_ptr + n, mask=live, other=0.0),
+            tl.load(policy_weights_ptr + n, mask=live, other=0.0),
+            tl.load(kl_weights_ptr + n, mask=live, other=0.0),
+            tl.full([], ratio_low, ACC),
+            tl.full([], ratio_high, ACC),
+            tl.full([], delta, ACC),
+            tl.full([], beta, ACC),
+            ref_logprobs_ptr is not None,
+            BIAS_CORRECTED,
+        )
+        losses += tl.where(live, loss, 0.0).to(tl.float64)
+        kls += tl.where(live, kl, 0.0).to(tl.float64)
+        count += live.to(tl.float64)
+        lows += (live & is_low).to(tl.float64)
+        highs += (live & is_high).to(tl.float64)
+        if entropy_ptr is not None:
+            entropy = tl.load(entropy_ptr + n, mask=live, other=0.0).to(tl.float64)
+            entropies += entropy
+            if entropy_weights_ptr is not None:
+                losses -= tl.load(entropy_weights_ptr + n, mask=live, other=0.0).to(tl.float64) * entropy
+        if SEQUENCE_LEVEL:
+            dmeans += tl.where(live, dlog_ratio, 0.0).to(tl.float64)
+        else:
+            dlogprob += dlog_ratio
+        tl.store(dlogprobs_ptr + n, tl.where(live, dlogprob, 0.0), mask=n < end)
+    total = tl.sum(count, 0)
+    share = tl.where(total > 0, total, 1.0)
+    if SEQUENCE_LEVEL:  # the mean hands its derivative to its tokens in equal parts
+        part = (tl.sum(dmeans, 0) / share).to(ACC)
+        tl.debug_barrier()  # what is read here, other threads may have written
+        for start in range(begin, end, BLOCK):
+            n = start + lanes
+            live = tl.load(mask_ptr + n, mask=n < end, other=0) != 0
+            dlogprob = tl.load(dlogprobs_ptr + n, mask=live, other=0.0)
+            tl.store(dlogprobs_ptr + n, dlogprob + part, mask=live)
+    low = tl.sum(lows, 0)
+    high = tl.sum(highs, 0)
+    low_min = low / share
+    high_max = high / share
+    ratios = total
+    if SEQUENCE_LEVEL:
+        ratios = total * 0.0 + 1.0
+        low = low_min
+        high = high_max
+    else:  # a sequence without a token has no share; at sequence level it still has a ratio, of 1
+        low_min = tl.where(total > 0, low_min, float("inf"))
+        high_max = tl.where(total > 0, high_max, float("-inf"))
+    row = totals_ptr + s
+    tl.store(row + _TOKENS * sequences, total)
+    tl.store(row + _RATIOS * sequences, ratios)
+    tl.store(row + _KL * sequences, tl.sum(kls, 0))
+    tl.store(row + _ENTROPY * sequences, tl.sum(entropies, 0))
+    tl.store(row + _LOW * sequences, low)
+    tl.store(row + _HIGH * sequences, high)
+    tl.store(row + _LOW_MIN * sequences, low_min)
+    tl.store(row + _HIGH_MAX * sequences, high_max)
+    tl.store(row + _LOSS * sequences, tl.sum(losses, 0))
+
+
+@triton.jit(do_not_specialize=["sequences"])
+def _totals_kernel(totals_ptr, loss_ptr, partials_ptr, sequences, BLOCK: tl.constexpr):
+    """One program a total: sequences in order, whatever program wrote them."""
+    which = tl.program_id(0)
+    lanes = tl.arange(0, BLOCK)
+    row = totals_ptr + which.to(tl.int64) * sequences
+    is_minimum = which == _LOW_MIN
+    is_maximum = which == _HIGH_MAX
+    neutral = tl.where(is_minimum, float("inf"), tl.where(is_maximum, float("-inf"), 0.0)).to(tl.float64)
+    acc = tl.zeros([BLOCK], tl.float64) + neutral
+    for start in range(0, sequences, BLOCK):
+        inside = start + lanes < sequences
+        value = tl.where(inside, tl.load(row + start + lanes, mask=inside, other=0.0), neutral)
+        extreme = tl.where(is_minimum, tl.minimum(acc, value), tl.maximum(acc, value))
+        acc = tl.where(is_minimum | is_maximum, extreme, acc + value)
+    total = tl.sum(acc, 0)
+    total = tl.where(is_minimum, tl.min(acc, 0), tl.where(is_maximum, tl.max(acc, 0), total))
+    if which == _LOSS:
+        tl.store(loss_ptr, total.to(loss_ptr.dtype.element_ty))
+    else:
+        tl.store(partials_ptr + which, total.to(partials_ptr.dtype.element_ty))
+
+
+def policy_loss_fwd(
+    logprobs: Tensor,  # [N]
+    entropy: Tensor | None,  # [N]
+    mask: Tensor,
+    advantages: Tensor,
+    policy_weights: Tensor,
+    kl_weights: Tensor,
+    entropy_weights: Tensor | None,
+    old_logprobs: Tensor | None,
+    ref_logprobs: Tensor | None,
+    offsets: Tensor,  # [S + 1]
+    options: list[int],
+    params: list[float],
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The registered op."""
+    sequences = offsets.shape[0] - 1
+    loss, partials = logprobs.new_empty(()), logprobs.new_empty(len(Partial))
+    dlogprobs = torch.empty_like(logprobs)
+    totals = logprobs.new_empty((len(Partial) + 1, sequences), dtype=torch.float64)
+    variant = policy_variant(options)
+    if sequences:
+        _policy_loss_kernel[(sequences,)](
+            logprobs,
+            entropy,
+            as_bytes(mask),
+            advantages,
+            policy_weights,
+            kl_weights,
+            entropy_weights,
+            old_logprobs,
+            ref_logprobs,
+            offsets,
+            dlogprobs,
+            totals,
+            logprobs.shape[0],
+            sequences,
+            *policy_arguments(params),
+            SEQUENCE_LEVEL=bool(options[Option.SEQUENCE_LEVEL]),
+            **variant,
+            ACC=arithmetic(logprobs.dtype),
+            BLOCK=_BLOCK,
+        )
+    _totals_kernel[(len(Partial) + 1,)](totals, loss, partials, sequences, BLOCK=_BLOCK)
+    return loss, dlogprobs, partials
