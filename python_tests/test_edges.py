@@ -10,8 +10,7 @@ import torch
 from torch import Tensor
 
 from grpo_kernels import GRPOLossConfig, grpo_loss, linear_grpo_loss, linear_token_logprobs, policy_loss, token_logprobs
-
-BACKENDS = ("cpu", "torch")
+from grpo_kernels.testing.calls import BACKENDS
 
 
 def _problem(batch: int = 2, length: int = 3, vocab: int = 11) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -93,6 +92,18 @@ def test_any_nan_stays_one(payload: int, column: int, simd_level: int) -> None:
     assert out.logprobs[1, 2].isnan() and out.entropy[1, 2].isnan() and out.loss.isnan()
     assert leaf.grad[1, 2].isnan().any()
     assert out.logprobs.isnan().sum() == 1
+
+
+@pytest.mark.parametrize("level", ["token", "sequence"])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_nan_on_policy_reaches_the_loss(backend: str, level: str) -> None:
+    logits, ids, advantages, mask = _problem()
+    logits[1, 2, 4] = float("nan")
+    config = GRPOLossConfig(importance_sampling_level=level)
+    out = grpo_loss(logits.requires_grad_(), ids, advantages, mask, config=config, backend=backend)
+    out.loss.backward()
+    assert out.loss.isnan() and logits.grad[1, 2].isnan().any()
+    assert not logits.grad[0].isnan().any()
 
 
 @pytest.mark.parametrize("option", [{"logit_scale": 0.0}, {"logit_scale": float("nan")}, {"softcap": float("inf")}])

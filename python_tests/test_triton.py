@@ -49,6 +49,10 @@ def test_conformance() -> None:
     assert passed(*selected) == len(selected)
 
 
+def test_edges() -> None:
+    assert passed(f"{TESTS}/test_edges.py", "-k", "triton") >= 5
+
+
 @pytest.mark.slow
 def test_conformance_of_every_case() -> None:
     files = (f"{TESTS}/{name}.py" for name in ("test_conformance", "test_group_advantages"))

@@ -91,9 +91,10 @@ def _grpo_loss_kernel(
         entropy = log_sum - weighted / row_sum
         lse = log_sum_exp(row_max, row_sum, outer)
         if dlogits_ptr is not None:
-            log_ratio = tl.full([], 0.0, ACC)
+            old_logprob = logprob  # on-policy 0, or a NaN's NaN
             if old_logprobs_ptr is not None:
-                log_ratio = logprob - tl.load(old_logprobs_ptr + n)
+                old_logprob = tl.load(old_logprobs_ptr + n)
+            log_ratio = logprob - old_logprob
             ref_logprob = logprob
             if ref_logprobs_ptr is not None:
                 ref_logprob = tl.load(ref_logprobs_ptr + n)

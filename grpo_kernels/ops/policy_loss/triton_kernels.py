@@ -74,14 +74,17 @@ def _policy_loss_kernel(
     end = tl.minimum(tl.load(offsets_ptr + s + 1), tokens)  # values are not checked on a GPU; reads stay inside
     lanes = tl.arange(0, BLOCK)
     mean = tl.full([], 0.0, ACC)
-    if SEQUENCE_LEVEL and old_logprobs_ptr is not None:
+    if SEQUENCE_LEVEL:
         log_ratios = tl.zeros([BLOCK], tl.float64)
         count = tl.zeros([BLOCK], tl.float64)
         for start in range(begin, end, BLOCK):
             n = start + lanes
             live = tl.load(mask_ptr + n, mask=n < end, other=0) != 0
-            own = tl.load(logprobs_ptr + n, mask=live, other=0.0) - tl.load(old_logprobs_ptr + n, mask=live, other=0.0)
-            log_ratios += own.to(tl.float64)
+            logprob = tl.load(logprobs_ptr + n, mask=live, other=0.0)
+            old_logprob = logprob  # on-policy 0, or a NaN's NaN
+            if old_logprobs_ptr is not None:
+                old_logprob = tl.load(old_logprobs_ptr + n, mask=live, other=0.0)
+            log_ratios += (logprob - old_logprob).to(tl.float64)
             count += live.to(tl.float64)
         total = tl.sum(count, 0)
         mean = (tl.sum(log_ratios, 0) / tl.where(total > 0, total, 1.0)).to(ACC)
@@ -102,7 +105,7 @@ def _policy_loss_kernel(
         elif old_logprobs_ptr is not None:
             log_ratio = logprob - tl.load(old_logprobs_ptr + n, mask=live, other=0.0)
         else:
-            log_ratio = tl.zeros([BLOCK], ACC)
+            log_ratio = logprob - logprob
         ref_logprob = logprob
         if ref_logprobs_ptr is not None:
             ref_logprob = tl.load(ref_logprobs_ptr + n, mask=live, other=0.0)
