@@ -7,6 +7,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP_INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 INSTALL := $(PIP_INSTALL) --no-build-isolation --editable
+PYTEST := $(BIN)/python -m pytest --numprocesses auto --maxprocesses 8 --dist worksteal
 
 # A change to one of these builds the package again; Python sources are used in place.
 BUILD_INPUTS := pyproject.toml setup.py CMakeLists.txt grpo_kernels/version.py $(shell find csrc -type f)
@@ -27,10 +28,10 @@ demo: $(VENV)/.train
 	$(BIN)/grpo-kernels train --recipe addition
 
 test: lint
-	$(BIN)/python -m pytest
+	$(PYTEST)
 
 test-full: lint
-	$(BIN)/python -m pytest -m "slow or not slow"
+	$(PYTEST) -m "slow or not slow"
 
 bench: $(VENV)/.bench
 	$(BIN)/python -m pytest benchmarks --benchmark-only

@@ -2,6 +2,7 @@
 
 from grpo_kernels.config import GRPOLossConfig
 from grpo_kernels.modules import GRPOLoss, LinearGRPOLoss
+from grpo_kernels.ops.device_values import check_device_values
 from grpo_kernels.ops.group_advantages import group_advantages
 from grpo_kernels.ops.grpo_loss import GRPOLossOutput, grpo_loss
 from grpo_kernels.ops.linear_grpo_loss import linear_grpo_loss
@@ -18,6 +19,7 @@ __all__ = [
     "PolicyLossOutput",
     "TokenLogprobs",
     "__version__",
+    "check_device_values",
     "group_advantages",
     "grpo_loss",
     "linear_grpo_loss",

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import importlib.util
+import logging
 import os
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 
 import torch
@@ -17,9 +19,12 @@ OPS = (
     "grpo_loss",
     "linear_grpo_loss",
 )
-#: In order of preference for "auto". "torch" is the reference and runs everywhere, so "triton" is used by name only,
-#: until a GPU has been measured on which it is the faster; then it goes first.
 BACKENDS = ("cpu", "torch", "triton")
+#: What "auto" takes by device type, the first that can run; elsewhere "torch", the reference, which runs everywhere.
+PREFERENCE = {"cpu": ("cpu", "torch"), "cuda": ("triton", "torch"), "xpu": ("triton", "torch")}
+#: Releases that compile these kernels; torch 2.11 comes with the first.
+_OLDEST_TRITON = (3, 6)
+_LOG = logging.getLogger(__name__)
 
 
 def _load_extension(path: Path) -> str | None:
@@ -43,7 +48,7 @@ def _cpu_reason(device: torch.device) -> str | None:
     return _EXTENSION_ERROR
 
 
-# facts of the process, like the above; Triton itself is imported by the first op that runs on it
+# facts of the process, like the above; Triton itself is imported when a GPU asks for it
 _HAS_TRITON = importlib.util.find_spec("triton") is not None
 _IS_INTERPRETED = os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "yes", "on", "y")
 
@@ -51,9 +56,29 @@ _IS_INTERPRETED = os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true"
 def _triton_reason(device: torch.device) -> str | None:
     if not _HAS_TRITON:
         return "Triton is not installed"
-    if device.type in ("cuda", "xpu") or (_IS_INTERPRETED and device.type == "cpu"):
+    if device.type in ("cuda", "xpu"):
+        return _triton_failure(device)
+    if _IS_INTERPRETED and device.type == "cpu":
         return None
     return f"its tensors must be on a GPU, got {device}; its interpreter (TRITON_INTERPRET=1) is off"
+
+
+@torch.compiler.assume_constant_result
+@cache
+def _triton_failure(device: torch.device) -> str | None:
+    """Why Triton does not run on this GPU, tried once with the least of the kernels, or None."""
+    try:
+        import triton
+
+        if tuple(map(int, triton.__version__.split(".")[:2])) < _OLDEST_TRITON:
+            return f"Triton {'.'.join(map(str, _OLDEST_TRITON))} or newer is needed, got {triton.__version__}"
+        from grpo_kernels.ops.triton_scale import scale
+
+        with torch.get_device_module(device).device(device):
+            scale(torch.ones(1, device=device), torch.ones((), device=device))
+    except Exception as error:  # whatever a driver, a compiler or a linker may raise is the reason
+        return f"Triton cannot compile here: {type(error).__name__}: {error}"
+    return None
 
 
 _REASONS: dict[str, Callable[[torch.device], str | None]] = {
@@ -92,11 +117,26 @@ def resolve(op: str, backend: str, device: torch.device) -> str:
         RuntimeError: The named backend cannot run here; the message says why.
     """
     if backend == "auto":
-        return next(name for name in BACKENDS if supports(op, name, device))
+        return _automatic(op, device)
     reason = unsupported_reason(op, backend, device)
     if reason is not None:
         raise RuntimeError(f"backend {backend!r} cannot run {op}: {reason}")
     return backend
+
+
+@torch.compiler.assume_constant_result
+def _automatic(op: str, device: torch.device) -> str:
+    for name in PREFERENCE.get(device.type, ("torch",)):
+        reason = unsupported_reason(op, name, device)
+        if reason is None:
+            return name
+        _say_once(f"backend {name!r} cannot run on {device}, another does: {reason}")
+    raise AssertionError('"torch" runs everywhere')
+
+
+@cache
+def _say_once(message: str) -> None:
+    _LOG.warning(message)
 
 
 def cpu_simd_level() -> str | None:

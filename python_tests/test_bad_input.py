@@ -172,7 +172,7 @@ def _bad_rewards() -> list[Any]:
     for changes, error, *parts in (
         ({"num_generations": 3}, ValueError, "num_generations", "divide the batch of 4", "got 3"),
         ({"num_generations": 0}, ValueError, "num_generations", "at least 1", "got 0"),
-        ({"rewards": torch.tensor([0.0, math.inf])}, ValueError, "rewards", "finite or NaN", "inf at [1, 0]"),
+        ({"rewards": torch.tensor([0.0, math.inf])}, ValueError, "rewards", "finite or NaN", "inf at [1]"),
         ({"rewards": torch.tensor([0.0, -math.inf])}, ValueError, "rewards", "finite or NaN", "-inf"),
         ({"rewards": torch.tensor([0, 1])}, TypeError, "rewards", "float32", "torch.int64"),
         ({"rewards": [0.0, 1.0]}, TypeError, "rewards", "tensor", "list"),
@@ -268,3 +268,46 @@ def test_ids_under_the_mask_may_be_anything(op: str) -> None:
     mask[:, 2] = 0
     for backend in BACKENDS:
         function(**{**arguments, _ids_of(op): ids, _mask_of(op): mask}, backend=backend)
+
+
+class _Broken:
+    """A GPU's driver that is not there."""
+
+    def __enter__(self) -> None:
+        raise RuntimeError("0 active drivers ([]). There should only be one.")
+
+    def __exit__(self, *_: Any) -> None:
+        raise AssertionError
+
+
+def test_a_gpu_without_triton_says_so_once(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    device = torch.device("cuda", 7)
+    monkeypatch.setattr(torch.cuda, "device", lambda device: _Broken())
+    registry._triton_failure.cache_clear()
+    try:
+        for _ in range(2):
+            assert registry.resolve("grpo_loss", "auto", device) == "torch"
+        with pytest.raises(RuntimeError, match=r"'triton' cannot run grpo_loss: Triton cannot compile here: .*driver"):
+            registry.resolve("grpo_loss", "triton", device)
+    finally:
+        registry._triton_failure.cache_clear()
+    assert [record.getMessage() for record in caplog.records] == [
+        "backend 'triton' cannot run on cuda:7, another does: Triton cannot compile here: RuntimeError: "
+        "0 active drivers ([]). There should only be one."
+    ]
+
+
+def test_an_old_triton_is_refused_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    triton = pytest.importorskip("triton", reason="Triton is not installed")
+    monkeypatch.setattr(triton, "__version__", "3.5.1")
+    registry._triton_failure.cache_clear()
+    try:
+        assert registry.unsupported_reason("grpo_loss", "triton", torch.device("cuda", 6)) == (
+            "Triton 3.6 or newer is needed, got 3.5.1"
+        )
+    finally:
+        registry._triton_failure.cache_clear()
+
+
+def test_other_devices_have_the_reference() -> None:
+    assert registry.resolve("grpo_loss", "auto", torch.device("mps")) == "torch"

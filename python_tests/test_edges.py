@@ -9,7 +9,15 @@ import pytest
 import torch
 from torch import Tensor
 
-from grpo_kernels import GRPOLossConfig, grpo_loss, linear_grpo_loss, linear_token_logprobs, policy_loss, token_logprobs
+from grpo_kernels import (
+    GRPOLossConfig,
+    group_advantages,
+    grpo_loss,
+    linear_grpo_loss,
+    linear_token_logprobs,
+    policy_loss,
+    token_logprobs,
+)
 from grpo_kernels.testing.calls import BACKENDS
 
 
@@ -189,7 +197,9 @@ def test_raw_ops_refuse_tensors_that_are_too_short() -> None:
     logits, ids, _, mask = _problem()
     flat = torch.ones(6)
     mask = mask.bool().flatten()
-    rest = (None, None, None, [0, 0, 0, 1], [0.8, 1.2, float("inf"), 0.0], 1.0, 0.0, 1.0, None, False)
+    group = (None, None, 1, False, 0.0)
+    loss = ([0, 0, 0, 1], [0.8, 1.2, float("inf"), 0.0], 1.0, 0.0, 1.0, None)
+    rest = (None, None, None, *group, *loss)
     op = torch.ops.grpo_kernels.grpo_loss_fwd_cpu
     op(logits, ids, mask, flat, flat, flat, *rest)
     with pytest.raises(RuntimeError):
@@ -199,10 +209,30 @@ def test_raw_ops_refuse_tensors_that_are_too_short() -> None:
     with pytest.raises(RuntimeError):
         op(logits[:, :2], ids, mask, flat, flat, flat, *rest)
     with pytest.raises(ValueError):
-        op(logits, ids, mask, flat, flat, flat, None, None, None, [0], *rest[4:])
+        op(logits, ids, mask, flat, flat, flat, None, None, None, *group, [0], *loss[1:])
+    with pytest.raises(RuntimeError):
+        op(logits, ids, mask, None, flat, flat, *rest)
 
 
 def test_rewards_are_named_when_they_are_too_many() -> None:
     logits, ids, _, mask = _problem()
     with pytest.raises(ValueError, match=r"rewards must have a row for each of the 2 completions, got \[4\]"):
         grpo_loss(logits, ids, None, mask, rewards=torch.arange(4.0), num_generations=2)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("dtype", [torch.int32, torch.int64])
+def test_packed_rewards_are_the_same_however_offsets_are_stored(dtype: torch.dtype, backend: str) -> None:
+    torch.manual_seed(0)
+    logits, ids, mask = torch.randn(7, 11), torch.randint(11, (7,)), torch.ones(7)
+    offsets = torch.tensor([0, 9, 3, 9, 3, 9, 5, 9, 7, 9], dtype=dtype)[::2]  # an empty completion among them
+    rewards = torch.tensor([1.0, 9.0, 2.0, 9.0, -1.0, 9.0, 0.0, 9.0])[::2]
+    grads = []
+    for values in ({"rewards": rewards, "num_generations": 2}, {}):
+        leaf = logits.clone().requires_grad_()
+        advantages = None if values else group_advantages(rewards, 2, backend="torch")
+        out = grpo_loss(leaf, ids, advantages, mask, cu_seqlens=offsets, backend=backend, **values)
+        out.loss.backward()
+        grads.append(leaf.grad)
+    assert grads[1].any()
+    torch.testing.assert_close(*grads, rtol=1e-6, atol=1e-7)

@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
 from grpo_kernels import GRPOLossConfig, grpo_loss, linear_grpo_loss, linear_token_logprobs, token_logprobs
+from grpo_kernels.ops.linear_token_logprobs.rows import pack_rows, row_chunks
 from grpo_kernels.testing.calls import call, leaves, run
 from grpo_kernels.testing.cases import INPUT_CASES, LOSS_CASES, VOCABULARY_CASES, Case
 from grpo_kernels.testing.inputs import Inputs, build
@@ -106,6 +107,16 @@ def test_clipped_rows_cost_one_gemm() -> None:
     assert _step(old_logprobs=old) == ROWS + 2 * LENGTH
 
 
+def test_few_clipped_rows_are_not_worth_moving_the_others() -> None:
+    tensors = _tensors()
+    detached = [tensors[name].detach() for name in ("hidden_states", "lm_head_weight", "completion_ids")]
+    old = linear_token_logprobs(*detached).logprobs
+    old[0, :2] -= math.log(1.5)  # clipped: 2 of 24
+    assert _step(old_logprobs=old) == 3 * ROWS
+    old[0] -= math.log(1.5)  # 6 of 24
+    assert _step(old_logprobs=old) == 3 * ROWS - 2 * LENGTH
+
+
 def test_a_frozen_head_costs_no_weight_gradient() -> None:
     head = _tensors()["lm_head_weight"].detach()
     assert _step(lm_head_weight=head) == 2 * ROWS
@@ -141,7 +152,37 @@ def test_logprob_rows_without_upstream_gradient_cost_one_gemm(live: int) -> None
     upstream = torch.zeros(BATCH, LENGTH)
     upstream[:, :live] = 1
     assert _logprob_step(upstream) == ROWS + 3 * BATCH * live
-    assert _logprob_step(upstream, freeze_head=True) == ROWS + 2 * BATCH * live
+    assert _logprob_step(upstream, freeze_head=True, save_projection=False) == ROWS + 2 * BATCH * live
+
+
+@pytest.mark.parametrize("live", [0, 2, LENGTH])
+def test_a_frozen_head_projects_back_in_the_forward(live: int) -> None:
+    upstream = torch.zeros(BATCH, LENGTH)
+    upstream[:, :live] = 1
+    assert _logprob_step(upstream, freeze_head=True) == 2 * ROWS
+    assert _logprob_step(upstream, freeze_head=True, max_logits_bytes=1 << 30) == ROWS + BATCH * live
+    with torch.no_grad():
+        tensors = _tensors()
+        del tensors["advantages"], tensors["completion_mask"]
+        assert _gemm_rows(lambda: linear_token_logprobs(*tensors.values(), backend="cpu")) == ROWS
+
+
+@pytest.mark.parametrize("name", ["plain", "dirty_mask", "bias", "all_masked", "transform_all"])
+@pytest.mark.parametrize("wanted", [("logprobs",), ("entropy",), ("logprobs", "entropy")], ids=str)
+def test_a_frozen_head_changes_no_gradient(name: str, wanted: tuple[str, ...]) -> None:
+    inputs = build(CASES[name], torch.float64, "hidden")
+
+    def gradient(backend: str, **options: Any) -> Tensor:
+        leaf = leaves("linear_token_logprobs", inputs)
+        frozen = {**leaf, **{name: x.detach() for name, x in leaf.items() if name != "hidden"}}
+        out = call("linear_token_logprobs", inputs, frozen, backend, **options)
+        upstream = {"logprobs": inputs.dlogprobs, "entropy": inputs.dentropy}
+        torch.autograd.backward([getattr(out, x) for x in wanted], [upstream[x].double() for x in wanted])
+        return leaf["hidden"].grad
+
+    expected = gradient("torch")
+    for options in ({}, {"save_projection": False}, {"workspace_bytes": 3 * ROW}):
+        torch.testing.assert_close(gradient("cpu", **options), expected, rtol=1e-9, atol=1e-12)
 
 
 def test_retained_logits_are_not_projected_again() -> None:
@@ -181,6 +222,49 @@ def test_bounds_on_memory_change_no_result(op: str, name: str, options: dict[str
     assert expected.keys() == got.keys()
     for key, value in expected.items():
         torch.testing.assert_close(got[key], value, rtol=1e-12, atol=1e-13, msg=lambda m, key=key: f"{key}: {m}")
+
+
+_SYNCS = ("aten::nonzero", "aten::item", "aten::_local_scalar_dense", "aten::masked_select")
+
+
+@pytest.mark.parametrize("name", [*MEMORY_CASES, "on_policy", "zero_advantage_kl"])
+@pytest.mark.parametrize("op", LINEAR)
+def test_nothing_is_read_back_while_a_graph_is_captured(
+    op: str, name: str, monkeypatch: pytest.MonkeyPatch, poison: None
+) -> None:
+    """Then every row is taken, masked ones as zeros, and the results are the same."""
+    inputs = build(CASES[name], torch.float64, "hidden")
+    # checks of values, which run on a CPU alone, read back too
+    monkeypatch.setattr("grpo_kernels.ops.validation.may_read", lambda tensor, debug: False)
+    expected = run(op, inputs, "cpu")
+    for module in ("linear_token_logprobs.rows", "linear_token_logprobs.op", "linear_grpo_loss.op"):
+        monkeypatch.setattr(f"grpo_kernels.ops.{module}.is_capturing", lambda device: True)
+    for options in ({}, {"workspace_bytes": 3 * ROW}, {"max_logits_bytes": 7 * ROW}):
+        got = run(op, inputs, "cpu", **options)
+        for key, value in expected.items():
+            torch.testing.assert_close(got[key], value, rtol=1e-12, atol=1e-13, msg=lambda m, key=key: f"{key}: {m}")
+    events = {event.name for event in _profiled(lambda: run(op, inputs, "cpu"))}
+    assert not events.intersection(_SYNCS)
+
+
+def test_chunks_are_of_about_equal_size_and_of_a_multiple() -> None:
+    def sizes(*arguments: int) -> list[int]:
+        return [chunk.stop - chunk.start for chunk in row_chunks(*arguments)]
+
+    assert sizes(0, 10, 8, 24) == [3, 3, 3, 1] and sizes(4, 4, 8, 24) == [] and sizes(0, 2, 8, 1) == [1, 1]
+    # Llama 3.1 at 8192 tokens on a GPU: fp32 and bf16 logits within 1.5 GB
+    assert sizes(0, 8192, 128256 * 4, 1_500_000_000, 128) == [2816, 2816, 2560]
+    assert sizes(0, 8192, 128256 * 2, 1_500_000_000, 128) == [4096, 4096]
+    assert sizes(0, 100, 128256 * 4, 1_500_000_000, 128) == [100]
+    assert sizes(0, 1000, 1000, 100_000, 128) == [100] * 10  # the bound goes before the multiple
+
+
+def test_packing_rows_moves_the_named_ones_up() -> None:
+    values = torch.arange(40.0).view(20, 2)
+    index = torch.tensor([0, 3, 4, 5, 9, 10, 11, 12, 13, 17, 19])
+    expected = values[index].clone()
+    assert torch.equal(pack_rows(values, index), expected)
+    assert pack_rows(values, index[:0]).shape == (0, 2)
 
 
 def test_retained_logits_stay_within_their_bound() -> None:

@@ -1,8 +1,10 @@
 // grpo_loss: from logits to per-token statistics and the gradient of the loss, each row read once from memory.
+#include <algorithm>
 #include <cstring>
 #include <tuple>
 #include <vector>
 
+#include "group_advantages.h"
 #include "policy_math.h"
 #include "tensors.h"
 
@@ -24,20 +26,22 @@ struct PolicyInputs {
   }
 };
 
-// The rows that one thread has packed.
-struct PackedRange {
-  int64_t end = 0, live = 0;
-};
-
-// Moves the packed rows of every range of rows up against those of the range before.
-void join(const Rows& rows, int64_t row_bytes, const std::vector<PackedRange>& ranges) {
-  int64_t filled = 0;
-  for (int64_t begin = 0; begin < static_cast<int64_t>(ranges.size()); begin = ranges[begin].end) {
-    const int64_t live = ranges[begin].live;
-    for (int64_t i = 0; i < live && filled != begin; ++i) {
-      std::memcpy(rows.row(0, filled + i), rows.row(0, begin + i), row_bytes);
-    }
-    filled += live;
+// The advantage of each token from the rewards of each completion, whose tokens are [B, T] or lie at `offsets`.
+template <class R>
+void spread_advantages(const Tensor& rewards, const std::optional<Tensor>& offsets, int64_t num_generations,
+                       bool is_scaled, double eps, int64_t tokens, R* out) {
+  const int64_t count = rewards.numel();
+  STD_TORCH_CHECK(num_generations > 0 && count % num_generations == 0, num_generations, " must divide ", count);
+  std::vector<R> advantages(data<R>(rewards, count), data<R>(rewards, count) + count);
+  normalize(advantages.data(), count, 1, num_generations, is_scaled ? kGroup : kNone, eps);
+  zero_missing(advantages.data(), count);
+  const int64_t* offset = data<int64_t>(offsets, count + 1);
+  STD_TORCH_CHECK(offset || (count > 0 && tokens % count == 0), "expected the rewards of whole completions");
+  for (int64_t s = 0; s < count; ++s) {
+    const int64_t begin = offset ? offset[s] : s * (tokens / count);
+    const int64_t end = offset ? offset[s + 1] : begin + tokens / count;
+    STD_TORCH_CHECK(0 <= begin && begin <= end && end <= tokens, "cu_seqlens must rise from 0 to ", tokens);
+    std::fill(out + begin, out + end, advantages[s]);
   }
 }
 
@@ -72,7 +76,7 @@ struct Forward {
   }
 
   // Every row's gradient in its own place; 0 where dead, and past the last token.
-  void in_place() const {
+  void run() const {
     parallel_rows(from.batch * from.length, from.width, [&](int64_t row) {
       const int64_t b = row / from.length, t = row % from.length, n = b * length + t;
       char* dz = to ? to->row(b, t) : nullptr;
@@ -81,40 +85,33 @@ struct Forward {
       if (dz && !is_live) std::memset(dz, 0, row_bytes);
     });
   }
-
-  // The gradients of live rows end to end. A thread packs its range of rows against the range's begin, so a row is
-  // written only where rows already read have lain; the ranges are joined afterwards.
-  void packed() const {
-    std::vector<PackedRange> ranges(length);
-    torch::stable::parallel_for(0, length, 1, [&](int64_t begin, int64_t end) {
-      int64_t filled = begin;
-      for (int64_t n = begin; n < end; ++n) {
-        live[n] = token(n, from.row(0, n), to->row(0, filled));
-        filled += live[n];
-      }
-      ranges[begin] = {end, filled - begin};
-    });
-    join(*to, row_bytes, ranges);
-  }
 };
 
 }  // namespace
 
-std::tuple<Tensor, Tensor, Tensor> grpo_loss_fwd(
+std::tuple<Tensor, Tensor, Tensor, Tensor> grpo_loss_fwd(
     const Tensor& logits,  // [B, T or T + 1, V]
     const Tensor& ids,     // [B, T]
-    const Tensor& mask, const Tensor& advantages, const Tensor& policy_weights, const Tensor& kl_weights,
+    const Tensor& mask, const std::optional<Tensor>& advantages, const Tensor& policy_weights, const Tensor& kl_weights,
     const std::optional<Tensor>& entropy_weights, const std::optional<Tensor>& old_logprobs,
-    const std::optional<Tensor>& ref_logprobs, std::vector<int64_t> options, std::vector<double> params,
-    double temperature, double softcap, double logit_scale, const std::optional<Tensor>& dlogits, bool pack) {
+    const std::optional<Tensor>& ref_logprobs,
+    const std::optional<Tensor>& rewards,  // [S], instead of advantages
+    const std::optional<Tensor>& offsets,  // [S + 1] where packed
+    int64_t num_generations, bool is_scaled, double eps, std::vector<int64_t> options, std::vector<double> params,
+    double temperature, double softcap, double logit_scale, const std::optional<Tensor>& dlogits) {
   const ScalarType type = arithmetic_type(logits);
   const Tensor logprobs = empty_like(ids, type), entropy = empty_like(ids, type);
   const Tensor live = empty_like(ids, ScalarType::Bool);
+  const Tensor given = empty({rewards ? ids.numel() : 0}, type);
+  STD_TORCH_CHECK(advantages.has_value() != rewards.has_value(), "expected either advantages or rewards");
   const auto run = [&]<class R>(R) {
     const Rows from(logits);
     const int64_t n = ids.numel();
     from.check_ids_fit(ids);
     if (dlogits) Rows(*dlogits).check_like(from, *dlogits, logits);
+    if (rewards) {
+      spread_advantages<R>(*rewards, offsets, num_generations, is_scaled, eps, n, mutable_data<R>(given));
+    }
     const Forward<R> forward{
         from,
         dlogits ? std::optional<Rows>(Rows(*dlogits)) : std::nullopt,
@@ -122,8 +119,8 @@ std::tuple<Tensor, Tensor, Tensor> grpo_loss_fwd(
         ids.size(1),
         from.width * static_cast<int64_t>(logits.element_size()),
         data<int64_t>(ids, n),
-        {data<bool>(mask, n), data<R>(advantages, n), data<R>(policy_weights, n), data<R>(kl_weights, n),
-         data<R>(entropy_weights, n), data<R>(old_logprobs, n), data<R>(ref_logprobs, n)},
+        {data<bool>(mask, n), data<R>(rewards ? given : *advantages, n), data<R>(policy_weights, n),
+         data<R>(kl_weights, n), data<R>(entropy_weights, n), data<R>(old_logprobs, n), data<R>(ref_logprobs, n)},
         PolicyOptions<R>::decode(options, params),
         {temperature, softcap, logit_scale},
         mutable_data<R>(logprobs),
@@ -131,10 +128,10 @@ std::tuple<Tensor, Tensor, Tensor> grpo_loss_fwd(
         mutable_data<bool>(live)};
     STD_TORCH_CHECK(!forward.options.sequence_level, "a sequence-level ratio needs every token's statistics first");
     check_ids(forward.ids, forward.inputs.mask, ids.numel(), from.width);
-    pack && dlogits ? forward.packed() : forward.in_place();
+    forward.run();
   };
   type == ScalarType::Double ? run(double()) : run(float());
-  return {logprobs, entropy, live};
+  return {logprobs, entropy, live, given};
 }
 
 }  // namespace grpo

@@ -90,21 +90,25 @@ def check_writable(name: str, tensor: Tensor, argument: str) -> None:
         raise ValueError(f"{name} must have a dense last dimension for {argument}, got strides {list(strides)}")
 
 
-def check_id_range(name: str, ids: Tensor, mask: Tensor | None, vocab: int) -> None:
-    """Raises ValueError for an unmasked id outside the vocabulary.
+def may_read(tensor: Tensor, debug: bool) -> bool:
+    """Whether values may be looked at: on the CPU, elsewhere where asked for; never while a graph is traced."""
+    is_traced = torch.compiler.is_compiling() or isinstance(tensor, torch._subclasses.FakeTensor)
+    return (debug or tensor.device.type == "cpu") and not is_traced
 
-    It reads values, so it runs on the CPU alone, and not while a graph is traced; the kernels check again.
-    """
-    if ids.device.type != "cpu" or torch.compiler.is_compiling() or isinstance(ids, torch._subclasses.FakeTensor):
+
+def check_id_range(name: str, ids: Tensor, mask: Tensor | None, vocab: int, debug: bool) -> None:
+    """Raises ValueError for an unmasked id outside the vocabulary; kernels on a GPU keep it in mind."""
+    if not may_read(ids, debug):
         return
     bad = (ids < 0) | (ids >= vocab)
     if mask is not None:
         bad = bad & (mask != 0)
     if bad.any():
-        raise ValueError(f"{name} must lie in [0, {vocab}) where unmasked, got {ids[bad][0].item()}")
+        at = bad.nonzero()[0].tolist()
+        raise ValueError(f"{name} must lie in [0, {vocab}) where unmasked, got {ids[tuple(at)].item()} at {at}")
 
 
-def check_cu_seqlens(cu_seqlens: Tensor | None, ids: Tensor) -> None:
+def check_cu_seqlens(cu_seqlens: Tensor | None, ids: Tensor, debug: bool) -> None:
     """Raises unless packed ids come with ``cu_seqlens [S + 1]`` from 0 to N, and unpacked ids without."""
     if cu_seqlens is None:
         if ids.dim() == 1:
@@ -115,7 +119,7 @@ def check_cu_seqlens(cu_seqlens: Tensor | None, ids: Tensor) -> None:
         raise ValueError(f"cu_seqlens must be None for tokens of shape {list(ids.shape)}, got a tensor")
     if cu_seqlens.dim() != 1 or cu_seqlens.shape[0] < 2:
         raise ValueError(f"cu_seqlens must have shape [S + 1] with S at least 1, got {list(cu_seqlens.shape)}")
-    if cu_seqlens.device.type == "cpu" and not torch.compiler.is_compiling():
+    if may_read(cu_seqlens, debug):
         ends = (int(cu_seqlens[0]), int(cu_seqlens[-1]))
         if ends != (0, ids.shape[0]) or bool((cu_seqlens.diff() < 0).any()):
             raise ValueError(f"cu_seqlens must rise from 0 to {ids.shape[0]}, got {cu_seqlens.tolist()}")

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
+from unittest import mock
 
 import torch
 from torch import Tensor
@@ -11,6 +14,7 @@ from grpo_kernels import registry
 from grpo_kernels.ops.grpo_loss import grpo_loss
 from grpo_kernels.ops.linear_grpo_loss import linear_grpo_loss
 from grpo_kernels.ops.linear_token_logprobs import linear_token_logprobs
+from grpo_kernels.ops.linear_token_logprobs import reference as linear_reference
 from grpo_kernels.ops.policy_loss import policy_loss
 from grpo_kernels.ops.token_logprobs import token_logprobs
 from grpo_kernels.ops.token_logprobs.reference import OUTPUTS
@@ -108,3 +112,19 @@ def run(op: str, inputs: Inputs, backend: str, **options: Any) -> dict[str, Tens
         torch.autograd.backward([y for y, _ in wanted], [dy for _, dy in wanted])
     gradients = {f"d{name}": x.grad for name, x in leaf.items() if x.grad is not None}
     return {name: value.detach() for name, value in (outputs | gradients).items()}
+
+
+@contextmanager
+def rounded_dlogits(dtype: torch.dtype) -> Iterator[None]:
+    """Within it the "torch" backend of the linear ops rounds the gradient of logits to ``dtype`` before the GEMMs that
+    follow, as a head does whose GEMMs are in that dtype."""
+    project = linear_reference.project
+
+    def rounding(*arguments: Any) -> Tensor:
+        logits = project(*arguments)
+        if logits.requires_grad:
+            logits.register_hook(lambda gradient: gradient.to(dtype).to(gradient.dtype))
+        return logits
+
+    with mock.patch.object(linear_reference, "project", rounding):
+        yield

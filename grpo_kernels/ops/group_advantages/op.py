@@ -6,13 +6,15 @@ import torch
 from torch import Tensor
 
 from grpo_kernels import registry
+from grpo_kernels.ops.device_values import check_device_values
 from grpo_kernels.ops.group_advantages import reference
 from grpo_kernels.ops.library import define, lazily
-from grpo_kernels.ops.validation import check_device, check_float, check_shape
+from grpo_kernels.ops.validation import check_device, check_float, check_shape, may_read
 
 SCALE_REWARDS = ("group", "batch", "none")
 AGGREGATIONS = ("sum_then_normalize", "normalize_then_sum")
 ESTIMATORS = ("grpo",)
+EPS = 1e-4  # TRL's
 
 
 def _fake(rewards, weights, num_generations, scale_rewards, aggregation, eps):  # type: ignore[no-untyped-def]
@@ -35,7 +37,8 @@ def group_advantages(
     reward_weights: Tensor | None = None,  # [K]
     aggregation: str = "sum_then_normalize",
     estimator: str = "grpo",
-    eps: float = 1e-4,
+    eps: float = EPS,
+    debug: bool = False,
     backend: str = "auto",
 ) -> Tensor:
     """Advantage of each completion: its reward, normalised within its group.
@@ -57,6 +60,7 @@ def group_advantages(
             normalised within the group, and their weighted sum within the batch.
         estimator: "grpo".
         eps: Added to the deviation.
+        debug: Check values on a GPU too, and what kernels met since (``check_device_values``): syncs.
         backend: "auto", or one of ``grpo_kernels.registry.BACKENDS``.
 
     Returns:
@@ -65,24 +69,19 @@ def group_advantages(
     Raises:
         TypeError: ``rewards`` is not floating point.
         ValueError: Shapes do not fit, ``num_generations`` does not divide ``B``, an option is unknown, or a reward is
-            infinite (read on the CPU alone).
+            infinite (read on the CPU, elsewhere with ``debug``).
         RuntimeError: The named backend cannot run here.
 
     Example:
         >>> group_advantages(torch.tensor([0.0, 1.0, 1.0, 1.0]), num_generations=2, scale_rewards="none")
         tensor([-0.5000,  0.5000,  0.0000,  0.0000])
     """
-    check_float("rewards", rewards)
-    if rewards.dim() not in (1, 2) or rewards.numel() == 0:
-        raise ValueError(f"rewards must have shape [B] or [B, K], none of them 0, got {list(rewards.shape)}")
     _one_of("scale_rewards", scale_rewards, SCALE_REWARDS)
     _one_of("aggregation", aggregation, AGGREGATIONS)
     _one_of("estimator", estimator, ESTIMATORS)
-    if num_generations < 1 or rewards.shape[0] % num_generations:
-        raise ValueError(
-            f"num_generations must be at least 1 and divide the batch of {rewards.shape[0]} rewards, "
-            f"got {num_generations}"
-        )
+    check_rewards(rewards, num_generations, debug)
+    if debug:
+        check_device_values(rewards.device)
     with torch.no_grad():
         dtype = torch.float64 if rewards.dtype == torch.float64 else torch.float32
         table = rewards.to(dtype).reshape(rewards.shape[0], -1)
@@ -92,7 +91,6 @@ def group_advantages(
             check_device(rewards.device, [("reward_weights", reward_weights)])
             check_shape("reward_weights", reward_weights, (table.shape[1],))
             weights = reward_weights.to(dtype)
-        _check_finite(table)
         backend = registry.resolve("group_advantages", backend, rewards.device)
         if backend == "torch":
             return reference.group_advantages(table, weights, num_generations, scale_rewards, aggregation, eps)
@@ -106,13 +104,22 @@ def group_advantages(
         )
 
 
-def _check_finite(rewards: Tensor) -> None:
-    if rewards.device.type != "cpu" or torch.compiler.is_compiling():
+def check_rewards(rewards: Tensor, num_generations: int, debug: bool) -> None:
+    """Raises TypeError or ValueError unless rewards are whole groups of ``num_generations``, finite or NaN."""
+    check_float("rewards", rewards)
+    if rewards.dim() not in (1, 2) or rewards.numel() == 0:
+        raise ValueError(f"rewards must have shape [B] or [B, K], none of them 0, got {list(rewards.shape)}")
+    if num_generations < 1 or rewards.shape[0] % num_generations:
+        raise ValueError(
+            f"num_generations must be at least 1 and divide the batch of {rewards.shape[0]} rewards, "
+            f"got {num_generations}"
+        )
+    if not may_read(rewards, debug):
         return
     infinite = rewards.isinf()
     if infinite.any():
-        row, column = infinite.nonzero()[0].tolist()
-        raise ValueError(f"rewards must be finite or NaN, got {rewards[row, column].item()} at [{row}, {column}]")
+        at = infinite.nonzero()[0].tolist()
+        raise ValueError(f"rewards must be finite or NaN, got {rewards[tuple(at)].item()} at {at}")
 
 
 def _one_of(name: str, value: str, allowed: tuple[str, ...]) -> None:

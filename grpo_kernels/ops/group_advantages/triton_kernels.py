@@ -7,6 +7,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from grpo_kernels.ops.device_values import first_bad
+from grpo_kernels.ops.token_logprobs.triton_rows import check_tokens
+
 _BLOCK = 256  # rewards that a program holds at once
 _GROUP, _BATCH, _NONE = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)  # in the order of op.SCALE_REWARDS
 _NORMALIZE_THEN_SUM = 1  # in the order of op.AGGREGATIONS
@@ -28,7 +31,7 @@ def _rewards(table_ptr, weights_ptr, rows, inside, functions, first, count):
 
 
 @triton.jit
-def _moments(table_ptr, weights_ptr, begin, size, functions, first, count, BLOCK: tl.constexpr):
+def moments(table_ptr, weights_ptr, begin, size, functions, first, count, BLOCK: tl.constexpr):
     """Mean, unbiased deviation (0 where fewer than two are left), least and largest, of those not NaN."""
     lanes = tl.arange(0, BLOCK)
     total = tl.zeros([BLOCK], tl.float64)
@@ -54,11 +57,30 @@ def _moments(table_ptr, weights_ptr, begin, size, functions, first, count, BLOCK
     return mean, std, tl.min(low, 0), tl.max(high, 0)
 
 
+@triton.jit
+def normalized(value, mean, std, low, high, eps, IS_SCALED: tl.constexpr):
+    """A reward centred on its group's mean, 0 where the group's are all equal, over the deviation; NaN stays NaN."""
+    centred = tl.where(low >= high, value * 0.0, value - mean)
+    return centred / (std + eps) if IS_SCALED else centred
+
+
+@triton.jit
+def group_advantage(rewards_ptr, s, size, eps, first_bad_ptr, IS_SCALED: tl.constexpr, BLOCK: tl.constexpr):
+    """The advantage of completion ``s`` from rewards ``[S]``; 0 where its reward is missing."""
+    mean, std, low, high = moments(rewards_ptr, None, s // size * size, size, 1, 0, 1, BLOCK)
+    reward = tl.load(rewards_ptr + s).to(tl.float64)
+    if tl.abs(reward) == float("inf"):
+        tl.atomic_min(first_bad_ptr + 1, s)
+    value = normalized(reward, mean, std, low, high, eps, IS_SCALED)
+    return tl.where(value == value, value, 0.0)
+
+
 @triton.jit(do_not_specialize=["batch", "size", "functions", "summed"])
 def _normalize_kernel(
     table_ptr,  # [batch, functions]
     weights_ptr,  # [functions] or None
     out_ptr,  # [batch, functions / summed]
+    first_bad_ptr,  # [2]
     batch,
     size,  # of a group
     functions,
@@ -72,19 +94,16 @@ def _normalize_kernel(
     column = tl.program_id(0) % columns
     first = column * summed
     begin = (tl.program_id(0) // columns).to(tl.int64) * size
-    mean, std, low, high = _moments(table_ptr, weights_ptr, begin, size, functions, first, summed, BLOCK)
+    mean, std, low, high = moments(table_ptr, weights_ptr, begin, size, functions, first, summed, BLOCK)
     if SCALE == _BATCH:
-        _, std, _, _ = _moments(table_ptr, weights_ptr, begin * 0, batch, functions, first, summed, BLOCK)
-    divisor = std + tl.full([], eps, tl.float64)
-    if SCALE == _NONE:
-        divisor = std * 0.0 + 1.0
+        _, std, _, _ = moments(table_ptr, weights_ptr, begin * 0, batch, functions, first, summed, BLOCK)
     lanes = tl.arange(0, BLOCK)
     for start in range(0, size, BLOCK):
         inside = start + lanes < size
         rows = begin + start + lanes
         value = _rewards(table_ptr, weights_ptr, rows, inside, functions, first, summed)
-        all_equal = value * 0.0 + low >= high
-        value = tl.where(all_equal, 0.0, (value - mean) / divisor)
+        tl.atomic_min(first_bad_ptr + 1 + rows * 0, rows, mask=inside & (tl.abs(value) == float("inf")))
+        value = normalized(value, mean, std, low, high, tl.full([], eps, tl.float64), SCALE != _NONE)
         if NAN_TO_ZERO:
             value = tl.where(value == value, value, 0.0)
         tl.store(out_ptr + rows * columns + column, value.to(out_ptr.dtype.element_ty), mask=inside)
@@ -99,18 +118,23 @@ def group_advantages(
     eps: float,
 ) -> Tensor:  # [B]
     """The registered op."""
+    if rewards.dim() != 2 or num_generations < 1 or rewards.shape[0] % num_generations:
+        raise ValueError(f"rewards [B, K] must be whole groups of {num_generations}, got {list(rewards.shape)}")
+    check_tokens(rewards.numel(), rewards.dtype, rewards=rewards)
+    check_tokens(rewards.shape[1], rewards.dtype, weights=weights)
     batch, functions = rewards.shape
     advantages = rewards.new_empty(batch)
+    bad = first_bad(rewards.device)
     groups = batch // num_generations
     if aggregation == _NORMALIZE_THEN_SUM:
         table = torch.empty_like(rewards)
         sizes = (batch, num_generations, functions, 1)
         _normalize_kernel[(groups * functions,)](
-            rewards, None, table, *sizes, eps, SCALE=_GROUP.value, NAN_TO_ZERO=False, BLOCK=_BLOCK
+            rewards, None, table, bad, *sizes, eps, SCALE=_GROUP.value, NAN_TO_ZERO=False, BLOCK=_BLOCK
         )
         rewards, groups, num_generations, scale_rewards = table, 1, batch, _GROUP.value
     sizes = (batch, num_generations, functions, functions)
     _normalize_kernel[(groups,)](
-        rewards, weights, advantages, *sizes, eps, SCALE=scale_rewards, NAN_TO_ZERO=True, BLOCK=_BLOCK
+        rewards, weights, advantages, bad, *sizes, eps, SCALE=scale_rewards, NAN_TO_ZERO=True, BLOCK=_BLOCK
     )
     return advantages

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
@@ -9,11 +10,12 @@ from torch import Tensor
 
 from grpo_kernels import registry
 from grpo_kernels.config import GRPOLossConfig, PolicyLossCode
+from grpo_kernels.ops.device_values import check_device_values
 from grpo_kernels.ops.gradients import hand_over, mark_written, refuse_double_backward
-from grpo_kernels.ops.group_advantages import group_advantages
+from grpo_kernels.ops.group_advantages.op import EPS, check_rewards, group_advantages
 from grpo_kernels.ops.grpo_loss import reference
 from grpo_kernels.ops.library import define, lazily
-from grpo_kernels.ops.policy_loss.inputs import FLAT_SCHEMA, PolicyInputs
+from grpo_kernels.ops.policy_loss.inputs import FLAT_COUNT, FLAT_SCHEMA, PolicyInputs
 from grpo_kernels.ops.policy_loss.metrics import PolicyMetrics
 from grpo_kernels.ops.policy_loss.op import policy_loss_fwd, policy_loss_of, policy_metrics
 from grpo_kernels.ops.token_logprobs.op import (
@@ -36,19 +38,31 @@ class GRPOLossOutput(NamedTuple):
     metrics: PolicyMetrics
 
 
-def _fake(logits, ids, *_):  # type: ignore[no-untyped-def]
+class GroupRewards(NamedTuple):
+    """Rewards that become advantages on the way, as they cross into registered ops."""
+
+    rewards: Tensor | None = None  # [S]
+    offsets: Tensor | None = None  # [S + 1] where packed
+    num_generations: int = 1
+    is_scaled: bool = False
+    eps: float = 0.0
+
+
+def _fake(logits, ids, *inputs):  # type: ignore[no-untyped-def]
     dtype = accumulation_dtype(logits.dtype)
     statistics = (torch.empty_like(ids, dtype=dtype) for _ in range(2))
-    return (*statistics, torch.empty_like(ids, dtype=torch.bool))
+    advantages = ids.new_empty(0 if inputs[FLAT_COUNT] is None else ids.numel(), dtype=dtype)
+    return (*statistics, torch.empty_like(ids, dtype=torch.bool), advantages)
 
 
-#: Statistics of every row and, into ``dlogits``, the gradient of the loss. ``dlogits`` may be ``logits`` itself. With
-#: ``pack``, the gradients of live rows (those with a coefficient other than 0) lie end to end at the front of
-#: ``dlogits``, in the rows' order; ``live`` tells which they are.
+#: Statistics of every row and, into ``dlogits``, the gradient of the loss. ``dlogits`` may be ``logits`` itself, and
+#: for a backend that says so have another dtype. ``live`` tells the rows with a coefficient other than 0; those of the
+#: others are 0. Where rewards are given, the advantages that they make are returned ``[N]``, else none are.
 grpo_loss_fwd = define(
     "grpo_loss_fwd",
-    f"(Tensor logits, Tensor ids, {FLAT_SCHEMA}, int[] options, float[] params, {TRANSFORM_SCHEMA}, "
-    "Tensor(a!)? dlogits, bool pack) -> (Tensor logprobs, Tensor entropy, Tensor live)",
+    f"(Tensor logits, Tensor ids, {FLAT_SCHEMA.replace('Tensor advantages', 'Tensor? advantages')}, Tensor? rewards, "
+    f"Tensor? offsets, int num_generations, bool is_scaled, float eps, int[] options, float[] params, "
+    f"{TRANSFORM_SCHEMA}, Tensor(a!)? dlogits) -> (Tensor logprobs, Tensor entropy, Tensor live, Tensor advantages)",
     _fake,
     {"triton": lazily("grpo_kernels.ops.grpo_loss.triton_kernels", "grpo_loss_fwd")},
 )
@@ -61,6 +75,7 @@ class _GRPOLoss(torch.autograd.Function):
         logits: Tensor,
         ids: Tensor,
         inputs: PolicyInputs,
+        group: GroupRewards,
         code: PolicyLossCode,
         transform: Transform,
         form_gradient: bool,
@@ -71,16 +86,18 @@ class _GRPOLoss(torch.autograd.Function):
         dlogits = None
         if form_gradient:
             dlogits = values if inplace else torch.empty(values.shape, dtype=values.dtype, device=values.device)
-        logprobs, entropy, _ = grpo_loss_fwd[backend](
+        logprobs, entropy, _, advantages = grpo_loss_fwd[backend](
             rows_of(values),
             token_ids(ids),
             *inputs.flat(),
+            *group,
             code.options,
             code.params,
             *transform,
             dlogits if dlogits is None or dlogits.dim() == 3 else dlogits[None],
-            False,
         )
+        if group.rewards is not None:
+            inputs = replace(inputs, advantages=advantages)
         loss, _, partials = policy_loss_fwd(logprobs.view(-1), entropy.view(-1), inputs, code, backend)
         logprobs, entropy = logprobs.view(ids.shape), entropy.view(ids.shape)
         if dlogits is not None and inplace:
@@ -95,8 +112,8 @@ class _GRPOLoss(torch.autograd.Function):
     def backward(ctx: Any, dloss: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         refuse_double_backward()
         if dloss is None:
-            return (None,) * 8
-        return (*hand_over(ctx, dloss, ctx.backend), *(None,) * 7)
+            return (None,) * 9
+        return (*hand_over(ctx, dloss, ctx.backend), *(None,) * 8)
 
 
 def grpo_loss(
@@ -118,6 +135,7 @@ def grpo_loss(
     softcap: float | None = None,
     logit_scale: float = 1.0,
     inplace: bool = False,
+    debug: bool = False,
     backend: str = "auto",
 ) -> GRPOLossOutput:
     """The GRPO loss from logits, its gradient formed in the same pass.
@@ -141,6 +159,7 @@ def grpo_loss(
         softcap, logit_scale: As for ``token_logprobs``.
         inplace: Write the gradient over the logits, which then hold no logits any more; their last dimension must be
             dense. The "torch" backend has no such form and leaves them as they are.
+        debug: Check values on a GPU too, and what kernels met since (``check_device_values``): syncs.
         backend: "auto", or one of ``grpo_kernels.registry.BACKENDS``.
 
     Returns:
@@ -149,7 +168,8 @@ def grpo_loss(
     Raises:
         TypeError: A tensor has a dtype that does not fit.
         ValueError: Shapes or devices do not fit, an input that the configuration needs is missing, both or neither of
-            ``advantages`` and ``rewards`` are given, or an unmasked id is outside the vocabulary (read on the CPU).
+            ``advantages`` and ``rewards`` are given, or an unmasked id is outside the vocabulary (read on the CPU,
+            elsewhere with ``debug``).
         RuntimeError: The named backend cannot run here.
 
     Example:
@@ -164,12 +184,14 @@ def grpo_loss(
     if inplace:
         check_writable("logits", logits, "inplace=True")
     backend = registry.resolve("grpo_loss", backend, logits.device)
-    advantages = resolve_advantages(
-        advantages, rewards, num_generations, scale_rewards, completion_ids, cu_seqlens, backend
-    )
+    dtype = accumulation_dtype(logits.dtype)
+    check_group_rewards(advantages, rewards, num_generations, scale_rewards, completion_ids, cu_seqlens, debug)
+    in_kernel = rewards is not None and rewards.dim() == 1 and config.is_token_local and backend != "torch"
+    if rewards is not None and not in_kernel:
+        advantages = group_advantages(rewards, num_generations, scale_rewards=scale_rewards, backend=backend)
     inputs = PolicyInputs.of(
         completion_ids,
-        accumulation_dtype(logits.dtype),
+        dtype,
         advantages,
         completion_mask,
         old_logprobs=old_logprobs,
@@ -179,8 +201,16 @@ def grpo_loss(
         cu_seqlens=cu_seqlens,
         loss_scale=loss_scale,
         config=config,
+        debug=debug,
     )
-    check_id_range("completion_ids", completion_ids, inputs.mask, logits.shape[-1])
+    group = GroupRewards()
+    if in_kernel:
+        offsets = inputs.sequences.offsets if inputs.sequences.packed else None
+        values = rewards.detach().to(dtype).contiguous()
+        group = GroupRewards(values, offsets, num_generations, scale_rewards == "group", EPS)
+    check_id_range("completion_ids", completion_ids, inputs.mask, logits.shape[-1], debug)
+    if debug:
+        check_device_values(logits.device)
     if backend == "torch":
         rows = logits if completion_ids.dim() == 1 else logits[:, : completion_ids.shape[1]]
         return reference_loss(rows, completion_ids, inputs, softcap, logit_scale, config)
@@ -200,7 +230,7 @@ def grpo_loss(
         return loss_of_tokens(tokens, inputs, config, backend)
     form_gradient = torch.is_grad_enabled() and logits.requires_grad
     loss, logprobs, entropy, partials = _GRPOLoss.apply(
-        logits, completion_ids, inputs, config.code(), transform, form_gradient, inplace, backend
+        logits, completion_ids, inputs, group, config.code(), transform, form_gradient, inplace, backend
     )
     return GRPOLossOutput(loss, logprobs, entropy, policy_metrics(partials, config, True))
 
@@ -224,34 +254,29 @@ def loss_of_tokens(tokens: TokenLogprobs, inputs: PolicyInputs, config: GRPOLoss
     return GRPOLossOutput(loss, tokens.logprobs.detach(), tokens.entropy.detach(), metrics)
 
 
-def resolve_advantages(
+def check_group_rewards(
     advantages: Tensor | None,
     rewards: Tensor | None,
     num_generations: int | None,
     scale_rewards: str,
     ids: Tensor,
     cu_seqlens: Tensor | None,
-    backend: str,
-) -> Tensor:
-    """The advantages given, or those of the rewards given.
-
-    Raises:
-        ValueError: Both or neither are given, rewards come without their group size, are scaled over the batch, or
-            are not as many as the completions.
-    """
+    debug: bool,
+) -> None:
+    """Raises ValueError unless either advantages are given or rewards, these in whole groups, one a completion."""
     if advantages is not None:
         if rewards is not None:
             raise ValueError("rewards must be None where advantages are given, got both")
-        return advantages
+        return
     if rewards is None:
         raise ValueError("advantages must be given, or else rewards with num_generations, got neither")
     if num_generations is None:
         raise ValueError("num_generations must be given with rewards, got None")
     if scale_rewards not in ("group", "none"):
         raise ValueError(f"scale_rewards must be 'group' or 'none' with rewards, got {scale_rewards!r}")
-    resolved = group_advantages(rewards, num_generations, scale_rewards=scale_rewards, backend=backend)
-    check_cu_seqlens(cu_seqlens, ids)
+    check_rewards(rewards, num_generations, debug)
+    check_device(ids.device, [("rewards", rewards)])
+    check_cu_seqlens(cu_seqlens, ids, debug)
     count = ids.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
-    if resolved.shape[0] != count:
+    if rewards.shape[0] != count:
         raise ValueError(f"rewards must have a row for each of the {count} completions, got {list(rewards.shape)}")
-    return resolved

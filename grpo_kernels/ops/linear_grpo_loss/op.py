@@ -9,25 +9,20 @@ import torch
 from torch import Tensor
 
 from grpo_kernels import registry
-from grpo_kernels.config import GRPOLossConfig, PolicyLossCode
+from grpo_kernels.config import GRPOLossConfig, Param, PolicyLossCode
+from grpo_kernels.ops.device_values import check_device_values
 from grpo_kernels.ops.gradients import hand_over, refuse_double_backward
+from grpo_kernels.ops.group_advantages import group_advantages
 from grpo_kernels.ops.grpo_loss.op import (
     GRPOLossOutput,
+    check_group_rewards,
     grpo_loss_fwd,
     loss_of_tokens,
     reference_loss,
-    resolve_advantages,
 )
 from grpo_kernels.ops.library import KERNEL_BACKENDS, define
 from grpo_kernels.ops.linear_token_logprobs import reference as linear_reference
-from grpo_kernels.ops.linear_token_logprobs.chunks import (
-    Head,
-    HeadGradients,
-    count_rows,
-    part,
-    row_chunks,
-    unmasked_rows,
-)
+from grpo_kernels.ops.linear_token_logprobs.head import HeadGradients, held_ids, make_head
 from grpo_kernels.ops.linear_token_logprobs.op import (
     HEAD_SCHEMA,
     check_head,
@@ -36,55 +31,83 @@ from grpo_kernels.ops.linear_token_logprobs.op import (
     head_dtypes,
     linear_token_logprobs,
 )
+from grpo_kernels.ops.linear_token_logprobs.rows import Rows, is_capturing, pack_rows, row_chunks
 from grpo_kernels.ops.policy_loss.inputs import FLAT_SCHEMA, PolicyInputs
 from grpo_kernels.ops.policy_loss.op import policy_loss_fwd, policy_metrics
 from grpo_kernels.ops.token_logprobs.op import accumulation_dtype
 from grpo_kernels.ops.token_logprobs.transform import TRANSFORM_SCHEMA, Transform
 from grpo_kernels.ops.validation import check_id_range
 
+#: A chunk with more dead rows than this is packed: below it moving the live ones costs more than their GEMMs save.
+_WORTH_PACKING = 1 / 8
+
 
 def _fwd(  # type: ignore[no-untyped-def]
     backend, hidden, weight, bias, compute_dtype, logits_dtype, workspace_bytes, ids, mask, *options
 ) -> tuple[Tensor, ...]:
-    *per_token, options_, params, temperature, softcap, logit_scale, need_dhidden, need_dweight, need_dbias = options
+    *per_token, code, params, temperature, softcap, logit_scale, need_dhidden, need_dweight, need_dbias = options
     needs = (need_dhidden, need_dweight, need_dbias)
-    head = Head(weight, bias, compute_dtype, logits_dtype)
+    loss = (None, None, 1, False, 0.0, code, params, temperature, softcap, logit_scale)
+    head = make_head(backend, weight, bias, compute_dtype, logits_dtype)
     grads = HeadGradients(head, hidden, needs)
-    dtype = accumulation_dtype(logits_dtype)
-    logprobs, entropy = (hidden.new_zeros(ids.shape, dtype=dtype) for _ in range(2))
-    rows = unmasked_rows(mask, ids.shape[0])
-    chunks = [*row_chunks(count_rows(rows), head.vocab, logits_dtype.itemsize, workspace_bytes)]
+    rows = Rows.of(mask, _may_be_live(params, *per_token) if any(needs) else torch.zeros_like(mask), ids)
+    chunks = [
+        chunk
+        for begin, end in ((0, rows.live), (rows.live, rows.count))
+        for chunk in row_chunks(begin, end, head.row_bytes, workspace_bytes, head.multiple)
+    ]
     workspace = head.workspace(max((c.stop - c.start for c in chunks), default=0))
+    ids = held_ids(backend, ids, mask, head.vocab)
+    ids, row_mask, *per_token = (rows.take(x) for x in (ids, mask, *per_token))
+    logprobs, entropy = (hidden.new_empty(rows.count, dtype=accumulation_dtype(logits_dtype)) for _ in range(2))
     for chunk in chunks:
-        which = part(rows, chunk)
-        inputs = head.cast(hidden[which])
-        logits = head.logits(inputs, workspace[: chunk.stop - chunk.start])
-        logprobs[which], entropy[which], live = grpo_loss_fwd[backend](
+        inputs = head.inputs(hidden, rows, chunk)
+        logits = head.logits(inputs, workspace)
+        has_gradient = any(needs) and chunk.start < rows.live
+        dlogits = head.gradient(workspace, inputs.shape[0]) if has_gradient else None
+        logprobs[chunk], entropy[chunk], live, _ = grpo_loss_fwd[backend](
             logits[None],
-            ids[which][None],
-            mask[which],
-            *(None if x is None else x[which] for x in per_token),
-            options_,
-            params,
-            temperature,
-            softcap,
-            logit_scale,
-            logits[None] if any(needs) else None,
-            True,
+            ids[None, chunk],
+            row_mask[None, chunk],
+            *(None if x is None else x[chunk] for x in per_token),
+            *loss,
+            None if dlogits is None else dlogits[None],
         )
-        if any(needs):
-            _add_live(grads, logits, inputs, live[0], which)
-    return (logprobs, entropy, *grads.results())
+        if dlogits is not None:
+            live = live[0] if _may_be_clipped(params, *per_token) else None
+            _add_live(grads, dlogits, inputs, live, rows.part(chunk))
+    return (*(rows.put_back(x, mask.shape[0]) for x in (logprobs, entropy)), *grads.results())
 
 
-def _add_live(grads: HeadGradients, dlogits: Tensor, inputs: Tensor, live: Tensor, which: Tensor | slice) -> None:
-    """Adds a chunk whose live rows' gradients lie packed at the front of ``dlogits``."""
-    index = live.nonzero()[:, 0]
-    if index.shape[0] == live.shape[0]:
+def _may_be_live(  # type: ignore[no-untyped-def]
+    params, advantages, policy_weights, kl_weights, entropy_weights, old_logprobs, ref_logprobs
+) -> Tensor:
+    """The tokens whose coefficient is not known to be 0 before their logits are."""
+    live = (advantages != 0) & (policy_weights != 0)
+    if ref_logprobs is not None and params[Param.BETA] != 0:
+        live = live | (kl_weights != 0)
+    return live if entropy_weights is None else live | (entropy_weights != 0)
+
+
+def _may_be_clipped(  # type: ignore[no-untyped-def]
+    params, advantages, policy_weights, kl_weights, entropy_weights, old_logprobs, ref_logprobs
+) -> bool:
+    """Whether a token's coefficient may turn out to be 0 once its ratio is known."""
+    has_other_terms = entropy_weights is not None or (ref_logprobs is not None and params[Param.BETA] != 0)
+    is_off_policy = old_logprobs is not None or params[Param.DELTA] < 1
+    return is_off_policy and not has_other_terms and not is_capturing(advantages.device)
+
+
+def _add_live(
+    grads: HeadGradients, dlogits: Tensor, inputs: Tensor, live: Tensor | None, which: Tensor | slice
+) -> None:
+    """Adds a chunk, without its dead rows if they are known and many."""
+    index = None if live is None else live.nonzero()[:, 0]
+    if index is None or index.shape[0] >= (1 - _WORTH_PACKING) * inputs.shape[0]:
         grads.add(dlogits, inputs, which)
         return
     rows = index + which.start if isinstance(which, slice) else which[index]
-    grads.add(dlogits[: index.shape[0]], inputs[index], rows)
+    grads.add(pack_rows(dlogits, index), inputs[index], rows)
 
 
 def _fake(hidden, weight, bias, compute_dtype, logits_dtype, workspace_bytes, ids, *options):  # type: ignore[no-untyped-def]
@@ -174,6 +197,7 @@ def linear_grpo_loss(
     logits_dtype: torch.dtype | None = None,
     max_logits_bytes: int = 0,
     workspace_bytes: int | None = None,
+    debug: bool = False,
     backend: str = "auto",
 ) -> GRPOLossOutput:
     """The GRPO loss from hidden states, in chunks of tokens: the logits never exist as a whole.
@@ -188,7 +212,7 @@ def linear_grpo_loss(
         lm_head_weight: The head, tied or not, of the same dtype; under autocast both are rounded to its dtype.
         completion_ids, advantages, completion_mask, rewards, num_generations, scale_rewards, old_logprobs,
             ref_logprobs, rollout_is_weights, num_items_in_batch, cu_seqlens, loss_scale, config, softcap,
-            logit_scale: As for ``grpo_loss``.
+            logit_scale, debug: As for ``grpo_loss``.
         bias, logits_dtype, workspace_bytes: As for ``linear_token_logprobs``.
         max_logits_bytes: As for ``linear_token_logprobs``, where a sequence-level ratio has to wait for the whole
             sequence; no effect at token level.
@@ -210,11 +234,13 @@ def linear_grpo_loss(
     check_head(hidden_states, lm_head_weight, bias, completion_ids, "completion_ids")
     transform = Transform.of(config.temperature, softcap, logit_scale)
     dtypes = head_dtypes(hidden_states, lm_head_weight, logits_dtype)
-    workspace = check_workspace(workspace_bytes, max_logits_bytes)
-    backend = registry.resolve("linear_grpo_loss", backend, hidden_states.device)
-    advantages = resolve_advantages(
-        advantages, rewards, num_generations, scale_rewards, completion_ids, cu_seqlens, backend
+    workspace = check_workspace(
+        workspace_bytes, max_logits_bytes, lm_head_weight.shape[0], dtypes[1], hidden_states.device
     )
+    backend = registry.resolve("linear_grpo_loss", backend, hidden_states.device)
+    check_group_rewards(advantages, rewards, num_generations, scale_rewards, completion_ids, cu_seqlens, debug)
+    if rewards is not None:
+        advantages = group_advantages(rewards, num_generations, scale_rewards=scale_rewards, backend=backend)
     inputs = PolicyInputs.of(
         completion_ids,
         accumulation_dtype(dtypes[0]),
@@ -227,8 +253,11 @@ def linear_grpo_loss(
         cu_seqlens=cu_seqlens,
         loss_scale=loss_scale,
         config=config,
+        debug=debug,
     )
-    check_id_range("completion_ids", completion_ids, inputs.mask, lm_head_weight.shape[0])
+    check_id_range("completion_ids", completion_ids, inputs.mask, lm_head_weight.shape[0], debug)
+    if debug:
+        check_device_values(hidden_states.device)
     if backend == "torch":
         logits = linear_reference.project(hidden_states, lm_head_weight, bias, inputs.mask, *dtypes)
         return reference_loss(logits, completion_ids, inputs, softcap, logit_scale, config)

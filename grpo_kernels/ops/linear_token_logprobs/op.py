@@ -9,18 +9,20 @@ import torch
 from torch import Tensor
 
 from grpo_kernels import registry
+from grpo_kernels.ops.device_values import check_device_values
 from grpo_kernels.ops.gradients import refuse_double_backward
 from grpo_kernels.ops.library import KERNEL_BACKENDS, define
 from grpo_kernels.ops.linear_token_logprobs import reference
-from grpo_kernels.ops.linear_token_logprobs.chunks import (
-    DEFAULT_WORKSPACE_BYTES,
+from grpo_kernels.ops.linear_token_logprobs.head import (
     Head,
     HeadGradients,
-    count_rows,
-    part,
-    row_chunks,
-    unmasked_rows,
+    held_ids,
+    make_head,
+    project_back,
+    row_width,
+    writes_fp32,
 )
+from grpo_kernels.ops.linear_token_logprobs.rows import Rows, is_capturing, row_chunks
 from grpo_kernels.ops.token_logprobs import reference as token_reference
 from grpo_kernels.ops.token_logprobs.op import (
     TokenLogprobs,
@@ -48,95 +50,108 @@ HEAD_SCHEMA = (
 )
 
 
-def _retained_rows(rows: int, vocab: int, dtype: torch.dtype, max_logits_bytes: int) -> int:
-    return min(rows, max_logits_bytes // (vocab * dtype.itemsize))
+def _retained_shape(rows: int, vocab: int, dtype: torch.dtype, device: torch.device, max_logits_bytes: int):  # type: ignore[no-untyped-def]
+    width = row_width(vocab, dtype, device)
+    return min(rows, max_logits_bytes // (width * dtype.itemsize)), width
 
 
 def _fwd(  # type: ignore[no-untyped-def]
     backend, hidden, weight, bias, compute_dtype, logits_dtype, workspace_bytes, ids, mask, *options
 ) -> tuple[Tensor, ...]:
-    *transform, outputs, max_logits_bytes = options
-    head = Head(weight, bias, compute_dtype, logits_dtype)
-    statistics = tuple(x.zero_() for x in empty_statistics(hidden.new_empty(0, dtype=logits_dtype), ids.shape, outputs))
-    kept = _retained_rows(ids.shape[0], head.vocab, logits_dtype, max_logits_bytes)
+    *transform, outputs, max_logits_bytes, save_projection = options
+    head = make_head(backend, weight, bias, compute_dtype, logits_dtype)
+    rows = Rows.of(mask, None, ids)
+    kept, _ = _retained_shape(len(ids), head.vocab, logits_dtype, head.device, max_logits_bytes)
     retained = head.workspace(kept)
-    rows = unmasked_rows(mask, ids.shape[0])
-    n_rows = count_rows(rows)
-    chunks = [*row_chunks(min(kept, n_rows), head.vocab, logits_dtype.itemsize, workspace_bytes)]
-    chunks += [
-        slice(c.start + kept, c.stop + kept)
-        for c in row_chunks(max(n_rows - kept, 0), head.vocab, logits_dtype.itemsize, workspace_bytes)
+    retained_ids = ids.new_full((kept,), -1)
+    retained_ids[: rows.count] = torch.arange(len(ids), device=ids.device)[rows.part(slice(0, kept))]
+    dtype = accumulation_dtype(compute_dtype)
+    projection = hidden.new_zeros(hidden.shape if save_projection else (0,), dtype=dtype)
+    chunks = [
+        chunk
+        for begin, end in ((0, min(kept, rows.count)), (kept, rows.count))
+        for chunk in row_chunks(begin, end, head.row_bytes, workspace_bytes, head.multiple)
     ]
     workspace = head.workspace(max((c.stop - c.start for c in chunks if c.start >= kept), default=0))
+    row_ids = rows.take(held_ids(backend, ids, mask, head.vocab))
+    statistics = empty_statistics(hidden.new_empty(0, dtype=logits_dtype), (rows.count,), outputs)
     for chunk in chunks:
-        which = part(rows, chunk)
-        out = retained[chunk] if chunk.stop <= kept else workspace[: chunk.stop - chunk.start]
-        logits = head.logits(head.cast(hidden[which]), out)
-        chunk_statistics = token_logprobs_fwd[backend](logits[None], ids[which][None], None, *transform, outputs)
-        for whole, piece in zip(statistics, chunk_statistics, strict=True):
+        inputs = head.inputs(hidden, rows, chunk)
+        logits = head.logits(inputs, retained[chunk] if chunk.start < kept else workspace)
+        chunk_ids, chunk_mask = row_ids[None, chunk], None if rows.mask is None else rows.mask[None, chunk]
+        found = token_logprobs_fwd[backend](logits[None], chunk_ids, chunk_mask, *transform, outputs)
+        for whole, piece in zip(statistics, found, strict=True):
             if whole.numel():
-                whole[which] = piece[0]
-    return (*statistics, retained)
+                whole[chunk] = piece[0]
+        if save_projection:
+            dlogits = head.gradient(workspace, logits.shape[0])
+            ones = torch.ones_like(found[0])
+            token_logprobs_bwd[backend](
+                logits[None], chunk_ids, chunk_mask, *found[:3], ones, None, *transform, dlogits[None]
+            )
+            projection[rows.part(chunk)] = project_back(dlogits, head.weight, dtype).to(dtype)
+    asked = (True, True, True, *(outputs >> bit & 1 for bit in (1, 2, 3)))
+    whole = (rows.put_back(x, len(ids)) if wanted else x for x, wanted in zip(statistics, asked, strict=True))
+    return (*whole, retained, retained_ids, projection)
 
 
 def _bwd(  # type: ignore[no-untyped-def]
     backend, hidden, weight, bias, compute_dtype, logits_dtype, workspace_bytes, ids, mask, *options
 ) -> tuple[Tensor, ...]:
-    logprobs, lse, entropy, dlogprobs, dentropy, *transform, retained, need_dhidden, need_dweight, need_dbias = options
-    head = Head(weight, bias, compute_dtype, logits_dtype)
-    grads = HeadGradients(head, hidden, (need_dhidden, need_dweight, need_dbias))
-    rows = unmasked_rows(mask, ids.shape[0])
-    live = _live_positions(rows, dlogprobs, dentropy)  # positions in rows, hence in retained
-    index = live if isinstance(rows, slice) else rows[live]
-    chunks = [*row_chunks(live.shape[0], head.vocab, logits_dtype.itemsize, workspace_bytes)]
+    logprobs, lse, entropy, dlogprobs, dentropy, *transform, retained, retained_ids = options[:-3]
+    head = make_head(backend, weight, bias, compute_dtype, logits_dtype)
+    grads = HeadGradients(head, hidden, options[-3:])
+    ids = held_ids(backend, ids, mask, head.vocab)
+    live = torch.stack([d != 0 for d in (dlogprobs, dentropy) if d is not None]).any(0)
+    rows = Rows.of(live if mask is None else mask & live, None, ids)
+    chunks = [*row_chunks(0, rows.count, head.row_bytes, workspace_bytes, head.multiple)]
     workspace = head.workspace(max((c.stop - c.start for c in chunks), default=0))
+    place = _places(retained_ids, rows, len(ids))
+    per_token = [rows.take(x) for x in (ids, rows.mask, logprobs, lse, entropy, dlogprobs, dentropy)]
     for chunk in chunks:
-        which = index[chunk]
-        inputs = head.cast(hidden[which])
-        dlogits = workspace[: which.shape[0]]
-        logits = _chunk_logits(head, inputs, retained, live[chunk], dlogits)
+        inputs = head.inputs(hidden, rows, chunk)
+        logits = _chunk_logits(head, inputs, retained, None if place is None else place[chunk], workspace)
+        dlogits = head.gradient(workspace, inputs.shape[0])
         token_logprobs_bwd[backend](
-            logits[None],
-            ids[which][None],
-            None,
-            logprobs[which],
-            lse[which],
-            entropy[which],
-            None if dlogprobs is None else dlogprobs[which],
-            None if dentropy is None else dentropy[which],
-            *transform,
-            dlogits[None],
+            logits[None], *(None if x is None else x[None, chunk] for x in per_token), *transform, dlogits[None]
         )
-        grads.add(dlogits, inputs, which)
+        grads.add(dlogits, inputs, rows.part(chunk))
     return grads.results()
 
 
-def _chunk_logits(head: Head, inputs: Tensor, retained: Tensor, positions: Tensor, out: Tensor) -> Tensor:
-    """The logits of the live rows at ``positions``: retained ones read where they lie if they lie together, else
-    copied into ``out``, and the others projected again."""
-    reused = int((positions < retained.shape[0]).sum())
-    first, last = int(positions[0]), int(positions[-1])
-    if reused == positions.shape[0] == last - first + 1:
-        return retained[first : last + 1]
-    torch.index_select(retained, 0, positions[:reused], out=out[:reused])
-    if reused < positions.shape[0]:
-        head.logits(inputs[reused:], out[reused:])
-    return out
+def _places(retained_ids: Tensor, rows: Rows, count: int) -> Tensor | None:  # [kept] -> [rows.count]
+    """Where the logits of rows are among the retained ones; -1 where they are not."""
+    if retained_ids.shape[0] == 0 or is_capturing(retained_ids.device):
+        return None
+    places = retained_ids.new_full((count + 1,), -1)
+    places[retained_ids] = torch.arange(len(retained_ids), device=retained_ids.device)  # -1 is the place past the last
+    return rows.take(places[:count])
 
 
-def _live_positions(rows: Tensor | slice, dlogprobs: Tensor | None, dentropy: Tensor | None) -> Tensor:
-    """Positions, among the unmasked rows, of those with an upstream gradient other than 0."""
-    flags = [(d[rows] != 0) for d in (dlogprobs, dentropy) if d is not None]
-    return torch.stack(flags).any(0).nonzero()[:, 0]
+def _chunk_logits(head: Head, inputs: Tensor, retained: Tensor, place: Tensor | None, workspace: Tensor) -> Tensor:
+    """The logits of a chunk's rows: retained ones read where they lie if they lie together, else copied, and the others
+    projected again. Retained rows come first, and rise."""
+    if place is None:
+        return head.logits(inputs, workspace)
+    reused, first, last = torch.stack([(place >= 0).sum(), place[0], place.max()]).tolist()
+    if reused == place.shape[0] == last - first + 1:
+        return retained[first : last + 1, : head.vocab]
+    torch.index_select(retained, 0, place[:reused], out=workspace[:reused])
+    if reused < place.shape[0]:
+        head.logits(inputs[reused:], workspace[reused:])
+    return workspace[: place.shape[0], : head.vocab]
 
 
 def _fwd_fake(  # type: ignore[no-untyped-def]
     hidden, weight, bias, compute_dtype, logits_dtype, workspace_bytes, ids, mask, *options
 ):
-    *_, outputs, max_logits_bytes = options
+    *_, outputs, max_logits_bytes, save_projection = options
     like = hidden.new_empty(0, dtype=logits_dtype)
-    kept = _retained_rows(ids.shape[0], weight.shape[0], logits_dtype, max_logits_bytes)
-    return (*empty_statistics(like, ids.shape, outputs), like.new_empty(kept, weight.shape[0]))
+    shape = _retained_shape(ids.shape[0], weight.shape[0], logits_dtype, weight.device, max_logits_bytes)
+    dtype = accumulation_dtype(compute_dtype)
+    projection = hidden.new_empty(hidden.shape if save_projection else (0,), dtype=dtype)
+    statistics = empty_statistics(like, ids.shape, outputs)
+    return (*statistics, like.new_empty(shape), ids.new_empty(shape[:1]), projection)
 
 
 def _bwd_fake(hidden, weight, bias, *options):  # type: ignore[no-untyped-def]
@@ -151,17 +166,17 @@ def gradient_fakes(hidden: Tensor, weight: Tensor, bias: Tensor | None, needs: t
 
 _FWD = define(
     "linear_token_logprobs_fwd",
-    f"({HEAD_SCHEMA}, Tensor ids, Tensor? mask, {TRANSFORM_SCHEMA}, int outputs, int max_logits_bytes) -> "
-    "(Tensor logprobs, Tensor lse, Tensor entropy, Tensor log_sum_sq_probs, Tensor mean_logits, Tensor is_top1, "
-    "Tensor retained)",
+    f"({HEAD_SCHEMA}, Tensor ids, Tensor? mask, {TRANSFORM_SCHEMA}, int outputs, int max_logits_bytes, "
+    "bool save_projection) -> (Tensor logprobs, Tensor lse, Tensor entropy, Tensor log_sum_sq_probs, "
+    "Tensor mean_logits, Tensor is_top1, Tensor retained, Tensor retained_ids, Tensor projection)",
     _fwd_fake,
     {backend: partial(_fwd, backend) for backend in KERNEL_BACKENDS},
 )
 _BWD = define(
     "linear_token_logprobs_bwd",
     f"({HEAD_SCHEMA}, Tensor ids, Tensor? mask, Tensor logprobs, Tensor lse, Tensor entropy, Tensor? dlogprobs, "
-    f"Tensor? dentropy, {TRANSFORM_SCHEMA}, Tensor retained, bool need_dhidden, bool need_dweight, bool need_dbias) -> "
-    "(Tensor dhidden, Tensor dweight, Tensor dbias)",
+    f"Tensor? dentropy, {TRANSFORM_SCHEMA}, Tensor retained, Tensor retained_ids, bool need_dhidden, "
+    "bool need_dweight, bool need_dbias) -> (Tensor dhidden, Tensor dweight, Tensor dbias)",
     _bwd_fake,
     {backend: partial(_bwd, backend) for backend in KERNEL_BACKENDS},
 )
@@ -181,15 +196,19 @@ class _LinearTokenLogprobs(torch.autograd.Function):
         transform: Transform,
         outputs: int,
         max_logits_bytes: int,
+        save_projection: bool,
         backend: str,
     ) -> tuple[Tensor, ...]:
         rows = hidden.detach().reshape(-1, hidden.shape[-1])
         flat_ids = ids.reshape(-1).to(torch.int64)
         flat_mask = None if mask is None else mask.reshape(-1)
-        logprobs, lse, entropy, *extras, retained = _FWD[backend](
-            rows, weight, bias, *dtypes, workspace_bytes, flat_ids, flat_mask, *transform, outputs, max_logits_bytes
+        bounds = (outputs, max_logits_bytes, save_projection)
+        logprobs, lse, entropy, *extras, retained, retained_ids, projection = _FWD[backend](
+            rows, weight, bias, *dtypes, workspace_bytes, flat_ids, flat_mask, *transform, *bounds
         )
-        ctx.save_for_backward(hidden, weight, bias, flat_ids, flat_mask, logprobs, lse, entropy, retained)
+        statistics = (logprobs, lse, entropy, retained, retained_ids)
+        projection = projection if save_projection else None
+        ctx.save_for_backward(hidden, weight, bias, flat_ids, flat_mask, projection, *statistics)
         ctx.options = (dtypes, workspace_bytes, transform, backend)
         ctx.set_materialize_grads(False)
         shaped = [like_ids(x, ids) for x in (logprobs, entropy, *extras)]
@@ -200,8 +219,13 @@ class _LinearTokenLogprobs(torch.autograd.Function):
     def backward(ctx: Any, dlogprobs: Tensor | None, dentropy: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         refuse_double_backward()
         if dlogprobs is None and dentropy is None:
-            return (None,) * 11
-        hidden, weight, bias, ids, mask, logprobs, lse, entropy, retained = ctx.saved_tensors
+            return (None,) * 12
+        hidden, weight, bias, ids, mask, projection, *statistics, retained, retained_ids = ctx.saved_tensors
+        if projection is not None and dentropy is None:
+            c = dlogprobs.reshape(-1, 1)  # type: ignore[union-attr]
+            live = c != 0 if mask is None else (c != 0) & mask[:, None]
+            dhidden = torch.where(live, c * projection, 0).to(hidden.dtype).view(hidden.shape)
+            return (dhidden, *(None,) * 11)
         dtypes, workspace_bytes, transform, backend = ctx.options
         needs = (ctx.needs_input_grad[0], ctx.needs_input_grad[1], bias is not None and ctx.needs_input_grad[2])
         dhidden, dweight, dbias = _BWD[backend](
@@ -212,17 +236,16 @@ class _LinearTokenLogprobs(torch.autograd.Function):
             workspace_bytes,
             ids,
             mask,
-            logprobs,
-            lse,
-            entropy,
+            *statistics,
             None if dlogprobs is None else dlogprobs.reshape(-1),
             None if dentropy is None else dentropy.reshape(-1),
             *transform,
             retained,
+            retained_ids,
             *needs,
         )
         grads = (dhidden.view(hidden.shape) if needs[0] else None, dweight, dbias)
-        return (*(g if need else None for g, need in zip(grads, needs, strict=True)), *(None,) * 8)
+        return (*(g if need else None for g, need in zip(grads, needs, strict=True)), *(None,) * 9)
 
 
 def head_dtypes(hidden: Tensor, weight: Tensor, logits_dtype: torch.dtype | None) -> tuple[torch.dtype, torch.dtype]:
@@ -241,7 +264,7 @@ def head_dtypes(hidden: Tensor, weight: Tensor, logits_dtype: torch.dtype | None
         compute_dtype = hidden.dtype
     wide = accumulation_dtype(compute_dtype)
     if logits_dtype is None:
-        return compute_dtype, wide
+        return compute_dtype, wide if device == "cpu" or writes_fp32(hidden.device) else compute_dtype
     if logits_dtype not in FLOAT_DTYPES or logits_dtype not in (compute_dtype, wide):
         raise TypeError(f"logits_dtype must be None, {compute_dtype} or {wide}, got {logits_dtype}")
     return compute_dtype, logits_dtype
@@ -267,17 +290,26 @@ def check_head(hidden: Tensor, weight: Tensor, bias: Tensor | None, ids: Tensor,
     check_device(hidden.device, [("lm_head_weight", weight), ("bias", bias), (name, ids)])
 
 
-def check_workspace(workspace_bytes: int | None, max_logits_bytes: int) -> int:
+def check_workspace(
+    workspace_bytes: int | None, max_logits_bytes: int, vocab: int, dtype: torch.dtype, device: torch.device
+) -> int:
     """The workspace's bound in bytes.
+
+    By default 1 GiB on a CPU. On a GPU 1.5 GB, and 1,024 rows at least: adding a chunk to ``dW`` moves ``8 V H`` bytes,
+    which at that size is still under the time of its GEMM.
 
     Raises:
         ValueError: A bound is negative.
     """
     if max_logits_bytes < 0:
         raise ValueError(f"max_logits_bytes must be at least 0, got {max_logits_bytes}")
-    if workspace_bytes is not None and workspace_bytes < 1:
-        raise ValueError(f"workspace_bytes must be None or at least 1, got {workspace_bytes}")
-    return DEFAULT_WORKSPACE_BYTES if workspace_bytes is None else workspace_bytes
+    if workspace_bytes is not None:
+        if workspace_bytes < 1:
+            raise ValueError(f"workspace_bytes must be None or at least 1, got {workspace_bytes}")
+        return workspace_bytes
+    if device.type == "cpu":
+        return 1 << 30
+    return max(1_500_000_000, 1024 * row_width(vocab, dtype, device) * dtype.itemsize)
 
 
 def linear_token_logprobs(
@@ -294,6 +326,8 @@ def linear_token_logprobs(
     logits_dtype: torch.dtype | None = None,
     max_logits_bytes: int = 0,
     workspace_bytes: int | None = None,
+    save_projection: bool = True,
+    debug: bool = False,
     backend: str = "auto",
 ) -> TokenLogprobs:
     """``token_logprobs`` of ``h W^T + b``, in chunks of tokens: the logits never exist as a whole.
@@ -314,7 +348,13 @@ def linear_token_logprobs(
             from half-precision inputs, so either the weight or each chunk's gradient is widened, ``4 V H`` bytes or
             twice the chunk's, beside the workspace.
         max_logits_bytes: Retain as many logits as fit in so many bytes from the forward to the backward.
-        workspace_bytes: Bound of the logits that exist at once beside those; None means 1 GiB. One row at least.
+        workspace_bytes: Bound of the logits that exist at once beside those, one row at least. None means 1 GiB on a
+            CPU; on a GPU 1.5 GB, and 1,024 rows at least.
+        save_projection: Where the head is frozen and nothing is retained: save ``(onehot - p) f'(z) W`` of every row,
+            ``4 N H`` bytes, in the forward. The backward of a log-probability is then a product with it: ``4 N H V``
+            operations in all. False is the better where less than half of the rows will have a gradient. A gradient
+            of the entropy projects again either way.
+        debug: Check values on a GPU too, and what kernels met since (``check_device_values``): syncs.
         backend: "auto", or one of ``grpo_kernels.registry.BACKENDS``. "torch" forms the whole logits.
 
     Returns:
@@ -323,7 +363,7 @@ def linear_token_logprobs(
     Raises:
         TypeError: A dtype does not fit.
         ValueError: Shapes or devices do not fit, a bound is negative, or an unmasked id is outside the vocabulary
-            (read on the CPU alone).
+            (read on the CPU, elsewhere with ``debug``).
         RuntimeError: The named backend cannot run here.
 
     Example:
@@ -335,16 +375,21 @@ def linear_token_logprobs(
     transform = Transform.of(temperature, softcap, logit_scale)
     code = outputs_code(outputs)
     mask = token_mask(mask, ids)
-    check_id_range("ids", ids, mask, lm_head_weight.shape[0])
+    check_id_range("ids", ids, mask, lm_head_weight.shape[0], debug)
+    if debug:
+        check_device_values(hidden_states.device)
     dtypes = head_dtypes(hidden_states, lm_head_weight, logits_dtype)
-    workspace = check_workspace(workspace_bytes, max_logits_bytes)
+    workspace = check_workspace(
+        workspace_bytes, max_logits_bytes, lm_head_weight.shape[0], dtypes[1], hidden_states.device
+    )
     backend = registry.resolve("linear_token_logprobs", backend, hidden_states.device)
     if backend == "torch":
         logits = reference.project(hidden_states, lm_head_weight, bias, mask, *dtypes)
         return token_reference.token_logprobs(logits, ids, mask, temperature, softcap, logit_scale, tuple(outputs))
-    inputs = (hidden_states, lm_head_weight, bias)
-    if not (torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in inputs)):
-        max_logits_bytes = 0
+    needs = [
+        torch.is_grad_enabled() and x is not None and x.requires_grad for x in (hidden_states, lm_head_weight, bias)
+    ]
+    max_logits_bytes = max_logits_bytes if any(needs) else 0
     logprobs, entropy, *extras = _LinearTokenLogprobs.apply(
         hidden_states,
         lm_head_weight,
@@ -356,6 +401,7 @@ def linear_token_logprobs(
         transform,
         code,
         max_logits_bytes,
+        save_projection and needs == [True, False, False] and max_logits_bytes == 0,
         backend,
     )
     return pack_outputs(logprobs, entropy, tuple(extras), tuple(outputs))

@@ -22,7 +22,7 @@ class PolicyInputs:
 
     sequences: Sequences
     mask: Tensor  # bool
-    advantages: Tensor
+    advantages: Tensor | None  # None where the kernel makes them of rewards
     policy_weights: Tensor
     kl_weights: Tensor
     entropy_weights: Tensor | None
@@ -34,7 +34,7 @@ class PolicyInputs:
         cls,
         tokens: Tensor,  # [B, T] or [N]: what the other inputs must fit
         dtype: torch.dtype,
-        advantages: Tensor,
+        advantages: Tensor | None,
         completion_mask: Tensor,
         *,
         old_logprobs: Tensor | None,
@@ -44,9 +44,11 @@ class PolicyInputs:
         cu_seqlens: Tensor | None,
         loss_scale: float,
         config: GRPOLossConfig,
+        debug: bool,
     ) -> PolicyInputs:
         """Validates the arguments of a public loss, as its docstring gives them."""
-        _check(tokens, advantages, completion_mask, old_logprobs, ref_logprobs, rollout_is_weights, cu_seqlens, config)
+        given = (advantages, completion_mask, old_logprobs, ref_logprobs, rollout_is_weights, cu_seqlens)
+        _check(tokens, *given, config, debug)
         _check_items(num_items_in_batch)
         sequences = Sequences.of(tokens, cu_seqlens)
         mask = completion_mask != 0
@@ -66,7 +68,7 @@ class PolicyInputs:
         return cls(
             sequences,
             mask,
-            sequences.per_token(advantages.detach().to(dtype)),
+            None if advantages is None else sequences.per_token(advantages.detach().to(dtype)),
             policy_weights,
             weights,
             entropy_weights,
@@ -84,7 +86,7 @@ class PolicyInputs:
         is_clipped = config.delta is not None and config.delta < 1
         if config.is_token_local or self.old_logprobs is not None or waits_for_kl or is_clipped:
             return self, config
-        ones = self.mask.to(self.advantages.dtype)
+        ones = self.mask.to(self.policy_weights.dtype)
         pull = torch.where(self.mask, self.policy_weights * self.advantages, 0)
         mean = self.sequences.sum(pull) / self.sequences.sum(ones).clamp(min=1)
         inputs = replace(self, advantages=self.sequences.spread(mean), policy_weights=ones)
@@ -109,6 +111,7 @@ FLAT_SCHEMA = (
     "Tensor mask, Tensor advantages, Tensor policy_weights, Tensor kl_weights, Tensor? entropy_weights, "
     "Tensor? old_logprobs, Tensor? ref_logprobs"
 )
+FLAT_COUNT = FLAT_SCHEMA.count(",") + 1
 
 
 def token_weights(
@@ -143,20 +146,22 @@ def _check_items(num_items_in_batch: float | Tensor | None) -> None:
 
 def _check(
     tokens: Tensor,
-    advantages: Tensor,
+    advantages: Tensor | None,
     completion_mask: Tensor,
     old_logprobs: Tensor | None,
     ref_logprobs: Tensor | None,
     rollout_is_weights: Tensor | None,
     cu_seqlens: Tensor | None,
     config: GRPOLossConfig,
+    debug: bool,
 ) -> None:
     check_mask("completion_mask", completion_mask)
     check_shape("completion_mask", completion_mask, tokens.shape)
-    check_cu_seqlens(cu_seqlens, tokens)
+    check_cu_seqlens(cu_seqlens, tokens, debug)
     count = tokens.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
-    check_float("advantages", advantages)
-    check_shape("advantages", advantages, (count,), tokens.shape)
+    if advantages is not None:
+        check_float("advantages", advantages)
+        check_shape("advantages", advantages, (count,), tokens.shape)
     for name, values in (("old_logprobs", old_logprobs), ("ref_logprobs", ref_logprobs)):
         if values is not None:
             check_float(name, values)

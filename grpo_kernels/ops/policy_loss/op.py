@@ -87,7 +87,7 @@ class _PolicyLoss(torch.autograd.Function):
 
 
 def _flat(values: Tensor, inputs: PolicyInputs) -> Tensor:  # -> [N]
-    return values.detach().to(inputs.advantages.dtype).reshape(-1).contiguous()
+    return values.detach().to(inputs.policy_weights.dtype).reshape(-1).contiguous()
 
 
 def policy_loss(
@@ -103,6 +103,7 @@ def policy_loss(
     cu_seqlens: Tensor | None = None,  # [S + 1]
     loss_scale: float = 1.0,
     config: GRPOLossConfig = GRPOLossConfig(),  # noqa: B008  frozen
+    debug: bool = False,
     backend: str = "auto",
 ) -> PolicyLossOutput:
     """Clipped policy-gradient loss with a KL penalty and an entropy bonus, weighted and summed over tokens.
@@ -128,6 +129,7 @@ def policy_loss(
         cu_seqlens: Where each packed completion begins, and the end.
         loss_scale: Multiplies the loss and the gradient.
         config: The loss. Its temperature has no effect here.
+        debug: Read the values of ``cu_seqlens`` on a GPU too: syncs.
         backend: "auto", or one of ``grpo_kernels.registry.BACKENDS``.
 
     Returns:
@@ -146,6 +148,7 @@ def policy_loss(
         tensor([[-0.5000, -0.5000]])
     """
     check_float("logprobs", logprobs)
+    check_float("advantages", advantages)
     if logprobs.dim() not in (1, 2):
         raise ValueError(f"logprobs must have shape [B, T] or, packed, [N], got {list(logprobs.shape)}")
     if entropy is not None:
@@ -167,6 +170,7 @@ def policy_loss(
         cu_seqlens=cu_seqlens,
         loss_scale=loss_scale,
         config=config,
+        debug=debug,
     )
     backend = registry.resolve("policy_loss", backend, logprobs.device)
     return policy_loss_of(logprobs, entropy, inputs, config, backend)
@@ -177,7 +181,7 @@ def policy_loss_of(
 ) -> PolicyLossOutput:
     """``policy_loss`` of inputs that are already validated, on a backend that is already resolved."""
     if backend == "torch":
-        dtype = inputs.advantages.dtype
+        dtype = inputs.policy_weights.dtype
         upcast = None if entropy is None else entropy.to(dtype)
         loss, partials = reference.policy_loss(logprobs.to(dtype), inputs, upcast, config)
     else:

@@ -12,9 +12,10 @@ from torch import Tensor
 from grpo_kernels.config import Option, Param, Surrogate
 from grpo_kernels.ops.policy_loss.metrics import Partial
 from grpo_kernels.ops.policy_loss.triton_math import token_loss
-from grpo_kernels.ops.token_logprobs.triton_rows import arithmetic, as_bytes
+from grpo_kernels.ops.token_logprobs.triton_rows import arithmetic, as_bytes, check_tokens
 
 _BLOCK = 1024  # tokens, or sequences, that a program holds at once
+_WARPS = 8
 
 # rows of the table of per-sequence totals: those of Partial, then the loss
 _TOKENS = tl.constexpr(int(Partial.TOKENS))
@@ -39,6 +40,8 @@ def policy_variant(options: list[int]) -> dict[str, Any]:
     Raises:
         ValueError: The surrogate is one that these kernels do not know.
     """
+    if len(options) != len(Option):
+        raise ValueError(f"options must have {len(Option)} entries, got {len(options)}")
     if options[Option.SURROGATE] != Surrogate.CLIP:
         raise ValueError(f"options must name a surrogate that the kernels know, got {options[Option.SURROGATE]}")
     return {"BIAS_CORRECTED": bool(options[Option.BIAS_CORRECTED_KL])}
@@ -210,6 +213,12 @@ def policy_loss_fwd(
     params: list[float],
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The registered op."""
+    tokens, dtype = logprobs.shape[0], logprobs.dtype
+    check_tokens(tokens, torch.bool, mask=mask)
+    check_tokens(tokens, dtype, entropy=entropy, advantages=advantages, policy_weights=policy_weights)
+    check_tokens(tokens, dtype, kl_weights=kl_weights, entropy_weights=entropy_weights)
+    check_tokens(tokens, dtype, old_logprobs=old_logprobs, ref_logprobs=ref_logprobs)
+    check_tokens(offsets.numel(), torch.int64, offsets=offsets)
     sequences = offsets.shape[0] - 1
     loss, partials = logprobs.new_empty(()), logprobs.new_empty(len(Partial))
     dlogprobs = torch.empty_like(logprobs)
@@ -236,6 +245,7 @@ def policy_loss_fwd(
             **variant,
             ACC=arithmetic(logprobs.dtype),
             BLOCK=_BLOCK,
+            num_warps=_WARPS,
         )
     _totals_kernel[(len(Partial) + 1,)](totals, loss, partials, sequences, BLOCK=_BLOCK)
     return loss, dlogprobs, partials

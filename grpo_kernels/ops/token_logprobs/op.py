@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from grpo_kernels import registry
+from grpo_kernels.ops.device_values import check_device_values
 from grpo_kernels.ops.gradients import mark_written, refuse_double_backward, refuse_second_backward
 from grpo_kernels.ops.library import define, lazily
 from grpo_kernels.ops.token_logprobs import reference
@@ -184,6 +185,7 @@ def token_logprobs(
     mask: Tensor | None = None,  # like ids
     outputs: tuple[str, ...] = (),
     inplace_backward: bool = False,
+    debug: bool = False,
     backend: str = "auto",
 ) -> TokenLogprobs:
     """Log-probability of each token, and on request its distribution's entropy and other statistics.
@@ -205,6 +207,7 @@ def token_logprobs(
         outputs: Any of "entropy", "log_sum_sq_probs", "mean_logits", "is_top1".
         inplace_backward: Write the gradient over the logits in the backward; their last dimension must be dense. A
             second backward is then refused. The "torch" backend has no such form and leaves the logits as they are.
+        debug: Check values on a GPU too, and what kernels met since (``check_device_values``): syncs.
         backend: "auto", or one of ``grpo_kernels.registry.BACKENDS``.
 
     Returns:
@@ -213,7 +216,7 @@ def token_logprobs(
     Raises:
         TypeError: A tensor has a dtype that does not fit.
         ValueError: Shapes or devices do not fit, the vocabulary is empty, or an unmasked id is outside it (read on
-            the CPU alone).
+            the CPU, elsewhere with ``debug``).
         RuntimeError: The named backend cannot run here.
 
     Example:
@@ -227,7 +230,9 @@ def token_logprobs(
         check_writable("logits", logits, "inplace_backward=True")
     code = outputs_code(outputs)
     mask = token_mask(mask, ids)
-    check_id_range("ids", ids, mask, logits.shape[-1])
+    check_id_range("ids", ids, mask, logits.shape[-1], debug)
+    if debug:
+        check_device_values(logits.device)
     backend = registry.resolve("token_logprobs", backend, logits.device)
     if backend == "torch":
         rows = logits if ids.dim() == 1 else logits[:, : ids.shape[1]]

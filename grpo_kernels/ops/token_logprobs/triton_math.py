@@ -1,14 +1,28 @@
-"""Rows of logits as Triton device functions: transform, online softmax, gradient. The only Triton copy.
+"""Rows of logits as Triton device functions: addresses, online softmax, gradient. The only Triton copy.
 
-As in csrc/cpu/row_kernels.cpp, the transform is taken in two steps, ``y = outer v(z)`` with ``outer >= 0``, and
-differences are taken of ``v``: what all logits have in common costs no digits then. Kernels take ``inner``, ``outer``
-and other real arguments in fp64, for fp64 logits, and bring them to the arithmetic's type by ``tl.full([], x, ACC)``.
+A row is taken in powers of two. With ``y = outer v(z)``, ``v`` being ``z``, ``-z`` or ``tanh(inner z)``, the exponent
+of an element is ``t = (v - base) rate`` for ``rate = outer log2 e``. The difference comes first: what all logits have
+in common costs no digits then, and the largest has exponent 0 exactly. Kernels take ``inner``, ``rate`` and ``slope``
+in fp64, for fp64 logits, and bring them to the arithmetic's type by ``tl.full([], x, ACC)``.
+
+A block is ``[UNROLL, LANES, VECTOR]``: a lane is a thread, a vector one load of 16 bytes. The online state is kept per
+lane, so that the loop over a row needs no reduction across threads, and one rescaling serves UNROLL * VECTOR elements.
 """
 
 from __future__ import annotations
 
 import triton
 import triton.language as tl
+
+#: What ``v`` is; in the order of triton_rows.Curve.
+_NEGATED, _SOFTCAP = tl.constexpr(1), tl.constexpr(2)
+#: How rows lie; in the order of triton_rows.Alignment.
+_SHIFTED, _LOOSE = tl.constexpr(1), tl.constexpr(2)
+#: An exponent with the same power (0) as -inf, whose product with 0 is not NaN.
+_FLOOR = tl.constexpr(-1e4)
+#: fp32's least number: a base where all is -inf.
+_LOWEST = tl.constexpr(-3.4028234663852886e38)
+_LN2 = tl.constexpr(0.6931471805599453)
 
 
 @triton.jit
@@ -23,125 +37,247 @@ def expm1(x):
 
 
 @triton.jit
-def bounded(exponent):
-    """An exponent that may be -inf, with the same exponential (0), and a product with it that is not NaN."""
-    return tl.where(exponent < -1e4, -1e4, exponent)
+def log2(x):
+    """``log2 x`` of a scalar, in fp64, to 2e-7: the hardware's logarithm errs in proportion, so it gets a mantissa."""
+    if x.dtype == tl.float64:
+        return tl.log2(x)
+    bits = x.to(tl.int32, bitcast=True)
+    exponent = (bits - 0x3F400000) >> 23  # of a mantissa in [0.75, 1.5)
+    mantissa = (bits - (exponent << 23)).to(tl.float32, bitcast=True)
+    is_number = (x > 0.0) & (x < float("inf"))
+    log_mantissa = tl.log2(tl.where(is_number, mantissa, x)).to(tl.float64)
+    return tl.where(is_number, exponent.to(tl.float64) + log_mantissa, log_mantissa)
 
 
 @triton.jit
-def transform(z, inner, SOFTCAP: tl.constexpr):
-    """``v``: ``tanh(inner z)`` with a softcap, else ``inner z``, where ``inner`` is 1 or -1."""
-    if SOFTCAP:
-        x = z * inner
-        m = expm1(-2.0 * tl.abs(x))  # no overflow, and no digit lost near 0
-        t = -m / (m + 2.0)
-        return tl.where(x < 0, -t, t)
-    return z * inner
+def tanh(x):
+    """To two ulps; near 0 by a polynomial, where the exponential would lose its digits."""
+    if x.dtype == tl.float64:
+        m = expm1(-2.0 * tl.abs(x))
+        magnitude = -m / (m + 2.0)
+        return tl.where(x < 0, -magnitude, magnitude)
+    s = x * x  # (tanh(x) / x - 1) / x^2 at Chebyshev's nodes of |x| < 0.55
+    series = (((-0.0066102277 * s + 0.021309389) * s - 0.05390943) * s + 0.13333113) * s - 0.3333333
+    far = 1.0 - 2.0 / (tl.exp2(tl.abs(x) * 2.885390081777927) + 1.0)
+    return tl.where(tl.abs(x) < 0.55, x + x * s * series, tl.where(x < 0, -far, far))
 
 
 @triton.jit
-def transform_slope(v, slope, SOFTCAP: tl.constexpr):
-    """``dy/dz`` at ``v``."""
-    if SOFTCAP:
-        return (1.0 - v * v) * slope
-    return tl.zeros_like(v) + slope
+def transform(z, inner, CURVE: tl.constexpr):
+    """``v``, of logits in the arithmetic's type."""
+    if CURVE == _SOFTCAP:
+        return tanh(z * inner)
+    if CURVE == _NEGATED:
+        return -z
+    return z
 
 
 @triton.jit
-def row_offset(b, t, batch_stride, row_stride, ALIGNED: tl.constexpr):
-    """Where row ``t`` of completion ``b`` begins; ``ALIGNED`` where both strides are multiples of 16."""
-    offset = b * batch_stride + t * row_stride
-    if ALIGNED:
-        offset = tl.multiple_of(offset, 16)
-    return offset
+def row_shift(b, t, batch_stride, row_stride, ALIGNMENT: tl.constexpr, VECTOR: tl.constexpr):
+    """Where row ``t`` of completion ``b`` begins, at a multiple of VECTOR, and how many elements further it does."""
+    offset = tl.cast(b, tl.int64) * batch_stride + tl.cast(t, tl.int64) * row_stride
+    if ALIGNMENT == _LOOSE:
+        return offset, 0
+    if ALIGNMENT == _SHIFTED:
+        shift = (offset % VECTOR).to(tl.int32)
+        return tl.multiple_of(offset - shift, VECTOR), shift
+    return tl.multiple_of(offset, VECTOR), 0
 
 
 @triton.jit
-def row_statistics(row_ptr, vocab, inner, outer, SOFTCAP: tl.constexpr, ACC: tl.constexpr, BLOCK: tl.constexpr):
-    """Maximum of ``v``, ``sum e^(y - max y)`` and ``sum (y - max y) e^(y - max y)``, in one read of the row.
+def block_columns(LANES: tl.constexpr, UNROLL: tl.constexpr, VECTOR: tl.constexpr):
+    """``[UNROLL, LANES, VECTOR]``: the elements of a block, a thread's next to each other."""
+    unrolled = tl.arange(0, UNROLL)[:, None, None] * (LANES * VECTOR)
+    return unrolled + tl.arange(0, LANES)[None, :, None] * VECTOR + tl.arange(0, VECTOR)[None, None, :]
 
-    The state is kept per lane and merged once at the end: no reduction across threads within the loop. Columns beyond
-    the vocabulary count as -inf. NaN is never a maximum, and reaches the sums.
+
+@triton.jit
+def row_parts(extent, BLOCK: tl.constexpr, ALIGNMENT: tl.constexpr):
+    """Where a row's whole blocks begin and end, and the range of its edges: 0, the block that it ends in, unless it
+    ends with a block; 1, the one that it begins in, where it may begin within it."""
+    begin = BLOCK if ALIGNMENT == _SHIFTED else 0
+    edges = 2 if ALIGNMENT == _SHIFTED else 1
+    end = tl.maximum(extent // BLOCK * BLOCK, begin)
+    return begin, end, tl.where(end < extent, 0, 1), edges
+
+
+@triton.jit
+def over_block(values):
+    """Sum over a lane's elements of a block."""
+    return tl.sum(tl.sum(values, 2), 0)
+
+
+@triton.jit
+def add_block(v, lane_max, lane_sum, lane_weighted, rate):
+    """The state of lanes with a block of ``v`` added."""
+    largest = tl.maximum(lane_max, tl.max(tl.max(v, 2), 0))
+    base = tl.maximum(largest, _LOWEST)
+    shift = tl.maximum((lane_max - base) * rate, _FLOOR)
+    factor = tl.exp2(shift)
+    t = (v - base[None, :, None]) * rate
+    e = tl.exp2(t)  # a NaN stays one; -inf is 0
+    lane_weighted = (lane_weighted + shift * lane_sum) * factor + over_block(tl.maximum(t, _FLOOR) * e)
+    return largest, lane_sum * factor + over_block(e), lane_weighted
+
+
+@triton.jit
+def load_columns(row_ptr, columns, shift, vocab, inner, fill, CURVE: tl.constexpr, ACC: tl.constexpr):
+    """``v`` of columns counted from ``shift`` before the row; ``fill`` where there is none."""
+    inside = (columns >= shift) & (columns < vocab + shift)
+    v = transform(tl.load(row_ptr + columns, mask=inside, other=0.0).to(ACC), inner, CURVE)
+    return tl.where(inside, v, fill)
+
+
+@triton.jit
+def row_statistics(
+    row_ptr,  # ``shift`` elements before the row
+    columns,
+    shift,
+    vocab,
+    inner,
+    rate,
+    CURVE: tl.constexpr,
+    ALIGNMENT: tl.constexpr,
+    ACC: tl.constexpr,
+):
+    """``base``, ``sum 2^t`` and ``sum t 2^t`` in one read of the row. NaN is no maximum, and reaches the sums."""
+    LANES: tl.constexpr = columns.shape[1]
+    BLOCK: tl.constexpr = LANES * columns.shape[0] * columns.shape[2]
+    lane_max = tl.full([LANES], float("-inf"), ACC)
+    lane_sum = tl.zeros([LANES], ACC)
+    lane_weighted = tl.zeros([LANES], ACC)
+    begin, end, first_edge, edges = row_parts(vocab + shift, BLOCK, ALIGNMENT)
+    for start in tl.range(begin, end, BLOCK, loop_unroll_factor=2):  # the loads of both come first
+        v = transform(tl.load(row_ptr + start + columns).to(ACC), inner, CURVE)
+        lane_max, lane_sum, lane_weighted = add_block(v, lane_max, lane_sum, lane_weighted, rate)
+    for edge in range(first_edge, edges):
+        start = end * (1 - edge)
+        v = load_columns(row_ptr, start + columns, shift, vocab, inner, float("-inf"), CURVE, ACC)
+        lane_max, lane_sum, lane_weighted = add_block(v, lane_max, lane_sum, lane_weighted, rate)
+    base = tl.maximum(tl.max(lane_max, 0), _LOWEST)
+    moved = tl.maximum((lane_max - base) * rate, _FLOOR)
+    factor = tl.exp2(moved)
+    return base, tl.sum(lane_sum * factor, 0), tl.sum((lane_weighted + moved * lane_sum) * factor, 0)
+
+
+@triton.jit
+def row_results(base, row_sum, weighted, target, rate, ACC: tl.constexpr):
+    """Log-probability, entropy and, in fp64, log-sum-exp, of a row with its token's ``v``; ``rate`` in fp64.
+
+    A few operations a row: in fp64, so that results are rounded once.
     """
-    columns = tl.arange(0, BLOCK)
-    lane_max = tl.full([BLOCK], float("-inf"), ACC)
-    lane_sum = tl.zeros([BLOCK], ACC)
-    lane_weighted = tl.zeros([BLOCK], ACC)
-    for start in range(0, vocab, BLOCK):
-        inside = start + columns < vocab
-        z = tl.load(row_ptr + start + columns, mask=inside, other=0.0).to(ACC)
-        v = tl.where(inside, transform(z, inner, SOFTCAP), float("-inf"))
-        largest = tl.where(v > lane_max, v, lane_max)
-        base = tl.where(largest == float("-inf"), 0.0, largest)  # a lane of -inf alone has nothing to subtract
-        shift = bounded((lane_max - base) * outer)
-        factor = tl.exp(shift)
-        t = bounded((v - base) * outer)
-        e = tl.exp(t)
-        lane_weighted = (lane_weighted + shift * lane_sum) * factor + t * e
-        lane_sum = lane_sum * factor + e
-        lane_max = largest
-    row_max = tl.max(lane_max, 0)
-    shift = bounded((lane_max - row_max) * outer)
-    factor = tl.exp(shift)
-    weighted = tl.sum((lane_weighted + shift * lane_sum) * factor, 0)
-    return row_max, tl.sum(lane_sum * factor, 0), weighted
+    log_sum = log2(row_sum)
+    logprob = (target - base).to(tl.float64) * rate - log_sum
+    entropy = log_sum - (weighted / row_sum).to(tl.float64)
+    lse = base.to(tl.float64) * rate + log_sum
+    return (logprob * _LN2).to(ACC), (entropy * _LN2).to(ACC), lse * _LN2
 
 
 @triton.jit
-def log_sum_exp(row_max, row_sum, outer):
-    """Of ``y``, in fp64; ``outer`` as the kernel was given it."""
-    return row_max.to(tl.float64) * tl.full([], outer, tl.float64) + tl.log(row_sum.to(tl.float64))
+def base_of(lse, rate, ACC: tl.constexpr):
+    """A base and the log2 of the sum over it, from a log-sum-exp; ``rate`` in fp64."""
+    exponent = lse / _LN2
+    base = (exponent / tl.where(rate == 0.0, 1.0, rate)).to(ACC)
+    return base, (exponent - base.to(tl.float64) * rate).to(ACC)
+
+
+@triton.jit
+def gradient_weights(log_sum, entropy, c, c_h, slope, HAS_ENTROPY: tl.constexpr):
+    """``w`` and ``w_t`` of a row's gradient ``2^t (w + w_t t)``, beside its token: of
+    ``-p (c + c_H (log p + H)) slope`` with ``log p = (t - log_sum) ln 2``."""
+    share = tl.exp2(-log_sum) * slope
+    if HAS_ENTROPY:
+        return -(c + c_h * (entropy - log_sum * _LN2)) * share, -c_h * _LN2 * share
+    return -c * share, tl.zeros_like(c)
+
+
+@triton.jit
+def token_gradient(target, logprob, entropy, c, c_h, slope, CURVE: tl.constexpr):
+    """The gradient of the token's own logit, ``1 - p`` without losing the digits of a p near 1."""
+    gradient = -expm1(logprob) * c - c_h * tl.exp(logprob) * (tl.maximum(logprob, _FLOOR) + entropy)
+    if CURVE == _SOFTCAP:
+        slope *= 1.0 - target * target
+    return gradient * slope
+
+
+@triton.jit
+def block_gradient(v, base, w, w_t, rate, HAS_ENTROPY: tl.constexpr, CURVE: tl.constexpr):
+    """``2^t (w + w_t t)``, and a softcap's slope."""
+    t = (v - base) * rate
+    if HAS_ENTROPY:
+        w = w + w_t * tl.maximum(t, _FLOOR)
+    gradient = tl.exp2(t) * w
+    if CURVE == _SOFTCAP:
+        gradient *= 1.0 - v * v
+    return gradient
 
 
 @triton.jit
 def row_gradient(
-    row_ptr,
-    drow_ptr,
+    row_ptr,  # ``shift`` elements before the row
+    drow_ptr,  # the same of its gradient, which may lie over the row
+    columns,
+    shift,
     vocab,
-    token,
-    logprob,
-    lse,
-    entropy,
-    c,
-    c_h,
+    base,
+    w,
+    w_t,
     inner,
-    outer,
-    slope,
+    rate,
     HAS_ENTROPY: tl.constexpr,
-    SOFTCAP: tl.constexpr,
+    IS_NARROWED: tl.constexpr,
+    CURVE: tl.constexpr,
+    ALIGNMENT: tl.constexpr,
     ACC: tl.constexpr,
-    BLOCK: tl.constexpr,
 ):
-    """Writes ``[c (onehot(id) - p) - c_H p (log p + H)] f'(z)`` to ``drow_ptr``, which may be ``row_ptr``.
+    """Writes the gradient of every logit as if none were the token's, from the row's end: what the statistics read
+    last is the likeliest to be in the cache still.
 
-    ``lse`` is fp64, ``outer`` and ``slope`` are as the kernel was given them.
+    IS_NARROWED: the gradient has half the logits' width and lies in the back half of the row's own memory, so that
+    threads must not store before all have loaded.
     """
-    # log p = (v - v_lse) outer - rest: in two parts, or an offset common to all logits would cost p its digits
-    scale = tl.full([], outer, tl.float64)
-    v_lse = (lse / tl.where(scale == 0.0, 1.0, scale)).to(ACC)
-    rest = (lse - v_lse.to(tl.float64) * scale).to(ACC)
-    factor = tl.full([], outer, ACC)
-    at_token = -expm1(logprob) * c  # 1 - p without losing the digits of a p near 1
-    if HAS_ENTROPY:
-        at_token -= c_h * tl.exp(logprob) * (bounded(logprob) + entropy)
-    columns = tl.arange(0, BLOCK)
-    for start in range(0, vocab, BLOCK):
-        inside = start + columns < vocab
-        z = tl.load(row_ptr + start + columns, mask=inside, other=0.0, eviction_policy="evict_first").to(ACC)
-        v = transform(z, tl.full([], inner, ACC), SOFTCAP)
-        log_p = (v - v_lse) * factor - rest
-        gradient = -c * tl.exp(log_p)
-        if HAS_ENTROPY:
-            gradient -= c_h * tl.exp(log_p) * (bounded(log_p) + entropy)
-        gradient = tl.where(start + columns == token, at_token, gradient)
-        gradient *= transform_slope(v, tl.full([], slope, ACC), SOFTCAP)
-        tl.store(drow_ptr + start + columns, gradient.to(drow_ptr.dtype.element_ty), mask=inside)
+    BLOCK: tl.constexpr = columns.shape[0] * columns.shape[1] * columns.shape[2]
+    OUT: tl.constexpr = drow_ptr.dtype.element_ty
+    begin, end, first_edge, edges = row_parts(vocab + shift, BLOCK, ALIGNMENT)
+    for edge in range(first_edge, edges):
+        at = end * (1 - edge) + columns
+        v = load_columns(row_ptr, at, shift, vocab, inner, 0.0, CURVE, ACC)
+        gradient = block_gradient(v, base, w, w_t, rate, HAS_ENTROPY, CURVE)
+        if IS_NARROWED:
+            tl.debug_barrier()
+        inside = (at >= shift) & (at < vocab + shift)
+        tl.store(drow_ptr + at, gradient.to(OUT), mask=inside, eviction_policy="evict_first")
+    for done in range(begin, end, BLOCK):
+        start = end + begin - BLOCK - done
+        z = tl.load(row_ptr + start + columns, eviction_policy="evict_first").to(ACC)
+        gradient = block_gradient(transform(z, inner, CURVE), base, w, w_t, rate, HAS_ENTROPY, CURVE)
+        if IS_NARROWED:
+            tl.debug_barrier()
+        tl.store(drow_ptr + start + columns, gradient.to(OUT), eviction_policy="evict_first")
 
 
 @triton.jit
-def zero_row(drow_ptr, vocab, BLOCK: tl.constexpr):
+def zero_row(
+    drow_ptr,  # ``shift`` elements before the row
+    columns,
+    shift,
+    vocab,
+    ALIGNMENT: tl.constexpr,
+):
     """Writes 0 to a row."""
-    columns = tl.arange(0, BLOCK)
-    for start in range(0, vocab, BLOCK):
-        zeros = tl.zeros([BLOCK], drow_ptr.dtype.element_ty)
-        tl.store(drow_ptr + start + columns, zeros, mask=start + columns < vocab)
+    BLOCK: tl.constexpr = columns.shape[0] * columns.shape[1] * columns.shape[2]
+    zeros = tl.zeros(columns.shape, drow_ptr.dtype.element_ty)
+    begin, end, first_edge, edges = row_parts(vocab + shift, BLOCK, ALIGNMENT)
+    for start in range(begin, end, BLOCK):
+        tl.store(drow_ptr + start + columns, zeros)
+    for edge in range(first_edge, edges):
+        at = end * (1 - edge) + columns
+        tl.store(drow_ptr + at, zeros, mask=(at >= shift) & (at < vocab + shift))
+
+
+@triton.jit
+def held_inside(token, n, vocab, first_bad_ptr):
+    """An id held inside the vocabulary; the least ``n`` of one that was outside is kept."""
+    if (token < 0) | (token >= vocab):
+        tl.atomic_min(first_bad_ptr, tl.cast(n, tl.int64))
+    return tl.minimum(tl.maximum(token, 0), vocab - 1).to(tl.int32)

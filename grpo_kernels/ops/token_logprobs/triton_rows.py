@@ -1,9 +1,15 @@
-"""What every launch over rows of logits is told: addresses, transform, block size."""
+"""What every launch over rows of logits is told: addresses, transform, block sizes, how many programs."""
 
 from __future__ import annotations
 
+import json
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
+from enum import IntEnum
+from functools import cache
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,14 +19,105 @@ from torch import Tensor
 
 from grpo_kernels.ops.token_logprobs.op import accumulation_dtype
 
-_MAX_BLOCK = 4096  # logits that a program holds at once; not tuned on any device yet
+#: ``Blocks`` by architecture, kernel, bytes of an element and vocabulary; ``make tune`` writes a GPU's own.
+TABLE = Path(__file__).with_name("triton_blocks.json")
+_REGISTERS = 65536  # of an NVIDIA multiprocessor
 _ACC = {torch.float32: tl.float32, torch.float64: tl.float64}
 
 
-def block_options(vocab: int) -> dict[str, int]:
-    """Block size, and warps that share a block."""
-    block = min(_MAX_BLOCK, triton.next_power_of_2(vocab))
-    return {"BLOCK": block, "num_warps": max(1, min(8, block // 512))}
+class Curve(IntEnum):
+    """What the logits become before they are scaled; mirrored in triton_math.py."""
+
+    PLAIN = 0
+    NEGATED = 1
+    SOFTCAP = 2
+
+
+class Alignment(IntEnum):
+    """Whether rows begin at multiples of 16 bytes from the first; mirrored in triton_math.py."""
+
+    ALIGNED = 0
+    SHIFTED = 1  # some do not, all alike in what is read and what is written: loads begin before the row
+    LOOSE = 2  # not alike
+
+
+@dataclass(frozen=True)
+class Blocks:
+    """How a kernel goes over its rows.
+
+    Args:
+        num_warps: Warps of a program. A lane of a block is a thread.
+        unroll: Loads of 16 bytes that a thread makes for a block; it has those of two blocks under way at once.
+        per_processor: Programs at once on a multiprocessor, each with a row of its own. Where rows are read twice they
+            should fit the cache together, so this may be less than 1.
+    """
+
+    num_warps: int
+    unroll: int
+    per_processor: float
+
+    def launch(self, rows: int, vector: int, device: torch.device, is_plain: bool) -> tuple[tuple[int], dict[str, int]]:
+        """The grid, and the kernel's constants.
+
+        Args:
+            rows: How many there are.
+            vector: Elements of 16 bytes.
+            device: Where they are.
+            is_plain: Whether rows are aligned and nothing else is computed on the way. What is not plain takes more
+                registers of a thread, and gets half the threads.
+        """
+        processors, lanes = processors_of(device)
+        num_warps = self.num_warps if is_plain else max(1, self.num_warps // 2)
+        options = {"LANES": lanes * num_warps, "UNROLL": self.unroll, "VECTOR": vector, "num_warps": num_warps}
+        if architecture(device).startswith("sm_"):  # as many registers as let these programs be there together
+            threads = 32 * num_warps * math.ceil(self.per_processor)
+            options["maxnreg"] = min(255, _REGISTERS // threads // 8 * 8)
+        return (min(rows, max(1, round(processors * self.per_processor))),), options
+
+
+def blocks_of(kernel: str, vocab: int, itemsize: int, device: torch.device) -> Blocks:
+    """The table's row for this kernel, element size and architecture whose vocabulary is the nearest.
+
+    Args:
+        kernel: "statistics" (rows read once), "gradient" (read and written once), "loss" (read twice, written once).
+        vocab, itemsize: Of the logits.
+        device: Where they are.
+    """
+    name = architecture(device)
+    others = ("sm_80", "any") if name.startswith("sm_") else ("any",)
+    itemsize = min(itemsize, 4)  # fp64 is there to test formulas
+    rows = next(rows for arch in (name, *others) if (rows := _table().get((arch, kernel, itemsize))))
+    return min(rows, key=lambda row: abs(math.log(row[0] / vocab)))[1]
+
+
+@cache
+def _table() -> dict[tuple[str, str, int], list[tuple[int, Blocks]]]:
+    table: dict[tuple[str, str, int], list[tuple[int, Blocks]]] = {}
+    for row in json.loads(TABLE.read_text())["blocks"]:
+        key = (row["architecture"], row["kernel"], row["itemsize"])
+        blocks = Blocks(row["num_warps"], row["unroll"], row["per_processor"])
+        table.setdefault(key, []).append((row["vocab"], blocks))
+    return table
+
+
+@cache
+def architecture(device: torch.device) -> str:
+    """The architecture as the table names it: "sm_90", "gfx942"; "any" for others than NVIDIA's and AMD's."""
+    if device.type != "cuda":
+        return "any"
+    if torch.version.hip is not None:
+        return torch.cuda.get_device_properties(device).gcnArchName.split(":")[0]
+    return "sm_{}{}".format(*torch.cuda.get_device_capability(device))
+
+
+@cache
+def processors_of(device: torch.device) -> tuple[int, int]:
+    """Multiprocessors of a device, and threads of its warps."""
+    if device.type == "cpu":
+        return 1, 32  # the interpreter runs programs one after another
+    properties = torch.get_device_module(device).get_device_properties(device)
+    count = properties.gpu_subslice_count if device.type == "xpu" else properties.multi_processor_count
+    return count, triton.runtime.driver.active.get_current_target().warp_size
 
 
 def arithmetic(dtype: torch.dtype) -> Any:
@@ -28,17 +125,51 @@ def arithmetic(dtype: torch.dtype) -> Any:
     return _ACC[accumulation_dtype(dtype)]
 
 
+def curve_of(softcap: float, logit_scale: float) -> Curve:
+    """The curve of a transform; a softcap's tanh takes the sign of the scale along."""
+    if softcap > 0:
+        return Curve.SOFTCAP
+    return Curve.NEGATED if logit_scale < 0 else Curve.PLAIN
+
+
 def transform_arguments(temperature: float, softcap: float, logit_scale: float) -> tuple[float, float, float]:
-    """``inner``, ``outer`` and ``slope``, as triton_math.py takes the transform apart."""
+    """``inner``, ``rate`` and ``slope``, as triton_math.py takes the transform apart."""
     slope = logit_scale / temperature
     if softcap > 0:
-        return logit_scale / softcap, softcap / temperature, slope
-    return (-1.0 if logit_scale < 0 else 1.0), abs(slope), slope
+        return logit_scale / softcap, softcap / temperature * math.log2(math.e), slope
+    return 1.0, abs(slope) * math.log2(math.e), slope
 
 
 def as_bytes(flags: Tensor | None) -> Tensor | None:
     """Booleans as kernels read and write them."""
     return None if flags is None else flags.view(torch.uint8)
+
+
+def check_rows(logits: Tensor, ids: Tensor, dlogits: Tensor | None = None) -> None:
+    """Raises ValueError unless the rows are those of ids ``[B, T]``, or have a position more, and gradients fit them.
+
+    A launch trusts its arguments; this is for who calls a registered op without the public function's checks.
+    """
+    fits = logits.dim() == 3 and ids.dim() == 2 and logits.shape[:2] in (ids.shape, (ids.shape[0], ids.shape[1] + 1))
+    if not fits or ids.dtype != torch.int64 or not ids.is_contiguous() or ids.device != logits.device:
+        raise ValueError(
+            f"ids must be contiguous int64 [B, T] beside logits [B, T or T + 1, V], got {list(ids.shape)} {ids.dtype} "
+            f"on {ids.device} beside {list(logits.shape)} on {logits.device}"
+        )
+    if dlogits is not None and (dlogits.shape != logits.shape or dlogits.element_size() > logits.element_size()):
+        raise ValueError(
+            f"dlogits must have the shape of logits, {list(logits.shape)}, and no wider elements than {logits.dtype}, "
+            f"got {list(dlogits.shape)} {dlogits.dtype}"
+        )
+
+
+def check_tokens(count: int, dtype: torch.dtype, **values: Tensor | None) -> None:
+    """Raises ValueError unless each of ``values`` is absent or holds ``count`` contiguous values of ``dtype``."""
+    for name, tensor in values.items():
+        if tensor is not None and (tensor.numel() != count or tensor.dtype != dtype or not tensor.is_contiguous()):
+            raise ValueError(
+                f"{name} must hold {count} contiguous values of {dtype}, got {list(tensor.shape)} {tensor.dtype}"
+            )
 
 
 def row_strides(logits: Tensor) -> tuple[int, int]:
@@ -48,18 +179,26 @@ def row_strides(logits: Tensor) -> tuple[int, int]:
     return logits.stride(0), logits.stride(1)
 
 
+def vector_of(dtype: torch.dtype) -> int:
+    """Elements of 16 bytes."""
+    return 16 // dtype.itemsize
+
+
+def alignment_of(vector: int, strides: tuple[int, int], other: tuple[int, int] | None = None) -> Alignment:
+    """How rows lie that are read, and those that are written, if any; ``vector`` elements make 16 bytes."""
+    both = strides + (other or ())
+    if all(stride % vector == 0 for stride in both):
+        return Alignment.ALIGNED
+    return Alignment.SHIFTED if other is None or other == strides else Alignment.LOOSE
+
+
 @contextmanager
 def rounded(out: Tensor) -> Iterator[Tensor]:
     """What a kernel writes ``out`` through. Triton's interpreter truncates to bfloat16, where a GPU rounds: there the
     kernel writes fp32, and torch rounds."""
-    if out.device.type != "cpu" or out.dtype != torch.bfloat16:
+    if not triton.knobs.runtime.interpret or out.dtype != torch.bfloat16:
         yield out
         return
     wide = out.float()
     yield wide
     out.copy_(wide)
-
-
-def are_aligned(*strides: int) -> bool:
-    """Whether every row begins at a multiple of 16 elements from the first."""
-    return all(stride % 16 == 0 for stride in strides)

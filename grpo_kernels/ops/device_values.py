@@ -1,0 +1,43 @@
+"""Bad values that kernels on a GPU met: kept on the device, for reading them back would wait for it."""
+
+from __future__ import annotations
+
+from functools import cache
+
+import torch
+from torch import Tensor
+
+_NONE = 2**63 - 1
+#: What is kept, in this order: the least flat index of each.
+_KINDS = (
+    "an id outside the vocabulary where unmasked",
+    "an infinite reward",
+)
+
+
+@cache
+def first_bad(device: torch.device) -> Tensor:  # [2] int64
+    """The least index of each bad value since ``check_device_values`` was last called."""
+    return torch.full((len(_KINDS),), _NONE, dtype=torch.int64, device=device)
+
+
+def check_device_values(device: torch.device) -> None:
+    """Raises if a kernel on ``device`` met a bad value since this was last called. One sync.
+
+    Kernels read nothing out of bounds and go on: an id outside the vocabulary is held at its end, an infinite reward
+    leaves its group without advantages. Call it once a step, or once in a while; ``debug=True`` calls it for you.
+
+    Args:
+        device: Where the tensors were. On a CPU values are checked before anything runs.
+
+    Raises:
+        ValueError: There was one; the message gives the flat index of the first in its tensor.
+    """
+    device = torch.empty(0, device=device).device  # "cuda" names the current device
+    kept = first_bad(device)
+    found = [(kind, index) for kind, index in zip(_KINDS, kept.tolist(), strict=True) if index != _NONE]
+    if found:
+        kept.fill_(_NONE)
+        raise ValueError(
+            "; ".join(f"an earlier call on {device} was given {kind}, at {index}" for kind, index in found)
+        )
