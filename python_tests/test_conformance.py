@@ -18,7 +18,7 @@ pytestmark = pytest.mark.usefixtures("poison", "one_thread")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
-def _is_tested(op: str, backend: str, dtype: torch.dtype, case: Case) -> bool:
+def is_tested(op: str, backend: str, dtype: torch.dtype, case: Case) -> bool:
     if not applies(op, case):
         return False
     few_dtypes = case in VARIANT_CASES or case in VOCABULARY_CASES
@@ -36,7 +36,7 @@ GRID = [
     for case in ALL_CASES
     for dtype in DTYPES
     for backend in registry.BACKENDS
-    if _is_tested(op, backend, dtype, case)
+    if is_tested(op, backend, dtype, case)
 ]
 
 

@@ -39,6 +39,10 @@ def test_edges() -> None:
     assert passed(f"{TESTS}/test_edges.py", f"{TESTS}/test_interpreted.py", "-k", "triton or interpreted") >= 8
 
 
+def test_what_gpus_are_checked_for_at_small_sizes() -> None:
+    assert passed(f"{TESTS}/test_gpu.py", "-m", "not gpu") > 80
+
+
 @pytest.mark.slow
 def test_opcheck() -> None:
     assert passed(f"{TESTS}/test_compile.py", "-k", "opcheck") > len(SOURCES)

@@ -56,6 +56,16 @@ class Inputs:
         """The same values in memory of their own, laid out alike."""
         return self._map(lambda x: x.clone())
 
+    def to(self, device: torch.device) -> Inputs:
+        """The same values on a device, laid out alike: gaps and all."""
+
+        def move(x: Tensor) -> Tensor:
+            held = x.untyped_storage().size() // x.element_size()
+            whole = x.detach().as_strided((held,), (1,), 0).to(device)
+            return whole.as_strided(x.shape, x.stride(), x.storage_offset())
+
+        return self._map(move)
+
     def _map(self, function: Any) -> Inputs:
         return dataclasses.replace(self, **{name: function(x) for name, x in self.tensors().items()})
 

@@ -1,0 +1,273 @@
+"""The Triton backend on a GPU: at real sizes, past 2^31 elements, captured, twice over, within its memory.
+
+Under Triton's interpreter the same checks run at small sizes, but for those that only a GPU can fail.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+import warnings
+from collections.abc import Iterator
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from test_conformance import is_tested
+from torch import Tensor
+
+from grpo_kernels import GRPOLossConfig, check_device_values, grpo_loss, linear_grpo_loss, registry, token_logprobs
+from grpo_kernels.testing.assertions import assert_near_baseline
+from grpo_kernels.testing.calls import SOURCES, rounded_dlogits, run
+from grpo_kernels.testing.cases import ALL_CASES, Case
+from grpo_kernels.testing.inputs import Inputs, build
+
+ON_GPU = torch.cuda.is_available()
+DEVICE = torch.device("cuda" if ON_GPU else "cpu")
+_REASON = registry.unsupported_reason("grpo_loss", "triton", DEVICE)
+if _REASON is not None:
+    pytest.skip(f"needs a GPU, or Triton's interpreter: {_REASON}", allow_module_level=True)
+
+HALF, SINGLE = torch.bfloat16, torch.float32
+DTYPES = (SINGLE, HALF, torch.float16)
+# Llama 3, DeepSeek V3, Qwen2.5, and a prime
+VOCABULARIES = (128256, 129280, 151936, 131071) if ON_GPU else (256, 514, 131)
+KL = GRPOLossConfig(beta=0.1, epsilon_high=0.28, entropy_coef=0.01)
+
+
+@pytest.fixture(autouse=True)
+def needs_gpu(request: pytest.FixtureRequest) -> None:
+    if request.node.get_closest_marker("gpu") and not ON_GPU:
+        pytest.skip("needs a GPU")
+
+
+@pytest.fixture(autouse=True)
+def poisoned_memory() -> Iterator[None]:
+    """Memory that nobody has written holds NaN, and nothing bad was met that nobody asked for."""
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    yield
+    torch.use_deterministic_algorithms(False)
+    check_device_values(DEVICE)
+
+
+def _assert_conforms(op: str, case: Case, dtype: torch.dtype, **options: Any) -> None:
+    inputs = build(case, dtype, SOURCES[op]).to(DEVICE)
+    with nullcontext() if dtype == SINGLE else rounded_dlogits(dtype):
+        reference = run(op, inputs, "torch")
+    assert_near_baseline(run(op, inputs, "triton", **options), reference, run(op, inputs.double(), "torch"), dtype)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(
+    ("op", "dtype", "case"),
+    [
+        pytest.param(op, dtype, case, id=f"{op}-{str(dtype)[6:]}-{case}")
+        for op in SOURCES
+        for case in ALL_CASES
+        for dtype in DTYPES
+        if is_tested(op, "triton", dtype, case)
+    ],
+)
+def test_conformance_suite(op: str, dtype: torch.dtype, case: Case) -> None:
+    _assert_conforms(op, case, dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("vocab", VOCABULARIES)
+@pytest.mark.parametrize("op", ["token_logprobs", "grpo_loss", "linear_token_logprobs", "linear_grpo_loss"])
+def test_real_vocabularies(op: str, vocab: int, dtype: torch.dtype) -> None:
+    size = {"batch": 8, "length": 32, "hidden": 256} if ON_GPU else {"batch": 2, "length": 3}
+    _assert_conforms(op, Case(f"real_{vocab}", vocab=vocab, mask="holes", config=KL, **size), dtype)
+
+
+@pytest.mark.parametrize("op", ["policy_loss", "grpo_loss", "token_logprobs"])
+def test_long_completions(op: str) -> None:
+    """70,000 tokens: more than a grid's second dimension takes."""
+    size = {"length": 70_000, "vocab": 521} if ON_GPU else {"length": 70, "vocab": 23}
+    _assert_conforms(op, Case("long", batch=2, config=KL, **size), SINGLE)
+
+
+def _ends_of_a_huge_batch(logits: Tensor, ids: Tensor, op: str, backend: str, ends: list[int]) -> dict[str, Tensor]:
+    """What ``op`` makes of the rows ``ends``; in place where it is "triton"."""
+    leaf, inplace = logits.requires_grad_(), backend == "triton"
+    if op == "grpo_loss":  # each token weighs the same however many there are
+        mask, advantages = torch.ones(ids.shape, device=DEVICE), torch.ones(1, device=DEVICE)
+        out = grpo_loss(leaf, ids, advantages, mask, num_items_in_batch=4.0, inplace=inplace, backend=backend)
+        out.loss.backward()
+    else:
+        out = token_logprobs(leaf, ids, outputs=("entropy",), inplace_backward=inplace, backend=backend)
+        (out.logprobs.sum() + 0.5 * out.entropy.sum()).backward()
+    assert leaf.grad is not None
+    results = {"logprobs": out.logprobs, "entropy": out.entropy, "dlogits": leaf.grad}
+    return {name: values.detach()[:, ends] for name, values in results.items()}
+
+
+@pytest.mark.parametrize("vocab", [151936, 131071] if ON_GPU else [64, 61])
+@pytest.mark.parametrize("op", ["grpo_loss", "token_logprobs"])
+def test_more_than_2_to_the_31_logits(op: str, vocab: int) -> None:
+    """The first rows and the last, 2^31 elements apart, against the reference's of those rows alone."""
+    rows = 2**31 // vocab + 3 if ON_GPU else 9
+    generator = torch.Generator(DEVICE).manual_seed(0)
+    logits = torch.empty(1, rows, vocab, dtype=HALF, device=DEVICE).normal_(0, 2, generator=generator)
+    ids = torch.randint(vocab, (1, rows), generator=generator, device=DEVICE)
+    ends = [0, 1, rows - 2, rows - 1]
+    few, few_ids = logits[:, ends].clone(), ids[:, ends]
+    got = _ends_of_a_huge_batch(logits, ids, op, "triton", ends)
+    reference, baseline = (
+        _ends_of_a_huge_batch(values, few_ids, op, "torch", [0, 1, 2, 3]) for values in (few.clone(), few.double())
+    )
+    assert_near_baseline(got, reference, baseline, HALF)
+
+
+def _real(op: str, dtype: torch.dtype = HALF, vocab: int = VOCABULARIES[2], **options: Any) -> Inputs:
+    size = {"batch": 4, "length": 256, "hidden": 256} if ON_GPU else {"batch": 2, "length": 3}
+    return build(Case("real", vocab=vocab, config=KL, **(size | options)), dtype, SOURCES[op]).to(DEVICE)
+
+
+@pytest.mark.parametrize("op", SOURCES)
+def test_runs_are_bit_equal(op: str) -> None:
+    inputs = _real(op)
+    first, second = run(op, inputs, "triton"), run(op, inputs, "triton")
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("level", ["token", "sequence"])
+@pytest.mark.parametrize("op", SOURCES)
+def test_captured_graphs_replay(op: str, level: str) -> None:
+    """Forward and backward, on values that were not there when they were captured."""
+    config = GRPOLossConfig(beta=0.1, importance_sampling_level=level)
+    size = {"batch": 8, "length": 24, "vocab": 4099, "mask": "holes", "config": config}
+    static, other = (build(Case(name, **size), HALF, SOURCES[op]).to(DEVICE) for name in ("captured", "replayed"))
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        run(op, static, "triton")
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = run(op, static, "triton")
+    for name, values in static.tensors().items():
+        values.copy_(other.tensors()[name])
+    graph.replay()
+    with rounded_dlogits(HALF):
+        reference = run(op, other, "torch")
+    assert_near_baseline(captured, reference, run(op, other.double(), "torch"), HALF)
+
+
+#: Waits of the host: how many rows are masked or dead, which of those retained are live, which are clipped.
+_SYNCS = {"linear_token_logprobs": 2, "linear_grpo_loss": 2}
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("op", SOURCES)
+def test_the_host_waits_for_counts_of_rows_alone(op: str) -> None:
+    inputs = _real(op)
+    run(op, inputs, "triton")
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("warn")
+    try:
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            run(op, inputs, "triton")
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    syncs = [str(warning.message) for warning in caught if "synchroniz" in str(warning.message)]
+    assert len(syncs) <= _SYNCS.get(op, 0), syncs
+
+
+def _peak(function: Any) -> int:
+    """Most bytes allocated beyond those before a call, in its second run: the first allocates what libraries keep."""
+    function()
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    function()
+    return torch.cuda.max_memory_allocated() - before
+
+
+_SLACK = 64 << 20  # what the allocator rounds up, and temporaries of [N]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("inplace", [True, False])
+def test_memory_of_grpo_loss_is_its_gradient(inplace: bool) -> None:
+    torch.utils.deterministic.fill_uninitialized_memory = False
+    logits = torch.randn(1, 8192, VOCABULARIES[0], device=DEVICE, dtype=HALF)
+    ids, mask = torch.zeros(1, 8192, dtype=torch.long, device=DEVICE), torch.ones(1, 8192, device=DEVICE)
+
+    def step() -> None:
+        leaf = logits.detach().requires_grad_()
+        grpo_loss(leaf, ids, mask[:, 0], mask, inplace=inplace, backend="triton").loss.backward()
+
+    assert _peak(step) <= (0 if inplace else logits.nbytes) + _SLACK
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("live", [1.0, 0.25])
+@pytest.mark.parametrize("logits_dtype", [SINGLE, HALF], ids=str)
+def test_memory_of_linear_grpo_loss_is_its_workspace_and_gradients(logits_dtype: torch.dtype, live: float) -> None:
+    torch.utils.deterministic.fill_uninitialized_memory = False
+    tokens, width, vocab = 16384, 1024, VOCABULARIES[0]
+    hidden = torch.randn(16, tokens // 16, width, device=DEVICE, dtype=HALF, requires_grad=True)
+    weight = torch.empty(vocab, width, device=DEVICE, dtype=HALF).normal_(0, 0.02).requires_grad_()
+    ids, mask = (
+        torch.zeros(hidden.shape[:2], dtype=torch.long, device=DEVICE),
+        torch.ones(hidden.shape[:2], device=DEVICE),
+    )
+    advantages = (torch.arange(16, device=DEVICE) < 16 * live).float()
+    old = torch.full(hidden.shape[:2], -12.0, device=DEVICE)
+
+    def step() -> None:
+        hidden.grad = weight.grad = None
+        out = linear_grpo_loss(hidden, weight, ids, advantages, mask, old_logprobs=old, logits_dtype=logits_dtype,
+                               backend="triton")  # fmt: skip
+        out.loss.backward()
+        hidden.grad = weight.grad = None
+
+    workspace = 3 * 10**9 // 2 * 9 // 8  # an eighth more where clipped rows leave
+    gradients = weight.numel() * (4 + 2) + hidden.numel() * (2 + 2 + 4 + 2)  # fp32 sums, then the parameters' dtype
+    assert _peak(step) <= workspace + gradients + _SLACK
+
+
+@pytest.mark.gpu
+def test_ids_outside_the_vocabulary_are_told_later() -> None:
+    logits, ids = torch.randn(2, 3, 1000, device=DEVICE), torch.zeros(2, 3, dtype=torch.long, device=DEVICE)
+    ids[1, 1] = 2**40
+    loss = grpo_loss(logits, ids, torch.ones(2, device=DEVICE), torch.ones(2, 3, device=DEVICE)).loss
+    assert loss.isfinite()
+    with pytest.raises(ValueError, match="an id outside the vocabulary where unmasked, at 4"):
+        check_device_values(DEVICE)
+    with pytest.raises(ValueError, match="completion_ids must lie in"):
+        grpo_loss(logits, ids, torch.ones(2, device=DEVICE), torch.ones(2, 3, device=DEVICE), debug=True)
+
+
+@pytest.mark.parametrize("vocab", [1, 67, 1031, 4096])
+@pytest.mark.parametrize("dtype", [SINGLE, HALF], ids=str)
+@pytest.mark.parametrize("op", SOURCES)
+def test_small_shapes(op: str, dtype: torch.dtype, vocab: int) -> None:
+    """What the sanitizer runs."""
+    results = run(op, _real(op, dtype, vocab, batch=2, length=3, mask="holes"), "triton")
+    assert all(values.isfinite().all() for values in results.values())
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("tool", ["memcheck", "racecheck"])
+def test_compute_sanitizer(tool: str) -> None:
+    sanitizer = shutil.which("compute-sanitizer", path=os.environ.get("PATH", "") + ":/usr/local/cuda/bin")
+    if sanitizer is None:
+        pytest.skip("compute-sanitizer is not installed")
+    command = [sanitizer, "--tool", tool, "--error-exitcode", "99", sys.executable, "-m", "pytest", "-q"]
+    command += ["-p", "no:cacheprovider", "-p", "no:xdist", __file__, "-k", "test_small_shapes"]
+    environment = dict(os.environ, PYTORCH_NO_CUDA_MEMORY_CACHING="1")
+    result = subprocess.run(
+        command, cwd=Path(__file__).parents[1], env=environment, capture_output=True, text=True, timeout=200
+    )
+    if "Device not supported" in result.stdout:
+        pytest.skip("compute-sanitizer does not support this device")
+    assert result.returncode == 0 and " passed" in result.stdout, result.stdout[-4000:] + result.stderr[-4000:]
