@@ -1,10 +1,14 @@
 # The environment is .venv; every target makes what it needs of it, once.
 #   PYTHON=python3.12 make test     another interpreter (3.11 or newer)
 #   MAX_JOBS=2 make test            fewer compiler processes
+# The targets for a GPU run in an environment of yours, with torch for it, Triton and pytest:
+#   GPU_PYTHON=python3 make gpu
 
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+GPU_PYTHON ?= python3
+RESULTS ?= benchmarks/results
 PIP_INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 INSTALL := $(PIP_INSTALL) --no-build-isolation --editable
 PYTEST := $(BIN)/python -m pytest --numprocesses auto --maxprocesses 8 --dist worksteal
@@ -12,13 +16,15 @@ PYTEST := $(BIN)/python -m pytest --numprocesses auto --maxprocesses 8 --dist wo
 # A change to one of these builds the package again; Python sources are used in place.
 BUILD_INPUTS := pyproject.toml setup.py CMakeLists.txt grpo_kernels/version.py $(shell find csrc -type f)
 
-.PHONY: demo test test-full bench bench-quick lint format install check-portable clean help
+.PHONY: demo test test-full bench bench-quick gpu tune lint format install check-portable clean help
 
 help:
 	@echo "make demo            train a small reasoning model on the CPU and watch the reward rise"
 	@echo "make test            lint and tests"
 	@echo "make test-full       lint and all tests, the slow ones too"
 	@echo "make bench           benchmarks;  make bench-quick: small shapes"
+	@echo "make gpu             on a GPU: the checks that need one, and the benchmarks, into $(RESULTS)"
+	@echo "make tune            on a GPU: its rows of the table of block sizes"
 	@echo "make install         the package with its training extra, in .venv"
 	@echo "make lint, format    ruff"
 	@echo "make check-portable  build with clang, compile for arm64"
@@ -38,6 +44,12 @@ bench: $(VENV)/.bench
 
 bench-quick: $(VENV)/.bench
 	$(BIN)/python -m pytest benchmarks --benchmark-only --quick
+
+gpu:
+	PYTHONPATH=. $(GPU_PYTHON) benchmarks/gpu.py --results $(RESULTS)
+
+tune:
+	PYTHONPATH=. $(GPU_PYTHON) benchmarks/tune.py
 
 lint: $(VENV)/.test
 	$(BIN)/ruff check .

@@ -6,8 +6,10 @@ import statistics
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
-from pytest_benchmark.fixture import BenchmarkFixture
+if TYPE_CHECKING:
+    from pytest_benchmark.fixture import BenchmarkFixture
 
 
 @dataclass
@@ -19,6 +21,7 @@ class Comparison:
         floor: Which of the names is the floor that the others are held against.
         targets: Highest share of the floor that a name is meant to reach.
         notes: What else was measured.
+        peaks: Most bytes that a name allocated beyond its inputs.
     """
 
     title: str
@@ -26,6 +29,7 @@ class Comparison:
     targets: dict[str, float] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
     times: dict[str, list[float]] = field(default_factory=dict)
+    peaks: dict[str, int] = field(default_factory=dict)
 
     def median(self, name: str) -> float:
         return statistics.median(self.times[name])
@@ -33,15 +37,20 @@ class Comparison:
     def over_floor(self, name: str) -> float:
         return self.median(name) / self.median(self.floor)
 
+    def spread(self, name: str) -> tuple[float, float]:
+        """The 20th and the 80th percentile."""
+        ordered = sorted(self.times[name])
+        return ordered[len(ordered) // 5], ordered[-1 - len(ordered) // 5]
+
     def lines(self) -> list[str]:
         """A row per name: median, quantiles, share of the floor and of the target."""
         rows = []
-        for name, times in self.times.items():
-            ordered = sorted(times)
-            low, high = ordered[len(ordered) // 5], ordered[-1 - len(ordered) // 5]
+        for name in self.times:
+            low, high = self.spread(name)
             target = f"  (target {self.targets[name]:.2f}x)" if name in self.targets else ""
+            peak = f"  {self.peaks[name] / 1e9:6.2f} GB" if name in self.peaks else ""
             rows.append(
-                f"{name:34s} {self.median(name) * 1e3:9.1f} ms  p20 {low * 1e3:9.1f}  p80 {high * 1e3:9.1f}"
+                f"{name:38s} {self.median(name) * 1e3:9.2f} ms  p20 {low * 1e3:9.2f}  p80 {high * 1e3:9.2f}{peak}"
                 f"  {self.over_floor(name):6.2f}x the floor{target}"
             )
         return rows + self.notes

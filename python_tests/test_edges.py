@@ -236,3 +236,27 @@ def test_packed_rewards_are_the_same_however_offsets_are_stored(dtype: torch.dty
         grads.append(leaf.grad)
     assert grads[1].any()
     torch.testing.assert_close(*grads, rtol=1e-6, atol=1e-7)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("is_masked", [False, True])
+@pytest.mark.parametrize("op", ["token_logprobs", "linear_token_logprobs", "grpo_loss", "linear_grpo_loss"])
+def test_tokens_may_lie_apart(op: str, is_masked: bool, backend: str) -> None:
+    """Ids and masks with gaps, and the gradient of a sum, which is one number spread."""
+    torch.manual_seed(0)
+    hidden, weight, ids = torch.randn(7, 4), torch.randn(11, 4), torch.randint(11, (7,))
+    mask = torch.tensor([1, 0, 1, 1, 1, 0, 1]) if is_masked else torch.ones(7, dtype=torch.long)
+    advantages, offsets = torch.tensor([1.0, -1.0]), torch.tensor([0, 3, 7])
+    functions = {f.__name__: f for f in (token_logprobs, linear_token_logprobs, grpo_loss, linear_grpo_loss)}
+    grads = []
+    for t, m in ((ids, mask), [torch.stack([x, x + 1], 1)[:, 0] for x in (ids, mask)]):
+        x, w = hidden.clone().requires_grad_(), weight.clone().requires_grad_()
+        inputs = (x, w) if op.startswith("linear") else (x @ w.t(),)
+        if op.endswith("logprobs"):
+            out = functions[op](*inputs, t, mask=m if is_masked else None, outputs=("entropy",), backend=backend)
+            (out.logprobs.sum() - out.entropy.sum()).backward()
+        else:
+            functions[op](*inputs, t, advantages, m, cu_seqlens=offsets, backend=backend).loss.backward()
+        grads.append((x.grad, w.grad))
+    torch.testing.assert_close(grads[0], grads[1])
+    assert grads[0][1].any()

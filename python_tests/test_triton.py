@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import os
 import re
 import subprocess
@@ -10,10 +11,12 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from grpo_kernels.testing.calls import SOURCES
 
 TESTS = Path(__file__).parent
+TABLE = TESTS.parent / "grpo_kernels" / "ops" / "token_logprobs" / "triton_blocks.json"
 PARTS = 8  # of the conformance suite: for as many workers of the test run
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed")
 
@@ -41,6 +44,43 @@ def test_edges() -> None:
 
 def test_what_gpus_are_checked_for_at_small_sizes() -> None:
     assert passed(f"{TESTS}/test_gpu.py", "-m", "not gpu") > 80
+
+
+def _smoke(script: str, *arguments: str, interpret: bool = True) -> str:
+    """What a benchmark prints at toy sizes."""
+    root = TESTS.parent
+    environment = dict(os.environ, PYTHONPATH=str(root), TRITON_INTERPRET=str(int(interpret)))
+    command = [sys.executable, str(root / "benchmarks" / script), *arguments]
+    result = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True)
+    assert result.returncode == 0, result.stdout + result.stderr
+    return result.stdout
+
+
+@pytest.mark.parametrize("script", ["gpu.py", "tune.py"])
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_what_needs_a_gpu_says_so(script: str) -> None:
+    assert "sees no CUDA or ROCm device" in _smoke(script, interpret=False)
+
+
+def test_gpu_benchmarks_at_toy_sizes(tmp_path: Path) -> None:
+    printed = _smoke("gpu.py", "--smoke", "--no-checks", "--rounds", "1", "--results", str(tmp_path))
+    (path,) = tmp_path.glob("smoke/*.json")
+    report = json.loads(path.read_text())
+    assert report["left_out"] == [] and path.with_suffix(".md").read_text() in printed
+    assert {"linear_grpo_loss, bf16 workspace", "grpo_loss, in place"} <= {row["contender"] for row in report["rows"]}
+    assert all(row["median_ms"] > 0 and row["over_floor"] > 0 for row in report["rows"])
+    assert len(report["accuracy"]) == 3 and all(0 < row["ratio"] < row["asked"] for row in report["accuracy"])
+
+
+def test_tuned_rows_join_the_shipped_table(tmp_path: Path) -> None:
+    path = tmp_path / "table.json"
+    _smoke("tune.py", "--smoke", "--rounds", "1", "--table", str(path))
+    rows, shipped = (json.loads(table.read_text())["blocks"] for table in (path, TABLE))
+    added = [row for row in rows if row not in shipped]
+    assert {(row["kernel"], row["itemsize"]) for row in added} == {
+        (kernel, itemsize) for kernel in ("statistics", "gradient", "loss") for itemsize in (2, 4)
+    }
+    assert all(row in rows for row in shipped)
 
 
 @pytest.mark.slow

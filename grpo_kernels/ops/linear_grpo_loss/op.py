@@ -34,7 +34,7 @@ from grpo_kernels.ops.linear_token_logprobs.op import (
 from grpo_kernels.ops.linear_token_logprobs.rows import Rows, is_capturing, pack_rows, row_chunks
 from grpo_kernels.ops.policy_loss.inputs import FLAT_SCHEMA, PolicyInputs
 from grpo_kernels.ops.policy_loss.op import policy_loss_fwd, policy_metrics
-from grpo_kernels.ops.token_logprobs.op import accumulation_dtype
+from grpo_kernels.ops.token_logprobs.op import accumulation_dtype, token_ids
 from grpo_kernels.ops.token_logprobs.transform import TRANSFORM_SCHEMA, Transform
 from grpo_kernels.ops.validation import check_id_range
 
@@ -148,7 +148,7 @@ class _LinearGRPOLoss(torch.autograd.Function):
             bias,
             *dtypes,
             workspace_bytes,
-            ids.reshape(-1).to(torch.int64),
+            token_ids(ids).view(-1),
             *inputs.flat(),
             code.options,
             code.params,

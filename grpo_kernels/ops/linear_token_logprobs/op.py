@@ -31,6 +31,7 @@ from grpo_kernels.ops.token_logprobs.op import (
     like_ids,
     outputs_code,
     pack_outputs,
+    token_ids,
     token_logprobs_bwd,
     token_logprobs_fwd,
     token_mask,
@@ -200,7 +201,7 @@ class _LinearTokenLogprobs(torch.autograd.Function):
         backend: str,
     ) -> tuple[Tensor, ...]:
         rows = hidden.detach().reshape(-1, hidden.shape[-1])
-        flat_ids = ids.reshape(-1).to(torch.int64)
+        flat_ids = token_ids(ids).view(-1)
         flat_mask = None if mask is None else mask.reshape(-1)
         bounds = (outputs, max_logits_bytes, save_projection)
         logprobs, lse, entropy, *extras, retained, retained_ids, projection = _FWD[backend](
@@ -237,8 +238,8 @@ class _LinearTokenLogprobs(torch.autograd.Function):
             ids,
             mask,
             *statistics,
-            None if dlogprobs is None else dlogprobs.reshape(-1),
-            None if dentropy is None else dentropy.reshape(-1),
+            None if dlogprobs is None else dlogprobs.reshape(-1).contiguous(),
+            None if dentropy is None else dentropy.reshape(-1).contiguous(),
             *transform,
             retained,
             retained_ids,

@@ -156,6 +156,8 @@ def _hold_ids_kernel(ids_ptr, mask_ptr, held_ptr, first_bad_ptr, count, vocab, B
 def hold_ids(ids: Tensor, mask: Tensor | None, vocab: int) -> Tensor:  # [N] -> [N]
     """Ids held inside the vocabulary, for kernels that see a part of them: the first that was outside is kept."""
     held, count = torch.empty_like(ids), ids.shape[0]
+    check_tokens(count, torch.int64, ids=ids)
+    check_tokens(count, torch.bool, mask=mask)
     if count:
         grid = (triton.cdiv(count, _ID_BLOCK),)
         _hold_ids_kernel[grid](ids, as_bytes(mask), held, first_bad(ids.device), count, vocab, BLOCK=_ID_BLOCK)
