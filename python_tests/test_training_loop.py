@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from grpo_kernels import registry
+from grpo_kernels.ops.device_values import first_bad
 from grpo_kernels.training import addition
 from grpo_kernels.training.cold_start import cold_start
 from grpo_kernels.training.data import Task, load_task
@@ -137,6 +138,15 @@ def test_an_infinite_reward_stops_the_run():
     loop = loop_of(reward_funcs=["test_training_loop:infinite_reward"])
     with pytest.raises(ValueError, match=r"infinite_reward' must return finite rewards, got inf for completion 0"):
         next(loop.run())
+
+
+def test_what_a_gpu_flagged_stops_the_run_before_the_step():
+    loop = loop_of()
+    before = [p.clone() for p in loop.model.parameters()]
+    first_bad(torch.device("cpu"))[0] = 3
+    with pytest.raises(ValueError, match=r"an id outside the vocabulary where unmasked, at 3"):
+        next(loop.run())
+    assert all(torch.equal(p, q) for p, q in zip(before, loop.model.parameters(), strict=True))
 
 
 def test_truncated_completions_can_be_left_out():

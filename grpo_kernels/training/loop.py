@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from transformers import get_scheduler
 
-from grpo_kernels import group_advantages, grpo_loss
+from grpo_kernels import check_device_values, group_advantages, grpo_loss
 from grpo_kernels.ops.policy_loss.metrics import PolicyMetrics
 from grpo_kernels.training.data import Row, Task, render_prompt
 from grpo_kernels.training.recipe import Recipe
@@ -169,6 +169,7 @@ class GRPOLoop:
             output.loss.backward()
             loss += output.loss.item()
             parts.append(output.metrics)
+        check_device_values(self.model.device)
         metrics = PolicyMetrics.combined(parts)
         return {"loss": loss, **{name: value.item() for name, value in metrics.items()}}
 

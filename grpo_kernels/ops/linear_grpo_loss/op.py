@@ -23,14 +23,8 @@ from grpo_kernels.ops.grpo_loss.op import (
 from grpo_kernels.ops.library import KERNEL_BACKENDS, define
 from grpo_kernels.ops.linear_token_logprobs import reference as linear_reference
 from grpo_kernels.ops.linear_token_logprobs.head import HeadGradients, held_ids, make_head
-from grpo_kernels.ops.linear_token_logprobs.op import (
-    HEAD_SCHEMA,
-    check_head,
-    check_workspace,
-    gradient_fakes,
-    head_dtypes,
-    linear_token_logprobs,
-)
+from grpo_kernels.ops.linear_token_logprobs.inputs import check_head, check_workspace, head_dtypes
+from grpo_kernels.ops.linear_token_logprobs.op import HEAD_SCHEMA, gradient_fakes, linear_token_logprobs
 from grpo_kernels.ops.linear_token_logprobs.rows import Rows, is_capturing, pack_rows, row_chunks
 from grpo_kernels.ops.policy_loss.inputs import FLAT_SCHEMA, PolicyInputs
 from grpo_kernels.ops.policy_loss.op import policy_loss_fwd, policy_metrics

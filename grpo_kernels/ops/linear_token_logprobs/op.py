@@ -20,8 +20,8 @@ from grpo_kernels.ops.linear_token_logprobs.head import (
     make_head,
     project_back,
     row_width,
-    writes_fp32,
 )
+from grpo_kernels.ops.linear_token_logprobs.inputs import check_head, check_workspace, head_dtypes
 from grpo_kernels.ops.linear_token_logprobs.rows import Rows, is_capturing, row_chunks
 from grpo_kernels.ops.token_logprobs import reference as token_reference
 from grpo_kernels.ops.token_logprobs.op import (
@@ -37,14 +37,7 @@ from grpo_kernels.ops.token_logprobs.op import (
     token_mask,
 )
 from grpo_kernels.ops.token_logprobs.transform import TRANSFORM_SCHEMA, Transform
-from grpo_kernels.ops.validation import (
-    FLOAT_DTYPES,
-    check_device,
-    check_float,
-    check_id_range,
-    check_ids,
-    check_shape,
-)
+from grpo_kernels.ops.validation import check_device, check_id_range
 
 HEAD_SCHEMA = (
     "Tensor hidden, Tensor weight, Tensor? bias, ScalarType compute_dtype, ScalarType logits_dtype, int workspace_bytes"
@@ -247,70 +240,6 @@ class _LinearTokenLogprobs(torch.autograd.Function):
         )
         grads = (dhidden.view(hidden.shape) if needs[0] else None, dweight, dbias)
         return (*(g if need else None for g, need in zip(grads, needs, strict=True)), *(None,) * 9)
-
-
-def head_dtypes(hidden: Tensor, weight: Tensor, logits_dtype: torch.dtype | None) -> tuple[torch.dtype, torch.dtype]:
-    """The compute dtype (autocast's, where on) and the logits' (fp32 or fp64, unless one is given).
-
-    Raises:
-        TypeError: The dtypes of the two inputs differ outside autocast, or ``logits_dtype`` does not fit.
-    """
-    device = hidden.device.type
-    is_autocast = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
-    if is_autocast and hidden.dtype != torch.float64:
-        compute_dtype = torch.get_autocast_dtype(device)
-    elif hidden.dtype != weight.dtype:
-        raise TypeError(f"lm_head_weight must have the dtype of hidden_states, {hidden.dtype}, got {weight.dtype}")
-    else:
-        compute_dtype = hidden.dtype
-    wide = accumulation_dtype(compute_dtype)
-    if logits_dtype is None:
-        return compute_dtype, wide if device == "cpu" or writes_fp32(hidden.device) else compute_dtype
-    if logits_dtype not in FLOAT_DTYPES or logits_dtype not in (compute_dtype, wide):
-        raise TypeError(f"logits_dtype must be None, {compute_dtype} or {wide}, got {logits_dtype}")
-    return compute_dtype, logits_dtype
-
-
-def check_head(hidden: Tensor, weight: Tensor, bias: Tensor | None, ids: Tensor, name: str = "ids") -> None:
-    """Raises TypeError or ValueError unless hidden states, head and ids fit."""
-    check_float("hidden_states", hidden)
-    check_float("lm_head_weight", weight)
-    check_ids(name, ids)
-    if ids.dim() not in (1, 2):
-        raise ValueError(f"{name} must have shape [B, T] or, packed, [N], got {list(ids.shape)}")
-    size = hidden.shape[-1] if hidden.dim() else 0
-    if size == 0:
-        raise ValueError(f"hidden_states must have a last dimension of at least 1, got {list(hidden.shape)}")
-    check_shape("hidden_states", hidden, (*ids.shape, size))
-    if weight.dim() != 2 or weight.shape[0] == 0:
-        raise ValueError(f"lm_head_weight must have shape [V, H] with V at least 1, got {list(weight.shape)}")
-    check_shape("lm_head_weight", weight, (weight.shape[0], size))
-    if bias is not None:
-        check_float("bias", bias)
-        check_shape("bias", bias, (weight.shape[0],))
-    check_device(hidden.device, [("lm_head_weight", weight), ("bias", bias), (name, ids)])
-
-
-def check_workspace(
-    workspace_bytes: int | None, max_logits_bytes: int, vocab: int, dtype: torch.dtype, device: torch.device
-) -> int:
-    """The workspace's bound in bytes.
-
-    By default 1 GiB on a CPU. On a GPU 1.5 GB, and 1,024 rows at least: adding a chunk to ``dW`` moves ``8 V H`` bytes,
-    which at that size is still under the time of its GEMM.
-
-    Raises:
-        ValueError: A bound is negative.
-    """
-    if max_logits_bytes < 0:
-        raise ValueError(f"max_logits_bytes must be at least 0, got {max_logits_bytes}")
-    if workspace_bytes is not None:
-        if workspace_bytes < 1:
-            raise ValueError(f"workspace_bytes must be None or at least 1, got {workspace_bytes}")
-        return workspace_bytes
-    if device.type == "cpu":
-        return 1 << 30
-    return max(1_500_000_000, 1024 * row_width(vocab, dtype, device) * dtype.itemsize)
 
 
 def linear_token_logprobs(
