@@ -1,7 +1,7 @@
 # The environment is .venv; every target makes what it needs of it, once.
 #   PYTHON=python3.12 make test     another interpreter (3.11 or newer)
 #   MAX_JOBS=2 make test            fewer compiler processes
-# The targets for a GPU run in an environment of yours, with torch for it, Triton and pytest:
+# The targets for a GPU run in an environment of yours, with torch for it, Triton, pytest and hypothesis:
 #   GPU_PYTHON=python3 make gpu
 
 PYTHON ?= python3

@@ -8,13 +8,18 @@ from __future__ import annotations
 
 import argparse
 import datetime
+import importlib.util
 import json
 import os
 import platform
 import re
+import shutil
+import signal
 import subprocess
 import sys
 import time
+from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -26,23 +31,32 @@ from grpo_kernels import registry
 from grpo_kernels.version import __version__
 
 ROOT = Path(__file__).parents[1]
+#: A test's line in pytest's verbose output, in one process or from a worker.
+_OUTCOME = re.compile(r"(?:^\[gw\d+\] \[ *\d+%\]|^\S+\.py::.*) (PASSED|FAILED|ERROR|SKIPPED)\b")
 TESTS = ROOT / "python_tests" / "test_gpu.py"
 
 
-def checks(seconds: float) -> dict[str, Any]:
-    """Runs the tests; how many passed, what failed, what was skipped and why."""
-    command = [sys.executable, "-m", "pytest", str(TESTS), "-q", "-rfEs", "--tb=short", "-p", "no:cacheprovider"]
-    if subprocess.run([sys.executable, "-c", "import xdist"], capture_output=True).returncode == 0:
+def checks(seconds: float, log: Path) -> dict[str, Any]:
+    """Runs the tests, their output into a file; how many passed, what failed, what was skipped and why."""
+    command = [sys.executable, "-m", "pytest", str(TESTS), "-v", "-rfEs", "--tb=short", "-p", "no:cacheprovider"]
+    if importlib.util.find_spec("xdist") is not None:
         command += ["--numprocesses", str(min(8, os.cpu_count() or 1)), "--dist", "worksteal"]
-    environment = dict(os.environ, PYTHONPATH=str(ROOT), CUBLAS_WORKSPACE_CONFIG=":4096:8")
-    try:
-        run = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=seconds)
-        output, ended = run.stdout + run.stderr, "" if run.returncode in (0, 1) else f"pytest ended {run.returncode}"
-    except subprocess.TimeoutExpired as late:
-        output, ended = (late.stdout or b"").decode(), f"stopped after {seconds:.0f} s"
-    counts = {word: int(n) for n, word in re.findall(r"(\d+) (passed|failed|skipped|errors?)\b", output[-400:])}
-    lines = [line for line in output.splitlines() if line.startswith(("FAILED", "ERROR", "SKIPPED"))]
-    return {"counts": counts, "ended": ended, "lines": lines, "output": output if counts.get("failed") or ended else ""}
+    environment = dict(os.environ, PYTHONPATH=str(ROOT), CUBLAS_WORKSPACE_CONFIG=":4096:8", PYTHONUNBUFFERED="1")
+    with log.open("w") as file:
+        run = subprocess.Popen(
+            command, cwd=ROOT, env=environment, stdout=file, stderr=subprocess.STDOUT, start_new_session=True
+        )
+        try:
+            code, ended = run.wait(seconds), ""
+            ended = "" if code in (0, 1) else f"pytest ended with {code}"
+        except subprocess.TimeoutExpired:
+            code, ended = 1, f"stopped after {seconds:.0f} s"
+            os.killpg(run.pid, signal.SIGKILL)  # its workers too, which would share the GPU with what follows
+            run.wait()
+    lines = log.read_text().splitlines()
+    outcomes = [found[1] for line in lines if (found := _OUTCOME.search(line))]
+    told = [line for line in lines if re.match(r"(FAILED|ERROR|SKIPPED) ", line)]
+    return {"passes": code == 0, "counts": dict(Counter(outcomes)), "ended": ended, "lines": told}
 
 
 def versions(device: torch.device) -> dict[str, str]:
@@ -53,9 +67,9 @@ def versions(device: torch.device) -> dict[str, str]:
     found |= {"python": platform.python_version(), "machine": platform.machine()}
     if device.type == "cuda":
         found |= {"cuda": str(torch.version.cuda), "device": torch.cuda.get_device_name(device)}
-        driver = subprocess.run(["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"],
-                                capture_output=True, text=True)  # fmt: skip
-        found["driver"] = driver.stdout.strip()
+        if shutil.which("nvidia-smi"):
+            query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+            found["driver"] = subprocess.run(query, capture_output=True, text=True).stdout.strip()
     return found
 
 
@@ -64,7 +78,7 @@ def markdown(report: dict[str, Any], done: list[Comparison]) -> str:
     lines = [f"# {report['device']}, {report['date']}", ""]
     lines += [", ".join(f"{name} {value}" for name, value in report["versions"].items()), ""]
     check = report["checks"]
-    counts = ", ".join(f"{count} {word}" for word, count in check.get("counts", {}).items()) or "not run"
+    counts = ", ".join(f"{count} {word.lower()}" for word, count in check.get("counts", {}).items()) or "not run"
     lines += [f"Checks: {counts} {check.get('ended', '')}".rstrip(), *check.get("lines", [])[:20], ""]
     for comparison in done:
         lines += [comparison.title, *(f"    {line}" for line in comparison.lines()), ""]
@@ -94,28 +108,37 @@ def main() -> int:
         return 1
     name = "smoke" if options.smoke else re.sub(r"[^a-z0-9]+", "-", torch.cuda.get_device_name(device).lower())
     report: dict[str, Any] = {"device": name, "date": datetime.date.today().isoformat(), "versions": versions(device)}
-    report |= {"checks": {} if options.no_checks else checks(0.6 * options.seconds), "accuracy": [], "left_out": []}
     sizes = Sizes.smoke() if options.smoke else Sizes()
-    done: list[Comparison] = []
     folder = options.results / name
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"{report['date']}-{__version__}"
-    for what, measure in comparisons(sizes, device):
+    log = path.with_suffix(".log")
+    report |= {
+        "checks": {} if options.no_checks else checks(0.6 * options.seconds, log),
+        "accuracy": [],
+        "left_out": [],
+    }
+    done: list[Comparison] = []
+
+    def attempt(what: str, function: Callable[[], None]) -> None:
         if time.monotonic() - start > options.seconds - 15:
             report["left_out"].append(f"{what}: no time was left")
-            continue
+            return
         try:
-            done.append(measure(options.rounds))
-        except (RuntimeError, ImportError) as error:  # out of memory, or a peer that does not run: the others still do
+            function()
+        except Exception as error:  # out of memory, a wrong result: said in the report, and the others still run
             report["left_out"].append(f"{what}: {type(error).__name__}: {error}")
         path.with_suffix(".json").write_text(json.dumps({**report, "rows": _rows(done)}, indent=1) + "\n")
-    report["accuracy"] = accuracy(sizes, device)
-    path.with_suffix(".json").write_text(json.dumps({**report, "rows": _rows(done)}, indent=1) + "\n")
+
+    attempt("accuracy", lambda: report["accuracy"].extend(accuracy(sizes, device)))
+    for what, measure in comparisons(sizes, device):
+        attempt(what, lambda measure=measure: done.append(measure(options.rounds)))
     text = markdown(report, done)
     path.with_suffix(".md").write_text(text)
-    print(report["checks"].get("output", "")[-6000:])
+    if not report["checks"].get("passes", True):
+        print(log.read_text()[-5000:])
     print(text)
-    return int(bool(report["checks"].get("counts", {}).get("failed") or report["checks"].get("ended")))
+    return int(not report["checks"].get("passes", True))
 
 
 def _rows(done: list[Comparison]) -> list[dict[str, Any]]:

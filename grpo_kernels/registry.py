@@ -72,9 +72,11 @@ def _triton_failure(device: torch.device) -> str | None:
 
         if tuple(map(int, triton.__version__.split(".")[:2])) < _OLDEST_TRITON:
             return f"Triton {'.'.join(map(str, _OLDEST_TRITON))} or newer is needed, got {triton.__version__}"
+        from grpo_kernels.ops.device_values import first_bad
         from grpo_kernels.ops.triton_scale import scale
 
         with torch.get_device_module(device).device(device):
+            first_bad(device)  # not within a CUDA graph, whose memory it would be
             scale(torch.ones(1, device=device), torch.ones((), device=device))
     except Exception as error:  # whatever a driver, a compiler or a linker may raise is the reason
         return f"Triton cannot compile here: {type(error).__name__}: {error}"

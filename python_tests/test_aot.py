@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Iterator
+from dataclasses import replace
 from functools import cache
 from typing import Any
 from unittest import mock
@@ -17,6 +18,7 @@ if triton.knobs.runtime.interpret:
     pytest.skip("the interpreter compiles nothing", allow_module_level=True)
 
 from grpo_kernels import GRPOLossConfig, group_advantages  # noqa: E402
+from grpo_kernels.ops.linear_token_logprobs import rows  # noqa: E402
 from grpo_kernels.ops.token_logprobs import triton_rows  # noqa: E402
 from grpo_kernels.testing.calls import SOURCES, applies, run  # noqa: E402
 from grpo_kernels.testing.cases import Case  # noqa: E402
@@ -25,6 +27,7 @@ from grpo_kernels.testing.inputs import build  # noqa: E402
 
 EVERYTHING = GRPOLossConfig(beta=0.1, entropy_coef=0.05)
 SEQUENCE = GRPOLossConfig(beta=0.1, importance_sampling_level="sequence")
+BONUS = GRPOLossConfig(entropy_coef=0.05)
 #: Vocabularies of models in use, and one of which no row but the first begins at 16 bytes; few rows: nothing runs.
 PLAIN = Case("plain", length=3, vocab=151936, hidden=8, old=False, ref=False)
 FULL = Case("everything", length=3, vocab=151936, hidden=8, config=EVERYTHING, grad_output=2.0)
@@ -34,6 +37,8 @@ CASES = {
     "full_fp32": (FULL, torch.float32),
     "full_fp16": (FULL, torch.float16),
     "prime": (Case("prime", length=3, vocab=50257, hidden=8, config=EVERYTHING), torch.bfloat16),
+    "large_prime": (Case("large_prime", length=3, vocab=131071, hidden=8, config=EVERYTHING), torch.bfloat16),
+    "tiny": (Case("tiny", length=3, vocab=67, hidden=8, ref=False, config=BONUS), torch.bfloat16),
     "small": (Case("small", length=3, vocab=4096, hidden=8, config=EVERYTHING), torch.bfloat16),
     "sequence": (Case("sequence", length=3, vocab=32000, hidden=8, config=SEQUENCE, grad_output=2.0), torch.bfloat16),
     "softcap": (Case("softcap", length=3, vocab=256000, hidden=8, softcap=30.0, config=EVERYTHING), torch.float32),
@@ -149,6 +154,10 @@ def test_instructions_an_element_leave_memory_the_bottleneck(name: str, target: 
                 elements = sum(x.startswith("LDG") for x in loop) * launch.constant("VECTOR")
                 is_gradient = any(x.startswith("STG") for x in loop)
                 counts["gradient" if is_gradient else "statistics"].append(len(loop) / elements)
+            is_fused = launch.name == "_grpo_loss_kernel"
+            reads = is_fused or launch.name == "_token_logprobs_fwd_kernel"
+            writes = launch.writes("dlogits_ptr") if is_fused else launch.name == "_token_logprobs_bwd_kernel"
+            assert (bool(counts["statistics"]), bool(counts["gradient"])) == (reads, writes), (launch.name, counts)
             # of the loops over a row the first, unrolled; the others are its remainder and that of the extra outputs
             assert all(min(found) <= BUDGET[kind] for kind, found in counts.items() if found), (launch.name, counts)
 
@@ -165,6 +174,44 @@ def test_a_new_length_or_value_compiles_nothing() -> None:
         case = Case("any", vocab=4096, hidden=8, **change)
         keys.append(set(launches(lambda case=case: _calls(case, torch.bfloat16), "sm_90")))
     assert keys[0] == keys[1] == keys[2]
+
+
+def test_a_new_share_of_dead_rows_compiles_nothing() -> None:
+    """Nor does capturing a CUDA graph, where none leaves."""
+    case = Case("dead", batch=24, length=1, vocab=4096, hidden=8, mask="ones", ref=False)
+    for op in ("linear_grpo_loss", "linear_token_logprobs"):
+        inputs = build(case, torch.bfloat16, "hidden")
+        keys = []
+        for live in (1, 3, 4, 8, 16):
+            some = torch.arange(24) < live
+            given = replace(
+                inputs, advantages=some.float(), dlogprobs=some[:, None].float(), dentropy=torch.zeros(24, 1)
+            )
+            keys.append(set(launches(lambda given=given, op=op: run(op, given, "triton"), "sm_90")))
+        with mock.patch.object(rows, "is_capturing", lambda device: True):
+            keys.append(set(launches(lambda given=given, op=op: run(op, given, "triton"), "sm_90")))
+        assert all(key <= keys[0] for key in keys), op
+
+
+@pytest.mark.parametrize("op", ["grpo_loss", "token_logprobs"])
+def test_a_batch_past_2_to_the_31_elements_compiles_nothing(op: str) -> None:
+    inputs = build(Case("far", batch=1, length=3, vocab=4096, hidden=8, mask="ones"), torch.bfloat16)
+    far = replace(inputs, logits=inputs.logits.as_strided((1, 3, 4096), (2**31 + 4096, 4096, 1)))
+    near, past = (set(launches(lambda x=x: run(op, x, "triton"), "sm_90")) for x in (inputs, far))
+    assert near == past
+
+
+@pytest.mark.parametrize(("name", "lanes"), [("any", 64), ("gfx942", 64), ("any", 32)])
+def test_no_program_has_more_threads_than_a_gpu_takes(name: str, lanes: int) -> None:
+    with (
+        mock.patch.object(triton_rows, "architecture", lambda device: name),
+        mock.patch.object(triton_rows, "processors_of", lambda device: (100, lanes)),
+    ):
+        for kernel in ("statistics", "gradient", "loss"):
+            for vocab in (4096, 32000, 151936):
+                blocks = triton_rows.blocks_of(kernel, vocab, 2, torch.device("cpu"))
+                _, sizes = blocks.launch(1000, 8, torch.device("cpu"), True)
+                assert sizes["LANES"] == lanes * sizes["num_warps"] <= 1024
 
 
 @pytest.mark.parametrize("target", ["sm_80", "sm_90", "sm_100"])

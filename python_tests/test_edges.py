@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import contextmanager
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -18,6 +20,7 @@ from grpo_kernels import (
     policy_loss,
     token_logprobs,
 )
+from grpo_kernels.ops.library import lazily
 from grpo_kernels.testing.calls import BACKENDS
 
 
@@ -260,3 +263,19 @@ def test_tokens_may_lie_apart(op: str, is_masked: bool, backend: str) -> None:
         grads.append((x.grad, w.grad))
     torch.testing.assert_close(grads[0], grads[1])
     assert grads[0][1].any()
+
+
+def test_kernels_are_launched_on_the_device_of_their_tensors(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever device is current."""
+    entered: list[torch.device] = []
+
+    class Module:
+        @staticmethod
+        @contextmanager
+        def device(device: torch.device) -> Iterator[None]:
+            entered.append(device)
+            yield
+
+    monkeypatch.setattr(torch, "get_device_module", lambda device: Module)
+    second = SimpleNamespace(device=torch.device("cuda:1"))
+    assert lazily("operator", "is_")(second, second) and entered == [second.device]

@@ -15,11 +15,11 @@ _PER_PROCESSOR = 8  # programs, which take blocks in turn: where the scalar is 1
 @triton.jit(do_not_specialize=["batch_stride", "row_stride", "length", "width", "row_blocks", "blocks"])
 def _scale_kernel(
     values_ptr,  # [B, T, width]
-    batch_stride,
-    row_stride,
+    batch_stride: tl.int64,
+    row_stride: tl.int64,
     factor_ptr,  # []
     length,
-    width,
+    width: tl.int64,
     row_blocks,  # blocks in a row
     blocks,
     ALIGNED: tl.constexpr,

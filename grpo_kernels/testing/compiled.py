@@ -19,6 +19,8 @@ from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
 
 from grpo_kernels import registry
+from grpo_kernels.ops.linear_token_logprobs import head, inputs, op
+from grpo_kernels.ops.linear_token_logprobs.head import row_width
 from grpo_kernels.ops.token_logprobs import triton_rows
 
 TARGETS = {
@@ -72,6 +74,10 @@ class Launch:
     def name(self) -> str:
         return self.kernel.__name__
 
+    def writes(self, name: str) -> bool:
+        """Whether it is given an argument, rather than None."""
+        return dict(self.signature)[name] != "constexpr"
+
     def constant(self, name: str) -> Any:
         """Its value of a constant."""
         position = [argument for argument, _ in self.signature].index(name)
@@ -101,12 +107,21 @@ def launches(function: Callable[[], Any], target: str) -> list[Launch]:
 
     with (
         mock.patch.object(JITFunction, "run", record),
+        mock.patch.object(head, "matmul", lambda a, b, out, add=False: out),
+        mock.patch.object(head, "writes_fp32", lambda device: True),
+        mock.patch.object(inputs, "writes_fp32", lambda device: True),
+        mock.patch.object(head, "row_width", _gpu_row_width),
+        mock.patch.object(op, "row_width", _gpu_row_width),
         mock.patch.object(registry, "_IS_INTERPRETED", True),  # for the registry alone: it lets CPU tensors pass
         mock.patch.object(triton_rows, "architecture", lambda device: target),
         mock.patch.object(triton_rows, "processors_of", lambda device: (1, TARGETS[target].warp_size)),
     ):
         function()
     return list(found)
+
+
+def _gpu_row_width(vocab: int, dtype: torch.dtype, device: torch.device) -> int:
+    return row_width(vocab, dtype, torch.device("cuda"))
 
 
 @dataclass(frozen=True)

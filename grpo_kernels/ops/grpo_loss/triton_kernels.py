@@ -29,6 +29,8 @@ from grpo_kernels.ops.token_logprobs.triton_math import (
     zero_row,
 )
 from grpo_kernels.ops.token_logprobs.triton_rows import (
+    STRIDES,
+    TOKENS,
     Alignment,
     alignment_of,
     arithmetic,
@@ -44,7 +46,9 @@ from grpo_kernels.ops.token_logprobs.triton_rows import (
 )
 
 _GROUP_BLOCK, _OFFSET_BLOCK = tl.constexpr(64), tl.constexpr(256)
-_STRIDES = ["batch_stride", "row_stride", "dbatch_stride", "drow_stride"]
+_GIVEN = ["advantages_ptr", "policy_weights_ptr", "kl_weights_ptr", "entropy_weights_ptr", "old_logprobs_ptr",
+          "ref_logprobs_ptr", "rewards_ptr", "offsets_ptr"]  # fmt: skip
+_MADE = ["logprobs_ptr", "entropy_ptr", "live_ptr"]
 _SIZES = ["rows", "rows_per_batch", "length", "sequences", "num_generations"]
 
 
@@ -68,14 +72,14 @@ def _completion_of(n, offsets_ptr, sequences, BLOCK: tl.constexpr):
     return tl.sum(before, 0)
 
 
-@triton.jit(do_not_specialize=[*_STRIDES, *_SIZES])
+@triton.jit(do_not_specialize=[*STRIDES, *TOKENS, *_GIVEN, *_MADE, *_SIZES])
 def _grpo_loss_kernel(
     logits_ptr,  # [B, T or T + 1, V]
-    batch_stride,
-    row_stride,
+    batch_stride: tl.int64,
+    row_stride: tl.int64,
     dlogits_ptr,  # like logits, which it may be; or None
-    dbatch_stride,
-    drow_stride,
+    dbatch_stride: tl.int64,
+    drow_stride: tl.int64,
     ids_ptr,  # [B, T], like all that follow
     mask_ptr,
     advantages_ptr,  # read; written where there are rewards
@@ -256,7 +260,7 @@ def grpo_loss_fwd(
         strides = row_strides(logits)
         dstrides = strides if out is None else row_strides(out)
         alignment = alignment_of(vector, strides, dstrides)
-        is_plain = alignment == Alignment.ALIGNED and rewards is None
+        is_plain = alignment == Alignment.ALIGNED and vocab % vector == 0 and rewards is None
         grid, sizes = blocks.launch(rows, vector, logits.device, is_plain)
         _grpo_loss_kernel[grid](
             logits,

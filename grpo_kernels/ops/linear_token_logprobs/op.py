@@ -68,11 +68,12 @@ def _fwd(  # type: ignore[no-untyped-def]
     ]
     workspace = head.workspace(max((c.stop - c.start for c in chunks if c.start >= kept), default=0))
     row_ids = rows.take(held_ids(backend, ids, mask, head.vocab))
+    row_mask = None if mask is None else rows.unmasked()
     statistics = empty_statistics(hidden.new_empty(0, dtype=logits_dtype), (rows.count,), outputs)
     for chunk in chunks:
         inputs = head.inputs(hidden, rows, chunk)
         logits = head.logits(inputs, retained[chunk] if chunk.start < kept else workspace)
-        chunk_ids, chunk_mask = row_ids[None, chunk], None if rows.mask is None else rows.mask[None, chunk]
+        chunk_ids, chunk_mask = row_ids[None, chunk], None if row_mask is None else row_mask[None, chunk]
         found = token_logprobs_fwd[backend](logits[None], chunk_ids, chunk_mask, *transform, outputs)
         for whole, piece in zip(statistics, found, strict=True):
             if whole.numel():
@@ -101,7 +102,8 @@ def _bwd(  # type: ignore[no-untyped-def]
     chunks = [*row_chunks(0, rows.count, head.row_bytes, workspace_bytes, head.multiple)]
     workspace = head.workspace(max((c.stop - c.start for c in chunks), default=0))
     place = _places(retained_ids, rows, len(ids))
-    per_token = [rows.take(x) for x in (ids, rows.mask, logprobs, lse, entropy, dlogprobs, dentropy)]
+    row_ids, *statistics = (rows.take(x) for x in (ids, logprobs, lse, entropy, dlogprobs, dentropy))
+    per_token = [row_ids, rows.unmasked(), *statistics]
     for chunk in chunks:
         inputs = head.inputs(hidden, rows, chunk)
         logits = _chunk_logits(head, inputs, retained, None if place is None else place[chunk], workspace)

@@ -17,12 +17,14 @@ class Rows:
         index: Which token each is; None where all are taken as they come, masked ones among them.
         live: How many may have a gradient.
         count: How many there are.
+        device: Where they are.
         mask: The mask where masked tokens are among them.
     """
 
     index: Tensor | None  # [count]
     live: int
     count: int
+    device: torch.device
     mask: Tensor | None = None  # [N]
 
     @classmethod
@@ -36,18 +38,23 @@ class Rows:
         """
         rows = like.shape[0]
         if (mask is None and live is None) or is_capturing(like.device):
-            return cls(None, rows, rows, mask)
+            return cls(None, rows, rows, like.device, mask)
         # 2 live, 1 dead, 0 masked
         unmasked = torch.ones(rows, dtype=torch.bool, device=like.device) if mask is None else mask
         kind = unmasked.to(torch.uint8) + (unmasked if live is None else unmasked & live)
         n_live, count = torch.stack([(kind == 2).sum(), (kind > 0).sum()]).tolist()
         if n_live == rows:
-            return cls(None, rows, rows)
-        return cls(kind.argsort(descending=True, stable=True)[:count], n_live, count)
+            return cls(None, rows, rows, like.device)
+        return cls(kind.argsort(descending=True, stable=True)[:count], n_live, count, like.device)
 
     def take(self, values: Tensor | None) -> Tensor | None:  # [N, ...] -> [count, ...]
         """What these tokens have of ``values``, in this order."""
         return values if values is None or self.index is None else values[self.index]
+
+    def unmasked(self) -> Tensor:  # [count]
+        """Which of these are unmasked. All are where masked tokens were left out: kernels are told all the same, to be
+        the same kernels as where a CUDA graph is captured, which nothing leaves."""
+        return torch.ones(self.count, dtype=torch.bool, device=self.device) if self.mask is None else self.mask
 
     def put_back(self, values: Tensor, rows: int) -> Tensor:  # [count] -> [rows]
         """``values`` where their tokens were; 0 elsewhere."""

@@ -26,6 +26,8 @@ from grpo_kernels.ops.token_logprobs.triton_math import (
     zero_row,
 )
 from grpo_kernels.ops.token_logprobs.triton_rows import (
+    STRIDES,
+    TOKENS,
     Alignment,
     alignment_of,
     arithmetic,
@@ -41,13 +43,16 @@ from grpo_kernels.ops.token_logprobs.triton_rows import (
 )
 
 _ID_BLOCK = 1024
+_STATISTICS = ["logprobs_ptr", "lse_ptr", "entropy_ptr"]
+_UPSTREAM = ["dlogprobs_ptr", "dentropy_ptr"]
+_EXTRAS = ["log_sum_squares_ptr", "mean_logits_ptr", "is_top1_ptr"]
 
 
-@triton.jit(do_not_specialize=["batch_stride", "row_stride", "rows", "length"])
+@triton.jit(do_not_specialize=[*STRIDES, *TOKENS, *_STATISTICS, *_EXTRAS, "rows", "length"])
 def _token_logprobs_fwd_kernel(
     logits_ptr,  # [B, T or T + 1, V]
-    batch_stride,
-    row_stride,
+    batch_stride: tl.int64,
+    row_stride: tl.int64,
     ids_ptr,  # [B, T]
     mask_ptr,  # [B, T] or None
     logprobs_ptr,
@@ -183,7 +188,7 @@ def token_logprobs_fwd(
     log_sum_squares, mean_logits, is_top1 = (x if outputs >> bit & 1 else None for bit, x in enumerate(extras, 1))
     strides, vocab, vector = row_strides(logits), logits.shape[-1], vector_of(logits.dtype)
     alignment = alignment_of(vector, strides)
-    is_plain = alignment == Alignment.ALIGNED and outputs <= 1
+    is_plain = alignment == Alignment.ALIGNED and vocab % vector == 0 and outputs <= 1
     blocks = blocks_of("statistics", vocab, logits.element_size(), logits.device)
     grid, sizes = blocks.launch(ids.numel(), vector, logits.device, is_plain)
     inner, rate, _ = transform_arguments(temperature, softcap, logit_scale)
@@ -212,16 +217,14 @@ def token_logprobs_fwd(
     return statistics
 
 
-@triton.jit(
-    do_not_specialize=["batch_stride", "row_stride", "dbatch_stride", "drow_stride", "rows", "rows_per_batch", "length"]
-)
+@triton.jit(do_not_specialize=[*STRIDES, *TOKENS, *_STATISTICS, *_UPSTREAM, "rows", "rows_per_batch", "length"])
 def _token_logprobs_bwd_kernel(
     logits_ptr,  # [B, T or T + 1, V]
-    batch_stride,
-    row_stride,
+    batch_stride: tl.int64,
+    row_stride: tl.int64,
     dlogits_ptr,  # like logits, which it may be
-    dbatch_stride,
-    drow_stride,
+    dbatch_stride: tl.int64,
+    drow_stride: tl.int64,
     ids_ptr,  # [B, T], like all that follow
     mask_ptr,  # or None
     logprobs_ptr,
@@ -312,7 +315,8 @@ def token_logprobs_bwd(
     with rounded(dlogits) as out:
         strides, dstrides = row_strides(logits), row_strides(out)
         alignment = alignment_of(vector, strides, dstrides)
-        grid, sizes = blocks.launch(rows, vector, logits.device, alignment == Alignment.ALIGNED)
+        is_plain = alignment == Alignment.ALIGNED and vocab % vector == 0
+        grid, sizes = blocks.launch(rows, vector, logits.device, is_plain)
         _token_logprobs_bwd_kernel[grid](
             logits,
             *strides,

@@ -21,6 +21,10 @@ from grpo_kernels.ops.token_logprobs.op import accumulation_dtype
 
 #: ``Blocks`` by architecture, kernel, bytes of an element and vocabulary; ``make tune`` writes a GPU's own.
 TABLE = Path(__file__).with_name("triton_blocks.json")
+#: Arguments that no kernel over rows is compiled for: strides, and what is one value a token, read one at a time.
+STRIDES = ["batch_stride", "row_stride", "dbatch_stride", "drow_stride"]
+TOKENS = ["ids_ptr", "mask_ptr", "first_bad_ptr"]
+_MOST_THREADS = 1024  # of a program, on any GPU
 _REGISTERS = 65536  # of an NVIDIA multiprocessor
 _ACC = {torch.float32: tl.float32, torch.float64: tl.float64}
 
@@ -63,11 +67,12 @@ class Blocks:
             rows: How many there are.
             vector: Elements of 16 bytes.
             device: Where they are.
-            is_plain: Whether rows are aligned and nothing else is computed on the way. What is not plain takes more
-                registers of a thread, and gets half the threads.
+            is_plain: Whether rows are whole vectors, aligned, and nothing else is computed on the way. What is not
+                plain takes more registers of a thread, and gets half the threads.
         """
         processors, lanes = processors_of(device)
-        num_warps = self.num_warps if is_plain else max(1, self.num_warps // 2)
+        num_warps = min(self.num_warps, _MOST_THREADS // lanes)
+        num_warps = num_warps if is_plain else max(1, num_warps // 2)
         options = {"LANES": lanes * num_warps, "UNROLL": self.unroll, "VECTOR": vector, "num_warps": num_warps}
         if architecture(device).startswith("sm_"):  # as many registers as let these programs be there together
             threads = 32 * num_warps * math.ceil(self.per_processor)
