@@ -77,8 +77,10 @@ $(VENV)/.train: $(VENV)/.torch $(BUILD_INPUTS)
 	$(INSTALL) ".[train]"
 	touch $@
 
+# verl's wheel alone: tests compare with its formulas, which need none of its dependencies.
 $(VENV)/.test: $(VENV)/.torch $(BUILD_INPUTS)
 	$(INSTALL) ".[train,trl,test]"
+	$(PIP_INSTALL) --no-deps verl
 	touch $@
 
 $(VENV)/.bench: $(VENV)/.torch $(BUILD_INPUTS)

@@ -16,20 +16,35 @@
 
 namespace grpo {
 
-enum class Surrogate : int64_t { kClip = 0 };
-enum Option { kSurrogate, kSequenceLevel, kKlEstimator, kBiasCorrectedKl, kOptionCount };
-enum Param { kRatioLow, kRatioHigh, kDelta, kBeta, kParamCount };
+enum class Surrogate : int64_t { kClip, kCispo, kSapo, kLogprob };
+enum class Level : int64_t { kToken, kSequence, kSequenceToken, kGeometric };
+enum class KlEstimator : int64_t { kK1, kK2, kK3, kAbs };
+enum Option { kSurrogate, kLevel, kKlEstimator, kKlStraightThrough, kBiasCorrectedKl, kOptionCount };
+enum Param {
+  kRatioLow,
+  kRatioHigh,
+  kDelta,
+  kBeta,
+  kTemperaturePos,
+  kTemperatureNeg,
+  kLogRatioClamp,
+  kKlClamp,
+  kParamCount
+};
 enum Partial { kTokens, kRatios, kKl, kEntropy, kLow, kHigh, kLowMin, kHighMax, kPartialCount };
 
 template <class R>
 struct PolicyOptions {
   Surrogate surrogate;
-  bool sequence_level;
+  Level level;
+  KlEstimator kl_estimator;
+  bool kl_straight_through;
   bool bias_corrected_kl;
-  R ratio_low;
-  R ratio_high;
-  R delta;  // infinity when absent
+  R ratio_low, ratio_high;
+  R delta;  // infinity when absent, like the clamps
   R beta;
+  R temperature_pos, temperature_neg;
+  R log_ratio_clamp, kl_clamp;
 
   // From arrays that can be indexed; host only.
   template <class Options, class Params>
@@ -37,10 +52,20 @@ struct PolicyOptions {
     if (options.size() != kOptionCount || params.size() != kParamCount) {
       throw std::invalid_argument("the loss's options are not those of this build");
     }
-    return {static_cast<Surrogate>(options[kSurrogate]), options[kSequenceLevel] != 0,
-            options[kBiasCorrectedKl] != 0,              static_cast<R>(params[kRatioLow]),
-            static_cast<R>(params[kRatioHigh]),          static_cast<R>(params[kDelta]),
-            static_cast<R>(params[kBeta])};
+    const auto param = [&](Param which) { return static_cast<R>(params[which]); };
+    return {static_cast<Surrogate>(options[kSurrogate]),
+            static_cast<Level>(options[kLevel]),
+            static_cast<KlEstimator>(options[kKlEstimator]),
+            options[kKlStraightThrough] != 0,
+            options[kBiasCorrectedKl] != 0,
+            param(kRatioLow),
+            param(kRatioHigh),
+            param(kDelta),
+            param(kBeta),
+            param(kTemperaturePos),
+            param(kTemperatureNeg),
+            param(kLogRatioClamp),
+            param(kKlClamp)};
   }
 };
 
@@ -70,23 +95,85 @@ GRPO_HOST_DEVICE Term<R> clip_surrogate(R ratio, R advantage, const PolicyOption
   return {unclipped, R(0.5) * (d_unclipped + d_clipped), R(0)};
 }
 
+// CISPO: clip(r) A l, its weight detached.
 template <class R>
-GRPO_HOST_DEVICE Term<R> surrogate(R ratio, R advantage, const PolicyOptions<R>& o) {
+GRPO_HOST_DEVICE Term<R> cispo_surrogate(R ratio, R logprob, R advantage, const PolicyOptions<R>& o) {
+  const R weight = clamp(ratio, o.ratio_low, o.ratio_high) * advantage;
+  return {weight * logprob, R(0), weight};
+}
+
+// SAPO: 4 / tau sigmoid(tau (r - 1)) A.
+template <class R>
+GRPO_HOST_DEVICE Term<R> sapo_surrogate(R ratio, R advantage, const PolicyOptions<R>& o) {
+  const R tau = advantage > R(0) ? o.temperature_pos : o.temperature_neg;
+  const R gate = R(1) / (R(1) + std::exp(-tau * (ratio - R(1))));
+  return {gate * R(4) / tau * advantage, R(4) * gate * (R(1) - gate) * ratio * advantage, R(0)};
+}
+
+template <class R>
+GRPO_HOST_DEVICE Term<R> surrogate(R ratio, R logprob, R advantage, const PolicyOptions<R>& o) {
+  if (o.level == Level::kGeometric) return {ratio * advantage, ratio * advantage, R(0)};  // clipped token by token
   switch (o.surrogate) {
     case Surrogate::kClip:
       return clip_surrogate(ratio, advantage, o);
+    case Surrogate::kCispo:
+      return cispo_surrogate(ratio, logprob, advantage, o);
+    case Surrogate::kSapo:
+      return sapo_surrogate(ratio, advantage, o);
+    case Surrogate::kLogprob:
+      return {advantage * logprob, R(0), advantage};
   }
   return {R(NAN), R(NAN), R(NAN)};  // an option that this build does not know must not pass for a number
 }
 
-// k3 = e^d - d - 1 with d = l_ref - l; bias-corrected, times the ratio.
+// A token's log-ratio as its sequence's mean takes it, and whether that passes a gradient. GMPO clips it where the
+// ratio would leave the range on the side that the advantage rewards.
+template <class R>
+struct LogRatio {
+  R value;
+  bool passes;
+};
+
+template <class R>
+GRPO_HOST_DEVICE LogRatio<R> averaged_log_ratio(R log_ratio, R advantage, const PolicyOptions<R>& o) {
+  if (o.level != Level::kGeometric) return {log_ratio, true};
+  const R bound = std::log(advantage > R(0) ? o.ratio_high : o.ratio_low);
+  const bool is_clipped = advantage > R(0) ? log_ratio > bound : log_ratio < bound;
+  return {is_clipped ? bound : log_ratio, !is_clipped};
+}
+
+template <class R>
+GRPO_HOST_DEVICE Term<R> kl_estimate(R d, const PolicyOptions<R>& o) {  // d = l - l_ref
+  switch (o.kl_estimator) {
+    case KlEstimator::kK1:
+      return {d, R(0), R(1)};
+    case KlEstimator::kK2:
+      return {d * d / R(2), R(0), d};
+    case KlEstimator::kK3: {
+      const R growth = std::expm1(-d);
+      return {growth + d, R(0), -growth};
+    }
+    case KlEstimator::kAbs:
+      return {std::fabs(d), R(0), d > R(0) ? R(1) : (d < R(0) ? R(-1) : d)};
+  }
+  return {R(NAN), R(NAN), R(NAN)};
+}
+
+// The estimate, clamped, with its own derivative or k2's; bias-corrected, times the ratio.
 template <class R>
 GRPO_HOST_DEVICE Term<R> kl_penalty(R logprob, R ref_logprob, R ratio, const PolicyOptions<R>& o) {
-  const R d = ref_logprob - logprob;
-  const R growth = std::expm1(d);
-  const R k3 = growth - d;
-  if (!o.bias_corrected_kl) return {k3, R(0), -growth};
-  return {k3 * ratio, k3 * ratio, -growth * ratio};
+  const R difference = logprob - ref_logprob;
+  const R d = clamp(difference, -o.log_ratio_clamp, o.log_ratio_clamp);
+  Term<R> k = kl_estimate(d, o);
+  if (o.kl_straight_through) {
+    k.dlogprob = d;
+  } else if (k.value < -o.kl_clamp || k.value > o.kl_clamp) {
+    k.dlogprob = R(0);
+  }
+  if (d != difference && difference == difference) k.dlogprob = R(0);
+  k.value = clamp(k.value, -o.kl_clamp, o.kl_clamp);
+  if (!o.bias_corrected_kl) return k;
+  return {k.value * ratio, k.value * ratio, k.dlogprob * ratio};
 }
 
 // What one unmasked token adds to the loss, without the entropy bonus, and to the metrics.
@@ -100,12 +187,15 @@ struct TokenLoss {
   bool is_high;
 };
 
+// `log_ratio` is the token's own, or its sequence's; `token_log_ratio` its own.
 template <class R>
-GRPO_HOST_DEVICE TokenLoss<R> token_loss(R logprob, R log_ratio, const R* ref_logprob, R advantage, R policy_weight,
-                                         R kl_weight, const PolicyOptions<R>& o) {
+GRPO_HOST_DEVICE TokenLoss<R> token_loss(R logprob, R log_ratio, R token_log_ratio, const R* ref_logprob, R advantage,
+                                         R policy_weight, R kl_weight, const PolicyOptions<R>& o) {
+  const bool is_clamped = o.level == Level::kToken && std::fabs(log_ratio) > o.log_ratio_clamp;
+  if (is_clamped) log_ratio = clamp(log_ratio, -o.log_ratio_clamp, o.log_ratio_clamp);
   const R ratio = std::exp(log_ratio);
   // without an advantage the policy term is 0 whatever the ratio, an infinite one included
-  const Term<R> s = advantage == 0 ? Term<R>{R(0), R(0), R(0)} : surrogate(ratio, advantage, o);
+  const Term<R> s = advantage == 0 ? Term<R>{R(0), R(0), R(0)} : surrogate(ratio, logprob, advantage, o);
   TokenLoss<R> out{-policy_weight * s.value, -policy_weight * s.dlog_ratio, -policy_weight * s.dlogprob, R(0), false,
                    false};
   if (ref_logprob != nullptr) {
@@ -116,7 +206,9 @@ GRPO_HOST_DEVICE TokenLoss<R> token_loss(R logprob, R log_ratio, const R* ref_lo
     out.dlogprob += weight * k.dlogprob;
     out.kl = k.value;
   }
-  const R bounded = ratio > o.delta ? o.delta : ratio;  // as TRL counts
+  if (is_clamped) out.dlog_ratio = R(0);
+  const R counted = o.level == Level::kGeometric ? std::exp(token_log_ratio) : ratio;
+  const R bounded = counted > o.delta ? o.delta : counted;  // as TRL counts
   out.is_low = bounded < o.ratio_low && advantage < R(0);
   out.is_high = bounded > o.ratio_high && advantage > R(0);
   return out;

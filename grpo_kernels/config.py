@@ -3,39 +3,81 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, fields
 from enum import IntEnum
+from typing import Any
 
-LOSS_TYPES = ("grpo", "bnpo", "dr_grpo", "dapo")
-IMPORTANCE_SAMPLING_LEVELS = ("token", "sequence")
-KL_ESTIMATORS = ("k3",)
+from grpo_kernels import presets
+
+#: Importance ratio clipped (or, as "surrogate", not), one at a token or at a sequence.
+CLIPPED_LOSS_TYPES = ("grpo", "bnpo", "dr_grpo", "dapo", "luspo", "ppo")
+LOSS_TYPES = (*CLIPPED_LOSS_TYPES, "surrogate", "cispo", "sapo", "vespo", "gmpo", "reinforce")
+IMPORTANCE_SAMPLING_LEVELS = ("token", "sequence", "sequence_token")
+#: By name, as they cross into kernels; mirrored in policy_math.h.
+KL_ESTIMATORS = {"k1": 0, "k2": 1, "k3": 2, "abs": 3, "mse": 1}
+KL_GRADIENTS = ("naive", "straight_through")
+#: Means over tokens and sequences: verl's, which count no sequence without a token.
+LOSS_AGG_MODES = ("token-mean", "seq-mean-token-mean", "seq-mean-token-sum", "seq-mean-token-sum-norm")
+ROLLOUT_CORRECTIONS = ("token_truncate", "token_mask", "sequence_truncate", "sequence_mask")
 
 
 class Surrogate(IntEnum):
     """The per-token objective. Loss types that differ in their weights alone share one; mirrored in policy_math.h."""
 
-    CLIP = 0
+    CLIP = 0  # of the ratio
+    CISPO = 1  # of the log-probability, weighted by a clipped ratio
+    SAPO = 2  # a sigmoid of the ratio
+    LOGPROB = 3  # of the log-probability
+
+
+class Level(IntEnum):
+    """What an importance ratio is of; mirrored in policy_math.h."""
+
+    TOKEN = 0
+    SEQUENCE = 1
+    SEQUENCE_TOKEN = 2  # a sequence's value, whose gradient each token has as if it were its own
+    GEOMETRIC = 3  # a sequence's, of token ratios that are clipped first
 
 
 class Option(IntEnum):
     """Position of each integer option in ``PolicyLossCode.options``; mirrored in policy_math.h."""
 
     SURROGATE = 0
-    SEQUENCE_LEVEL = 1
+    LEVEL = 1
     KL_ESTIMATOR = 2
-    BIAS_CORRECTED_KL = 3
+    KL_STRAIGHT_THROUGH = 3
+    BIAS_CORRECTED_KL = 4
 
 
 class Param(IntEnum):
     """Position of each real parameter in ``PolicyLossCode.params``; mirrored in policy_math.h."""
 
-    RATIO_LOW = 0  # 1 - epsilon_low
-    RATIO_HIGH = 1  # 1 + epsilon_high
-    DELTA = 2  # infinity when absent
+    RATIO_LOW = 0  # the clip range
+    RATIO_HIGH = 1
+    DELTA = 2  # infinity when absent, like the clamps
     BETA = 3
+    TEMPERATURE_POS = 4  # of "sapo"
+    TEMPERATURE_NEG = 5
+    LOG_RATIO_CLAMP = 6
+    KL_CLAMP = 7
 
 
-_SURROGATE_OF = dict.fromkeys(LOSS_TYPES, Surrogate.CLIP)
+#: The mean that is a loss type's own: those of verl's name count every sequence here. The others are "token-mean".
+_MEAN_OF = {
+    "grpo": "seq-mean-token-mean",
+    "sapo": "seq-mean-token-mean",
+    "gmpo": "seq-mean-token-mean",
+    "luspo": "seq-mean-token-sum",
+    "dr_grpo": "seq-mean-token-sum-norm",
+}
+_SURROGATE_OF = dict.fromkeys((*CLIPPED_LOSS_TYPES, "surrogate", "gmpo"), Surrogate.CLIP) | {
+    "cispo": Surrogate.CISPO,
+    "sapo": Surrogate.SAPO,
+    "vespo": Surrogate.LOGPROB,
+    "reinforce": Surrogate.LOGPROB,
+}
+_LEVEL_OF = dict(zip(IMPORTANCE_SAMPLING_LEVELS, (Level.TOKEN, Level.SEQUENCE, Level.SEQUENCE_TOKEN), strict=True))
 
 
 @dataclass(frozen=True)
@@ -50,72 +92,144 @@ class PolicyLossCode:
 class GRPOLossConfig:
     """What the GRPO family of losses computes. Names and defaults are TRL 1.16's.
 
+    The loss types, by their objective of a token, ``A`` its advantage, and by their mean:
+
+    - "grpo", "bnpo", "dr_grpo", "dapo", "luspo", "ppo": the clipped ratio times ``A``. The mean over sequences of each
+      one's token mean; over local tokens; ``max_completion_length`` times the number of sequences as divisor;
+      ``num_items_in_batch`` as divisor; the mean over sequences of each one's sum (arXiv:2602.05261); as "bnpo".
+    - "surrogate": the ratio times ``A``, unclipped, as "dapo".
+    - "cispo": ``clip(ratio) A logprob``, its weight detached, as "dapo" (arXiv:2506.13585).
+    - "sapo": ``4 / tau sigmoid(tau (ratio - 1)) A``, as "grpo" (arXiv:2511.20347).
+    - "vespo": ``phi A logprob``, ``phi`` a detached weight by the sequence's ratio, as "dapo".
+    - "gmpo": the geometric mean of a sequence's ratios, clipped in log space, times ``A``; the mean over sequences
+      (arXiv:2507.20673).
+    - "reinforce": ``A logprob``, as "dapo".
+
     Args:
-        loss_type: Which weights reduce the per-token loss to a scalar: "grpo" is the mean over sequences of each
-            sequence's token mean, "bnpo" the mean over local tokens, "dr_grpo" divides by ``max_completion_length``
-            times the number of sequences, "dapo" by ``num_items_in_batch``.
-        importance_sampling_level: "token", or "sequence" for one ratio a sequence (GSPO, arXiv:2507.18071).
-        epsilon_low: Lower clip range: ratios below ``1 - epsilon_low`` are clipped (TRL's ``epsilon``).
-        epsilon_high: Upper clip range; None means ``epsilon_low``.
-        delta: Upper bound of the unclipped ratio (INTELLECT-2's two-sided clipping); None means no bound.
+        loss_type: One of the above.
+        loss_agg_mode: verl's name of a mean, in the place of the loss type's own, for the policy term, the KL and the
+            entropy bonus alike; sequences without a token do not count. "seq-mean-token-sum-norm" divides by
+            ``max_completion_length``. None means the loss type's.
+        importance_sampling_level: "token"; "sequence" for one ratio a sequence, the exponential of its mean log-ratio
+            (GSPO, arXiv:2507.18071); "sequence_token" for that value with a gradient through each token's own
+            (GSPO-token), which differs where advantages or weights do within a sequence.
+        epsilon_low: Lower clip range: ratios below ``1 - epsilon_low`` are clipped (TRL's ``epsilon``). Of "gmpo" the
+            range of the log-ratio.
+        epsilon_high: Upper clip range; None means ``epsilon_low``. Of "cispo" the upper bound itself, as in TRL.
+        delta: Upper bound of the unclipped ratio (INTELLECT-2's two-sided clipping; verl's dual clip); None means no
+            bound.
         beta: Weight of the KL penalty to the reference policy.
-        kl_estimator: "k3", http://joschu.net/blog/kl-approx.html.
+        kl_estimator: With ``d = logprob - ref_logprob``: "k1" is ``d``, "k2" or "mse" ``d^2 / 2``, "k3"
+            ``exp(-d) - 1 + d``, "abs" ``|d|``. http://joschu.net/blog/kl-approx.html.
+        kl_gradient: "naive" is the estimate's own; "straight_through" is k2's, which is unbiased (verl's "k3+").
         use_bias_correction_kl: Multiply the KL estimate by the importance ratio (DeepSeek-V3.2).
         temperature: Divides the logits, in the ops that see logits.
         entropy_coef: Weight of the bonus on the mean token entropy.
+        top_entropy_quantile: Share of the tokens, those of highest entropy, that keep a policy term (arXiv:2506.01939).
+        off_policy_mask_threshold: A sequence with a negative advantage whose mean log-ratio of sampler over policy is
+            above it leaves the policy term (DeepSeek-V3.2); None means none does.
+        rollout_correction: How weights are made of ``old_logprobs`` and ``sampling_logprobs``: the ratio of a
+            "token_..." or of a whole "sequence_...", clamped ("..._truncate", TIS) or, outside of the bounds, 0
+            ("..._mask", MIS; at tokens and with both bounds IcePop). None means no correction, or weights as given.
+        rollout_clip_min, rollout_clip_max: Its bounds; None means no bound.
+        sapo_temperature_pos, sapo_temperature_neg: ``tau`` by the advantage's sign.
+        vespo_k_pos, vespo_lambda_pos, vespo_k_neg, vespo_lambda_neg: ``phi(w) = e^lambda w^k e^(-lambda w)`` by the
+            advantage's sign.
+        cispo_ratio_low: Lower bound of "cispo"'s weight; None, as in TRL, means none.
+        log_ratio_clamp: Bound of a token's log-ratios, to the old policy and to the reference, on either side; none by
+            default. The mean of a sequence is not bounded.
+        kl_clamp: Bound of the KL estimate on either side; none by default.
         max_completion_length: The length that "dr_grpo" divides by, in tokens.
 
     Raises:
-        ValueError: A value is outside its range, or "dr_grpo" has no ``max_completion_length``.
+        ValueError: A value is outside its range, an option does not apply to the loss type, or "dr_grpo" has no
+            ``max_completion_length``.
     """
 
     loss_type: str = "dapo"
+    loss_agg_mode: str | None = None
     importance_sampling_level: str = "token"
     epsilon_low: float = 0.2
     epsilon_high: float | None = None
     delta: float | None = None
     beta: float = 0.0
     kl_estimator: str = "k3"
+    kl_gradient: str = "naive"
     use_bias_correction_kl: bool = True
     temperature: float = 1.0
     entropy_coef: float = 0.0
+    top_entropy_quantile: float = 1.0
+    off_policy_mask_threshold: float | None = None
+    rollout_correction: str | None = None
+    rollout_clip_min: float | None = None
+    rollout_clip_max: float | None = None
+    sapo_temperature_pos: float = 1.0
+    sapo_temperature_neg: float = 1.05
+    vespo_k_pos: float = 2.0
+    vespo_lambda_pos: float = 3.0
+    vespo_k_neg: float = 3.0
+    vespo_lambda_neg: float = 2.0
+    cispo_ratio_low: float | None = None
+    log_ratio_clamp: float | None = None
+    kl_clamp: float | None = None
     max_completion_length: int | None = None
 
     def __post_init__(self) -> None:
-        _one_of("loss_type", self.loss_type, LOSS_TYPES)
-        _one_of("importance_sampling_level", self.importance_sampling_level, IMPORTANCE_SAMPLING_LEVELS)
-        _one_of("kl_estimator", self.kl_estimator, KL_ESTIMATORS)
-        _at_least_zero("epsilon_low", self.epsilon_low)
-        if self.epsilon_high is not None:
-            _at_least_zero("epsilon_high", self.epsilon_high)
-        if self.delta is not None:
-            _positive("delta", self.delta)
-        _at_least_zero("beta", self.beta)
-        _positive("temperature", self.temperature)
-        if not math.isfinite(self.entropy_coef):
-            raise ValueError(f"entropy_coef must be finite, got {self.entropy_coef!r}")
-        if self.max_completion_length is not None:
-            _positive("max_completion_length", self.max_completion_length)
-        elif self.loss_type == "dr_grpo":
-            raise ValueError('max_completion_length must be given for loss_type="dr_grpo", got None')
+        check(self)
+
+    @classmethod
+    def verl(cls, **options: Any) -> GRPOLossConfig:
+        """verl's actor loss by verl 0.9's names: see ``grpo_kernels.presets.verl``."""
+        return cls(**presets.verl(**options))
+
+    @classmethod
+    def trl(cls, **options: Any) -> GRPOLossConfig:
+        """TRL's by the names of TRL 1.16's ``GRPOConfig``: see ``grpo_kernels.presets.trl``."""
+        return cls(**presets.trl(**options))
 
     @property
     def ratio_bounds(self) -> tuple[float, float]:
         """The clip range of the importance ratio."""
         high = self.epsilon_low if self.epsilon_high is None else self.epsilon_high
-        return 1.0 - self.epsilon_low, 1.0 + high
+        if self.loss_type == "cispo":
+            return -math.inf if self.cispo_ratio_low is None else self.cispo_ratio_low, high
+        if self.loss_type == "gmpo":
+            return math.exp(-self.epsilon_low), math.exp(high)
+        return (1.0 - self.epsilon_low, 1.0 + high) if self.loss_type in CLIPPED_LOSS_TYPES else (-math.inf, math.inf)
+
+    @property
+    def aggregation(self) -> str:
+        """One of ``LOSS_AGG_MODES``."""
+        return self.loss_agg_mode or _MEAN_OF.get(self.loss_type, "token-mean")
+
+    @property
+    def level(self) -> Level:
+        """What an importance ratio is of."""
+        return Level.GEOMETRIC if self.loss_type == "gmpo" else _LEVEL_OF[self.importance_sampling_level]
+
+    @property
+    def surrogate(self) -> Surrogate:
+        """The per-token objective."""
+        return _SURROGATE_OF[self.loss_type]
+
+    @property
+    def has_settled_weights(self) -> bool:
+        """Whether tokens' weights are known before any log-probability is."""
+        is_masked = self.top_entropy_quantile < 1 or self.off_policy_mask_threshold is not None
+        return not is_masked and self.loss_type != "vespo"
 
     @property
     def is_token_local(self) -> bool:
         """Whether a token's gradient coefficient needs that token alone, so that one pass over logits suffices."""
-        return self.importance_sampling_level == "token"
+        return self.level == Level.TOKEN and self.has_settled_weights
 
     def code(self) -> PolicyLossCode:
         """The flat form that crosses into registered ops; ``Option`` and ``Param`` name the positions."""
         options = {
-            Option.SURROGATE: int(_SURROGATE_OF[self.loss_type]),
-            Option.SEQUENCE_LEVEL: int(self.importance_sampling_level == "sequence"),
-            Option.KL_ESTIMATOR: KL_ESTIMATORS.index(self.kl_estimator),
+            Option.SURROGATE: int(self.surrogate),
+            Option.LEVEL: int(self.level),
+            Option.KL_ESTIMATOR: KL_ESTIMATORS[self.kl_estimator],
+            Option.KL_STRAIGHT_THROUGH: int(self.kl_gradient == "straight_through"),
             Option.BIAS_CORRECTED_KL: int(self.use_bias_correction_kl),
         }
         low, high = self.ratio_bounds
@@ -124,20 +238,85 @@ class GRPOLossConfig:
             Param.RATIO_HIGH: high,
             Param.DELTA: math.inf if self.delta is None else self.delta,
             Param.BETA: self.beta,
+            Param.TEMPERATURE_POS: self.sapo_temperature_pos,
+            Param.TEMPERATURE_NEG: self.sapo_temperature_neg,
+            Param.LOG_RATIO_CLAMP: math.inf if self.log_ratio_clamp is None else self.log_ratio_clamp,
+            Param.KL_CLAMP: math.inf if self.kl_clamp is None else self.kl_clamp,
         }
         return PolicyLossCode([options[o] for o in Option], [float(params[p]) for p in Param])
 
 
-def _one_of(name: str, value: object, allowed: tuple[str, ...]) -> None:
+def check(config: GRPOLossConfig) -> None:
+    """Raises ValueError unless every value is in its range and every option given has an effect."""
+    _one_of("loss_type", config.loss_type, LOSS_TYPES)
+    _one_of("loss_agg_mode", config.loss_agg_mode, (None, *LOSS_AGG_MODES))
+    _one_of("importance_sampling_level", config.importance_sampling_level, IMPORTANCE_SAMPLING_LEVELS)
+    _one_of("kl_estimator", config.kl_estimator, tuple(KL_ESTIMATORS))
+    _one_of("kl_gradient", config.kl_gradient, KL_GRADIENTS)
+    _one_of("rollout_correction", config.rollout_correction, (None, *ROLLOUT_CORRECTIONS))
+    for name in ("epsilon_low", "epsilon_high", "beta", "rollout_clip_min", "cispo_ratio_low"):
+        _within(name, getattr(config, name), "at least 0", lambda value: value >= 0)
+    for name in ("delta", "temperature", "rollout_clip_max", "log_ratio_clamp", "kl_clamp", "max_completion_length"):
+        _within(name, getattr(config, name), "greater than 0", lambda value: value > 0)
+    for name in _OF_ONE_TYPE:
+        _within(name, getattr(config, name), "greater than 0", lambda value: value > 0)
+    for name in ("entropy_coef", "off_policy_mask_threshold"):
+        _within(name, getattr(config, name), "", lambda value: True)
+    _within("top_entropy_quantile", config.top_entropy_quantile, "in (0, 1]", lambda value: 0 < value <= 1)
+    if config.aggregation == "seq-mean-token-sum-norm" and config.max_completion_length is None:
+        name = "loss_type" if config.loss_agg_mode is None else "loss_agg_mode"
+        raise ValueError(f'max_completion_length must be given for {name}="{getattr(config, name)}", got None')
+    _check_that_all_apply(config)
+
+
+#: Options that one loss type alone has.
+_OF_ONE_TYPE = {
+    "sapo_temperature_pos": "sapo",
+    "sapo_temperature_neg": "sapo",
+    "vespo_k_pos": "vespo",
+    "vespo_lambda_pos": "vespo",
+    "vespo_k_neg": "vespo",
+    "vespo_lambda_neg": "vespo",
+    "cispo_ratio_low": "cispo",
+}
+
+
+def _check_that_all_apply(config: GRPOLossConfig) -> None:
+    defaults = {field.name: field.default for field in fields(config)}
+    given = {name for name, default in defaults.items() if getattr(config, name) != default}
+
+    def refuse(names: Iterable[str], other: str) -> None:
+        for name in names:
+            if name in given:
+                raise ValueError(f"{name} has no effect with {other}, got {getattr(config, name)!r}")
+
+    loss_type = f'loss_type="{config.loss_type}"'
+    refuse((name for name, owner in _OF_ONE_TYPE.items() if owner != config.loss_type), loss_type)
+    if config.loss_type not in CLIPPED_LOSS_TYPES:
+        refuse(("delta",), loss_type)
+    if config.loss_type in ("vespo", "gmpo", "reinforce"):
+        refuse(("importance_sampling_level",), loss_type)
+    if config.loss_type in ("surrogate", "sapo", "vespo", "reinforce"):
+        refuse(("epsilon_low", "epsilon_high"), loss_type)
+    if config.loss_type == "gmpo":
+        refuse(("top_entropy_quantile", "loss_agg_mode"), loss_type)
+    if config.level != Level.TOKEN and config.beta == 0:
+        refuse(("log_ratio_clamp",), f"beta=0 and a ratio of sequences ({loss_type}, {config.level.name})")
+    if config.beta == 0:
+        refuse(("kl_estimator", "kl_gradient", "kl_clamp"), "beta=0")
+    if config.kl_gradient == "straight_through" and config.use_bias_correction_kl:
+        raise ValueError('use_bias_correction_kl must be False with kl_gradient="straight_through", got True')
+    if config.rollout_correction is None:
+        refuse(("rollout_clip_min", "rollout_clip_max"), "rollout_correction=None")
+    elif config.loss_type == "vespo" and config.rollout_correction.startswith("sequence"):
+        raise ValueError(f"rollout_correction must be of tokens with {loss_type}, got {config.rollout_correction!r}")
+
+
+def _one_of(name: str, value: object, allowed: tuple[object, ...]) -> None:
     if value not in allowed:
         raise ValueError(f"{name} must be one of {', '.join(map(repr, allowed))}, got {value!r}")
 
 
-def _at_least_zero(name: str, value: float) -> None:
-    if not (math.isfinite(value) and value >= 0):
-        raise ValueError(f"{name} must be finite and at least 0, got {value!r}")
-
-
-def _positive(name: str, value: float) -> None:
-    if not (math.isfinite(value) and value > 0):
-        raise ValueError(f"{name} must be finite and greater than 0, got {value!r}")
+def _within(name: str, value: float | None, what: str, is_within: Callable[[float], bool]) -> None:
+    if value is not None and not (math.isfinite(value) and is_within(value)):
+        raise ValueError(f"{name} must be finite{' and ' * bool(what)}{what}, got {value!r}")

@@ -27,6 +27,8 @@ from grpo_kernels.testing.inputs import build  # noqa: E402
 
 EVERYTHING = GRPOLossConfig(beta=0.1, entropy_coef=0.05)
 SEQUENCE = GRPOLossConfig(beta=0.1, importance_sampling_level="sequence")
+SAPO = GRPOLossConfig(loss_type="sapo", beta=0.1, kl_estimator="abs", kl_clamp=10.0, log_ratio_clamp=20.0)
+GMPO = GRPOLossConfig(loss_type="gmpo", beta=0.1, kl_gradient="straight_through", use_bias_correction_kl=False)
 BONUS = GRPOLossConfig(entropy_coef=0.05)
 #: Vocabularies of models in use, and one of which no row but the first begins at 16 bytes; few rows: nothing runs.
 PLAIN = Case("plain", length=3, vocab=151936, hidden=8, old=False, ref=False)
@@ -42,6 +44,8 @@ CASES = {
     "small": (Case("small", length=3, vocab=4096, hidden=8, config=EVERYTHING), torch.bfloat16),
     "sequence": (Case("sequence", length=3, vocab=32000, hidden=8, config=SEQUENCE, grad_output=2.0), torch.bfloat16),
     "softcap": (Case("softcap", length=3, vocab=256000, hidden=8, softcap=30.0, config=EVERYTHING), torch.float32),
+    "sapo": (Case("sapo", length=3, vocab=32000, hidden=8, config=SAPO), torch.bfloat16),
+    "gmpo": (Case("gmpo", length=3, vocab=32000, hidden=8, config=GMPO), torch.bfloat16),
     "rewards": (Case("rewards", length=3, vocab=32000, hidden=8, advantages="rewards"), torch.bfloat16),
     "packed_rewards": (Case("packed", lengths=(1, 2), vocab=32000, hidden=8, advantages="rewards"), torch.bfloat16),
     "negated": (Case("negated", length=3, vocab=32000, hidden=8, logit_scale=-1.0, config=EVERYTHING), torch.bfloat16),
@@ -53,7 +57,7 @@ RECORDED = {
     "_grpo_loss_kernel": ((160, 8192), (128, 4096)),
     "_token_logprobs_fwd_kernel": ((136, 64), (240, 64)),
     "_token_logprobs_bwd_kernel": ((136, 4096), (96, 2048)),
-    "_policy_loss_kernel": ((168, 64), (64, 64)),
+    "_policy_loss_kernel": ((184, 64), (80, 64)),
     "_totals_kernel": ((80, 32), (48, 32)),
     "_normalize_kernel": ((64, 32), (40, 32)),
     "_scale_kernel": ((64, 0), (32, 0)),

@@ -11,7 +11,7 @@ import torch
 from grpo_kernels import registry
 from grpo_kernels.testing.assertions import assert_near_baseline
 from grpo_kernels.testing.calls import SOURCES, applies, rounded_dlogits, run
-from grpo_kernels.testing.cases import ALL_CASES, VARIANT_CASES, VOCABULARY_CASES, Case
+from grpo_kernels.testing.cases import ALL_CASES, FAMILY_CASES, VARIANT_CASES, VOCABULARY_CASES, Case
 from grpo_kernels.testing.inputs import Inputs, build
 
 pytestmark = pytest.mark.usefixtures("poison", "one_thread")
@@ -21,7 +21,7 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 def is_tested(op: str, backend: str, dtype: torch.dtype, case: Case) -> bool:
     if not applies(op, case):
         return False
-    few_dtypes = case in VARIANT_CASES or case in VOCABULARY_CASES
+    few_dtypes = case in (*VARIANT_CASES, *FAMILY_CASES, *VOCABULARY_CASES)
     # the torch backend in fp64 is the baseline itself, and in half precision fp32 between two roundings
     if backend == "torch":
         return dtype == torch.float32 and not few_dtypes

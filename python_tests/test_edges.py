@@ -201,7 +201,8 @@ def test_raw_ops_refuse_tensors_that_are_too_short() -> None:
     flat = torch.ones(6)
     mask = mask.bool().flatten()
     group = (None, None, 1, False, 0.0)
-    loss = ([0, 0, 0, 1], [0.8, 1.2, float("inf"), 0.0], 1.0, 0.0, 1.0, None)
+    code = GRPOLossConfig().code()
+    loss = (code.options, code.params, 1.0, 0.0, 1.0, None)
     rest = (None, None, None, *group, *loss)
     op = torch.ops.grpo_kernels.grpo_loss_fwd_cpu
     op(logits, ids, mask, flat, flat, flat, *rest)

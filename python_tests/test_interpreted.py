@@ -93,7 +93,8 @@ def test_interpreted_runs_are_bit_equal(op: str) -> None:
 def _loss_arguments(logits: Tensor, ids: Tensor) -> list[Any]:
     count = ids.numel()
     ones, mask = torch.ones(count), torch.ones(count, dtype=torch.bool)
-    loss = ([0, 0, 0, 1], [0.8, 1.2, float("inf"), 0.0], 1.0, 0.0, 1.0)
+    code = GRPOLossConfig().code()
+    loss = (code.options, code.params, 1.0, 0.0, 1.0)
     return [logits, ids, mask, ones, ones, ones, None, None, None, None, None, 1, False, 0.0, *loss, logits.clone()]
 
 

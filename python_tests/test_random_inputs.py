@@ -7,10 +7,10 @@ from dataclasses import replace
 import hypothesis
 import pytest
 import torch
+from drawn import configs
 from hypothesis import strategies as st
 
-from grpo_kernels import GRPOLossConfig, group_advantages
-from grpo_kernels.config import IMPORTANCE_SAMPLING_LEVELS, LOSS_TYPES
+from grpo_kernels import group_advantages
 from grpo_kernels.testing.assertions import assert_near_baseline
 from grpo_kernels.testing.calls import SOURCES, applies, run
 from grpo_kernels.testing.cases import Case
@@ -20,41 +20,31 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @st.composite
-def configs(draw: st.DrawFn) -> GRPOLossConfig:
-    return GRPOLossConfig(
-        loss_type=draw(st.sampled_from(LOSS_TYPES)),
-        importance_sampling_level=draw(st.sampled_from(IMPORTANCE_SAMPLING_LEVELS)),
-        epsilon_high=draw(st.sampled_from([None, 0.28])),
-        delta=draw(st.sampled_from([None, 1.6])),
-        beta=draw(st.sampled_from([0.0, 0.1])),
-        use_bias_correction_kl=draw(st.booleans()),
-        temperature=draw(st.sampled_from([1.0, 0.7, 1.5])),
-        entropy_coef=draw(st.sampled_from([0.0, 0.05])),
-        max_completion_length=8,
-    )
-
-
-@st.composite
 def cases(draw: st.DrawFn, source: str) -> Case:
     packed = draw(st.booleans())
     layouts = ["dense", "strided"]
     if not packed:
         layouts += ["transposed", "next"] if source == "logits" else ["transposed"]
     logits = ["normal", "offset", "low", "peaked", "holes"] if source == "logits" else ["normal"]
+    config = draw(configs())
+    of_sequences = config.loss_type in ("vespo", "gmpo")
+    advantages = ["sequence", "zero", "some"] + ["token"] * (not of_sequences)
+    rollouts = [None, "token"] + ["sequence"] * (config.loss_type != "vespo")
     case = Case(
         f"random_{draw(st.integers(0, 10**6))}",
         batch=draw(st.integers(1, 5)),
         length=draw(st.integers(1, 9)),
         vocab=draw(st.one_of(st.integers(1, 70), st.sampled_from([2047, 2048, 2049, 4097]))),
         hidden=draw(st.integers(1, 9)),
-        config=draw(configs()),
+        config=config,
         layout=draw(st.sampled_from(layouts)),
         logits=draw(st.sampled_from(logits)),
         mask=draw(st.sampled_from(["ones", "tail", "holes", "zeros"])),
         dirty=draw(st.booleans()),
-        advantages=draw(st.sampled_from(["sequence", "token", "zero", "some"])),
+        advantages=draw(st.sampled_from(advantages)),
         old=draw(st.booleans()),
-        rollout=draw(st.sampled_from([None, "token", "sequence"])),
+        sampling=draw(st.booleans()),
+        rollout=draw(st.sampled_from(rollouts)),
         num_items=draw(st.sampled_from([None, 7.0, "tensor"])),
         loss_scale=draw(st.sampled_from([1.0, 0.125])),
         softcap=draw(st.sampled_from([None, 4.0])) if source != "logprobs" else None,

@@ -17,16 +17,19 @@ from grpo_kernels import (
     policy_loss,
     token_logprobs,
 )
+from grpo_kernels.config import Level
 from grpo_kernels.testing.calls import BACKENDS, SOURCES, applies, call, leaves
-from grpo_kernels.testing.cases import INPUT_CASES, LOSS_CASES, VARIANT_CASES, Case
+from grpo_kernels.testing.cases import FAMILY_CASES, INPUT_CASES, LOSS_CASES, VARIANT_CASES, Case
 from grpo_kernels.testing.inputs import Inputs, build
 
 SMOOTH = [
     case
-    for case in (*INPUT_CASES, *LOSS_CASES, *VARIANT_CASES)
-    # on a bound there is no derivative; on-policy the ratio is 1 wherever one steps; of NaN there are no differences;
-    # the step is too coarse where logits are large
+    for case in (*INPUT_CASES, *LOSS_CASES, *VARIANT_CASES, *FAMILY_CASES)
+    # on a bound there is no derivative; what is detached moves with the step; on-policy the ratio is 1 wherever one
+    # steps; of NaN there are no differences; the step is too coarse where logits are large
     if case.old and not (case.on_bound or case.dirty or case.vocab > 100 or case.logits in ("offset", "holes"))
+    if case.config.loss_type not in ("cispo", "vespo") and case.config.level != Level.SEQUENCE_TOKEN
+    if case.config.kl_gradient == "naive"
 ]
 
 

@@ -2,23 +2,41 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import hypothesis
 import pytest
 import torch
+from drawn import TRL_LOSS_TYPES, configs
+from hypothesis import strategies as st
 from torch import Tensor
 
 from grpo_kernels import GRPOLossConfig, group_advantages, policy_loss
 from grpo_kernels.testing.calls import BACKENDS
-from grpo_kernels.testing.cases import VARIANT_CASES, Case
+from grpo_kernels.testing.cases import FAMILY_CASES, VARIANT_CASES, Case
 from grpo_kernels.testing.inputs import Inputs, build
 
 trl = pytest.importorskip("trl")
 
+from trl.experimental.gmpo import GMPOTrainer  # noqa: E402
+
 NOT_OURS = {"policy_loss", "entropy_coef"}  # the loss without its bonus, and a hyper-parameter
+
+
+def _is_trls(config: GRPOLossConfig) -> bool:
+    """Whether TRL has all its options; its GMPO corrects no bias of the KL."""
+    has_type = config.loss_type in TRL_LOSS_TYPES or (config.loss_type == "gmpo" and not config.use_bias_correction_kl)
+    has_own = (config.kl_estimator, config.kl_gradient, config.kl_clamp, config.log_ratio_clamp) != _TRLS_KL
+    has_level = config.importance_sampling_level != "sequence_token"
+    return has_type and has_level and not has_own and config.rollout_correction is None and not config.cispo_ratio_low
+
+
+_TRLS_KL = ("k3", "naive", None, None)
 CASES = (
     *VARIANT_CASES,
+    *(case for case in FAMILY_CASES if _is_trls(case.config)),
     Case("on_policy", old=False, config=GRPOLossConfig(beta=0.1)),
     Case("on_policy_sequence", old=False, config=GRPOLossConfig(beta=0.1, importance_sampling_level="sequence")),
     Case("one_completion_masked", mask="first", config=GRPOLossConfig(loss_type="grpo", beta=0.1)),
@@ -86,10 +104,15 @@ def trainer(tmp_path_factory: pytest.TempPathFactory) -> Any:
 
 
 def _configure(trainer: Any, config: GRPOLossConfig, has_rollout_weights: bool) -> None:
-    low, high = config.ratio_bounds
     trainer.loss_type = config.loss_type
     trainer.importance_sampling_level = config.importance_sampling_level
-    trainer.epsilon_low, trainer.epsilon_high = 1 - low, high - 1
+    trainer.epsilon_low = config.epsilon_low
+    trainer.epsilon_high = config.epsilon_low if config.epsilon_high is None else config.epsilon_high
+    for name in ("sapo_temperature_pos", "sapo_temperature_neg", "vespo_k_pos", "vespo_lambda_pos", "vespo_k_neg",
+                 "vespo_lambda_neg"):  # fmt: skip
+        setattr(trainer.args, name, getattr(config, name))
+    trainer.off_policy_mask_threshold = config.off_policy_mask_threshold
+    trainer.top_entropy_quantile = config.top_entropy_quantile
     trainer.args.delta = config.delta
     trainer.beta = config.beta
     trainer.args.use_bias_correction_kl = config.use_bias_correction_kl
@@ -105,6 +128,9 @@ def _trl(trainer: Any, inputs: Inputs, logprobs: Tensor, entropy: Tensor) -> tup
     trainer._get_per_token_logps_and_entropies = lambda *_, **__: (logprobs, entropy, None)
     trainer._metrics["train"].clear()
     mask = inputs.mask.long()
+    rollout = inputs.rollout
+    if rollout is not None and rollout.shape == mask.shape:
+        rollout = torch.where(mask != 0, rollout, 1)  # as TRL makes it
     items = inputs.num_items if inputs.num_items is not None else mask.sum()
     batch = {
         "prompt_ids": inputs.ids[:, :1],
@@ -114,20 +140,24 @@ def _trl(trainer: Any, inputs: Inputs, logprobs: Tensor, entropy: Tensor) -> tup
         "advantages": inputs.advantages,
         "old_per_token_logps": inputs.old,
         "ref_per_token_logps": inputs.ref,
-        "importance_sampling_ratio": inputs.rollout,
+        "importance_sampling_ratio": rollout,
         "num_items_in_batch": torch.as_tensor(items, dtype=torch.float64),
     }
+    if inputs.sampling is not None:
+        batch["sampling_per_token_logps"] = inputs.sampling
+    compute_loss = type(trainer)._compute_loss
+    if inputs.case.config.loss_type == "gmpo":
+        compute_loss = GMPOTrainer._compute_loss
     try:
-        loss = trainer._compute_loss(trainer.model, batch)
+        loss = compute_loss(trainer, trainer.model, batch)
     finally:
         del trainer._get_per_token_logps_and_entropies
     return loss, {name: values[-1] for name, values in trainer._metrics["train"].items() if name not in NOT_OURS}
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("case", CASES, ids=str)
-def test_loss_gradients_and_metrics_are_trls(trainer: Any, case: Case, backend: str) -> None:
+def _assert_trls(trainer: Any, case: Case, backend: str) -> None:
     inputs = build(case, torch.float64, "logprobs")
+    inputs = replace(inputs, entropy=inputs.entropy.float().double())  # TRL takes the quantile in fp32
     expected_leaves = [x.detach().requires_grad_() for x in (inputs.logprobs, inputs.entropy)]
     expected, logged = _trl(trainer, inputs, *expected_leaves)
     expected.backward()
@@ -139,13 +169,15 @@ def test_loss_gradients_and_metrics_are_trls(trainer: Any, case: Case, backend: 
         entropy=leaves[1],
         old_logprobs=inputs.old,
         ref_logprobs=inputs.ref,
+        sampling_logprobs=inputs.sampling,
         rollout_is_weights=inputs.rollout,
         num_items_in_batch=inputs.num_items,
         config=case.config,
         backend=backend,
     )
     loss.backward()
-    close = {"rtol": 1e-12, "atol": 1e-14}
+    is_rounded = case.config.loss_type == "sapo" and case.config.sapo_temperature_neg == 1.05  # to fp32, by TRL
+    close = {"rtol": 1e-6 if is_rounded else 1e-12, "atol": 1e-14}
     torch.testing.assert_close(loss, expected, **close)
     for ours, theirs in zip(leaves, expected_leaves, strict=True):
         torch.testing.assert_close(
@@ -157,6 +189,36 @@ def test_loss_gradients_and_metrics_are_trls(trainer: Any, case: Case, backend: 
             continue  # a sequence has one ratio, and ours counts it once; TRL counts it once a token there
         theirs = torch.tensor(logged[name], dtype=torch.float64).nan_to_num()
         torch.testing.assert_close(value, theirs, rtol=1e-6, atol=1e-8, msg=lambda m, name=name: f"{name}: {m}")
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_loss_gradients_and_metrics_are_trls(trainer: Any, case: Case, backend: str) -> None:
+    _assert_trls(trainer, case, backend)
+
+
+@st.composite
+def _cases(draw: st.DrawFn) -> Case:
+    config = draw(configs(TRL_LOSS_TYPES, only_trls=True))
+    return Case(
+        f"drawn_{draw(st.integers(0, 10**6))}",
+        batch=draw(st.integers(1, 6)),
+        length=draw(st.integers(2, 7)),  # TRL takes the metrics of one token for those of a sequence
+        config=config,
+        mask=draw(st.sampled_from(["ones", "tail", "holes", "first", "zeros"])),
+        advantages=draw(st.sampled_from(["sequence", "zero", "some"])),
+        old=draw(st.booleans()),
+        sampling=draw(st.booleans()),
+        rollout=draw(st.sampled_from([None, "token"])),
+        num_items=draw(st.sampled_from([None, 7.0, 0.5])),
+    )
+
+
+@hypothesis.settings(max_examples=600)
+@hypothesis.given(case=_cases())
+def test_any_loss_is_trls(trainer: Any, case: Case) -> None:
+    for backend in BACKENDS:
+        _assert_trls(trainer, case, backend)
 
 
 NAN = float("nan")

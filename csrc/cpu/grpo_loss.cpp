@@ -20,8 +20,8 @@ struct PolicyInputs {
   // dL/dlogprob of an unmasked token; its ratio is its own (token level).
   R coefficient(int64_t n, R logprob, const PolicyOptions<R>& options) const {
     const R log_ratio = logprob - (old_logprobs ? old_logprobs[n] : logprob);  // on-policy 0, or a NaN's NaN
-    const TokenLoss<R> loss = token_loss(logprob, log_ratio, ref_logprobs ? ref_logprobs + n : nullptr, advantages[n],
-                                         policy_weights[n], kl_weights[n], options);
+    const TokenLoss<R> loss = token_loss(logprob, log_ratio, log_ratio, ref_logprobs ? ref_logprobs + n : nullptr,
+                                         advantages[n], policy_weights[n], kl_weights[n], options);
     return loss.dlog_ratio + loss.dlogprob;
   }
 };
@@ -126,7 +126,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> grpo_loss_fwd(
         mutable_data<R>(logprobs),
         mutable_data<R>(entropy),
         mutable_data<bool>(live)};
-    STD_TORCH_CHECK(!forward.options.sequence_level, "a sequence-level ratio needs every token's statistics first");
+    STD_TORCH_CHECK(forward.options.level == Level::kToken, "a sequence-level ratio needs every token's statistics first");
     check_ids(forward.ids, forward.inputs.mask, ids.numel(), from.width);
     forward.run();
   };

@@ -19,6 +19,8 @@ struct Inputs {
   R log_ratio(int64_t n) const {  // on-policy 0, or a NaN's NaN
     return logprobs[n] - (old_logprobs ? old_logprobs[n] : logprobs[n]);
   }
+
+  LogRatio<R> averaged(int64_t n) const { return averaged_log_ratio(log_ratio(n), advantages[n], options); }
 };
 
 struct SequenceTotals {
@@ -33,7 +35,7 @@ R mean_log_ratio(const Inputs<R>& in, int64_t begin, int64_t end) {
   int64_t tokens = 0;
   for (int64_t n = begin; n < end; ++n) {
     if (!in.mask[n]) continue;
-    sum += in.log_ratio(n);
+    sum += in.averaged(n).value;
     ++tokens;
   }
   return static_cast<R>(tokens ? sum / static_cast<double>(tokens) : 0);
@@ -41,17 +43,19 @@ R mean_log_ratio(const Inputs<R>& in, int64_t begin, int64_t end) {
 
 template <class R>
 SequenceTotals sequence_loss(const Inputs<R>& in, int64_t begin, int64_t end, R* dlogprobs) {
-  const bool sequence_level = in.options.sequence_level;
-  const R mean = sequence_level ? mean_log_ratio(in, begin, end) : R(0);
+  const Level level = in.options.level;
+  const R mean = level == Level::kToken ? R(0) : mean_log_ratio(in, begin, end);
+  const bool spreads = level == Level::kSequence || level == Level::kGeometric;
   SequenceTotals out;
   double tokens = 0, low = 0, high = 0, dmean = 0;
   for (int64_t n = begin; n < end; ++n) {
     dlogprobs[n] = 0;
     if (!in.mask[n]) continue;
-    const TokenLoss<R> token =
-        token_loss(in.logprobs[n], sequence_level ? mean : in.log_ratio(n), in.ref_logprobs ? in.ref_logprobs + n : nullptr,
-                   in.advantages[n], in.policy_weights[n], in.kl_weights[n], in.options);
-    dlogprobs[n] = token.dlogprob + (sequence_level ? R(0) : token.dlog_ratio);
+    const R log_ratio = in.log_ratio(n);
+    const TokenLoss<R> token = token_loss(in.logprobs[n], level == Level::kToken ? log_ratio : mean, log_ratio,
+                                          in.ref_logprobs ? in.ref_logprobs + n : nullptr, in.advantages[n],
+                                          in.policy_weights[n], in.kl_weights[n], in.options);
+    dlogprobs[n] = token.dlogprob + (spreads ? R(0) : token.dlog_ratio);
     dmean += token.dlog_ratio;
     out.loss += token.loss;
     if (in.entropy && in.entropy_weights) out.loss -= static_cast<double>(in.entropy_weights[n]) * in.entropy[n];
@@ -61,17 +65,18 @@ SequenceTotals sequence_loss(const Inputs<R>& in, int64_t begin, int64_t end, R*
     out.partials[kKl] += token.kl;
     if (in.entropy) out.partials[kEntropy] += in.entropy[n];
   }
-  if (sequence_level && tokens > 0) {  // the mean hands its derivative to its tokens in equal parts
+  if (spreads && tokens > 0) {  // the mean hands its derivative to its tokens in equal parts
     for (int64_t n = begin; n < end; ++n) {
-      if (in.mask[n]) dlogprobs[n] += static_cast<R>(dmean / tokens);
+      if (in.mask[n] && in.averaged(n).passes) dlogprobs[n] += static_cast<R>(dmean / tokens);
     }
   }
+  const bool counts_sequences = level == Level::kSequence;
   const double share = tokens > 0 ? tokens : 1;
   out.partials[kTokens] = tokens;
-  out.partials[kRatios] = sequence_level ? 1 : tokens;
-  out.partials[kLow] = sequence_level ? low / share : low;
-  out.partials[kHigh] = sequence_level ? high / share : high;
-  const bool has_share = sequence_level || tokens > 0;
+  out.partials[kRatios] = counts_sequences ? 1 : tokens;
+  out.partials[kLow] = counts_sequences ? low / share : low;
+  out.partials[kHigh] = counts_sequences ? high / share : high;
+  const bool has_share = counts_sequences || tokens > 0;
   out.partials[kLowMin] = has_share ? low / share : INFINITY;
   out.partials[kHighMax] = has_share ? high / share : -INFINITY;
   return out;

@@ -86,7 +86,8 @@ RowStatistics statistics_of(const T* z, int64_t vocab, int64_t id, const Transfo
     V largest = splat<R>(-INFINITY);
     const auto raw = [](V values) { return values; };
     for_each_vector(z + start, count, raw, least_z, [&](V v) { largest = max(v * transform.sign, largest); });
-    const R at_largest = transform(splat<R>(transform.sign * horizontal_max<R>(largest)))[0];  // u
+    const R largest_z = transform.sign * horizontal_max<R>(largest);
+    const R at_largest = transform(splat<R>(largest_z))[0];  // u
     OnlineSoftmax<double> block;
     block.max = static_cast<double>(at_largest) * transform.outer;
     // a block of -inf alone has no maximum to subtract: its exponentials are 0 by any other
@@ -115,9 +116,10 @@ RowStatistics statistics_of(const T* z, int64_t vocab, int64_t id, const Transfo
       if (block.max > before) {
         for (int64_t i = 0; i < count; i += kLanes<R>) {
           const int64_t n = std::min<int64_t>(kLanes<R>, count - i);
-          const V u = transform(load(Tail<T>(z + start + i, n).values));
-          int lane = 0;
-          while (lane < n && u[lane] != at_largest) ++lane;
+          const V values = load(Tail<T>(z + start + i, n).values);
+          const V u = transform(values);
+          int lane = 0;  // by z too: the compiler need not round u alike in both places
+          while (lane < n && u[lane] != at_largest && values[lane] != largest_z) ++lane;
           if (lane < n) {
             row.first_largest = start + i + lane;
             break;

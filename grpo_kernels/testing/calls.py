@@ -80,6 +80,7 @@ def call(op: str, inputs: Inputs, leaf: dict[str, Tensor], backend: str, **optio
     arguments = {
         "old_logprobs": inputs.old,
         "ref_logprobs": inputs.ref,
+        "sampling_logprobs": inputs.sampling,
         "rollout_is_weights": inputs.rollout,
         "num_items_in_batch": inputs.num_items,
         "cu_seqlens": inputs.cu_seqlens,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 from dataclasses import dataclass, field
 
-from grpo_kernels.config import IMPORTANCE_SAMPLING_LEVELS, LOSS_TYPES, GRPOLossConfig
+from grpo_kernels.config import KL_ESTIMATORS, ROLLOUT_CORRECTIONS, GRPOLossConfig
 
 
 @dataclass(frozen=True)
@@ -26,7 +26,8 @@ class Case:
         dirty: NaN, inf and id -100 stand under the mask, and in the position past the last.
         advantages: "sequence", "token", "zero", "some" (three of four are zero), or "rewards" to be grouped by two.
         scale_rewards: With "rewards".
-        old, ref: Whether old and reference log-probs are given. Ratios of old lie well off the clip bounds.
+        old, ref, sampling: Whether old, reference and the sampler's log-probs are given. Ratios of old lie well off the
+            clip bounds.
         rollout: None, "token" or "sequence".
         num_items: None, a number, or "tensor".
         loss_scale, softcap, logit_scale, bias: As the ops take them.
@@ -49,6 +50,7 @@ class Case:
     scale_rewards: str = "group"
     old: bool = True
     ref: bool = True
+    sampling: bool = False
     rollout: str | None = None
     num_items: float | str | None = None
     loss_scale: float = 1.0
@@ -171,13 +173,67 @@ def _variant(loss_type: str, level: str, kl: str, delta: float | None, entropy: 
     return Case(name, batch=6, config=config, num_items=17.0 if loss_type == "dapo" else None)
 
 
-#: Every loss type x level x KL x delta x entropy bonus.
+#: Loss types that differ in their weights, x level x KL x delta x entropy bonus.
 VARIANT_CASES = tuple(
     _variant(*options)
     for options in itertools.product(
-        LOSS_TYPES, IMPORTANCE_SAMPLING_LEVELS, ("none", "plain", "corrected"), (None, 1.6), (0.0, 0.05)
+        ("grpo", "bnpo", "dr_grpo", "dapo"),
+        ("token", "sequence"),
+        ("none", "plain", "corrected"),
+        (None, 1.6),
+        (0.0, 0.05),
     )
 )
+
+
+def _of_family(name: str, **options: object) -> Case:
+    inputs = {key: options.pop(key) for key in ("advantages", "mask", "rollout", "sampling", "num_items", "old")
+              if key in options}  # fmt: skip
+    return Case(name, batch=6, config=GRPOLossConfig(**options), **inputs)  # type: ignore[arg-type]
+
+
+_SEQUENCE_LEVEL = {"importance_sampling_level": "sequence"}
+_SEQUENCE_TOKEN = {"importance_sampling_level": "sequence_token", "advantages": "token"}
+
+#: The other objectives, divergences, masks and corrections.
+FAMILY_CASES = (
+    _of_family("luspo", loss_type="luspo", beta=0.1),
+    _of_family("luspo-sequence", loss_type="luspo", **_SEQUENCE_LEVEL, beta=0.1),
+    _of_family("ppo", loss_type="ppo", advantages="token", delta=1.6),
+    _of_family("surrogate", loss_type="surrogate", beta=0.1),
+    _of_family("surrogate-sequence", loss_type="surrogate", **_SEQUENCE_LEVEL),
+    _of_family("reinforce", loss_type="reinforce", old=False),
+    _of_family("reinforce-kl", loss_type="reinforce", beta=0.1, entropy_coef=0.05, num_items=17.0),
+    _of_family("cispo", loss_type="cispo", epsilon_high=1.3),
+    _of_family("cispo-sequence", loss_type="cispo", epsilon_high=1.3, **_SEQUENCE_LEVEL, beta=0.1),
+    _of_family("cispo-both_bounds", loss_type="cispo", epsilon_high=1.2, cispo_ratio_low=0.8, rollout="token"),
+    _of_family("sapo", loss_type="sapo", beta=0.1),
+    _of_family("sapo-sequence", loss_type="sapo", **_SEQUENCE_LEVEL, sapo_temperature_neg=1.5),
+    _of_family("vespo", loss_type="vespo", beta=0.1),
+    _of_family("vespo-rollout", loss_type="vespo", rollout="token", vespo_k_pos=1.5, num_items=17.0),
+    _of_family("vespo-on_policy", loss_type="vespo", old=False),
+    _of_family("gmpo", loss_type="gmpo", epsilon_low=0.1, epsilon_high=0.2),
+    _of_family("gmpo-kl", loss_type="gmpo", epsilon_low=0.1, beta=0.1, use_bias_correction_kl=False),
+    _of_family("gmpo-corrected", loss_type="gmpo", epsilon_low=0.1, beta=0.1, mask="first"),
+    _of_family("sequence_token", **_SEQUENCE_TOKEN),
+    _of_family("sequence_token-kl", **_SEQUENCE_TOKEN, beta=0.1, entropy_coef=0.05),
+    _of_family("log_ratio_clamp", log_ratio_clamp=0.2, beta=0.1),
+    _of_family("off_policy_mask", off_policy_mask_threshold=0.02, beta=0.1),
+    _of_family("off_policy_mask-sampling", off_policy_mask_threshold=0.02, sampling=True, **_SEQUENCE_LEVEL),
+    _of_family("top_entropy", top_entropy_quantile=0.3),
+    _of_family("top_entropy-bonus", top_entropy_quantile=0.55, entropy_coef=0.05, beta=0.1, mask="holes"),
+    *(
+        _of_family(f"kl_{name}-{gradient}-{clamp}", beta=0.1, kl_estimator=name, kl_gradient=gradient, kl_clamp=clamp,
+                   use_bias_correction_kl=False)
+        for name in KL_ESTIMATORS for gradient in ("naive", "straight_through") for clamp in (None, 0.03)
+    ),
+    *(_of_family(f"kl_{name}-corrected", beta=0.1, kl_estimator=name) for name in KL_ESTIMATORS),
+    *(
+        _of_family(f"rollout_{name}", rollout_correction=name, rollout_clip_min=0.6, rollout_clip_max=1.5, beta=0.1,
+                   sampling=True)
+        for name in ROLLOUT_CORRECTIONS
+    ),
+)  # fmt: skip
 
 #: Found by a random search and kept.
 FOUND_CASES = (
@@ -189,4 +245,4 @@ FOUND_CASES = (
     Case("vocab_block_negated", vocab=6000, batch=2, logit_scale=-1.5, config=_COOLED),
 )
 
-ALL_CASES = (*INPUT_CASES, *LOSS_CASES, *VOCABULARY_CASES, *VARIANT_CASES, *FOUND_CASES)
+ALL_CASES = (*INPUT_CASES, *LOSS_CASES, *VOCABULARY_CASES, *VARIANT_CASES, *FAMILY_CASES, *FOUND_CASES)

@@ -38,6 +38,7 @@ class Inputs:
     rewards: Tensor | None
     old: Tensor | None
     ref: Tensor | None
+    sampling: Tensor | None
     rollout: Tensor | None
     num_items: float | Tensor | None
     cu_seqlens: Tensor | None
@@ -100,6 +101,7 @@ def build(case: Case, dtype: torch.dtype, source: str = "logits") -> Inputs:
     tensors |= {
         "old": (logprobs - log_ratio).float() if case.old else None,
         "ref": (logprobs + 0.3 * _normal(shape, rng)).float() if case.ref else None,
+        "sampling": (logprobs - log_ratio + 0.3 * _normal(shape, rng)).float() if case.sampling else None,
         "rollout": _rollout(case, shape, sequences.count, rng),
         "advantages": _advantages(case, shape, sequences.count, rng),
         "rewards": _normal((sequences.count,), rng) if case.advantages == "rewards" else None,

@@ -127,7 +127,9 @@ def grpo_loss(
     scale_rewards: str = "group",
     old_logprobs: Tensor | None = None,  # like completion_ids
     ref_logprobs: Tensor | None = None,  # like completion_ids
+    sampling_logprobs: Tensor | None = None,  # like completion_ids
     rollout_is_weights: Tensor | None = None,  # like completion_ids, or [B, 1]; packed [N] or [S, 1]
+    entropy_threshold: Tensor | float | None = None,
     num_items_in_batch: float | Tensor | None = None,
     cu_seqlens: Tensor | None = None,  # [S + 1]
     loss_scale: float = 1.0,
@@ -196,7 +198,9 @@ def grpo_loss(
         completion_mask,
         old_logprobs=old_logprobs,
         ref_logprobs=ref_logprobs,
+        sampling_logprobs=sampling_logprobs,
         rollout_is_weights=rollout_is_weights,
+        entropy_threshold=entropy_threshold,
         num_items_in_batch=num_items_in_batch,
         cu_seqlens=cu_seqlens,
         loss_scale=loss_scale,

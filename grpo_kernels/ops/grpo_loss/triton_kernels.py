@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from grpo_kernels.config import Option
+from grpo_kernels.config import Level, Option
 from grpo_kernels.ops.device_values import first_bad
 from grpo_kernels.ops.group_advantages.triton_kernels import group_advantage
 from grpo_kernels.ops.policy_loss.triton_kernels import policy_arguments, policy_variant
@@ -107,8 +107,16 @@ def _grpo_loss_kernel(
     ratio_high: tl.float64,
     delta: tl.float64,
     beta: tl.float64,
+    temperature_pos: tl.float64,
+    temperature_neg: tl.float64,
+    log_ratio_clamp: tl.float64,
+    kl_clamp: tl.float64,
     eps: tl.float64,
     IS_SCALED: tl.constexpr,
+    SURROGATE: tl.constexpr,
+    LEVEL: tl.constexpr,
+    KL_ESTIMATOR: tl.constexpr,
+    KL_STRAIGHT_THROUGH: tl.constexpr,
     BIAS_CORRECTED: tl.constexpr,
     IS_NARROWED: tl.constexpr,
     CURVE: tl.constexpr,
@@ -177,6 +185,7 @@ def _grpo_loss_kernel(
                 _, dlog_ratio, dlogprob, _, _, _ = token_loss(
                     logprob,
                     logprob - old_logprob,
+                    logprob - old_logprob,
                     ref_logprob,
                     advantage,
                     policy_weight,
@@ -185,7 +194,15 @@ def _grpo_loss_kernel(
                     tl.full([], ratio_high, ACC),
                     tl.full([], delta, ACC),
                     tl.full([], beta, ACC),
+                    tl.full([], temperature_pos, ACC),
+                    tl.full([], temperature_neg, ACC),
+                    tl.full([], log_ratio_clamp, ACC),
+                    tl.full([], kl_clamp, ACC),
                     ref_logprobs_ptr is not None,
+                    SURROGATE,
+                    LEVEL,
+                    KL_ESTIMATOR,
+                    KL_STRAIGHT_THROUGH,
                     BIAS_CORRECTED,
                 )
                 c = dlog_ratio + dlogprob
@@ -246,7 +263,7 @@ def grpo_loss_fwd(
         check_tokens(sequences, dtype, rewards=rewards)
         check_tokens(sequences + 1, torch.int64, offsets=offsets)
     variant = policy_variant(options)
-    if options[Option.SEQUENCE_LEVEL]:
+    if options[Option.LEVEL] != Level.TOKEN:
         raise ValueError("options must be token-local: a sequence-level ratio needs every token's statistics first")
     logprobs, entropy = (torch.empty_like(ids, dtype=dtype) for _ in range(2))
     live = torch.empty_like(ids, dtype=torch.bool)

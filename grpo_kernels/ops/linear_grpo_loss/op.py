@@ -181,7 +181,9 @@ def linear_grpo_loss(
     scale_rewards: str = "group",
     old_logprobs: Tensor | None = None,  # like completion_ids
     ref_logprobs: Tensor | None = None,  # like completion_ids
+    sampling_logprobs: Tensor | None = None,  # like completion_ids
     rollout_is_weights: Tensor | None = None,  # like completion_ids, or [B, 1]; packed [N] or [S, 1]
+    entropy_threshold: Tensor | float | None = None,
     num_items_in_batch: float | Tensor | None = None,
     cu_seqlens: Tensor | None = None,  # [S + 1]
     loss_scale: float = 1.0,
@@ -205,7 +207,8 @@ def linear_grpo_loss(
         hidden_states: Position ``t`` predicts token ``t``.
         lm_head_weight: The head, tied or not, of the same dtype; under autocast both are rounded to its dtype.
         completion_ids, advantages, completion_mask, rewards, num_generations, scale_rewards, old_logprobs,
-            ref_logprobs, rollout_is_weights, num_items_in_batch, cu_seqlens, loss_scale, config, softcap,
+            ref_logprobs, sampling_logprobs, rollout_is_weights, entropy_threshold, num_items_in_batch,
+            cu_seqlens, loss_scale, config, softcap,
             logit_scale, debug: As for ``grpo_loss``.
         bias, logits_dtype, workspace_bytes: As for ``linear_token_logprobs``.
         max_logits_bytes: As for ``linear_token_logprobs``, where a sequence-level ratio has to wait for the whole
@@ -242,7 +245,9 @@ def linear_grpo_loss(
         completion_mask,
         old_logprobs=old_logprobs,
         ref_logprobs=ref_logprobs,
+        sampling_logprobs=sampling_logprobs,
         rollout_is_weights=rollout_is_weights,
+        entropy_threshold=entropy_threshold,
         num_items_in_batch=num_items_in_batch,
         cu_seqlens=cu_seqlens,
         loss_scale=loss_scale,

@@ -7,7 +7,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from grpo_kernels.config import GRPOLossConfig
+from grpo_kernels.config import GRPOLossConfig, Level, Surrogate
+from grpo_kernels.ops.policy_loss.weights import rollout_weights, token_weights
 from grpo_kernels.ops.sequences import Sequences
 from grpo_kernels.ops.validation import check_cu_seqlens, check_device, check_float, check_mask, check_shape
 
@@ -28,6 +29,9 @@ class PolicyInputs:
     entropy_weights: Tensor | None
     old_logprobs: Tensor | None
     ref_logprobs: Tensor | None
+    sampling_logprobs: Tensor | None = None  # this and the next two: for weights that wait for log-probabilities
+    rollout_weights: Tensor | None = None
+    entropy_threshold: Tensor | float | None = None
 
     @classmethod
     def of(
@@ -39,7 +43,9 @@ class PolicyInputs:
         *,
         old_logprobs: Tensor | None,
         ref_logprobs: Tensor | None,
+        sampling_logprobs: Tensor | None,
         rollout_is_weights: Tensor | None,
+        entropy_threshold: Tensor | float | None,
         num_items_in_batch: float | Tensor | None,
         cu_seqlens: Tensor | None,
         loss_scale: float,
@@ -47,18 +53,29 @@ class PolicyInputs:
         debug: bool,
     ) -> PolicyInputs:
         """Validates the arguments of a public loss, as its docstring gives them."""
-        given = (advantages, completion_mask, old_logprobs, ref_logprobs, rollout_is_weights, cu_seqlens)
-        _check(tokens, *given, config, debug)
+        logprobs = {
+            "old_logprobs": old_logprobs,
+            "ref_logprobs": ref_logprobs,
+            "sampling_logprobs": sampling_logprobs,
+        }
+        _check(tokens, advantages, completion_mask, logprobs, rollout_is_weights, cu_seqlens, config, debug)
         _check_items(num_items_in_batch)
+        if entropy_threshold is not None and config.top_entropy_quantile == 1:
+            raise ValueError(f"entropy_threshold has no effect with top_entropy_quantile=1, got {entropy_threshold!r}")
         sequences = Sequences.of(tokens, cu_seqlens)
         mask = completion_mask != 0
         weights = token_weights(mask, sequences, config, num_items_in_batch, dtype) * loss_scale
-        policy_weights = weights
+        rollout = None
         if rollout_is_weights is not None:
             rollout = sequences.per_token(rollout_is_weights.to(dtype))
-            policy_weights = weights * torch.where(mask, rollout, 0)
+        elif config.rollout_correction is not None and old_logprobs is not None and sampling_logprobs is not None:
+            rollout = rollout_weights(old_logprobs.to(dtype), sampling_logprobs.to(dtype), mask, sequences, config)
+        has_own_place = config.loss_type == "vespo"  # inside of its weight
+        policy_weights = weights if rollout is None or has_own_place else weights * torch.where(mask, rollout, 0)
         entropy_weights = None
-        if config.entropy_coef != 0:
+        if config.entropy_coef != 0 and config.loss_agg_mode is not None:
+            entropy_weights = weights * config.entropy_coef
+        elif config.entropy_coef != 0:
             count = mask.sum().clamp(min=1)
             entropy_weights = mask.to(dtype) * (config.entropy_coef * loss_scale) / count
 
@@ -74,6 +91,9 @@ class PolicyInputs:
             entropy_weights,
             cast(old_logprobs),
             cast(ref_logprobs) if config.beta != 0 else None,
+            cast(sampling_logprobs) if config.off_policy_mask_threshold is not None else None,
+            rollout if has_own_place else None,
+            entropy_threshold,
         )
 
     def token_local(self, config: GRPOLossConfig) -> tuple[PolicyInputs, GRPOLossConfig]:
@@ -84,7 +104,10 @@ class PolicyInputs:
         """
         waits_for_kl = self.ref_logprobs is not None and config.use_bias_correction_kl
         is_clipped = config.delta is not None and config.delta < 1
-        if config.is_token_local or self.old_logprobs is not None or waits_for_kl or is_clipped:
+        is_sequences = config.level == Level.SEQUENCE and config.surrogate == Surrogate.CLIP
+        if not is_sequences or not config.has_settled_weights or is_clipped or waits_for_kl:
+            return self, config
+        if self.old_logprobs is not None:
             return self, config
         ones = self.mask.to(self.policy_weights.dtype)
         pull = torch.where(self.mask, self.policy_weights * self.advantages, 0)
@@ -114,27 +137,6 @@ FLAT_SCHEMA = (
 FLAT_COUNT = FLAT_SCHEMA.count(",") + 1
 
 
-def token_weights(
-    mask: Tensor,  # bool
-    sequences: Sequences,
-    config: GRPOLossConfig,
-    num_items_in_batch: float | Tensor | None,
-    dtype: torch.dtype,
-) -> Tensor:
-    """The weight of each token in the loss: all that tells one loss type from its siblings. 0 where masked."""
-    weights = mask.to(dtype)
-    if config.loss_type == "grpo":
-        lengths = sequences.sum(weights).clamp(min=1)
-        return weights / sequences.spread(lengths * sequences.count)
-    if config.loss_type == "dr_grpo" and config.max_completion_length is not None:  # GRPOLossConfig demands it
-        return weights / (sequences.count * config.max_completion_length)
-    if config.loss_type == "dapo" and num_items_in_batch is not None:
-        if not isinstance(num_items_in_batch, Tensor):
-            return weights / max(float(num_items_in_batch), 1.0)
-        return weights / num_items_in_batch.to(device=mask.device, dtype=dtype).reshape(()).clamp(min=1)
-    return weights / weights.sum().clamp(min=1)
-
-
 def _check_items(num_items_in_batch: float | Tensor | None) -> None:
     if isinstance(num_items_in_batch, Tensor):
         if num_items_in_batch.numel() != 1:
@@ -148,8 +150,7 @@ def _check(
     tokens: Tensor,
     advantages: Tensor | None,
     completion_mask: Tensor,
-    old_logprobs: Tensor | None,
-    ref_logprobs: Tensor | None,
+    logprobs: dict[str, Tensor | None],
     rollout_is_weights: Tensor | None,
     cu_seqlens: Tensor | None,
     config: GRPOLossConfig,
@@ -162,22 +163,34 @@ def _check(
     if advantages is not None:
         check_float("advantages", advantages)
         check_shape("advantages", advantages, (count,), tokens.shape)
-    for name, values in (("old_logprobs", old_logprobs), ("ref_logprobs", ref_logprobs)):
+        if config.loss_type in ("vespo", "gmpo") and advantages.shape != (count,):
+            raise ValueError(
+                f'advantages must be one per completion, [{count}], with loss_type="{config.loss_type}", '
+                f"got {list(advantages.shape)}"
+            )
+    for name, values in logprobs.items():
         if values is not None:
             check_float(name, values)
             check_shape(name, values, tokens.shape)
     if rollout_is_weights is not None:
         check_float("rollout_is_weights", rollout_is_weights)
-        check_shape("rollout_is_weights", rollout_is_weights, tokens.shape, (count, 1))
-    if config.beta != 0 and ref_logprobs is None:
+        per_sequence = () if config.loss_type == "vespo" else ((count, 1),)
+        check_shape("rollout_is_weights", rollout_is_weights, tokens.shape, *per_sequence)
+        if config.rollout_correction is not None:
+            raise ValueError(
+                f'rollout_is_weights must be None with rollout_correction="{config.rollout_correction}", got a tensor'
+            )
+    if config.beta != 0 and logprobs["ref_logprobs"] is None:
         raise ValueError(f"ref_logprobs must be given when beta is not 0 (beta={config.beta}), got None")
+    for name in ("old_logprobs", "sampling_logprobs"):
+        if config.rollout_correction is not None and logprobs[name] is None:
+            raise ValueError(f'{name} must be given with rollout_correction="{config.rollout_correction}", got None')
     check_device(
         tokens.device,
         [
             ("advantages", advantages),
             ("completion_mask", completion_mask),
-            ("old_logprobs", old_logprobs),
-            ("ref_logprobs", ref_logprobs),
+            *logprobs.items(),
             ("rollout_is_weights", rollout_is_weights),
             ("cu_seqlens", cu_seqlens),
         ],

@@ -21,13 +21,19 @@ class Partial(IntEnum):
     HIGH = 5  # clipped above, with a positive advantage
     LOW_MIN = 6  # extrema of a sequence's clipped share
     HIGH_MAX = 7
+    PHI = 8  # sequences' mean weights; this and the next only with "vespo", appended to what kernels give
+    SEQUENCES = 9
 
 
+#: What kernels give.
+KERNEL_PARTIALS = Partial.PHI
 _MEANS = {
     "kl": (Partial.KL, Partial.TOKENS),
     "entropy": (Partial.ENTROPY, Partial.TOKENS),
     "clip_ratio/low_mean": (Partial.LOW, Partial.RATIOS),
     "clip_ratio/high_mean": (Partial.HIGH, Partial.RATIOS),
+    "cispo_clip_ratio": (Partial.HIGH, Partial.RATIOS),
+    "vespo/phi_seq_mean": (Partial.PHI, Partial.SEQUENCES),
 }
 _EXTREMA = {"clip_ratio/low_min": Partial.LOW_MIN, "clip_ratio/high_max": Partial.HIGH_MAX}
 CLIP_METRICS = (
@@ -43,7 +49,7 @@ class PolicyMetrics(Mapping[str, Tensor]):
     """TRL's metric names to 0-dim tensors on the loss's device; reading one syncs nothing.
 
     Args:
-        partials: Sums, counts and extrema, ``[len(Partial)]``, as ``Partial`` orders them.
+        partials: Sums, counts and extrema, as ``Partial`` orders them.
         names: The metrics that these inputs define.
     """
 
@@ -79,12 +85,12 @@ class PolicyMetrics(Mapping[str, Tensor]):
         One collective. Needs an initialised ``torch.distributed``.
         """
         world = dist.get_world_size(group)
-        gathered = self.partials.new_empty(world * len(Partial))
+        gathered = self.partials.new_empty(world * self.partials.numel())
         dist.all_gather_into_tensor(gathered, self.partials, group=group)
-        return PolicyMetrics(_combine(gathered.view(world, len(Partial))), self.names)
+        return PolicyMetrics(_combine(gathered.view(world, -1)), self.names)
 
 
-def _combine(parts: Tensor) -> Tensor:  # [K, len(Partial)] -> [len(Partial)]
+def _combine(parts: Tensor) -> Tensor:  # [K, P] -> [P]
     """Sums and counts added, extrema compared."""
     combined = parts.sum(0)
     combined[Partial.LOW_MIN] = parts[:, Partial.LOW_MIN].amin()

@@ -8,12 +8,13 @@ import torch
 from torch import Tensor
 
 from grpo_kernels import registry
-from grpo_kernels.config import GRPOLossConfig, PolicyLossCode
+from grpo_kernels.config import CLIPPED_LOSS_TYPES, GRPOLossConfig, PolicyLossCode
 from grpo_kernels.ops.gradients import refuse_double_backward
 from grpo_kernels.ops.library import define, lazily
 from grpo_kernels.ops.policy_loss import reference
 from grpo_kernels.ops.policy_loss.inputs import FLAT_SCHEMA, PolicyInputs
-from grpo_kernels.ops.policy_loss.metrics import CLIP_METRICS, Partial, PolicyMetrics
+from grpo_kernels.ops.policy_loss.metrics import CLIP_METRICS, KERNEL_PARTIALS, PolicyMetrics
+from grpo_kernels.ops.policy_loss.weights import settle
 from grpo_kernels.ops.validation import check_device, check_float, check_shape
 
 
@@ -25,7 +26,7 @@ class PolicyLossOutput(NamedTuple):
 
 
 def _fake(logprobs, *_):  # type: ignore[no-untyped-def]
-    return logprobs.new_empty(()), torch.empty_like(logprobs), logprobs.new_empty(len(Partial))
+    return logprobs.new_empty(()), torch.empty_like(logprobs), logprobs.new_empty(KERNEL_PARTIALS)
 
 
 _FWD = define(
@@ -52,7 +53,10 @@ def policy_metrics(partials: Tensor, config: GRPOLossConfig, has_entropy: bool) 
     """The metrics that a configuration defines."""
     names = ("kl",) if config.beta != 0 else ()
     names += ("entropy",) if has_entropy else ()
-    return PolicyMetrics(partials, names + CLIP_METRICS)
+    if config.loss_type in (*CLIPPED_LOSS_TYPES, "gmpo"):
+        names += CLIP_METRICS
+    names += {"cispo": ("cispo_clip_ratio",), "vespo": ("vespo/phi_seq_mean",)}.get(config.loss_type, ())
+    return PolicyMetrics(partials, names)
 
 
 class _PolicyLoss(torch.autograd.Function):
@@ -97,8 +101,10 @@ def policy_loss(
     *,
     old_logprobs: Tensor | None = None,  # like logprobs
     ref_logprobs: Tensor | None = None,  # like logprobs
+    sampling_logprobs: Tensor | None = None,  # like logprobs
     rollout_is_weights: Tensor | None = None,  # like logprobs, or [B, 1]; packed [N] or [S, 1]
     entropy: Tensor | None = None,  # like logprobs
+    entropy_threshold: Tensor | float | None = None,
     num_items_in_batch: float | Tensor | None = None,
     cu_seqlens: Tensor | None = None,  # [S + 1]
     loss_scale: float = 1.0,
@@ -106,14 +112,15 @@ def policy_loss(
     debug: bool = False,
     backend: str = "auto",
 ) -> PolicyLossOutput:
-    """Clipped policy-gradient loss with a KL penalty and an entropy bonus, weighted and summed over tokens.
+    """Policy-gradient loss with a KL penalty and an entropy bonus, weighted and summed over tokens.
 
     With ``rho = exp(logprobs - old_logprobs)``, or its geometric mean over a sequence,
 
         loss = sum_it w_it (-min(rho_it A_i, clip(rho_it, 1 - eps_low, 1 + eps_high) A_i) + beta k_it) - coef mean H
 
-    DeepSeekMath eq. 3 (arXiv:2402.03300) with the two clip bounds of DAPO (arXiv:2503.14476). Arithmetic is fp32, or
-    fp64 for fp64 input.
+    DeepSeekMath eq. 3 (arXiv:2402.03300) with the two clip bounds of DAPO (arXiv:2503.14476). ``GRPOLossConfig`` names
+    the other objectives that stand in the place of the clipped one, the divergences ``k``, and what goes into the
+    weights ``w``. Arithmetic is fp32, or fp64 for fp64 input.
 
     Args:
         logprobs: Log-probabilities, in nats, of the sampled tokens under the policy being trained.
@@ -121,10 +128,14 @@ def policy_loss(
         completion_mask: 0 excludes a token, whatever the other inputs hold there.
         old_logprobs: The same tokens under the policy that sampled them. None means on-policy: ratio 1.
         ref_logprobs: The same tokens under the frozen reference policy; needed, and read, when beta is not 0.
+        sampling_logprobs: The same tokens as the inference engine scored them; NaN where it did not. Needed for
+            ``rollout_correction``; the off-policy mask takes them rather than ``old_logprobs``.
         rollout_is_weights: Old policy over the inference engine's, a correction that multiplies the policy term.
         entropy: Entropy of each token's distribution, in nats; needed when ``entropy_coef`` is not 0. The bonus is on
             its mean over the unmasked tokens given here, whatever ``num_items_in_batch``, as in TRL.
-        num_items_in_batch: Tokens that "dapo" divides by, over all micro-batches and processes that make one step.
+        entropy_threshold: Least entropy of a token that keeps its policy term, where several processes share one; by
+            default the quantile of the unmasked tokens given here.
+        num_items_in_batch: Tokens that a mean over tokens divides by, but for "bnpo" and "ppo", over all micro-batches and processes that make one step.
             None means the unmasked tokens given here.
         cu_seqlens: Where each packed completion begins, and the end.
         loss_scale: Multiplies the loss and the gradient.
@@ -157,6 +168,9 @@ def policy_loss(
         check_device(logprobs.device, [("entropy", entropy)])
     elif config.entropy_coef != 0:
         raise ValueError(f"entropy must be given when entropy_coef is not 0 ({config.entropy_coef}), got None")
+    elif config.top_entropy_quantile < 1:
+        quantile = config.top_entropy_quantile
+        raise ValueError(f"entropy must be given when top_entropy_quantile is below 1 ({quantile}), got None")
     dtype = torch.float64 if logprobs.dtype == torch.float64 else torch.float32
     inputs = PolicyInputs.of(
         logprobs,
@@ -165,7 +179,9 @@ def policy_loss(
         completion_mask,
         old_logprobs=old_logprobs,
         ref_logprobs=ref_logprobs,
+        sampling_logprobs=sampling_logprobs,
         rollout_is_weights=rollout_is_weights,
+        entropy_threshold=entropy_threshold,
         num_items_in_batch=num_items_in_batch,
         cu_seqlens=cu_seqlens,
         loss_scale=loss_scale,
@@ -185,5 +201,7 @@ def policy_loss_of(
         upcast = None if entropy is None else entropy.to(dtype)
         loss, partials = reference.policy_loss(logprobs.to(dtype), inputs, upcast, config)
     else:
+        inputs, of_weights = settle(inputs, logprobs, entropy, config)
         loss, partials = _PolicyLoss.apply(logprobs, entropy, inputs, config.code(), backend)
+        partials = partials if of_weights is None else torch.cat([partials, of_weights])
     return PolicyLossOutput(loss, policy_metrics(partials, config, entropy is not None))

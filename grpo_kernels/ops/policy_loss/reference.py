@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
-from grpo_kernels.config import GRPOLossConfig
+from grpo_kernels.config import GRPOLossConfig, Level, Surrogate
 from grpo_kernels.ops.policy_loss.inputs import PolicyInputs
+from grpo_kernels.ops.policy_loss.weights import settle
 
 
 def policy_loss(
@@ -16,50 +19,99 @@ def policy_loss(
     config: GRPOLossConfig,
 ) -> tuple[Tensor, Tensor]:
     """``sum w (-S + beta k) - entropy bonus``, and the metrics' partials ``[len(Partial)]``."""
+    inputs, of_weights = settle(inputs, logprobs, entropy, config)
     mask = inputs.mask
 
     def unmasked(values: Tensor) -> Tensor:  # before any exp: inf * 0 is NaN
         return torch.where(mask, values, 0)
 
     logprobs = unmasked(logprobs)
-    log_ratio = importance_log_ratio(logprobs, inputs, config)
-    ratio = log_ratio.exp()
     advantages = unmasked(inputs.advantages)
+    log_ratio = importance_log_ratio(logprobs, advantages, inputs, config)
+    ratio = log_ratio.exp()
     # no advantage, no policy term: not even of an infinite ratio
     bounded = torch.where(advantages == 0, 0, log_ratio).exp()
-    loss = (-inputs.policy_weights * surrogate(bounded, advantages, config)).sum()
+    loss = (-inputs.policy_weights * surrogate(bounded, logprobs, advantages, config)).sum()
     kl = None
     if inputs.ref_logprobs is not None:
         kl = kl_penalty(logprobs, unmasked(inputs.ref_logprobs), ratio, config)
         loss = loss + (config.beta * inputs.kl_weights * kl).sum()
     if inputs.entropy_weights is not None and entropy is not None:
         loss = loss - (inputs.entropy_weights * unmasked(entropy)).sum()
-    return loss, metric_partials(ratio, advantages, kl, entropy, inputs, config)
+    if config.level == Level.GEOMETRIC:  # what is clipped is a token's
+        ratio = token_log_ratio(logprobs, inputs, config).exp()
+    partials = metric_partials(ratio, advantages, kl, entropy, inputs, config)
+    return loss, partials if of_weights is None else torch.cat([partials, of_weights])
 
 
-def importance_log_ratio(logprobs: Tensor, inputs: PolicyInputs, config: GRPOLossConfig) -> Tensor:
-    """``l - l_old``; at sequence level ``mean_t(l - l_old)``, GSPO eq. 7 (arXiv:2507.18071)."""
-    mask, sequences = inputs.mask, inputs.sequences
+def token_log_ratio(logprobs: Tensor, inputs: PolicyInputs, config: GRPOLossConfig) -> Tensor:
+    """``l - l_old``."""
     old = logprobs.detach() if inputs.old_logprobs is None else inputs.old_logprobs
-    log_ratio = torch.where(mask, logprobs - old, 0)
-    if config.importance_sampling_level == "sequence":
-        lengths = sequences.sum(mask.to(logprobs.dtype)).clamp(min=1)
-        log_ratio = torch.where(mask, sequences.spread(sequences.sum(log_ratio) / lengths), 0)
-    return log_ratio
+    log_ratio = torch.where(inputs.mask, logprobs - old, 0)
+    return _clamped(log_ratio, config.log_ratio_clamp) if config.level == Level.TOKEN else log_ratio
 
 
-def surrogate(ratio: Tensor, advantages: Tensor, config: GRPOLossConfig) -> Tensor:
-    """``min(rho A, clip(rho, 1 - eps_low, 1 + eps_high) A)``, with ``rho`` bounded by ``delta`` in the first term."""
+def importance_log_ratio(logprobs: Tensor, advantages: Tensor, inputs: PolicyInputs, config: GRPOLossConfig) -> Tensor:
+    """``l - l_old``; at sequence level ``mean_t(l - l_old)``, GSPO eq. 7 (arXiv:2507.18071).
+
+    GSPO-token, eq. 13: the same value with each token's own gradient. GMPO, eq. 4 (arXiv:2507.20673): the mean of
+    log-ratios clipped where a ratio would leave the range on the side that its advantage rewards.
+    """
+    log_ratio = token_log_ratio(logprobs, inputs, config)
+    if config.level == Level.TOKEN:
+        return log_ratio
+    mask, sequences = inputs.mask, inputs.sequences
+    summed = log_ratio
+    if config.level == Level.GEOMETRIC:
+        low, high = (math.log(bound) for bound in config.ratio_bounds)
+        summed = torch.where(advantages > 0, log_ratio.clamp(max=high), log_ratio.clamp(min=low))
+        summed = torch.where(mask, summed, 0)
+    lengths = sequences.sum(mask.to(logprobs.dtype)).clamp(min=1)
+    mean = torch.where(mask, sequences.spread(sequences.sum(summed) / lengths), 0)
+    if config.level == Level.SEQUENCE_TOKEN:
+        return mean.detach() + log_ratio - log_ratio.detach()
+    return mean
+
+
+def surrogate(ratio: Tensor, logprobs: Tensor, advantages: Tensor, config: GRPOLossConfig) -> Tensor:
+    """The objective of a token, to be maximised.
+
+    - ``min(rho A, clip(rho, 1 - eps_low, 1 + eps_high) A)``, with ``rho`` bounded by ``delta`` in the first term;
+    - CISPO, eq. 4 (arXiv:2506.13585): ``sg[clip(rho)] A l``;
+    - SAPO, eq. 6 (arXiv:2511.20347): ``4 / tau sigmoid(tau (rho - 1)) A``;
+    - ``A l``.
+    """
     low, high = config.ratio_bounds
+    if config.surrogate == Surrogate.CISPO:
+        return ratio.detach().clamp(low, high) * advantages * logprobs
+    if config.surrogate == Surrogate.SAPO:
+        tau = torch.where(
+            advantages > 0, config.sapo_temperature_pos, torch.full_like(advantages, config.sapo_temperature_neg)
+        )
+        return torch.sigmoid(tau * (ratio - 1)) * 4 / tau * advantages
+    if config.surrogate == Surrogate.LOGPROB:
+        return advantages * logprobs
     unclipped = ratio if config.delta is None else ratio.clamp(max=config.delta)
-    return torch.minimum(unclipped * advantages, ratio.clamp(low, high) * advantages)
+    clipped = unclipped if config.level == Level.GEOMETRIC else ratio.clamp(low, high)
+    return torch.minimum(unclipped * advantages, clipped * advantages)
 
 
 def kl_penalty(logprobs: Tensor, ref_logprobs: Tensor, ratio: Tensor, config: GRPOLossConfig) -> Tensor:
-    """k3, ``exp(l_ref - l) - (l_ref - l) - 1``; times the importance ratio where that bias is to be corrected."""
-    difference = ref_logprobs - logprobs
-    kl = torch.expm1(difference) - difference
+    """The estimate of the KL divergence, with ``d = l - l_ref``; times the importance ratio where that is asked for.
+
+    http://joschu.net/blog/kl-approx.html; straight-through, the value of one with the gradient of k2.
+    """
+    d = _clamped(logprobs - ref_logprobs, config.log_ratio_clamp)
+    k2 = d.square() / 2
+    estimates = {"k1": d, "k2": k2, "mse": k2, "k3": torch.expm1(-d) + d, "abs": d.abs()}
+    kl = _clamped(estimates[config.kl_estimator], config.kl_clamp)
+    if config.kl_gradient == "straight_through":
+        kl = kl.detach() + k2 - k2.detach()
     return kl * ratio if config.use_bias_correction_kl else kl
+
+
+def _clamped(values: Tensor, bound: float | None) -> Tensor:
+    return values if bound is None else values.clamp(-bound, bound)
 
 
 @torch.no_grad()
@@ -81,7 +133,7 @@ def metric_partials(
     tokens = sequences.sum(mask.to(dtype))
     low_share = sequences.sum(is_low.to(dtype)) / tokens.clamp(min=1)
     high_share = sequences.sum(is_high.to(dtype)) / tokens.clamp(min=1)
-    per_sequence = config.importance_sampling_level == "sequence"
+    per_sequence = config.level == Level.SEQUENCE
     # at token level a sequence without a token has no share; at sequence level it still has a ratio, of 1
     has_share = torch.ones_like(tokens, dtype=torch.bool) if per_sequence else tokens > 0
     zero = ratio.new_zeros(())

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from grpo_kernels.config import Option, Param, Surrogate
-from grpo_kernels.ops.policy_loss.metrics import Partial
-from grpo_kernels.ops.policy_loss.triton_math import token_loss
+from grpo_kernels.config import KL_ESTIMATORS, Level, Option, Param, Surrogate
+from grpo_kernels.ops.policy_loss.metrics import KERNEL_PARTIALS, Partial
+from grpo_kernels.ops.policy_loss.triton_math import averaged_log_ratio, token_loss
 from grpo_kernels.ops.token_logprobs.triton_rows import arithmetic, as_bytes, check_tokens
 
 _BLOCK = 1024  # tokens, or sequences, that a program holds at once
@@ -26,25 +24,38 @@ _LOW = tl.constexpr(int(Partial.LOW))
 _HIGH = tl.constexpr(int(Partial.HIGH))
 _LOW_MIN = tl.constexpr(int(Partial.LOW_MIN))
 _HIGH_MAX = tl.constexpr(int(Partial.HIGH_MAX))
-_LOSS = tl.constexpr(len(Partial))
+_LOSS = tl.constexpr(int(KERNEL_PARTIALS))
+_TOKEN_LEVEL = tl.constexpr(int(Level.TOKEN))
+_SEQUENCE_LEVEL = tl.constexpr(int(Level.SEQUENCE))
+_GEOMETRIC_LEVEL = tl.constexpr(int(Level.GEOMETRIC))
 
 
 def policy_arguments(params: list[float]) -> tuple[float, ...]:
     """The real parameters, in the order in which kernels take them."""
-    return tuple(params[p] for p in (Param.RATIO_LOW, Param.RATIO_HIGH, Param.DELTA, Param.BETA))
+    if len(params) != len(Param):
+        raise ValueError(f"params must have {len(Param)} entries, got {len(params)}")
+    return tuple(params[p] for p in Param)
 
 
-def policy_variant(options: list[int]) -> dict[str, Any]:
+def policy_variant(options: list[int]) -> dict[str, int]:
     """What a kernel is compiled for.
 
     Raises:
-        ValueError: The surrogate is one that these kernels do not know.
+        ValueError: There is an option that these kernels do not know.
     """
     if len(options) != len(Option):
         raise ValueError(f"options must have {len(Option)} entries, got {len(options)}")
-    if options[Option.SURROGATE] != Surrogate.CLIP:
-        raise ValueError(f"options must name a surrogate that the kernels know, got {options[Option.SURROGATE]}")
-    return {"BIAS_CORRECTED": bool(options[Option.BIAS_CORRECTED_KL])}
+    known = {Option.SURROGATE: Surrogate, Option.LEVEL: Level, Option.KL_ESTIMATOR: KL_ESTIMATORS.values()}
+    for option, values in known.items():
+        if options[option] not in list(values):
+            raise ValueError(f"options must have a {option.name} that the kernels know, got {options[option]}")
+    return {
+        "SURROGATE": options[Option.SURROGATE],
+        "LEVEL": options[Option.LEVEL],
+        "KL_ESTIMATOR": options[Option.KL_ESTIMATOR],
+        "KL_STRAIGHT_THROUGH": options[Option.KL_STRAIGHT_THROUGH],
+        "BIAS_CORRECTED": options[Option.BIAS_CORRECTED_KL],
+    }
 
 
 @triton.jit(do_not_specialize=["tokens", "sequences"])
@@ -60,14 +71,21 @@ def _policy_loss_kernel(
     ref_logprobs_ptr,
     offsets_ptr,  # [S + 1]
     dlogprobs_ptr,  # [N]
-    totals_ptr,  # [len(Partial) + 1, S] fp64
+    totals_ptr,  # [KERNEL_PARTIALS + 1, S] fp64
     tokens,
     sequences,
     ratio_low: tl.float64,
     ratio_high: tl.float64,
     delta: tl.float64,
     beta: tl.float64,
-    SEQUENCE_LEVEL: tl.constexpr,
+    temperature_pos: tl.float64,
+    temperature_neg: tl.float64,
+    log_ratio_clamp: tl.float64,
+    kl_clamp: tl.float64,
+    SURROGATE: tl.constexpr,
+    LEVEL: tl.constexpr,
+    KL_ESTIMATOR: tl.constexpr,
+    KL_STRAIGHT_THROUGH: tl.constexpr,
     BIAS_CORRECTED: tl.constexpr,
     ACC: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -77,7 +95,9 @@ def _policy_loss_kernel(
     end = tl.minimum(tl.load(offsets_ptr + s + 1), tokens)  # values are not checked on a GPU; reads stay inside
     lanes = tl.arange(0, BLOCK)
     mean = tl.full([], 0.0, ACC)
-    if SEQUENCE_LEVEL:
+    low_ = tl.full([], ratio_low, ACC)
+    high_ = tl.full([], ratio_high, ACC)
+    if LEVEL != _TOKEN_LEVEL:
         log_ratios = tl.zeros([BLOCK], tl.float64)
         count = tl.zeros([BLOCK], tl.float64)
         for start in range(begin, end, BLOCK):
@@ -87,7 +107,9 @@ def _policy_loss_kernel(
             old_logprob = logprob  # on-policy 0, or a NaN's NaN
             if old_logprobs_ptr is not None:
                 old_logprob = tl.load(old_logprobs_ptr + n, mask=live, other=0.0)
-            log_ratios += (logprob - old_logprob).to(tl.float64)
+            advantage = tl.load(advantages_ptr + n, mask=live, other=0.0)
+            averaged, _ = averaged_log_ratio(logprob - old_logprob, advantage, low_, high_, LEVEL)
+            log_ratios += tl.where(live, averaged, 0.0).to(tl.float64)
             count += live.to(tl.float64)
         total = tl.sum(count, 0)
         mean = (tl.sum(log_ratios, 0) / tl.where(total > 0, total, 1.0)).to(ACC)
@@ -103,27 +125,36 @@ def _policy_loss_kernel(
         live = tl.load(mask_ptr + n, mask=n < end, other=0) != 0
         # a masked token reads 0 everywhere, weights included, and so adds 0
         logprob = tl.load(logprobs_ptr + n, mask=live, other=0.0)
-        if SEQUENCE_LEVEL:
+        token_log_ratio = logprob - logprob  # on-policy 0, or a NaN's NaN
+        if old_logprobs_ptr is not None:
+            token_log_ratio = logprob - tl.load(old_logprobs_ptr + n, mask=live, other=0.0)
+        log_ratio = token_log_ratio
+        if LEVEL != _TOKEN_LEVEL:
             log_ratio = tl.zeros([BLOCK], ACC) + mean
-        elif old_logprobs_ptr is not None:
-            log_ratio = logprob - tl.load(old_logprobs_ptr + n, mask=live, other=0.0)
-        else:
-            log_ratio = logprob - logprob
         ref_logprob = logprob
         if ref_logprobs_ptr is not None:
             ref_logprob = tl.load(ref_logprobs_ptr + n, mask=live, other=0.0)
         loss, dlog_ratio, dlogprob, kl, is_low, is_high = token_loss(
             logprob,
             log_ratio,
+            token_log_ratio,
             ref_logprob,
             tl.load(advantages_ptr + n, mask=live, other=0.0),
             tl.load(policy_weights_ptr + n, mask=live, other=0.0),
             tl.load(kl_weights_ptr + n, mask=live, other=0.0),
-            tl.full([], ratio_low, ACC),
-            tl.full([], ratio_high, ACC),
+            low_,
+            high_,
             tl.full([], delta, ACC),
             tl.full([], beta, ACC),
+            tl.full([], temperature_pos, ACC),
+            tl.full([], temperature_neg, ACC),
+            tl.full([], log_ratio_clamp, ACC),
+            tl.full([], kl_clamp, ACC),
             ref_logprobs_ptr is not None,
+            SURROGATE,
+            LEVEL,
+            KL_ESTIMATOR,
+            KL_STRAIGHT_THROUGH,
             BIAS_CORRECTED,
         )
         losses += tl.where(live, loss, 0.0).to(tl.float64)
@@ -136,19 +167,30 @@ def _policy_loss_kernel(
             entropies += entropy
             if entropy_weights_ptr is not None:
                 losses -= tl.load(entropy_weights_ptr + n, mask=live, other=0.0).to(tl.float64) * entropy
-        if SEQUENCE_LEVEL:
+        if (LEVEL == _SEQUENCE_LEVEL) | (LEVEL == _GEOMETRIC_LEVEL):
             dmeans += tl.where(live, dlog_ratio, 0.0).to(tl.float64)
         else:
             dlogprob += dlog_ratio
         tl.store(dlogprobs_ptr + n, tl.where(live, dlogprob, 0.0), mask=n < end)
     total = tl.sum(count, 0)
     share = tl.where(total > 0, total, 1.0)
-    if SEQUENCE_LEVEL:  # the mean hands its derivative to its tokens in equal parts
+    if (LEVEL == _SEQUENCE_LEVEL) | (
+        LEVEL == _GEOMETRIC_LEVEL
+    ):  # the mean hands its derivative to its tokens in equal parts
         part = (tl.sum(dmeans, 0) / share).to(ACC)
         tl.debug_barrier()  # what is read here, other threads may have written
         for start in range(begin, end, BLOCK):
             n = start + lanes
             live = tl.load(mask_ptr + n, mask=n < end, other=0) != 0
+            if LEVEL == _GEOMETRIC_LEVEL:
+                log_ratio = tl.load(logprobs_ptr + n, mask=live, other=0.0)
+                if old_logprobs_ptr is not None:
+                    log_ratio -= tl.load(old_logprobs_ptr + n, mask=live, other=0.0)
+                else:
+                    log_ratio -= log_ratio
+                advantage = tl.load(advantages_ptr + n, mask=live, other=0.0)
+                _, passes = averaged_log_ratio(log_ratio, advantage, low_, high_, LEVEL)
+                live = live & passes
             dlogprob = tl.load(dlogprobs_ptr + n, mask=live, other=0.0)
             tl.store(dlogprobs_ptr + n, dlogprob + part, mask=live)
     low = tl.sum(lows, 0)
@@ -156,7 +198,7 @@ def _policy_loss_kernel(
     low_min = low / share
     high_max = high / share
     ratios = total
-    if SEQUENCE_LEVEL:
+    if LEVEL == _SEQUENCE_LEVEL:
         ratios = total * 0.0 + 1.0
         low = low_min
         high = high_max
@@ -220,9 +262,9 @@ def policy_loss_fwd(
     check_tokens(tokens, dtype, old_logprobs=old_logprobs, ref_logprobs=ref_logprobs)
     check_tokens(offsets.numel(), torch.int64, offsets=offsets)
     sequences = offsets.shape[0] - 1
-    loss, partials = logprobs.new_empty(()), logprobs.new_empty(len(Partial))
+    loss, partials = logprobs.new_empty(()), logprobs.new_empty(KERNEL_PARTIALS)
     dlogprobs = torch.empty_like(logprobs)
-    totals = logprobs.new_empty((len(Partial) + 1, sequences), dtype=torch.float64)
+    totals = logprobs.new_empty((KERNEL_PARTIALS + 1, sequences), dtype=torch.float64)
     variant = policy_variant(options)
     if sequences:
         _policy_loss_kernel[(sequences,)](
@@ -241,11 +283,10 @@ def policy_loss_fwd(
             logprobs.shape[0],
             sequences,
             *policy_arguments(params),
-            SEQUENCE_LEVEL=bool(options[Option.SEQUENCE_LEVEL]),
             **variant,
             ACC=arithmetic(logprobs.dtype),
             BLOCK=_BLOCK,
             num_warps=_WARPS,
         )
-    _totals_kernel[(len(Partial) + 1,)](totals, loss, partials, sequences, BLOCK=_BLOCK)
+    _totals_kernel[(KERNEL_PARTIALS + 1,)](totals, loss, partials, sequences, BLOCK=_BLOCK)
     return loss, dlogprobs, partials

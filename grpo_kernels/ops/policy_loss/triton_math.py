@@ -8,7 +8,12 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from grpo_kernels.config import KL_ESTIMATORS, Level, Surrogate
 from grpo_kernels.ops.token_logprobs.triton_math import expm1
+
+_CLIP, _CISPO, _SAPO = (tl.constexpr(int(s)) for s in (Surrogate.CLIP, Surrogate.CISPO, Surrogate.SAPO))
+_TOKEN, _GEOMETRIC = (tl.constexpr(int(level)) for level in (Level.TOKEN, Level.GEOMETRIC))
+_K1, _K2, _K3 = (tl.constexpr(KL_ESTIMATORS[name]) for name in ("k1", "k2", "k3"))
 
 
 @triton.jit
@@ -30,20 +35,70 @@ def clip_surrogate(ratio, advantage, ratio_low, ratio_high, delta):
 
 
 @triton.jit
-def kl_penalty(logprob, ref_logprob, ratio, BIAS_CORRECTED: tl.constexpr):
-    """k3 and its derivatives by the log-ratio and by the log-probability; bias-corrected, times the ratio."""
-    d = ref_logprob - logprob
-    growth = expm1(d)
-    k3 = growth - d
+def sapo_surrogate(ratio, advantage, temperature_pos, temperature_neg):
+    """``4 / tau sigmoid(tau (r - 1)) A`` and its derivative by the log-ratio."""
+    tau = tl.where(advantage > 0, temperature_pos, temperature_neg)
+    gate = 1 / (1 + tl.exp(-tau * (ratio - 1)))
+    return gate * 4 / tau * advantage, 4 * gate * (1 - gate) * ratio * advantage
+
+
+@triton.jit
+def averaged_log_ratio(log_ratio, advantage, ratio_low, ratio_high, LEVEL: tl.constexpr):
+    """A token's log-ratio as its sequence's mean takes it, and whether that passes a gradient: GMPO clips it."""
+    passes = log_ratio == log_ratio
+    if LEVEL == _GEOMETRIC:
+        bound = tl.where(advantage > 0, tl.log(ratio_high), tl.log(ratio_low))
+        is_clipped = tl.where(advantage > 0, log_ratio > bound, log_ratio < bound)
+        return tl.where(is_clipped, bound, log_ratio), ~is_clipped
+    return log_ratio, passes | True
+
+
+@triton.jit
+def kl_penalty(
+    logprob,
+    ref_logprob,
+    ratio,
+    log_ratio_clamp,
+    kl_clamp,
+    ESTIMATOR: tl.constexpr,
+    STRAIGHT_THROUGH: tl.constexpr,
+    BIAS_CORRECTED: tl.constexpr,
+):
+    """The estimate, clamped, and its derivatives by the log-ratio and by the log-probability.
+
+    Straight-through, the latter is k2's; bias-corrected, all are times the ratio.
+    """
+    difference = logprob - ref_logprob
+    d = tl.where(difference > log_ratio_clamp, log_ratio_clamp, difference)
+    d = tl.where(difference < -log_ratio_clamp, -log_ratio_clamp, d)  # NaN passes
+    if ESTIMATOR == _K1:
+        kl = d
+        dlogprob = tl.zeros_like(d) + 1
+    elif ESTIMATOR == _K2:
+        kl = d * d / 2
+        dlogprob = d
+    elif ESTIMATOR == _K3:
+        growth = expm1(-d)
+        kl = growth + d
+        dlogprob = -growth
+    else:
+        kl = tl.abs(d)
+        dlogprob = tl.where(d > 0, 1.0, tl.where(d < 0, -1.0, d))
+    dlogprob = tl.where((kl > kl_clamp) | (kl < -kl_clamp), 0.0, dlogprob)
+    if STRAIGHT_THROUGH:
+        dlogprob = d
+    dlogprob = tl.where((d < difference) | (d > difference), 0.0, dlogprob)
+    kl = tl.where(kl > kl_clamp, kl_clamp, tl.where(kl < -kl_clamp, -kl_clamp, kl))
     if BIAS_CORRECTED:
-        return k3 * ratio, k3 * ratio, -growth * ratio
-    return k3, tl.zeros_like(k3), -growth
+        return kl * ratio, kl * ratio, dlogprob * ratio
+    return kl, tl.zeros_like(kl), dlogprob
 
 
 @triton.jit
 def token_loss(
     logprob,
-    log_ratio,
+    log_ratio,  # the token's own, or its sequence's
+    token_log_ratio,
     ref_logprob,
     advantage,
     policy_weight,
@@ -52,7 +107,15 @@ def token_loss(
     ratio_high,
     delta,
     beta,
+    temperature_pos,
+    temperature_neg,
+    log_ratio_clamp,
+    kl_clamp,
     HAS_REF: tl.constexpr,
+    SURROGATE: tl.constexpr,
+    LEVEL: tl.constexpr,
+    KL_ESTIMATOR: tl.constexpr,
+    KL_STRAIGHT_THROUGH: tl.constexpr,
     BIAS_CORRECTED: tl.constexpr,
 ):
     """What an unmasked token adds to the loss, without the entropy bonus, and to the metrics.
@@ -60,21 +123,47 @@ def token_loss(
     Returns:
         loss, its derivatives by the log-ratio and (directly) by the log-probability, KL, clipped low, clipped high.
     """
+    is_clamped = log_ratio != log_ratio
+    if LEVEL == _TOKEN:
+        is_clamped = tl.abs(log_ratio) > log_ratio_clamp
+        log_ratio = tl.where(is_clamped, tl.where(log_ratio > 0, log_ratio_clamp, -log_ratio_clamp), log_ratio)
     ratio = tl.exp(log_ratio)
-    value, dvalue = clip_surrogate(ratio, advantage, ratio_low, ratio_high, delta)
+    dvalue = tl.zeros_like(logprob)
+    dvalue_direct = tl.zeros_like(logprob)
+    if LEVEL == _GEOMETRIC:  # clipped token by token
+        value = ratio * advantage
+        dvalue = ratio * advantage
+    elif SURROGATE == _CLIP:
+        value, dvalue = clip_surrogate(ratio, advantage, ratio_low, ratio_high, delta)
+    elif SURROGATE == _CISPO:
+        weight = tl.where(ratio < ratio_low, ratio_low, tl.where(ratio > ratio_high, ratio_high, ratio))
+        dvalue_direct = weight * advantage
+        value = dvalue_direct * logprob
+    elif SURROGATE == _SAPO:
+        value, dvalue = sapo_surrogate(ratio, advantage, temperature_pos, temperature_neg)
+    else:
+        dvalue_direct = tl.zeros_like(logprob) + advantage
+        value = advantage * logprob
     # without an advantage the policy term is 0 whatever the ratio, an infinite one included
     value = tl.where(advantage == 0, 0.0, value)
     dvalue = tl.where(advantage == 0, 0.0, dvalue)
     loss = -policy_weight * value
     dlog_ratio = -policy_weight * dvalue
-    dlogprob = tl.zeros_like(logprob)
+    dlogprob = -policy_weight * dvalue_direct
     kl = tl.zeros_like(logprob)
     if HAS_REF:
-        kl, dkl_log_ratio, dkl_logprob = kl_penalty(logprob, ref_logprob, ratio, BIAS_CORRECTED)
+        kl, dkl_log_ratio, dkl_logprob = kl_penalty(
+            logprob, ref_logprob, ratio, log_ratio_clamp, kl_clamp, KL_ESTIMATOR, KL_STRAIGHT_THROUGH, BIAS_CORRECTED
+        )
         loss += beta * kl_weight * kl
         dlog_ratio += beta * kl_weight * dkl_log_ratio
         dlogprob += beta * kl_weight * dkl_logprob
-    bounded = tl.where(ratio > delta, delta, ratio)  # as TRL counts
+    if LEVEL == _TOKEN:
+        dlog_ratio = tl.where(is_clamped, 0.0, dlog_ratio)
+    counted = ratio
+    if LEVEL == _GEOMETRIC:
+        counted = tl.exp(token_log_ratio)
+    bounded = tl.where(counted > delta, delta, counted)  # as TRL counts
     is_low = (bounded < ratio_low) & (advantage < 0)
     is_high = (bounded > ratio_high) & (advantage > 0)
     return loss, dlog_ratio, dlogprob, kl, is_low, is_high

@@ -1,0 +1,135 @@
+"""Other frameworks' options, by their names and with their defaults, as those of ``GRPOLossConfig``.
+
+A name is that of the framework's own configuration, and an option that the framework has and ours does not is a
+``TypeError``, as for any function. Each preset says which release it follows.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+
+def trl(
+    *,
+    loss_type: str = "dapo",
+    importance_sampling_level: str = "token",
+    epsilon: float = 0.2,
+    epsilon_high: float | None = None,
+    delta: float | None = None,
+    beta: float = 0.0,
+    use_bias_correction_kl: bool = True,
+    temperature: float = 1.0,
+    entropy_coef: float = 0.0,
+    top_entropy_quantile: float = 1.0,
+    off_policy_mask_threshold: float | None = None,
+    sapo_temperature_pos: float = 1.0,
+    sapo_temperature_neg: float = 1.05,
+    vespo_k_pos: float = 2.0,
+    vespo_lambda_pos: float = 3.0,
+    vespo_k_neg: float = 3.0,
+    vespo_lambda_neg: float = 2.0,
+    max_completion_length: int | None = 512,
+    vllm_importance_sampling_correction: bool = False,
+    vllm_importance_sampling_mode: str = "sequence_mask",
+    vllm_importance_sampling_clip_min: float | None = None,
+    vllm_importance_sampling_clip_max: float | None = 3.0,
+) -> dict[str, Any]:
+    """TRL 1.16. TRL passes over options that its loss type does not have; so does this."""
+    options: dict[str, Any] = {
+        "loss_type": loss_type,
+        "beta": beta,
+        "use_bias_correction_kl": use_bias_correction_kl,
+        "temperature": temperature,
+        "entropy_coef": entropy_coef,
+        "top_entropy_quantile": top_entropy_quantile,
+        "off_policy_mask_threshold": off_policy_mask_threshold,
+        "max_completion_length": max_completion_length,
+    }
+    if loss_type in ("grpo", "bnpo", "dr_grpo", "dapo", "luspo"):
+        options |= {"epsilon_low": epsilon, "epsilon_high": epsilon_high, "delta": delta}
+    if loss_type == "cispo":
+        options["epsilon_high"] = epsilon if epsilon_high is None else epsilon_high
+    if loss_type == "sapo":
+        options |= {"sapo_temperature_pos": sapo_temperature_pos, "sapo_temperature_neg": sapo_temperature_neg}
+    if loss_type == "vespo":
+        options |= {"vespo_k_pos": vespo_k_pos, "vespo_lambda_pos": vespo_lambda_pos}
+        options |= {"vespo_k_neg": vespo_k_neg, "vespo_lambda_neg": vespo_lambda_neg}
+    else:
+        options["importance_sampling_level"] = importance_sampling_level
+    if vllm_importance_sampling_correction:
+        options["rollout_correction"] = vllm_importance_sampling_mode
+        options["rollout_clip_min"] = vllm_importance_sampling_clip_min
+        options["rollout_clip_max"] = vllm_importance_sampling_clip_max
+    return options
+
+
+_VERL_LOSS_TYPES = {
+    "vanilla": "dapo",
+    "gspo": "dapo",
+    "gpg": "reinforce",
+    "sapo": "sapo",
+    "cispo": "cispo",
+    "geo_mean": "gmpo",
+}
+_VERL_ESTIMATORS = {"kl": "k1", "low_var_kl": "k3"}
+
+
+def verl(
+    *,
+    loss_mode: str = "vanilla",
+    loss_agg_mode: str = "token-mean",
+    loss_scale_factor: int | None = None,
+    clip_ratio: float = 0.2,
+    clip_ratio_low: float | None = None,
+    clip_ratio_high: float | None = None,
+    clip_ratio_c: float = 3.0,
+    tau_pos: float = 1.0,
+    tau_neg: float = 1.05,
+    use_kl_loss: bool = False,
+    kl_loss_coef: float = 0.001,
+    kl_loss_type: str = "low_var_kl",
+    entropy_coeff: float = 0.0,
+    temperature: float = 1.0,
+) -> dict[str, Any]:
+    """verl 0.9.1: the loss modes "vanilla", "gspo", "gpg", "sapo", "cispo" and "geo_mean".
+
+    Of verl's own: CISPO clips on both sides, within ``1 -+ clip_ratio``; the dual clip ``clip_ratio_c`` is always on;
+    log-ratios are clamped to 20, and k3 to 10; "sapo" has one mean whatever ``loss_agg_mode``, and "geo_mean" the mean
+    over all sequences; the entropy bonus has the policy's mean. Of "gspo" verl clamps the sequence's log-ratio to 10
+    at most: ours is not clamped. ``loss_scale_factor``, the longest completion's length by default, must be given for
+    "seq-mean-token-sum-norm".
+    """
+    if loss_mode not in _VERL_LOSS_TYPES:
+        raise ValueError(f"loss_mode must be one of {', '.join(map(repr, _VERL_LOSS_TYPES))}, got {loss_mode!r}")
+    low = clip_ratio if clip_ratio_low is None else clip_ratio_low
+    high = clip_ratio if clip_ratio_high is None else clip_ratio_high
+    options: dict[str, Any] = {
+        "loss_type": _VERL_LOSS_TYPES[loss_mode],
+        "entropy_coef": entropy_coeff,
+        "temperature": temperature,
+        "use_bias_correction_kl": False,
+        "max_completion_length": loss_scale_factor,
+    }
+    if loss_mode == "sapo":
+        options |= {"loss_agg_mode": "seq-mean-token-mean", "sapo_temperature_pos": tau_pos}
+        options["sapo_temperature_neg"] = tau_neg
+    elif loss_mode != "geo_mean":
+        options["loss_agg_mode"] = loss_agg_mode
+    if loss_mode in ("vanilla", "gspo", "geo_mean"):
+        options |= {"epsilon_low": low, "epsilon_high": high}
+    if loss_mode == "vanilla":
+        options["delta"] = clip_ratio_c
+    if loss_mode == "gspo":
+        options["importance_sampling_level"] = "sequence_token"
+    if loss_mode == "cispo":
+        options |= {"cispo_ratio_low": 1 - low, "epsilon_high": 1 + high}
+    if loss_mode in ("vanilla", "sapo", "cispo"):
+        options["log_ratio_clamp"] = 20.0
+    if use_kl_loss:
+        base = kl_loss_type.removesuffix("+")
+        options |= {"beta": kl_loss_coef, "kl_estimator": _VERL_ESTIMATORS.get(base, base)}
+        if base != kl_loss_type:
+            options["kl_gradient"] = "straight_through"
+        if options["kl_estimator"] == "k3":
+            options["kl_clamp"] = 10.0
+    return options

@@ -1,0 +1,49 @@
+"""Configurations by hypothesis: every option that a loss type has, none that it refuses."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from hypothesis import strategies as st
+
+from grpo_kernels import GRPOLossConfig
+from grpo_kernels.config import CLIPPED_LOSS_TYPES, KL_ESTIMATORS, LOSS_TYPES
+
+TRL_LOSS_TYPES = ("grpo", "bnpo", "dr_grpo", "dapo", "luspo", "cispo", "sapo", "vespo")
+_WITHOUT_LEVEL = ("vespo", "gmpo", "reinforce")
+
+
+@st.composite
+def configs(draw: st.DrawFn, loss_types: tuple[str, ...] = LOSS_TYPES, only_trls: bool = False) -> GRPOLossConfig:
+    """A configuration; with ``only_trls`` of options that TRL has."""
+
+    def one_of(*values: Any) -> Any:
+        return draw(st.sampled_from(values))
+
+    loss_type = one_of(*loss_types)
+    options: dict[str, Any] = {"loss_type": loss_type, "max_completion_length": 8, "beta": one_of(0.0, 0.1)}
+    options |= {"temperature": one_of(1.0, 0.7, 1.5), "entropy_coef": one_of(0.0, 0.05)}
+    options |= {"use_bias_correction_kl": one_of(True, False)}
+    if loss_type not in _WITHOUT_LEVEL:
+        levels = ("token", "sequence") if only_trls else ("token", "sequence", "sequence_token")
+        options["importance_sampling_level"] = one_of(*levels)
+    if loss_type in (*CLIPPED_LOSS_TYPES, "gmpo"):
+        options["epsilon_high"] = one_of(None, 0.28)
+    if loss_type in CLIPPED_LOSS_TYPES:
+        options["delta"] = one_of(None, 1.6)
+    if loss_type == "cispo":
+        options["epsilon_high"] = one_of(1.3, 5.0)
+    if loss_type == "sapo":
+        options |= {"sapo_temperature_pos": one_of(1.0, 1.5), "sapo_temperature_neg": one_of(1.0625, 2.0)}
+    if loss_type == "vespo":
+        options |= {"vespo_k_pos": one_of(2.0, 1.5), "vespo_lambda_neg": one_of(2.0, 1.0)}
+    if loss_type != "gmpo":
+        options["top_entropy_quantile"] = one_of(1.0, 1.0, 0.37)
+    options["off_policy_mask_threshold"] = one_of(None, None, 0.0173)
+    if options["beta"] and not only_trls:
+        options |= {"kl_estimator": one_of(*KL_ESTIMATORS), "kl_clamp": one_of(None, 0.031)}
+        if not options["use_bias_correction_kl"]:
+            options["kl_gradient"] = one_of("naive", "straight_through")
+    if options.get("importance_sampling_level") == "token" and not only_trls:
+        options["log_ratio_clamp"] = one_of(None, 0.213)
+    return GRPOLossConfig(**options)

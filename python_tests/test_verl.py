@@ -1,0 +1,149 @@
+"""The verl preset against verl's own ``core_algos``: its wheel alone, for the formulas need nothing else of it."""
+
+from __future__ import annotations
+
+import importlib.abc
+import importlib.machinery
+import importlib.util
+import sys
+from types import ModuleType
+from typing import Any
+from unittest.mock import MagicMock
+
+import hypothesis
+import pytest
+import torch
+from hypothesis import strategies as st
+from torch import Tensor
+
+from grpo_kernels import GRPOLossConfig, policy_loss
+from grpo_kernels.testing.calls import BACKENDS
+from grpo_kernels.testing.cases import Case
+from grpo_kernels.testing.inputs import build
+
+if importlib.util.find_spec("verl") is None:
+    pytest.skip("verl is not installed", allow_module_level=True)
+
+
+class _Absent(importlib.abc.MetaPathFinder, importlib.abc.Loader):
+    """Modules of nothing, for what verl imports for its workers and is not installed here."""
+
+    def find_spec(self, name: str, path: Any = None, target: Any = None) -> importlib.machinery.ModuleSpec | None:
+        absent = name.split(".")[0] in ("ray", "tensordict", "codetiming", "hydra", "omegaconf", "orjson")
+        return importlib.machinery.ModuleSpec(name, self, is_package=True) if absent else None
+
+    def create_module(self, spec: importlib.machinery.ModuleSpec) -> ModuleType:
+        module: Any = MagicMock(name=spec.name)
+        module.__path__, module.__version__ = [], "0.10.0"
+        return module
+
+    def exec_module(self, module: ModuleType) -> None:
+        pass
+
+
+@pytest.fixture(scope="module")
+def verl() -> Any:
+    """``(core_algos, ActorConfig)``."""
+    finder = _Absent()
+    sys.meta_path.append(finder)
+    try:
+        from verl.trainer.ppo import core_algos
+        from verl.workers.config import ActorConfig
+    finally:
+        sys.meta_path.remove(finder)
+    return core_algos, ActorConfig
+
+
+MODES = ("vanilla", "gspo", "gpg", "sapo", "cispo", "geo_mean")
+MEANS = ("token-mean", "seq-mean-token-mean", "seq-mean-token-sum", "seq-mean-token-sum-norm")
+KL_TYPES = ("kl", "k1", "abs", "mse", "k2", "low_var_kl", "k3", "k1+", "k2+", "k3+", "abs+", "low_var_kl+")
+
+
+@st.composite
+def _options(draw: st.DrawFn) -> dict[str, Any]:
+    options = {
+        "loss_mode": draw(st.sampled_from(MODES)),
+        "loss_agg_mode": draw(st.sampled_from(MEANS)),
+        "loss_scale_factor": 7,
+        "clip_ratio_low": draw(st.sampled_from([0.2, 0.3])),
+        "clip_ratio_high": draw(st.sampled_from([0.2, 0.28])),
+        "clip_ratio_c": draw(st.sampled_from([3.0, 1.6])),
+        "tau_neg": draw(st.sampled_from([1.05, 2.0])),
+        "use_kl_loss": draw(st.booleans()),
+        "kl_loss_coef": 0.1,
+        "kl_loss_type": draw(st.sampled_from(KL_TYPES)),
+        "entropy_coeff": draw(st.sampled_from([0, 0.05])),
+    }
+    if options["loss_mode"] == "geo_mean":  # whose mean is its own: with it the others' would be another
+        options |= {"use_kl_loss": False, "entropy_coeff": 0}
+    if options["loss_mode"] == "sapo":
+        options["loss_agg_mode"] = "seq-mean-token-mean"
+    return options
+
+
+def _verls(verl: Any, options: dict[str, Any], case: Case, leaves: list[Tensor], rollout: Tensor | None) -> Tensor:
+    """As verl's actor adds it up."""
+    core, actor = verl
+    inputs = build(case, torch.float64, "logprobs")
+    given = {name: value for name, value in options.items() if name != "loss_mode"}
+    config = actor(strategy="fsdp", rollout_n=1, ppo_micro_batch_size_per_gpu=1, **given)
+    config.global_batch_info["loss_scale_factor"] = options["loss_scale_factor"]
+    mask = inputs.mask.double()
+    advantages = inputs.advantages[:, None].expand(mask.shape)
+    loss, _ = core.get_policy_loss_fn(options["loss_mode"])(
+        old_log_prob=inputs.old, log_prob=leaves[0], advantages=advantages, response_mask=mask,
+        loss_agg_mode=options["loss_agg_mode"], config=config, rollout_is_weights=rollout,
+    )  # fmt: skip
+    mean = {"loss_mask": mask, "loss_agg_mode": options["loss_agg_mode"], **config.global_batch_info}
+    if options["entropy_coeff"]:
+        loss = loss - options["entropy_coeff"] * core.agg_loss(loss_mat=leaves[1], **mean)
+    if options["use_kl_loss"]:
+        kl = core.kl_penalty(leaves[0], inputs.ref, options["kl_loss_type"])
+        loss = loss + options["kl_loss_coef"] * core.agg_loss(loss_mat=kl, **mean)
+    return loss
+
+
+@hypothesis.settings(max_examples=300)
+@hypothesis.given(
+    options=_options(),
+    seed=st.integers(0, 10**6),
+    mask=st.sampled_from(["ones", "tail", "holes", "first"]),
+    has_rollout=st.booleans(),
+)
+def test_losses_and_gradients_are_verls(
+    verl: Any, options: dict[str, Any], seed: int, mask: str, has_rollout: bool
+) -> None:
+    has_rollout = has_rollout and options["loss_mode"] != "geo_mean"  # verl's takes the weights' geometric mean
+    case = Case(f"verl_{seed}", batch=4, length=5, mask=mask, rollout="token" if has_rollout else None)
+    inputs = build(case, torch.float64, "logprobs")
+    theirs = [x.detach().requires_grad_() for x in (inputs.logprobs, inputs.entropy)]
+    expected = _verls(verl, options, case, theirs, inputs.rollout)
+    expected.backward()
+    for backend in BACKENDS:
+        ours = [x.detach().requires_grad_() for x in (inputs.logprobs, inputs.entropy)]
+        loss = policy_loss(
+            ours[0], inputs.advantages, inputs.mask, entropy=ours[1], old_logprobs=inputs.old, ref_logprobs=inputs.ref,
+            rollout_is_weights=inputs.rollout, config=GRPOLossConfig.verl(**options), backend=backend,
+        ).loss  # fmt: skip
+        loss.backward()
+        # verl adds 1e-8 to the lengths that it divides by; the terms of the sum are of size 1
+        torch.testing.assert_close(loss, expected, rtol=0, atol=4e-8)
+        for own, other in zip(ours, theirs, strict=True):
+            grads = (torch.zeros_like(x) if x.grad is None else x.grad for x in (own, other))
+            torch.testing.assert_close(*grads, rtol=1e-7, atol=1e-8)
+
+
+def test_a_clamped_ratio_and_a_clamped_divergence_are_verls(verl: Any) -> None:
+    far = torch.tensor([[-1.0, -1.0, -1.0]], dtype=torch.float64)
+    core, _ = verl
+    ref = far + torch.tensor([[25.0, -25.0, 3.0]], dtype=torch.float64)
+    expected = core.kl_penalty(far, ref, "k3").mean()
+    config = GRPOLossConfig.verl(use_kl_loss=True, kl_loss_type="k3", kl_loss_coef=1.0)
+    mask, none = torch.ones(1, 3), torch.zeros(1)
+    loss = policy_loss(far, none, mask, old_logprobs=far, ref_logprobs=ref, config=config).loss
+    torch.testing.assert_close(loss, expected)
+
+
+def test_an_unknown_loss_mode_is_named() -> None:
+    with pytest.raises(ValueError, match=r"loss_mode must be one of 'vanilla', .*, got 'dppo_tv'"):
+        GRPOLossConfig.verl(loss_mode="dppo_tv")
