@@ -2,6 +2,7 @@
 
 from grpo_kernels.config import GRPOLossConfig
 from grpo_kernels.modules import GRPOLoss, LinearGRPOLoss
+from grpo_kernels.objectives import PreferenceOutput, dpo_loss, reward_model_loss, sft_loss
 from grpo_kernels.ops.device_values import check_device_values
 from grpo_kernels.ops.group_advantages import group_advantages
 from grpo_kernels.ops.grpo_loss import GRPOLossOutput, grpo_loss
@@ -17,13 +18,17 @@ __all__ = [
     "GRPOLossOutput",
     "LinearGRPOLoss",
     "PolicyLossOutput",
+    "PreferenceOutput",
     "TokenLogprobs",
     "__version__",
     "check_device_values",
+    "dpo_loss",
     "group_advantages",
     "grpo_loss",
     "linear_grpo_loss",
     "linear_token_logprobs",
     "policy_loss",
+    "reward_model_loss",
+    "sft_loss",
     "token_logprobs",
 ]

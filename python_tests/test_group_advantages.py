@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import itertools
+import math
+from typing import Any
 
 import pytest
 import torch
@@ -69,3 +71,61 @@ def test_groups_are_independent(backend: str) -> None:
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_no_gradient_reaches_the_rewards(backend: str) -> None:
     assert not group_advantages(torch.ones(4, requires_grad=True) * 2, 2, backend=backend).requires_grad
+
+
+#: Two groups of three, the second with a reward missing, and one whose rewards are all equal.
+SCORES = torch.tensor([1.0, 0.0, 2.0, 4.0, NAN, 1.0, 5.0, 5.0, 5.0], dtype=torch.float64)
+LENGTHS = torch.tensor([1, 2, 3, 3, 7, 1, 1, 2, 3])
+BY_HAND = {
+    "dr_grpo": [0, -1, 1, 1.5, 0, -1.5, 0, 0, 0],
+    "rloo": [0, -1.5, 1.5, 3, 0, -3, 0, 0, 0],
+    "gpg": [0, -8 / 7, 8 / 7, 12 / 7, 0, -12 / 7, 0, 0, 0],
+    "passk": [0, 0, 1, 3 / math.sqrt(4.5), 0, 0, 0, 0, 0],
+    "opo": [1 - 7 / 6, -7 / 6, 2 - 7 / 6, 4 - 13 / 4, 0, 1 - 13 / 4, 0, 0, 0],
+    "remax": [0.5, -0.5, 1.5, 5, 0, 2, 0, 0, 0],
+}
+
+
+@pytest.mark.parametrize("name", BY_HAND)
+def test_estimators_by_hand(name: str) -> None:
+    options = {"opo": {"completion_lengths": LENGTHS}, "passk": {"eps": 0.0}}.get(name, {})
+    if name == "remax":
+        options = {"baseline_rewards": torch.tensor([0.5, -1.0, 5.0], dtype=torch.float64)}
+    got = group_advantages(SCORES, 3, estimator=name, **options)
+    torch.testing.assert_close(got, torch.tensor(BY_HAND[name], dtype=torch.float64), rtol=1e-12, atol=1e-15)
+
+
+def test_whitened_advantages_count_a_completion_once_a_token() -> None:
+    got = group_advantages(SCORES, 3, estimator="reinforce++", completion_lengths=LENGTHS)
+    present = ~SCORES.isnan()
+    tokens = SCORES[present].repeat_interleave(LENGTHS[present])
+    torch.testing.assert_close(got[present], (SCORES[present] - tokens.mean()) / tokens.std(), rtol=1e-7, atol=1e-9)
+    assert got[~present] == 0
+    same = group_advantages(torch.full((4,), 0.1), 2, estimator="reinforce++", completion_lengths=torch.ones(4))
+    assert torch.equal(same, torch.zeros(4))
+
+
+@pytest.mark.parametrize(
+    ("options", "parts"),
+    [
+        ({"estimator": "a2c"}, ("estimator", "'rloo'", "'a2c'")),
+        ({"estimator": "opo"}, ("completion_lengths", "must be given", "opo")),
+        ({"completion_lengths": torch.ones(4)}, ("completion_lengths", "must be None", "grpo")),
+        ({"estimator": "opo", "completion_lengths": torch.ones(3)}, ("completion_lengths", "[4]", "[3]")),
+        ({"estimator": "remax"}, ("baseline_rewards", "must be given", "remax")),
+        ({"estimator": "remax", "baseline_rewards": torch.ones(4)}, ("baseline_rewards", "[2]", "[4]")),
+        ({"estimator": "rloo", "scale_rewards": "none"}, ("scale_rewards", "rloo", "'none'")),
+        ({"estimator": "gpg", "aggregation": "normalize_then_sum"}, ("aggregation", "gpg", "'normalize_then_sum'")),
+        ({"estimator": "passk", "num_generations": 1}, ("num_generations", "at least 2", "passk")),
+    ],
+    ids=str,
+)
+def test_options_of_estimators_are_named(options: dict[str, Any], parts: tuple[str, ...]) -> None:
+    with pytest.raises(ValueError) as caught:
+        group_advantages(torch.arange(4.0), **{"num_generations": 2, **options})
+    assert all(part in str(caught.value) for part in parts), caught.value
+
+
+def test_an_estimator_without_kernels_says_so() -> None:
+    with pytest.raises(RuntimeError, match="'cpu' cannot run group_advantages: 'rloo'"):
+        group_advantages(torch.arange(4.0), 2, estimator="rloo", backend="cpu")

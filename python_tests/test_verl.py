@@ -6,17 +6,18 @@ import importlib.abc
 import importlib.machinery
 import importlib.util
 import sys
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any
 from unittest.mock import MagicMock
 
 import hypothesis
+import numpy as np
 import pytest
 import torch
 from hypothesis import strategies as st
 from torch import Tensor
 
-from grpo_kernels import GRPOLossConfig, policy_loss
+from grpo_kernels import GRPOLossConfig, group_advantages, policy_loss
 from grpo_kernels.testing.calls import BACKENDS
 from grpo_kernels.testing.cases import Case
 from grpo_kernels.testing.inputs import build
@@ -142,6 +143,50 @@ def test_a_clamped_ratio_and_a_clamped_divergence_are_verls(verl: Any) -> None:
     mask, none = torch.ones(1, 3), torch.zeros(1)
     loss = policy_loss(far, none, mask, old_logprobs=far, ref_logprobs=ref, config=config).loss
     torch.testing.assert_close(loss, expected)
+
+
+ESTIMATORS = {
+    "grpo": ("grpo", {"eps": 1e-6}),
+    "dr_grpo": ("grpo", {}),
+    "rloo": ("rloo", {}),
+    "opo": ("opo", {}),
+    "gpg": ("gpg", {}),
+    "passk": ("grpo_passk", {"eps": 1e-6}),
+    "remax": ("remax", {}),
+    "reinforce++": ("reinforce_plus_plus", {}),
+    "reinforce++_baseline": ("reinforce_plus_plus_baseline", {}),
+}
+
+
+@pytest.mark.parametrize("name", ESTIMATORS)
+@hypothesis.settings(max_examples=30)
+@hypothesis.given(seed=st.integers(0, 10**6), size=st.sampled_from([2, 3, 6]))
+def test_advantages_are_verls(verl: Any, name: str, seed: int, size: int) -> None:
+    core, _ = verl
+    rng = torch.Generator().manual_seed(seed)
+    # all different: of equal ones ours are exactly 0
+    rewards = torch.randn(6, generator=rng, dtype=torch.float64).round(decimals=2) + 0.001 * torch.arange(6)
+    mask = (torch.arange(5) < torch.randint(1, 6, (6, 1), generator=rng)).double()
+    last = torch.nn.functional.one_hot(mask.sum(-1).long() - 1, 5)
+    greedy = torch.randn(6 // size, generator=rng, dtype=torch.float64)
+    theirs, options = ESTIMATORS[name]
+    given: dict[str, Any] = {"token_level_rewards": last * rewards[:, None], "response_mask": mask}
+    if theirs not in ("remax", "reinforce_plus_plus"):
+        given["index"] = np.repeat(np.arange(6 // size), size)
+    if theirs == "remax":
+        given["reward_baselines"] = greedy.repeat_interleave(size)
+    elif theirs == "grpo":
+        given |= {"epsilon": 1e-6, "norm_adv_by_std_in_grpo": name == "grpo"}
+    elif theirs == "grpo_passk":
+        given["epsilon"] = 1e-6
+    given["config"] = SimpleNamespace(gamma=1.0, get=lambda key, default=None: default)
+    expected, _ = core.get_adv_estimator_fn(theirs)(**given)
+    if name in ("opo", "reinforce++", "reinforce++_baseline"):
+        options = {**options, "completion_lengths": mask.sum(-1)}
+    if name == "remax":
+        options = {**options, "baseline_rewards": greedy}
+    got = group_advantages(rewards, size, estimator=name, **options)
+    torch.testing.assert_close(got[:, None] * mask, expected * mask, rtol=1e-6, atol=1e-9)
 
 
 def test_an_unknown_loss_mode_is_named() -> None:

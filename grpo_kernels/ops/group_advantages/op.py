@@ -8,12 +8,12 @@ from torch import Tensor
 from grpo_kernels import registry
 from grpo_kernels.ops.device_values import check_device_values
 from grpo_kernels.ops.group_advantages import reference
+from grpo_kernels.ops.group_advantages.estimators import ESTIMATORS, NEED_LENGTHS, NEED_TWO, Groups
 from grpo_kernels.ops.library import define, lazily
 from grpo_kernels.ops.validation import check_device, check_float, check_shape, may_read
 
 SCALE_REWARDS = ("group", "batch", "none")
 AGGREGATIONS = ("sum_then_normalize", "normalize_then_sum")
-ESTIMATORS = ("grpo",)
 EPS = 1e-4  # TRL's
 
 
@@ -37,6 +37,8 @@ def group_advantages(
     reward_weights: Tensor | None = None,  # [K]
     aggregation: str = "sum_then_normalize",
     estimator: str = "grpo",
+    completion_lengths: Tensor | None = None,  # [B]
+    baseline_rewards: Tensor | None = None,  # [B / num_generations]
     eps: float = EPS,
     debug: bool = False,
     backend: str = "auto",
@@ -58,7 +60,12 @@ def group_advantages(
         reward_weights: Weight of each reward function; None means 1.
         aggregation: "sum_then_normalize", or "normalize_then_sum" (GDPO, arXiv:2601.05242): every reward function is
             normalised within the group, and their weighted sum within the batch.
-        estimator: "grpo".
+        estimator: "grpo"; or, in torch whatever the device, "dr_grpo" (no deviation), "rloo" (leave one out), "gpg"
+            (over the share of rewards that are not 0), "passk" (the best's lead over the second), "opo" (a baseline by
+            length), "remax" (a greedy completion's reward as baseline), "reinforce++" and "reinforce++_baseline"
+            (whitened over the batch's tokens); ``estimators.py`` has the equations.
+        completion_lengths: Tokens of each completion, for "opo" and the "reinforce++" ones.
+        baseline_rewards: Reward of each prompt's greedy completion, for "remax".
         eps: Added to the deviation.
         debug: Check values on a GPU too, and what kernels met since (``check_device_values``): syncs.
         backend: "auto", or one of ``grpo_kernels.registry.BACKENDS``.
@@ -78,8 +85,12 @@ def group_advantages(
     """
     _one_of("scale_rewards", scale_rewards, SCALE_REWARDS)
     _one_of("aggregation", aggregation, AGGREGATIONS)
-    _one_of("estimator", estimator, ESTIMATORS)
+    _one_of("estimator", estimator, ("grpo", *ESTIMATORS))
     check_rewards(rewards, num_generations, debug)
+    _check_estimator(estimator, num_generations, scale_rewards, aggregation)
+    _check_given("completion_lengths", completion_lengths, estimator, NEED_LENGTHS, rewards, rewards.shape[0])
+    groups = rewards.shape[0] // num_generations
+    _check_given("baseline_rewards", baseline_rewards, estimator, ("remax",), rewards, groups)
     if debug:
         check_device_values(rewards.device)
     with torch.no_grad():
@@ -91,6 +102,15 @@ def group_advantages(
             check_device(rewards.device, [("reward_weights", reward_weights)])
             check_shape("reward_weights", reward_weights, (table.shape[1],))
             weights = reward_weights.to(dtype)
+        if estimator != "grpo":
+            if backend not in ("auto", "torch"):
+                raise RuntimeError(f"backend {backend!r} cannot run group_advantages: {estimator!r} has torch's alone")
+            total = reference.weighted_sum(table, weights, table.isnan())
+            shape = (groups, num_generations)
+            lengths = torch.ones_like(total) if completion_lengths is None else completion_lengths.to(dtype)
+            baselines = total[:0] if baseline_rewards is None else baseline_rewards.to(dtype)
+            inputs = Groups(total.view(shape), lengths.view(shape), baselines, scale_rewards == "group", eps)
+            return ESTIMATORS[estimator](inputs).reshape(-1).nan_to_num(nan=0.0)
         backend = registry.resolve("group_advantages", backend, rewards.device)
         if backend == "torch":
             return reference.group_advantages(table, weights, num_generations, scale_rewards, aggregation, eps)
@@ -120,6 +140,28 @@ def check_rewards(rewards: Tensor, num_generations: int, debug: bool) -> None:
     if infinite.any():
         at = infinite.nonzero()[0].tolist()
         raise ValueError(f"rewards must be finite or NaN, got {rewards[tuple(at)].item()} at {at}")
+
+
+def _check_estimator(estimator: str, num_generations: int, scale_rewards: str, aggregation: str) -> None:
+    if estimator in NEED_TWO and num_generations < 2:
+        raise ValueError(f'num_generations must be at least 2 with estimator="{estimator}", got {num_generations}')
+    if estimator == "grpo":
+        return
+    if scale_rewards != "group" and not (estimator == "passk" and scale_rewards == "none"):
+        raise ValueError(f'scale_rewards has no effect with estimator="{estimator}", got {scale_rewards!r}')
+    if aggregation != "sum_then_normalize":
+        raise ValueError(f'aggregation must be "sum_then_normalize" with estimator="{estimator}", got {aggregation!r}')
+
+
+def _check_given(
+    name: str, values: Tensor | None, estimator: str, needed_by: tuple[str, ...], rewards: Tensor, count: int
+) -> None:
+    if (values is not None) != (estimator in needed_by):
+        verb = "must be None" if values is not None else "must be given"
+        raise ValueError(f'{name} {verb} with estimator="{estimator}", got {values}')
+    if values is not None:
+        check_shape(name, values, (count,))
+        check_device(rewards.device, [(name, values)])
 
 
 def _one_of(name: str, value: str, allowed: tuple[str, ...]) -> None:

@@ -16,14 +16,12 @@ def group_advantages(
 ) -> Tensor:  # [B]
     """``(r - mean_group r) / (std_group r + eps)``; NaN marks a missing reward. See the public function."""
     missing = rewards.isnan()
-    unscorable = missing.all(-1)
     groups = rewards.shape[0] // num_generations
     if aggregation == "normalize_then_sum":
         rewards = torch.stack(
             [_normalize(r.view(groups, -1), "group", eps).reshape(-1) for r in rewards.unbind(-1)], dim=-1
         )
-    total = torch.where(missing, 0, rewards * weights).sum(-1)
-    total = torch.where(unscorable, torch.nan, total)
+    total = weighted_sum(rewards, weights, missing)
     if aggregation == "normalize_then_sum":
         advantages = _normalize(total.view(1, -1), "group", eps)
     else:
@@ -31,26 +29,33 @@ def group_advantages(
     return advantages.reshape(-1).nan_to_num(nan=0.0)
 
 
+def weighted_sum(rewards: Tensor, weights: Tensor, missing: Tensor) -> Tensor:  # [B, K], [K], [B, K] -> [B]
+    """Over the reward functions that gave one; NaN where none did."""
+    total = torch.where(missing, 0, rewards * weights).sum(-1)
+    return torch.where(missing.all(-1), torch.nan, total)
+
+
 def _normalize(rewards: Tensor, scale_rewards: str, eps: float) -> Tensor:  # [groups, G] -> [groups, G]
     """Centred on the group's mean, and divided by the unbiased deviation of the group or of the whole tensor."""
     centred = rewards - rewards.nanmean(-1, keepdim=True)
-    centred = torch.where(_all_equal(rewards), 0, centred)
+    centred = torch.where(all_equal(rewards), 0, centred)
     if scale_rewards == "none":
         return centred
     if scale_rewards == "batch":
-        std = _nanstd(rewards.reshape(1, -1))
+        std = nanstd(rewards.reshape(1, -1))
     else:
-        std = _nanstd(rewards)
+        std = nanstd(rewards)
     return centred / (std + eps)
 
 
-def _all_equal(rewards: Tensor) -> Tensor:  # [groups, G] -> [groups, 1]
+def all_equal(rewards: Tensor) -> Tensor:  # [groups, G] -> [groups, 1]
+    """Whether a group's rewards that are not NaN are one value."""
     low = rewards.nan_to_num(nan=torch.inf).amin(-1, keepdim=True)
     high = rewards.nan_to_num(nan=-torch.inf).amax(-1, keepdim=True)
     return low >= high
 
 
-def _nanstd(values: Tensor) -> Tensor:  # [groups, G] -> [groups, 1]
+def nanstd(values: Tensor) -> Tensor:  # [groups, G] -> [groups, 1]
     """Unbiased deviation of the values that are not NaN; 0 where fewer than two are left."""
     present = ~values.isnan()
     count = present.sum(-1, keepdim=True)

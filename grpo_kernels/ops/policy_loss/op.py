@@ -135,8 +135,8 @@ def policy_loss(
             its mean over the unmasked tokens given here, whatever ``num_items_in_batch``, as in TRL.
         entropy_threshold: Least entropy of a token that keeps its policy term, where several processes share one; by
             default the quantile of the unmasked tokens given here.
-        num_items_in_batch: Tokens that a mean over tokens divides by, but for "bnpo" and "ppo", over all micro-batches and processes that make one step.
-            None means the unmasked tokens given here.
+        num_items_in_batch: Tokens that a mean over tokens divides by, but for "bnpo" and "ppo", over all micro-batches
+            and processes that make one step. None means the unmasked tokens given here.
         cu_seqlens: Where each packed completion begins, and the end.
         loss_scale: Multiplies the loss and the gradient.
         config: The loss. Its temperature has no effect here.
