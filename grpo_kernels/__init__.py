@@ -4,6 +4,7 @@ from grpo_kernels.config import GRPOLossConfig
 from grpo_kernels.modules import GRPOLoss, LinearGRPOLoss
 from grpo_kernels.objectives import PreferenceOutput, dpo_loss, reward_model_loss, sft_loss
 from grpo_kernels.ops.device_values import check_device_values
+from grpo_kernels.ops.gae import GAEOutput, gae
 from grpo_kernels.ops.group_advantages import group_advantages
 from grpo_kernels.ops.grpo_loss import GRPOLossOutput, grpo_loss
 from grpo_kernels.ops.linear_grpo_loss import linear_grpo_loss
@@ -13,6 +14,7 @@ from grpo_kernels.ops.token_logprobs import TokenLogprobs, token_logprobs
 from grpo_kernels.version import __version__
 
 __all__ = [
+    "GAEOutput",
     "GRPOLoss",
     "GRPOLossConfig",
     "GRPOLossOutput",
@@ -23,6 +25,7 @@ __all__ = [
     "__version__",
     "check_device_values",
     "dpo_loss",
+    "gae",
     "group_advantages",
     "grpo_loss",
     "linear_grpo_loss",

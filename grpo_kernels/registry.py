@@ -13,6 +13,7 @@ import torch
 
 OPS = (
     "group_advantages",
+    "gae",
     "token_logprobs",
     "linear_token_logprobs",
     "policy_loss",

@@ -17,7 +17,7 @@ triton = pytest.importorskip("triton", reason="Triton is not installed")
 if triton.knobs.runtime.interpret:
     pytest.skip("the interpreter compiles nothing", allow_module_level=True)
 
-from grpo_kernels import GRPOLossConfig, group_advantages  # noqa: E402
+from grpo_kernels import GRPOLossConfig, gae, group_advantages  # noqa: E402
 from grpo_kernels.ops.linear_token_logprobs import rows  # noqa: E402
 from grpo_kernels.ops.token_logprobs import triton_rows  # noqa: E402
 from grpo_kernels.testing.calls import SOURCES, applies, run  # noqa: E402
@@ -60,6 +60,7 @@ RECORDED = {
     "_policy_loss_kernel": ((184, 64), (80, 64)),
     "_totals_kernel": ((80, 32), (48, 32)),
     "_normalize_kernel": ((64, 32), (40, 32)),
+    "_gae_kernel": ((160, 512), (144, 256)),
     "_scale_kernel": ((64, 0), (32, 0)),
     "_hold_ids_kernel": ((40, 1024), (32, 1024)),
 }
@@ -77,6 +78,7 @@ def _calls(case: Case, dtype: torch.dtype) -> None:
 def _advantages() -> None:
     for aggregation in ("sum_then_normalize", "normalize_then_sum"):
         group_advantages(torch.ones(4, 2), 2, aggregation=aggregation, backend="triton")
+    gae(torch.ones(2, 3), torch.ones(2, 3), torch.ones(2, 3), backend="triton")
 
 
 @cache

@@ -12,7 +12,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import grpo_kernels
-from grpo_kernels import GRPOLossConfig, group_advantages
+from grpo_kernels import GRPOLossConfig, gae, group_advantages
 from grpo_kernels.ops.library import KERNEL_BACKENDS
 from grpo_kernels.testing.calls import BACKENDS, SOURCES, applies, call, leaves, run
 from grpo_kernels.testing.cases import INPUT_CASES, LOSS_CASES, Case
@@ -49,7 +49,8 @@ def _recorded_calls(backend: str) -> dict[str, tuple[Any, tuple]]:
             calls |= {f"{func._opname}-{op}-{name}": (func, args) for func, args in recorder.calls}
     with _Recorder() as recorder:
         group_advantages(torch.tensor([[1.0], [2.0], [4.0], [8.0]]), 2, backend=backend)
-    calls |= {f"{func._opname}-group_advantages": (func, args) for func, args in recorder.calls}
+        gae(torch.ones(2, 3), torch.ones(2, 3), torch.tensor([[1, 1, 1], [1, 0, 1]]), backend=backend)
+    calls |= {f"{func._opname}-{func._opname}": (func, args) for func, args in recorder.calls}
     return calls
 
 
@@ -142,6 +143,12 @@ def test_group_advantages_traces_whole() -> None:
     rewards = torch.tensor([1.0, 2.0, 4.0, torch.nan])
     compiled = torch.compile(lambda r: group_advantages(r, 2), fullgraph=True, backend="aot_eager")
     assert torch.equal(compiled(rewards), group_advantages(rewards, 2))
+
+
+def test_gae_traces_whole() -> None:
+    inputs = torch.arange(6.0).view(2, 3), torch.ones(2, 3), torch.tensor([[1, 1, 1], [1, 0, 1]])
+    compiled = torch.compile(gae, fullgraph=True, backend="aot_eager")
+    assert torch.equal(compiled(*inputs).advantages, gae(*inputs).advantages)
 
 
 def test_module_traces_whole() -> None:

@@ -17,7 +17,7 @@ import torch
 from hypothesis import strategies as st
 from torch import Tensor
 
-from grpo_kernels import GRPOLossConfig, group_advantages, policy_loss
+from grpo_kernels import GRPOLossConfig, gae, group_advantages, policy_loss
 from grpo_kernels.testing.calls import BACKENDS
 from grpo_kernels.testing.cases import Case
 from grpo_kernels.testing.inputs import build
@@ -187,6 +187,20 @@ def test_advantages_are_verls(verl: Any, name: str, seed: int, size: int) -> Non
         options = {**options, "baseline_rewards": greedy}
     got = group_advantages(rewards, size, estimator=name, **options)
     torch.testing.assert_close(got[:, None] * mask, expected * mask, rtol=1e-6, atol=1e-9)
+
+
+def test_generalised_advantages_are_verls_once_whitened(verl: Any) -> None:
+    core, _ = verl
+    rng = torch.Generator().manual_seed(0)
+    rewards, values = (torch.randn(4, 6, generator=rng, dtype=torch.float64) for _ in range(2))
+    mask = torch.rand(4, 6, generator=rng) < 0.7
+    expected, returns = core.compute_gae_advantage_return(rewards, values, mask.double(), 0.99, 0.95)
+    for backend in BACKENDS:
+        got = gae(rewards, values, mask, gamma=0.99, lam=0.95, backend=backend)
+        kept = got.advantages[mask]
+        whitened = (kept - kept.mean()) * (kept.var() + 1e-8).rsqrt()
+        torch.testing.assert_close(whitened, expected[mask], rtol=1e-9, atol=1e-9)
+        torch.testing.assert_close(got.returns[mask], returns[mask], rtol=1e-9, atol=1e-9)
 
 
 def test_an_unknown_loss_mode_is_named() -> None:

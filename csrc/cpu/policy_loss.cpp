@@ -123,11 +123,7 @@ std::tuple<Tensor, Tensor, Tensor> policy_loss_fwd(
                        data<R>(ref_logprobs, tokens),
                        PolicyOptions<R>::decode(options, params)};
     const int64_t* offset = data<int64_t>(offsets, count + 1);
-    for (int64_t s = 0; s < count; ++s) {
-      STD_TORCH_CHECK(offset[s] >= 0 && offset[s] <= offset[s + 1] && offset[s + 1] <= tokens,
-                      "cu_seqlens must rise from 0 to ", tokens);
-    }
-    STD_TORCH_CHECK(count >= 0 && offset[0] == 0 && offset[count] == tokens, "cu_seqlens must rise from 0 to ", tokens);
+    check_offsets(offset, count, tokens);
     std::vector<SequenceTotals> totals(count);
     parallel_rows(count, 32 * (count ? tokens / count : 0), [&](int64_t s) {
       totals[s] = sequence_loss<R>(in, offset[s], offset[s + 1], mutable_data<R>(dlogprobs));

@@ -117,6 +117,15 @@ inline void check_ids(const int64_t* ids, const bool* mask, int64_t count, int64
   }
 }
 
+// Refuses completions that do not lie end to end.
+inline void check_offsets(const int64_t* offset, int64_t count, int64_t tokens) {
+  for (int64_t s = 0; s < count; ++s) {
+    STD_TORCH_CHECK(offset[s] >= 0 && offset[s] <= offset[s + 1] && offset[s + 1] <= tokens,
+                    "cu_seqlens must rise from 0 to ", tokens);
+  }
+  STD_TORCH_CHECK(count >= 0 && offset[0] == 0 && offset[count] == tokens, "cu_seqlens must rise from 0 to ", tokens);
+}
+
 // Calls body(n) for rows 0..count in parallel, by torch's own threads; each row counts as `width` elements.
 //
 // The threads take rows in turns: masked rows lie together, at the end of a completion, and cost nothing.
