@@ -1,5 +1,6 @@
 """Fused kernels for GRPO: from logits, or hidden states, to the loss and its gradient in one pass."""
 
+from grpo_kernels.adaptive_entropy import AdaptiveEntropy
 from grpo_kernels.config import GRPOLossConfig
 from grpo_kernels.modules import GRPOLoss, LinearGRPOLoss
 from grpo_kernels.objectives import PreferenceOutput, dpo_loss, reward_model_loss, sft_loss
@@ -14,6 +15,7 @@ from grpo_kernels.ops.token_logprobs import TokenLogprobs, token_logprobs
 from grpo_kernels.version import __version__
 
 __all__ = [
+    "AdaptiveEntropy",
     "GAEOutput",
     "GRPOLoss",
     "GRPOLossConfig",

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from grpo_kernels import GRPOLossConfig, grpo_loss, linear_grpo_loss, policy_loss, token_logprobs
+from grpo_kernels import AdaptiveEntropy, GRPOLossConfig, grpo_loss, linear_grpo_loss, policy_loss, token_logprobs
 from grpo_kernels.testing.calls import BACKENDS
 
 # Two completions of two and one tokens, ratios 1.5, 0.5 and 0.5, advantages 1 and -1.
@@ -215,3 +215,19 @@ def test_the_entropy_threshold_reaches_the_fused_losses(backend: str) -> None:
                          config=config, backend=backend).loss,
     ):  # fmt: skip
         torch.testing.assert_close(loss, expected, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("options", "parts"),
+    [
+        ({"coef": -0.1}, ("coef", "at least 0", "-0.1")),
+        ({"target": math.inf}, ("target", "finite", "inf")),
+        ({"least": 2.0}, ("least", "most=1.0", "2.0")),
+    ],
+)
+def test_bad_options_of_the_adaptive_bonus_are_named(options: dict[str, Any], parts: tuple[str, ...]) -> None:
+    with pytest.raises(ValueError) as caught:
+        AdaptiveEntropy(**options)
+    assert all(part in str(caught.value) for part in parts)
+    with pytest.raises(ValueError, match="entropy must be finite, got nan"):
+        AdaptiveEntropy().update(math.nan)

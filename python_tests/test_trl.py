@@ -13,7 +13,7 @@ from drawn import TRL_LOSS_TYPES, configs
 from hypothesis import strategies as st
 from torch import Tensor
 
-from grpo_kernels import GRPOLossConfig, group_advantages, policy_loss
+from grpo_kernels import AdaptiveEntropy, GRPOLossConfig, group_advantages, policy_loss
 from grpo_kernels.testing.calls import BACKENDS
 from grpo_kernels.testing.cases import FAMILY_CASES, VARIANT_CASES, Case
 from grpo_kernels.testing.inputs import Inputs, build
@@ -122,9 +122,12 @@ def _configure(trainer: Any, config: GRPOLossConfig, has_rollout_weights: bool) 
     trainer.use_vllm = trainer.vllm_importance_sampling_correction = has_rollout_weights
 
 
-def _trl(trainer: Any, inputs: Inputs, logprobs: Tensor, entropy: Tensor) -> tuple[Tensor, dict[str, float]]:
+def _trl(
+    trainer: Any, inputs: Inputs, logprobs: Tensor, entropy: Tensor, configure: bool = True
+) -> tuple[Tensor, dict[str, float]]:
     """Loss and logged metrics of TRL's own method, given what its model would have computed."""
-    _configure(trainer, inputs.case.config, inputs.rollout is not None)
+    if configure:
+        _configure(trainer, inputs.case.config, inputs.rollout is not None)
     trainer._get_per_token_logps_and_entropies = lambda *_, **__: (logprobs, entropy, None)
     trainer._metrics["train"].clear()
     mask = inputs.mask.long()
@@ -252,3 +255,35 @@ def test_advantages_are_trls(trainer: Any, name: str, scale_rewards: str, aggreg
         rewards, 4, scale_rewards=scale_rewards, reward_weights=weights, aggregation=aggregation, backend=backend
     )
     torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-6)
+
+
+def test_the_adaptive_entropy_bonus_is_trls(trainer: Any) -> None:
+    """Coefficient and loss over steps whose entropy falls below the target and rises again."""
+    config = GRPOLossConfig(entropy_coef=0.02)
+    bonus = AdaptiveEntropy(coef=0.02, target=0.5, delta=0.015, most=0.04)
+    trainer.use_adaptive_entropy, trainer._entropy_window_stats = True, None
+    trainer._last_world_entropy = float("inf")
+    trainer.accelerator.gradient_state._set_sync_gradients(True)
+    for name, value in (("target", 0.5), ("coef_delta", 0.015), ("coef_min", 0.0), ("coef_max", 0.04)):
+        setattr(trainer.args, f"entropy_{name}", value)
+    coefs = []
+    try:
+        for step, scale in enumerate((1.0, 0.2, 0.1, 0.1, 0.9, 1.2, 1.1, 1.0, 0.3)):
+            inputs = build(Case(f"adaptive_{step}", config=config, ref=False), torch.float64, "logprobs")
+            inputs = replace(inputs, entropy=inputs.entropy * 0 + scale)
+            kept = (trainer.entropy_coef, trainer._last_world_entropy)
+            _configure(trainer, config, False)
+            if step:
+                trainer.entropy_coef, trainer._last_world_entropy = kept
+            expected, _ = _trl(trainer, inputs, inputs.logprobs, inputs.entropy, configure=False)
+            loss, metrics = policy_loss(
+                inputs.logprobs, inputs.advantages, inputs.mask, entropy=inputs.entropy, old_logprobs=inputs.old,
+                config=bonus.config(config),
+            )  # fmt: skip
+            torch.testing.assert_close(loss, expected, rtol=1e-12, atol=1e-14)
+            bonus.update(metrics["entropy"].item())
+            coefs.append((bonus.coef, trainer.entropy_coef))
+    finally:
+        trainer.use_adaptive_entropy = False
+    assert all(ours == pytest.approx(theirs, abs=1e-15) for ours, theirs in coefs)
+    assert max(ours for ours, _ in coefs) == 0.04 and min(ours for ours, _ in coefs) == 0.0
