@@ -6,13 +6,13 @@ import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, fields
 from enum import IntEnum
-from typing import Any
+from typing import Any, NamedTuple
 
 from grpo_kernels import presets
 
 #: Importance ratio clipped (or, as "surrogate", not), one at a token or at a sequence.
-CLIPPED_LOSS_TYPES = ("grpo", "bnpo", "dr_grpo", "dapo", "luspo", "ppo")
-LOSS_TYPES = (*CLIPPED_LOSS_TYPES, "surrogate", "cispo", "sapo", "vespo", "gmpo", "reinforce")
+CLIPPED_LOSS_TYPES = ("grpo", "bnpo", "dr_grpo", "dapo", "luspo", "ppo", "clip_cov")
+LOSS_TYPES = (*CLIPPED_LOSS_TYPES, "surrogate", "kl_cov", "cispo", "sapo", "vespo", "gmpo", "reinforce")
 IMPORTANCE_SAMPLING_LEVELS = ("token", "sequence", "sequence_token")
 #: By name, as they cross into kernels; mirrored in policy_math.h.
 KL_ESTIMATORS = {"k1": 0, "k2": 1, "k3": 2, "abs": 3, "mse": 1}
@@ -71,7 +71,7 @@ _MEAN_OF = {
     "luspo": "seq-mean-token-sum",
     "dr_grpo": "seq-mean-token-sum-norm",
 }
-_SURROGATE_OF = dict.fromkeys((*CLIPPED_LOSS_TYPES, "surrogate", "gmpo"), Surrogate.CLIP) | {
+_SURROGATE_OF = dict.fromkeys((*CLIPPED_LOSS_TYPES, "surrogate", "kl_cov", "gmpo"), Surrogate.CLIP) | {
     "cispo": Surrogate.CISPO,
     "sapo": Surrogate.SAPO,
     "vespo": Surrogate.LOGPROB,
@@ -88,6 +88,15 @@ class PolicyLossCode:
     params: list[float]
 
 
+class Penalty(NamedTuple):
+    """A penalised divergence: its weight, its estimator's name, and how that is differentiated."""
+
+    weight: float
+    estimator: str
+    is_straight_through: bool
+    is_bias_corrected: bool
+
+
 @dataclass(frozen=True, kw_only=True)
 class GRPOLossConfig:
     """What the GRPO family of losses computes. Names and defaults are TRL 1.16's.
@@ -98,6 +107,9 @@ class GRPOLossConfig:
       one's token mean; over local tokens; ``max_completion_length`` times the number of sequences as divisor;
       ``num_items_in_batch`` as divisor; the mean over sequences of each one's sum (arXiv:2602.05261); as "bnpo".
     - "surrogate": the ratio times ``A``, unclipped, as "dapo".
+    - "clip_cov", "kl_cov": as "dapo" and as "surrogate", but where log-probabilities and advantages vary together the
+      most: there some tokens, drawn at random, leave the policy term, or ``|log ratio|`` is a penalty
+      (arXiv:2505.22617).
     - "cispo": ``clip(ratio) A logprob``, its weight detached, as "dapo" (arXiv:2506.13585).
     - "sapo": ``4 / tau sigmoid(tau (ratio - 1)) A``, as "grpo" (arXiv:2511.20347).
     - "vespo": ``phi A logprob``, ``phi`` a detached weight by the sequence's ratio, as "dapo".
@@ -135,6 +147,10 @@ class GRPOLossConfig:
         sapo_temperature_pos, sapo_temperature_neg: ``tau`` by the advantage's sign.
         vespo_k_pos, vespo_lambda_pos, vespo_k_neg, vespo_lambda_neg: ``phi(w) = e^lambda w^k e^(-lambda w)`` by the
             advantage's sign.
+        clip_cov_ratio, clip_cov_lb, clip_cov_ub: Share of the tokens that leave "clip_cov", and between which
+            covariances they are drawn.
+        kl_cov_ratio, kl_cov_coef: Share of the tokens that "kl_cov" penalises, those of highest covariance, and the
+            penalty's weight.
         cispo_ratio_low: Lower bound of "cispo"'s weight; None, as in TRL, means none.
         log_ratio_clamp: Bound of a token's log-ratios, to the old policy and to the reference, on either side; none by
             default. The mean of a sequence is not bounded.
@@ -169,6 +185,11 @@ class GRPOLossConfig:
     vespo_lambda_pos: float = 3.0
     vespo_k_neg: float = 3.0
     vespo_lambda_neg: float = 2.0
+    clip_cov_ratio: float = 0.0002
+    clip_cov_lb: float = 1.0
+    clip_cov_ub: float = 5.0
+    kl_cov_ratio: float = 0.0002
+    kl_cov_coef: float = 0.1
     cispo_ratio_low: float | None = None
     log_ratio_clamp: float | None = None
     kl_clamp: float | None = None
@@ -216,7 +237,15 @@ class GRPOLossConfig:
     def has_settled_weights(self) -> bool:
         """Whether tokens' weights are known before any log-probability is."""
         is_masked = self.top_entropy_quantile < 1 or self.off_policy_mask_threshold is not None
-        return not is_masked and self.loss_type != "vespo"
+        return not is_masked and self.loss_type not in ("vespo", "clip_cov", "kl_cov")
+
+    @property
+    def penalty(self) -> Penalty:
+        """The divergence that is penalised: from the reference, or "kl_cov"'s from the old policy."""
+        if self.loss_type == "kl_cov":
+            return Penalty(self.kl_cov_coef, "abs", False, False)
+        is_straight_through = self.kl_gradient == "straight_through"
+        return Penalty(self.beta, self.kl_estimator, is_straight_through, self.use_bias_correction_kl)
 
     @property
     def is_token_local(self) -> bool:
@@ -225,19 +254,20 @@ class GRPOLossConfig:
 
     def code(self) -> PolicyLossCode:
         """The flat form that crosses into registered ops; ``Option`` and ``Param`` name the positions."""
+        penalty = self.penalty
         options = {
             Option.SURROGATE: int(self.surrogate),
             Option.LEVEL: int(self.level),
-            Option.KL_ESTIMATOR: KL_ESTIMATORS[self.kl_estimator],
-            Option.KL_STRAIGHT_THROUGH: int(self.kl_gradient == "straight_through"),
-            Option.BIAS_CORRECTED_KL: int(self.use_bias_correction_kl),
+            Option.KL_ESTIMATOR: KL_ESTIMATORS[penalty.estimator],
+            Option.KL_STRAIGHT_THROUGH: int(penalty.is_straight_through),
+            Option.BIAS_CORRECTED_KL: int(penalty.is_bias_corrected),
         }
         low, high = self.ratio_bounds
         params = {
             Param.RATIO_LOW: low,
             Param.RATIO_HIGH: high,
             Param.DELTA: math.inf if self.delta is None else self.delta,
-            Param.BETA: self.beta,
+            Param.BETA: penalty.weight,
             Param.TEMPERATURE_POS: self.sapo_temperature_pos,
             Param.TEMPERATURE_NEG: self.sapo_temperature_neg,
             Param.LOG_RATIO_CLAMP: math.inf if self.log_ratio_clamp is None else self.log_ratio_clamp,
@@ -277,7 +307,11 @@ _OF_ONE_TYPE = {
     "vespo_lambda_pos": "vespo",
     "vespo_k_neg": "vespo",
     "vespo_lambda_neg": "vespo",
-    "cispo_ratio_low": "cispo",
+    "clip_cov_ratio": "clip_cov",
+    "clip_cov_lb": "clip_cov",
+    "clip_cov_ub": "clip_cov",
+    "kl_cov_ratio": "kl_cov",
+    "kl_cov_coef": "kl_cov",
 }
 
 
@@ -292,11 +326,15 @@ def _check_that_all_apply(config: GRPOLossConfig) -> None:
 
     loss_type = f'loss_type="{config.loss_type}"'
     refuse((name for name, owner in _OF_ONE_TYPE.items() if owner != config.loss_type), loss_type)
+    if config.loss_type != "cispo":
+        refuse(("cispo_ratio_low",), loss_type)
+    if config.loss_type == "kl_cov":
+        refuse(("beta",), loss_type)
     if config.loss_type not in CLIPPED_LOSS_TYPES:
         refuse(("delta",), loss_type)
-    if config.loss_type in ("vespo", "gmpo", "reinforce"):
+    if config.loss_type in ("vespo", "gmpo", "reinforce", "clip_cov", "kl_cov"):
         refuse(("importance_sampling_level",), loss_type)
-    if config.loss_type in ("surrogate", "sapo", "vespo", "reinforce"):
+    if config.loss_type in ("surrogate", "kl_cov", "sapo", "vespo", "reinforce"):
         refuse(("epsilon_low", "epsilon_high"), loss_type)
     if config.loss_type == "gmpo":
         refuse(("top_entropy_quantile", "loss_agg_mode"), loss_type)

@@ -70,6 +70,8 @@ _VERL_LOSS_TYPES = {
     "sapo": "sapo",
     "cispo": "cispo",
     "geo_mean": "gmpo",
+    "clip_cov": "clip_cov",
+    "kl_cov": "kl_cov",
 }
 _VERL_ESTIMATORS = {"kl": "k1", "low_var_kl": "k3"}
 
@@ -85,19 +87,24 @@ def verl(
     clip_ratio_c: float = 3.0,
     tau_pos: float = 1.0,
     tau_neg: float = 1.05,
+    clip_cov_ratio: float = 0.0002,
+    clip_cov_lb: float = 1.0,
+    clip_cov_ub: float = 5.0,
+    kl_cov_ratio: float = 0.0002,
+    ppo_kl_coef: float = 0.1,
     use_kl_loss: bool = False,
     kl_loss_coef: float = 0.001,
     kl_loss_type: str = "low_var_kl",
     entropy_coeff: float = 0.0,
     temperature: float = 1.0,
 ) -> dict[str, Any]:
-    """verl 0.9.1: the loss modes "vanilla", "gspo", "gpg", "sapo", "cispo" and "geo_mean".
+    """verl 0.9.1: the loss modes "vanilla", "gspo", "gpg", "sapo", "cispo", "geo_mean", "clip_cov" and "kl_cov".
 
     Of verl's own: CISPO clips on both sides, within ``1 -+ clip_ratio``; the dual clip ``clip_ratio_c`` is always on;
     log-ratios are clamped to 20, and k3 to 10; "sapo" has one mean whatever ``loss_agg_mode``, and "geo_mean" the mean
     over all sequences; the entropy bonus has the policy's mean. Of "gspo" verl clamps the sequence's log-ratio to 10
-    at most: ours is not clamped. ``loss_scale_factor``, the longest completion's length by default, must be given for
-    "seq-mean-token-sum-norm".
+    at most: ours is not clamped. "kl_cov" takes no other KL penalty. ``loss_scale_factor``, the longest completion's
+    length by default, must be given for "seq-mean-token-sum-norm".
     """
     if loss_mode not in _VERL_LOSS_TYPES:
         raise ValueError(f"loss_mode must be one of {', '.join(map(repr, _VERL_LOSS_TYPES))}, got {loss_mode!r}")
@@ -115,7 +122,11 @@ def verl(
         options["sapo_temperature_neg"] = tau_neg
     elif loss_mode != "geo_mean":
         options["loss_agg_mode"] = loss_agg_mode
-    if loss_mode in ("vanilla", "gspo", "geo_mean"):
+    if loss_mode == "clip_cov":
+        options |= {"clip_cov_ratio": clip_cov_ratio, "clip_cov_lb": clip_cov_lb, "clip_cov_ub": clip_cov_ub}
+    if loss_mode == "kl_cov":
+        options |= {"kl_cov_ratio": kl_cov_ratio, "kl_cov_coef": ppo_kl_coef}
+    if loss_mode in ("vanilla", "gspo", "geo_mean", "clip_cov"):
         options |= {"epsilon_low": low, "epsilon_high": high}
     if loss_mode == "vanilla":
         options["delta"] = clip_ratio_c

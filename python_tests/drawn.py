@@ -10,7 +10,7 @@ from grpo_kernels import GRPOLossConfig
 from grpo_kernels.config import CLIPPED_LOSS_TYPES, KL_ESTIMATORS, LOSS_TYPES
 
 TRL_LOSS_TYPES = ("grpo", "bnpo", "dr_grpo", "dapo", "luspo", "cispo", "sapo", "vespo")
-_WITHOUT_LEVEL = ("vespo", "gmpo", "reinforce")
+_WITHOUT_LEVEL = ("vespo", "gmpo", "reinforce", "clip_cov", "kl_cov")
 
 
 @st.composite
@@ -22,6 +22,10 @@ def configs(draw: st.DrawFn, loss_types: tuple[str, ...] = LOSS_TYPES, only_trls
 
     loss_type = one_of(*loss_types)
     options: dict[str, Any] = {"loss_type": loss_type, "max_completion_length": 8, "beta": one_of(0.0, 0.1)}
+    if loss_type == "kl_cov":
+        options |= {"beta": 0.0, "kl_cov_ratio": one_of(0.2, 0.5)}
+    if loss_type == "clip_cov":  # all that may be drawn are
+        options |= {"clip_cov_ratio": 1.0, "clip_cov_lb": 0.05}
     options |= {"temperature": one_of(1.0, 0.7, 1.5), "entropy_coef": one_of(0.0, 0.05)}
     options |= {"use_bias_correction_kl": one_of(True, False)}
     if loss_type not in _WITHOUT_LEVEL:

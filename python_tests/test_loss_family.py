@@ -231,3 +231,23 @@ def test_bad_options_of_the_adaptive_bonus_are_named(options: dict[str, Any], pa
     assert all(part in str(caught.value) for part in parts)
     with pytest.raises(ValueError, match="entropy must be finite, got nan"):
         AdaptiveEntropy().update(math.nan)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_clip_cov_draws_its_share_of_the_tokens_that_vary_together(backend: str) -> None:
+    torch.manual_seed(0)
+    logprobs = torch.randn(8, 50, dtype=torch.float64) - 2
+    advantages, mask = torch.randn(8, 50, dtype=torch.float64), torch.rand(8, 50) < 0.8
+    centred = [x - x[mask].mean() for x in (advantages, logprobs)]
+    covariance = centred[0] * centred[1]
+    may = mask & (covariance > 0.5) & (covariance < 2)
+    config = GRPOLossConfig(loss_type="clip_cov", clip_cov_ratio=0.03, clip_cov_lb=0.5, clip_cov_ub=2.0)
+    left = []
+    for seed in (1, 1, 2):
+        torch.manual_seed(seed)
+        leaf = logprobs.clone().requires_grad_()
+        policy_loss(leaf, advantages, mask, config=config, backend=backend).loss.backward()
+        assert leaf.grad is not None
+        left.append(mask & (leaf.grad == 0))
+    assert all(out.sum() == int(0.03 * mask.sum()) and (may | ~out).all() for out in left)
+    assert torch.equal(left[0], left[1]) and not torch.equal(left[0], left[2])

@@ -28,7 +28,8 @@ SMOOTH = [
     # on a bound there is no derivative; what is detached moves with the step; on-policy the ratio is 1 wherever one
     # steps; of NaN there are no differences; the step is too coarse where logits are large
     if case.old and not (case.on_bound or case.dirty or case.vocab > 100 or case.logits in ("offset", "holes"))
-    if case.config.loss_type not in ("cispo", "vespo") and case.config.level != Level.SEQUENCE_TOKEN
+    if case.config.loss_type not in ("cispo", "vespo", "clip_cov", "kl_cov")
+    and case.config.level != Level.SEQUENCE_TOKEN
     if case.config.kl_gradient == "naive"
 ]
 

@@ -55,7 +55,7 @@ def verl() -> Any:
     return core_algos, ActorConfig
 
 
-MODES = ("vanilla", "gspo", "gpg", "sapo", "cispo", "geo_mean")
+MODES = ("vanilla", "gspo", "gpg", "sapo", "cispo", "geo_mean", "clip_cov", "kl_cov")
 MEANS = ("token-mean", "seq-mean-token-mean", "seq-mean-token-sum", "seq-mean-token-sum-norm")
 KL_TYPES = ("kl", "k1", "abs", "mse", "k2", "low_var_kl", "k3", "k1+", "k2+", "k3+", "abs+", "low_var_kl+")
 
@@ -77,6 +77,11 @@ def _options(draw: st.DrawFn) -> dict[str, Any]:
     }
     if options["loss_mode"] == "geo_mean":  # whose mean is its own: with it the others' would be another
         options |= {"use_kl_loss": False, "entropy_coeff": 0}
+    if options["loss_mode"] == "kl_cov":
+        options["use_kl_loss"] = False
+        options |= {"kl_cov_ratio": draw(st.sampled_from([0.0002, 0.2, 0.5])), "ppo_kl_coef": 0.3}
+    if options["loss_mode"] == "clip_cov":  # all that may be drawn are
+        options |= {"clip_cov_ratio": 1.0, "clip_cov_lb": 0.05, "clip_cov_ub": draw(st.sampled_from([0.5, 5.0]))}
     if options["loss_mode"] == "sapo":
         options["loss_agg_mode"] = "seq-mean-token-mean"
     return options
@@ -86,8 +91,11 @@ def _verls(verl: Any, options: dict[str, Any], case: Case, leaves: list[Tensor],
     """As verl's actor adds it up."""
     core, actor = verl
     inputs = build(case, torch.float64, "logprobs")
-    given = {name: value for name, value in options.items() if name != "loss_mode"}
+    of_policy_loss = {k: v for k, v in options.items() if "cov" in k or k in ("loss_mode", "ppo_kl_coef")}
+    given = {name: value for name, value in options.items() if name not in of_policy_loss}
     config = actor(strategy="fsdp", rollout_n=1, ppo_micro_batch_size_per_gpu=1, **given)
+    for name, value in of_policy_loss.items():
+        object.__setattr__(config.policy_loss, name, value)
     config.global_batch_info["loss_scale_factor"] = options["loss_scale_factor"]
     mask = inputs.mask.double()
     advantages = inputs.advantages[:, None].expand(mask.shape)

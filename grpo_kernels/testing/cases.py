@@ -217,6 +217,8 @@ FAMILY_CASES = (
     _of_family("gmpo-corrected", loss_type="gmpo", epsilon_low=0.1, beta=0.1, mask="first"),
     _of_family("sequence_token", **_SEQUENCE_TOKEN),
     _of_family("sequence_token-kl", **_SEQUENCE_TOKEN, beta=0.1, entropy_coef=0.05),
+    _of_family("clip_cov", loss_type="clip_cov", clip_cov_ratio=1.0, clip_cov_lb=0.1, beta=0.1),
+    _of_family("kl_cov", loss_type="kl_cov", kl_cov_ratio=0.3, entropy_coef=0.05),
     _of_family("log_ratio_clamp", log_ratio_clamp=0.2, beta=0.1),
     _of_family("off_policy_mask", off_policy_mask_threshold=0.02, beta=0.1),
     _of_family("off_policy_mask-sampling", off_policy_mask_threshold=0.02, sampling=True, **_SEQUENCE_LEVEL),

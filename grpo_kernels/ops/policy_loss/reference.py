@@ -35,7 +35,7 @@ def policy_loss(
     kl = None
     if inputs.ref_logprobs is not None:
         kl = kl_penalty(logprobs, unmasked(inputs.ref_logprobs), ratio, config)
-        loss = loss + (config.beta * inputs.kl_weights * kl).sum()
+        loss = loss + (config.penalty.weight * inputs.kl_weights * kl).sum()
     if inputs.entropy_weights is not None and entropy is not None:
         loss = loss - (inputs.entropy_weights * unmasked(entropy)).sum()
     if config.level == Level.GEOMETRIC:  # what is clipped is a token's
@@ -104,10 +104,11 @@ def kl_penalty(logprobs: Tensor, ref_logprobs: Tensor, ratio: Tensor, config: GR
     d = _clamped(logprobs - ref_logprobs, config.log_ratio_clamp)
     k2 = d.square() / 2
     estimates = {"k1": d, "k2": k2, "mse": k2, "k3": torch.expm1(-d) + d, "abs": d.abs()}
-    kl = _clamped(estimates[config.kl_estimator], config.kl_clamp)
-    if config.kl_gradient == "straight_through":
+    penalty = config.penalty
+    kl = _clamped(estimates[penalty.estimator], config.kl_clamp)
+    if penalty.is_straight_through:
         kl = kl.detach() + k2 - k2.detach()
-    return kl * ratio if config.use_bias_correction_kl else kl
+    return kl * ratio if penalty.is_bias_corrected else kl
 
 
 def _clamped(values: Tensor, bound: float | None) -> Tensor:

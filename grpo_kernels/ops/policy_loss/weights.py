@@ -99,7 +99,14 @@ def settle(
         means = sequences.sum(torch.where(mask, phi, 0)) / lengths.clamp(min=1)
         means = torch.where(lengths > 0, means, 1)  # the ratio of no token is 1
         partials = torch.stack([means.sum(), means.new_ones(()) * sequences.count])
-    return replace(inputs, policy_weights=weights, entropy_weights=entropy_weights), partials
+    if config.loss_type == "clip_cov":
+        weights = torch.where(_leaves_by_covariance(inputs, logprobs, config), 0, weights)
+    settled = replace(inputs, policy_weights=weights, entropy_weights=entropy_weights)
+    if config.loss_type == "kl_cov" and inputs.old_logprobs is not None:
+        is_chosen = _has_top_covariance(inputs, logprobs, config.kl_cov_ratio)
+        kl_weights = torch.where(is_chosen, weights, 0)
+        settled = replace(settled, ref_logprobs=inputs.old_logprobs, kl_weights=kl_weights)
+    return settled, partials
 
 
 def _is_on_policy(inputs: PolicyInputs, logprobs: Tensor, threshold: float) -> Tensor:  # like logprobs
@@ -135,3 +142,41 @@ def _gamma_weights(inputs: PolicyInputs, logprobs: Tensor, config: GRPOLossConfi
     k = torch.where(is_positive, config.vespo_k_pos, torch.full_like(log_w, config.vespo_k_neg))
     decay = torch.where(is_positive, config.vespo_lambda_pos, torch.full_like(log_w, config.vespo_lambda_neg))
     return torch.exp(decay + k * log_w - decay * log_w.exp()).nan_to_num(nan=0.0, posinf=0.0)
+
+
+def _covariance(inputs: PolicyInputs, logprobs: Tensor) -> Tensor:  # like logprobs
+    """``(A - mean A) (l - mean l)`` over the unmasked tokens."""
+    count = inputs.mask.sum().clamp(min=1)
+
+    def centred(values: Tensor) -> Tensor:
+        values = torch.where(inputs.mask, values, 0)
+        return values - values.sum() / count
+
+    return centred(inputs.advantages) * centred(logprobs)
+
+
+def _leaves_by_covariance(inputs: PolicyInputs, logprobs: Tensor, config: GRPOLossConfig) -> Tensor:  # like logprobs
+    """Which tokens Clip-Cov leaves out: drawn at random from those that are not clipped, of a covariance in its range.
+
+    arXiv:2505.22617 eq. 11. No sync.
+    """
+    old = logprobs if inputs.old_logprobs is None else inputs.old_logprobs
+    low, high = config.ratio_bounds
+    ratio = torch.where(inputs.mask, logprobs - old, 0).exp()
+    is_clipped = ratio.clamp(low, high) * inputs.advantages < ratio * inputs.advantages
+    covariance = _covariance(inputs, logprobs)
+    may = inputs.mask & ~is_clipped & (covariance > config.clip_cov_lb) & (covariance < config.clip_cov_ub)
+    drawn = torch.where(may, torch.rand_like(logprobs), torch.inf)
+    return may & (drawn <= _smallest(drawn, inputs.mask, config.clip_cov_ratio))
+
+
+def _has_top_covariance(inputs: PolicyInputs, logprobs: Tensor, share: float) -> Tensor:  # like logprobs
+    """Which tokens KL-Cov penalises: those of the highest covariance (arXiv:2505.22617 eq. 12). No sync."""
+    order = torch.where(inputs.mask, -_covariance(inputs, logprobs), torch.inf)
+    return inputs.mask & (order <= _smallest(order, inputs.mask, share))
+
+
+def _smallest(values: Tensor, mask: Tensor, share: float) -> Tensor:  # -> []
+    """The largest of the smallest values that are a share of the unmasked tokens, and one at least."""
+    count = (mask.sum().double() * share).floor().long().clamp(min=1, max=max(values.numel(), 1))
+    return values.flatten().sort().values.take(count - 1) if values.numel() else values.new_zeros(())
