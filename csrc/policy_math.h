@@ -1,7 +1,7 @@
 // The per-token maths of the GRPO family, for host and device: ratio, clip, KL, and their derivatives.
 //
 // The only C++ copy. A new surrogate or KL estimator is a branch here, its constants, and the same in
-// ops/policy_loss/reference.py. Enumerations mirror grpo_kernels/config.py and ops/policy_loss/metrics.py.
+// ops/policy_loss/reference.py and triton_math.py. Enumerations mirror grpo_kernels/config.py and ops/policy_loss/metrics.py.
 #pragma once
 
 #include <cmath>
@@ -107,7 +107,8 @@ template <class R>
 GRPO_HOST_DEVICE Term<R> sapo_surrogate(R ratio, R advantage, const PolicyOptions<R>& o) {
   const R tau = advantage > R(0) ? o.temperature_pos : o.temperature_neg;
   const R gate = R(1) / (R(1) + std::exp(-tau * (ratio - R(1))));
-  return {gate * R(4) / tau * advantage, R(4) * gate * (R(1) - gate) * ratio * advantage, R(0)};
+  const R slope = gate == R(1) ? R(0) : R(4) * gate * (R(1) - gate) * ratio;  // of an infinite ratio too
+  return {gate * R(4) / tau * advantage, slope * advantage, R(0)};
 }
 
 template <class R>
@@ -194,8 +195,8 @@ GRPO_HOST_DEVICE TokenLoss<R> token_loss(R logprob, R log_ratio, R token_log_rat
   const bool is_clamped = o.level == Level::kToken && std::fabs(log_ratio) > o.log_ratio_clamp;
   if (is_clamped) log_ratio = clamp(log_ratio, -o.log_ratio_clamp, o.log_ratio_clamp);
   const R ratio = std::exp(log_ratio);
-  // without an advantage the policy term is 0 whatever the ratio, an infinite one included
-  const Term<R> s = advantage == 0 ? Term<R>{R(0), R(0), R(0)} : surrogate(ratio, logprob, advantage, o);
+  // without an advantage or a weight the policy term is 0 whatever the ratio, an infinite one included
+  const Term<R> s = advantage == 0 || policy_weight == 0 ? Term<R>{R(0), R(0), R(0)} : surrogate(ratio, logprob, advantage, o);
   TokenLoss<R> out{-policy_weight * s.value, -policy_weight * s.dlog_ratio, -policy_weight * s.dlogprob, R(0), false,
                    false};
   if (ref_logprob != nullptr) {

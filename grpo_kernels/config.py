@@ -328,8 +328,14 @@ def _check_that_all_apply(config: GRPOLossConfig) -> None:
     refuse((name for name, owner in _OF_ONE_TYPE.items() if owner != config.loss_type), loss_type)
     if config.loss_type != "cispo":
         refuse(("cispo_ratio_low",), loss_type)
+    elif config.epsilon_high is not None:
+        refuse(("epsilon_low",), f"{loss_type} and epsilon_high={config.epsilon_high}")
     if config.loss_type == "kl_cov":
         refuse(("beta",), loss_type)
+    if config.surrogate == Surrogate.LOGPROB and config.beta == 0:
+        refuse(("log_ratio_clamp",), f"beta=0 and {loss_type}")
+    if config.loss_agg_mode is not None and config.entropy_coef != 0:
+        refuse(("top_entropy_quantile",), f'loss_agg_mode="{config.loss_agg_mode}" and an entropy bonus')
     if config.loss_type not in CLIPPED_LOSS_TYPES:
         refuse(("delta",), loss_type)
     if config.loss_type in ("vespo", "gmpo", "reinforce", "clip_cov", "kl_cov"):
@@ -346,6 +352,13 @@ def _check_that_all_apply(config: GRPOLossConfig) -> None:
         raise ValueError('use_bias_correction_kl must be False with kl_gradient="straight_through", got True')
     if config.rollout_correction is None:
         refuse(("rollout_clip_min", "rollout_clip_max"), "rollout_correction=None")
+    elif config.rollout_correction.endswith("truncate") and config.rollout_clip_min == config.rollout_clip_max is None:
+        raise ValueError(
+            "rollout_clip_min or rollout_clip_max must be given with "
+            f'rollout_correction="{config.rollout_correction}", got neither'
+        )
+    elif None not in (low := config.rollout_clip_min, high := config.rollout_clip_max) and low > high:
+        raise ValueError(f"rollout_clip_min must be at most rollout_clip_max={high}, got {low}")
     elif config.loss_type == "vespo" and config.rollout_correction.startswith("sequence"):
         raise ValueError(f"rollout_correction must be of tokens with {loss_type}, got {config.rollout_correction!r}")
 

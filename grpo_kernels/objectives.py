@@ -6,7 +6,7 @@ and what is left is a few numbers a token or a completion, in torch.
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -35,9 +35,16 @@ def sft_loss(
     *,
     reduction: str = "token_mean",
     num_items_in_batch: float | Tensor | None = None,
+    bias: Tensor | None = None,  # [V]
     temperature: float = 1.0,
+    softcap: float | None = None,
+    logit_scale: float = 1.0,
     cu_seqlens: Tensor | None = None,  # [S + 1]
-    **options: Any,
+    loss_scale: float = 1.0,
+    logits_dtype: torch.dtype | None = None,
+    workspace_bytes: int | None = None,
+    debug: bool = False,
+    backend: str = "auto",
 ) -> Tensor:
     """Cross-entropy of the unmasked tokens, from hidden states, without logits as a whole.
 
@@ -53,9 +60,8 @@ def sft_loss(
         num_items_in_batch: Tokens that "token_mean" divides by, over all micro-batches and processes that make one
             step. None means the unmasked tokens given here.
         temperature: Divides the logits.
-        cu_seqlens: Where each packed completion begins, and the end.
-        **options: Those of ``linear_grpo_loss`` for the head: ``bias``, ``softcap``, ``logit_scale``,
-            ``logits_dtype``, ``workspace_bytes``, ``loss_scale``, ``debug``, ``backend``.
+        bias, softcap, logit_scale, cu_seqlens, loss_scale, logits_dtype, workspace_bytes, debug, backend: As for
+            ``linear_grpo_loss``.
 
     Returns:
         A scalar, differentiable once. Zero, with zero gradient, if nothing is unmasked.
@@ -81,10 +87,17 @@ def sft_loss(
         completion_ids,
         torch.ones(count, device=hidden_states.device),
         completion_mask,
+        bias=bias,
         num_items_in_batch=num_items_in_batch,
         cu_seqlens=cu_seqlens,
+        loss_scale=loss_scale,
         config=config,
-        **options,
+        softcap=softcap,
+        logit_scale=logit_scale,
+        logits_dtype=logits_dtype,
+        workspace_bytes=workspace_bytes,
+        debug=debug,
+        backend=backend,
     ).loss
 
 

@@ -8,6 +8,9 @@ from __future__ import annotations
 
 from typing import Any
 
+_TRL_LOSS_TYPES = ("grpo", "bnpo", "dr_grpo", "dapo", "luspo", "cispo", "sapo", "vespo")
+_VERL_MEANS = ("token-mean", "seq-mean-token-mean", "seq-mean-token-sum", "seq-mean-token-sum-norm")
+
 
 def trl(
     *,
@@ -34,7 +37,14 @@ def trl(
     vllm_importance_sampling_clip_min: float | None = None,
     vllm_importance_sampling_clip_max: float | None = 3.0,
 ) -> dict[str, Any]:
-    """TRL 1.16. TRL passes over options that its loss type does not have; so does this."""
+    """TRL 1.16's ``GRPOConfig``. TRL passes over options that its loss type does not have; so does this.
+
+    ``vllm_importance_sampling_correction`` is on by default in TRL, where it needs ``use_vllm``: here it is off.
+    """
+    if loss_type not in _TRL_LOSS_TYPES:
+        raise ValueError(f"loss_type must be one of {', '.join(map(repr, _TRL_LOSS_TYPES))}, got {loss_type!r}")
+    if loss_type == "vespo" and importance_sampling_level != "token":
+        raise ValueError(f'importance_sampling_level must be "token" with vespo, got {importance_sampling_level!r}')
     options: dict[str, Any] = {
         "loss_type": loss_type,
         "beta": beta,
@@ -82,8 +92,8 @@ def verl(
     loss_agg_mode: str = "token-mean",
     loss_scale_factor: int | None = None,
     clip_ratio: float = 0.2,
-    clip_ratio_low: float | None = None,
-    clip_ratio_high: float | None = None,
+    clip_ratio_low: float | None = 0.2,
+    clip_ratio_high: float | None = 0.2,
     clip_ratio_c: float = 3.0,
     tau_pos: float = 1.0,
     tau_neg: float = 1.05,
@@ -100,14 +110,28 @@ def verl(
 ) -> dict[str, Any]:
     """verl 0.9.1: the loss modes "vanilla", "gspo", "gpg", "sapo", "cispo", "geo_mean", "clip_cov" and "kl_cov".
 
-    Of verl's own: CISPO clips on both sides, within ``1 -+ clip_ratio``; the dual clip ``clip_ratio_c`` is always on;
-    log-ratios are clamped to 20, and k3 to 10; "sapo" has one mean whatever ``loss_agg_mode``, and "geo_mean" the mean
-    over all sequences; the entropy bonus has the policy's mean. Of "gspo" verl clamps the sequence's log-ratio to 10
-    at most: ours is not clamped. "kl_cov" takes no other KL penalty. ``loss_scale_factor``, the longest completion's
-    length by default, must be given for "seq-mean-token-sum-norm".
+    Of verl's own: ``clip_ratio`` is taken where the other two are None; CISPO clips on both sides; the dual clip
+    ``clip_ratio_c`` is always on; log-ratios are clamped to 20, and k3 to 10 (ours clamps those of the other
+    estimators too, verl does not); the KL penalty and the entropy bonus have the mean ``loss_agg_mode``. "sapo" and
+    "geo_mean" have one of their own, so with another these two are refused, as "kl_cov" refuses a KL penalty. Of
+    "gspo" verl clamps the sequence's log-ratio to 10 at most: ours is not clamped. Of rollout weights "geo_mean" takes
+    the geometric mean there, here each token's. ``loss_scale_factor``, in verl the longest completion's length by
+    default, must be given for "seq-mean-token-sum-norm".
+
+    Raises:
+        ValueError: The mode or the mean is unknown, the two do not go together, or ``clip_ratio_c`` does not lie above
+            the clip range.
     """
     if loss_mode not in _VERL_LOSS_TYPES:
         raise ValueError(f"loss_mode must be one of {', '.join(map(repr, _VERL_LOSS_TYPES))}, got {loss_mode!r}")
+    if loss_agg_mode not in _VERL_MEANS:
+        raise ValueError(f"loss_agg_mode must be one of {', '.join(map(repr, _VERL_MEANS))}, got {loss_agg_mode!r}")
+    if loss_agg_mode == "seq-mean-token-sum-norm" and loss_scale_factor is None:
+        raise ValueError('loss_scale_factor must be given for loss_agg_mode="seq-mean-token-sum-norm", got None')
+    use_kl_loss = use_kl_loss and kl_loss_coef != 0
+    has_own_mean = loss_mode == "geo_mean" or (loss_mode == "sapo" and loss_agg_mode != "seq-mean-token-mean")
+    if (has_own_mean and (use_kl_loss or entropy_coeff)) or (loss_mode == "kl_cov" and use_kl_loss):
+        raise ValueError(f'loss_mode="{loss_mode}" with loss_agg_mode="{loss_agg_mode}" takes no KL penalty or bonus')
     low = clip_ratio if clip_ratio_low is None else clip_ratio_low
     high = clip_ratio if clip_ratio_high is None else clip_ratio_high
     options: dict[str, Any] = {
@@ -129,11 +153,13 @@ def verl(
     if loss_mode in ("vanilla", "gspo", "geo_mean", "clip_cov"):
         options |= {"epsilon_low": low, "epsilon_high": high}
     if loss_mode == "vanilla":
+        if not clip_ratio_c > 1 + high:
+            raise ValueError(f"clip_ratio_c must be greater than 1 + clip_ratio_high={1 + high}, got {clip_ratio_c!r}")
         options["delta"] = clip_ratio_c
     if loss_mode == "gspo":
         options["importance_sampling_level"] = "sequence_token"
     if loss_mode == "cispo":
-        options |= {"cispo_ratio_low": 1 - low, "epsilon_high": 1 + high}
+        options |= {"cispo_ratio_low": 1 - low if low < 1 else None, "epsilon_high": 1 + high}
     if loss_mode in ("vanilla", "sapo", "cispo"):
         options["log_ratio_clamp"] = 20.0
     if use_kl_loss:
@@ -142,5 +168,5 @@ def verl(
         if base != kl_loss_type:
             options["kl_gradient"] = "straight_through"
         if options["kl_estimator"] == "k3":
-            options["kl_clamp"] = 10.0
+            options |= {"kl_clamp": 10.0, "log_ratio_clamp": 20.0}
     return options

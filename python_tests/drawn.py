@@ -7,7 +7,7 @@ from typing import Any
 from hypothesis import strategies as st
 
 from grpo_kernels import GRPOLossConfig
-from grpo_kernels.config import CLIPPED_LOSS_TYPES, KL_ESTIMATORS, LOSS_TYPES
+from grpo_kernels.config import CLIPPED_LOSS_TYPES, KL_ESTIMATORS, LOSS_AGG_MODES, LOSS_TYPES
 
 TRL_LOSS_TYPES = ("grpo", "bnpo", "dr_grpo", "dapo", "luspo", "cispo", "sapo", "vespo")
 _WITHOUT_LEVEL = ("vespo", "gmpo", "reinforce", "clip_cov", "kl_cov")
@@ -26,6 +26,8 @@ def configs(draw: st.DrawFn, loss_types: tuple[str, ...] = LOSS_TYPES, only_trls
         options |= {"beta": 0.0, "kl_cov_ratio": one_of(0.2, 0.5)}
     if loss_type == "clip_cov":  # all that may be drawn are
         options |= {"clip_cov_ratio": 1.0, "clip_cov_lb": 0.05}
+    if not only_trls and loss_type != "gmpo":
+        options["loss_agg_mode"] = one_of(None, None, *LOSS_AGG_MODES)
     options |= {"temperature": one_of(1.0, 0.7, 1.5), "entropy_coef": one_of(0.0, 0.05)}
     options |= {"use_bias_correction_kl": one_of(True, False)}
     if loss_type not in _WITHOUT_LEVEL:
@@ -37,11 +39,13 @@ def configs(draw: st.DrawFn, loss_types: tuple[str, ...] = LOSS_TYPES, only_trls
         options["delta"] = one_of(None, 1.6)
     if loss_type == "cispo":
         options["epsilon_high"] = one_of(1.3, 5.0)
+        options["cispo_ratio_low"] = None if only_trls else one_of(None, 0.8)
     if loss_type == "sapo":
         options |= {"sapo_temperature_pos": one_of(1.0, 1.5), "sapo_temperature_neg": one_of(1.0625, 2.0)}
     if loss_type == "vespo":
         options |= {"vespo_k_pos": one_of(2.0, 1.5), "vespo_lambda_neg": one_of(2.0, 1.0)}
-    if loss_type != "gmpo":
+    is_whole = loss_type != "gmpo" and not (options.get("loss_agg_mode") and options["entropy_coef"])
+    if is_whole:
         options["top_entropy_quantile"] = one_of(1.0, 1.0, 0.37)
     options["off_policy_mask_threshold"] = one_of(None, None, 0.0173)
     if options["beta"] and not only_trls:

@@ -252,6 +252,17 @@ def test_a_missing_extension_is_named_and_auto_does_without(op: str, monkeypatch
         ({"kl_estimator": "k1"}, ("kl_estimator", "beta=0", "'k1'")),
         ({"beta": 0.1, "kl_gradient": "straight_through"}, ("use_bias_correction_kl", "straight_through", "True")),
         ({"log_ratio_clamp": 1.0, "importance_sampling_level": "sequence"}, ("log_ratio_clamp", "sequence", "1.0")),
+        ({"rollout_correction": "token_truncate"}, ("rollout_clip_min", "token_truncate", "neither")),
+        (
+            {"rollout_correction": "token_mask", "rollout_clip_min": 3.0, "rollout_clip_max": 1.0},
+            ("rollout_clip_min", "rollout_clip_max=1.0", "3.0"),
+        ),
+        ({"loss_type": "cispo", "epsilon_low": 0.1, "epsilon_high": 1.3}, ("epsilon_low", "epsilon_high=1.3", "0.1")),
+        ({"loss_type": "kl_cov", "beta": 0.1}, ("beta", "kl_cov", "0.1")),
+        (
+            {"loss_agg_mode": "seq-mean-token-mean", "entropy_coef": 0.1, "top_entropy_quantile": 0.2},
+            ("top_entropy_quantile", "seq-mean-token-mean", "0.2"),
+        ),
         ({"rollout_clip_max": 2.0}, ("rollout_clip_max", "rollout_correction=None", "2.0")),
         ({"loss_type": "vespo", "rollout_correction": "sequence_mask"}, ("rollout_correction", "vespo")),
         ({"epsilon_low": -0.1}, ("epsilon_low", "at least 0", "-0.1")),

@@ -251,3 +251,50 @@ def test_clip_cov_draws_its_share_of_the_tokens_that_vary_together(backend: str)
         left.append(mask & (leaf.grad == 0))
     assert all(out.sum() == int(0.03 * mask.sum()) and (may | ~out).all() for out in left)
     assert torch.equal(left[0], left[1]) and not torch.equal(left[0], left[2])
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("loss_type", ["sapo", "surrogate", "dapo"])
+def test_a_ratio_past_the_largest_number_has_a_finite_gradient_or_none(loss_type: str, backend: str) -> None:
+    """SAPO's gate is shut; a weight of 0, a masked sampler's say, leaves nothing of an infinite ratio."""
+    logprobs = torch.tensor([[-1.0, -1.0]], requires_grad=True)
+    weights = torch.tensor([[1.0 if loss_type == "sapo" else 0.0, 1.0]])
+    out = policy_loss(
+        logprobs, torch.tensor([-1.0]), torch.ones(1, 2), old_logprobs=torch.tensor([[-200.0, -1.0]]),
+        rollout_is_weights=weights, config=GRPOLossConfig(loss_type=loss_type), backend=backend,
+    )  # fmt: skip
+    out.loss.backward()
+    assert out.loss.isfinite() and logprobs.grad is not None
+    assert logprobs.grad[0, 0] == 0 and logprobs.grad[0, 1] != 0
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_clamped_divergence_has_no_gradient_however_far(backend: str) -> None:
+    logprobs = torch.tensor([[-1.0, -1.0]], requires_grad=True)
+    config = GRPOLossConfig(loss_type="reinforce", beta=0.1, kl_clamp=10.0, use_bias_correction_kl=False)
+    ref = torch.tensor([[120.0, -1.0]])
+    policy_loss(
+        logprobs, torch.zeros(1), torch.ones(1, 2), ref_logprobs=ref, config=config, backend=backend
+    ).loss.backward()
+    assert logprobs.grad is not None and not logprobs.grad.any()
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_the_quantile_of_many_half_precision_entropies(backend: str) -> None:
+    """Their number is more than half precision counts."""
+    torch.manual_seed(0)
+    entropy, mask = torch.rand(1, 70_000).half(), torch.ones(1, 70_000)
+    leaf = torch.full((1, 70_000), -1.0).requires_grad_()
+    config = GRPOLossConfig(top_entropy_quantile=0.2)
+    policy_loss(leaf, torch.ones(1), mask, entropy=entropy, config=config, backend=backend).loss.backward()
+    assert leaf.grad is not None
+    kept = entropy >= torch.quantile(entropy.float(), 0.8)
+    assert torch.equal(leaf.grad != 0, kept)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_no_token_has_no_quantile(backend: str) -> None:
+    config = GRPOLossConfig(top_entropy_quantile=0.2)
+    none = torch.zeros(2, 0)
+    loss = policy_loss(none, torch.ones(2), none, entropy=none, config=config, backend=backend).loss
+    assert loss.item() == 0

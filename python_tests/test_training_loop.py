@@ -72,7 +72,7 @@ def gradients(loop, micro_batches):
 
 
 @pytest.mark.parametrize("backend", ["torch", "auto"])
-@pytest.mark.parametrize("loss_type", ["grpo", "bnpo", "dr_grpo", "dapo"])
+@pytest.mark.parametrize("loss_type", ["grpo", "bnpo", "dr_grpo", "dapo", "luspo", "surrogate", "sapo", "reinforce"])
 def test_accumulated_gradients_equal_those_of_one_batch(loss_type, backend):
     """Micro-batches of unequal token counts; fp64, so that only the normaliser could tell them apart."""
     entropy_coef = 0.1 if loss_type in ("dapo", "bnpo") else 0.0

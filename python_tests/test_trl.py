@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+import inspect
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from drawn import TRL_LOSS_TYPES, configs
 from hypothesis import strategies as st
 from torch import Tensor
 
-from grpo_kernels import AdaptiveEntropy, GRPOLossConfig, group_advantages, policy_loss
+from grpo_kernels import AdaptiveEntropy, GRPOLossConfig, group_advantages, policy_loss, presets
 from grpo_kernels.testing.calls import BACKENDS
 from grpo_kernels.testing.cases import FAMILY_CASES, VARIANT_CASES, Case
 from grpo_kernels.testing.inputs import Inputs, build
@@ -287,3 +288,43 @@ def test_the_adaptive_entropy_bonus_is_trls(trainer: Any) -> None:
         trainer.use_adaptive_entropy = False
     assert all(ours == pytest.approx(theirs, abs=1e-15) for ours, theirs in coefs)
     assert max(ours for ours, _ in coefs) == 0.04 and min(ours for ours, _ in coefs) == 0.0
+
+
+#: Given by every option that changes TRL's loss, but those of one loss type each.
+PRESETS = {
+    "grpo": {"epsilon": 0.1, "epsilon_high": 0.3, "delta": 1.6, "beta": 0.1},
+    "luspo": {"importance_sampling_level": "sequence", "beta": 0.1, "use_bias_correction_kl": False},
+    "dr_grpo": {"max_completion_length": 8, "entropy_coef": 0.05, "delta": 1.6},
+    "cispo": {"epsilon": 0.1, "epsilon_high": 1.3, "delta": 1.6},
+    "sapo": {"sapo_temperature_neg": 1.5, "epsilon_high": 0.3, "vespo_k_pos": 1.0},
+    "vespo": {"vespo_k_pos": 1.5, "off_policy_mask_threshold": 0.02, "top_entropy_quantile": 0.37},
+}
+
+
+@pytest.mark.parametrize("loss_type", PRESETS)
+def test_the_presets_loss_is_that_of_trls_configuration(trainer: Any, loss_type: str) -> None:
+    options = PRESETS[loss_type]
+    _assert_trls(trainer, Case(f"preset_{loss_type}", config=GRPOLossConfig.trl(loss_type=loss_type, **options)), "cpu")
+    assert GRPOLossConfig.trl(loss_type=loss_type, max_completion_length=8).max_completion_length == 8
+
+
+def test_the_presets_defaults_are_trls() -> None:
+    theirs = {field.name: field.default for field in fields(trl.GRPOConfig)}
+    for name, parameter in inspect.signature(presets.trl).parameters.items():
+        if name != "vllm_importance_sampling_correction":  # which has no effect without vLLM
+            assert theirs[name] == parameter.default, name
+    config = GRPOLossConfig.trl(vllm_importance_sampling_correction=True)
+    assert (config.rollout_correction, config.rollout_clip_max) == ("sequence_mask", 3.0)
+
+
+@pytest.mark.parametrize(
+    ("options", "parts"),
+    [
+        ({"loss_type": "gmpo"}, ("loss_type", "'vespo'", "'gmpo'")),
+        ({"loss_type": "vespo", "importance_sampling_level": "sequence"}, ("importance_sampling_level", "vespo")),
+    ],
+)
+def test_what_the_preset_does_not_have_is_named(options: dict[str, Any], parts: tuple[str, ...]) -> None:
+    with pytest.raises(ValueError) as caught:
+        GRPOLossConfig.trl(**options)
+    assert all(part in str(caught.value) for part in parts), caught.value

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.abc
 import importlib.machinery
 import importlib.util
+import inspect
 import sys
 from types import ModuleType, SimpleNamespace
 from typing import Any
@@ -17,7 +18,7 @@ import torch
 from hypothesis import strategies as st
 from torch import Tensor
 
-from grpo_kernels import GRPOLossConfig, gae, group_advantages, policy_loss
+from grpo_kernels import GRPOLossConfig, gae, group_advantages, policy_loss, presets
 from grpo_kernels.testing.calls import BACKENDS
 from grpo_kernels.testing.cases import Case
 from grpo_kernels.testing.inputs import build
@@ -62,7 +63,7 @@ KL_TYPES = ("kl", "k1", "abs", "mse", "k2", "low_var_kl", "k3", "k1+", "k2+", "k
 
 @st.composite
 def _options(draw: st.DrawFn) -> dict[str, Any]:
-    options = {
+    options: dict[str, Any] = {
         "loss_mode": draw(st.sampled_from(MODES)),
         "loss_agg_mode": draw(st.sampled_from(MEANS)),
         "loss_scale_factor": 7,
@@ -143,14 +144,30 @@ def test_losses_and_gradients_are_verls(
 
 
 def test_a_clamped_ratio_and_a_clamped_divergence_are_verls(verl: Any) -> None:
-    far = torch.tensor([[-1.0, -1.0, -1.0]], dtype=torch.float64)
-    core, _ = verl
-    ref = far + torch.tensor([[25.0, -25.0, 3.0]], dtype=torch.float64)
-    expected = core.kl_penalty(far, ref, "k3").mean()
-    config = GRPOLossConfig.verl(use_kl_loss=True, kl_loss_type="k3", kl_loss_coef=1.0)
-    mask, none = torch.ones(1, 3), torch.zeros(1)
-    loss = policy_loss(far, none, mask, old_logprobs=far, ref_logprobs=ref, config=config).loss
-    torch.testing.assert_close(loss, expected)
+    core, actor = verl
+    logprobs = torch.full((1, 4), -1.0, dtype=torch.float64)
+    ref = logprobs + torch.tensor([[25.0, -25.0, 3.0, 700.0]], dtype=torch.float64)
+    old = logprobs - torch.tensor([[25.0, -25.0, 0.1, 0.1]], dtype=torch.float64)
+    mask, advantages = torch.ones(1, 4), torch.full((1, 4), -1.0, dtype=torch.float64)
+    config = actor(strategy="fsdp", rollout_n=1, ppo_micro_batch_size_per_gpu=1)
+    leaf = logprobs.clone().requires_grad_()
+    loss, _ = core.compute_policy_loss_cispo(old, leaf, advantages, mask, config=config)
+    (loss + core.kl_penalty(leaf, ref, "k3").mean()).backward()
+    options = {"use_kl_loss": True, "kl_loss_type": "k3", "kl_loss_coef": 1.0}
+    for backend in BACKENDS:
+        own = logprobs.clone().requires_grad_()
+        arguments = {"old_logprobs": old, "ref_logprobs": ref, "backend": backend}
+        policy_loss(
+            own, advantages, mask, config=GRPOLossConfig.verl(loss_mode="cispo", **options), **arguments
+        ).loss.backward()
+        torch.testing.assert_close(own.grad, leaf.grad)
+    # a ratio of e^25 is e^20 to verl, and passes no gradient
+    leaf = logprobs.clone().requires_grad_()
+    core.compute_policy_loss_sapo(old, leaf, advantages, mask, config=config)[0].backward()
+    own = logprobs.clone().requires_grad_()
+    config_ = GRPOLossConfig.verl(loss_mode="sapo", loss_agg_mode="seq-mean-token-mean")
+    policy_loss(own, advantages, mask, old_logprobs=old, config=config_).loss.backward()
+    torch.testing.assert_close(own.grad, leaf.grad)
 
 
 ESTIMATORS = {
@@ -211,6 +228,30 @@ def test_generalised_advantages_are_verls_once_whitened(verl: Any) -> None:
         torch.testing.assert_close(got.returns[mask], returns[mask], rtol=1e-9, atol=1e-9)
 
 
-def test_an_unknown_loss_mode_is_named() -> None:
-    with pytest.raises(ValueError, match=r"loss_mode must be one of 'vanilla', .*, got 'dppo_tv'"):
-        GRPOLossConfig.verl(loss_mode="dppo_tv")
+@pytest.mark.parametrize(
+    ("options", "parts"),
+    [
+        ({"loss_mode": "dppo_tv"}, ("loss_mode", "'vanilla'", "'dppo_tv'")),
+        ({"loss_agg_mode": "mean"}, ("loss_agg_mode", "'token-mean'", "'mean'")),
+        ({"loss_agg_mode": "seq-mean-token-sum-norm"}, ("loss_scale_factor", "None")),
+        ({"clip_ratio_c": 1.1}, ("clip_ratio_c", "1.2", "1.1")),
+        ({"loss_mode": "sapo", "entropy_coeff": 0.1}, ("sapo", "token-mean")),
+        ({"loss_mode": "geo_mean", "use_kl_loss": True}, ("geo_mean", "KL")),
+        ({"loss_mode": "kl_cov", "use_kl_loss": True}, ("kl_cov", "KL")),
+    ],
+)
+def test_what_the_preset_does_not_have_is_named(options: dict[str, Any], parts: tuple[str, ...]) -> None:
+    with pytest.raises(ValueError) as caught:
+        GRPOLossConfig.verl(**options)
+    assert all(part in str(caught.value) for part in parts), caught.value
+
+
+def test_the_presets_defaults_are_verls(verl: Any) -> None:
+    _, actor = verl
+    theirs = actor(strategy="fsdp", rollout_n=1, ppo_micro_batch_size_per_gpu=1)
+    for name, parameter in inspect.signature(presets.verl).parameters.items():
+        owner = theirs.policy_loss if "cov" in name or name in ("loss_mode", "ppo_kl_coef") else theirs
+        if name != "temperature":  # of the rollout's configuration
+            assert getattr(owner, name) == parameter.default, name
+    assert GRPOLossConfig.verl(loss_mode="cispo", clip_ratio_low=10.0).cispo_ratio_low is None
+    assert GRPOLossConfig.verl(use_kl_loss=True, kl_loss_coef=0).beta == 0

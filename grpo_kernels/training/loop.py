@@ -150,7 +150,7 @@ class GRPOLoop:
         Each micro-batch's mean counts by its share of the step's tokens, or of its sequences where the loss type
         averages over those: the normaliser is global, however the step is cut.
         """
-        by_token = self.config.loss_type in ("dapo", "bnpo")
+        by_token = self.config.aggregation == "token-mean"
         sizes = [int(b.rollout.completion_mask.sum()) if by_token else len(b.advantages) for b in micro_batches]
         loss, parts = 0.0, []
         for batch, size in zip(micro_batches, sizes, strict=True):

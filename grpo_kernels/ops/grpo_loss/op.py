@@ -155,7 +155,8 @@ def grpo_loss(
         rewards: Instead of advantages: ``group_advantages`` is taken over these. Whole groups, on this process.
         num_generations: Completions per prompt, with ``rewards``.
         scale_rewards: "group" or "none", with ``rewards``.
-        old_logprobs, ref_logprobs, rollout_is_weights, num_items_in_batch, cu_seqlens: As for ``policy_loss``.
+        old_logprobs, ref_logprobs, sampling_logprobs, rollout_is_weights, entropy_threshold, num_items_in_batch,
+            cu_seqlens: As for ``policy_loss``.
         loss_scale: Multiplies the loss and the gradient, before the gradient is rounded to the logits' dtype.
         config: The loss.
         softcap, logit_scale: As for ``token_logprobs``.

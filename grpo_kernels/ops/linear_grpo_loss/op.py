@@ -201,7 +201,8 @@ def linear_grpo_loss(
     ``grpo_loss`` of ``h W^T + b``. At token level each chunk is projected once, its rows become their own gradient
     while they are at hand, and ``dX`` and ``dW`` are formed from the live rows, those whose coefficient is not 0:
     ``2 N H V (1 + 2 f)`` operations at a live share ``f``, a frozen head ``2 N H V (1 + f)``. Masked rows are not
-    projected at all. A sequence-level ratio is ``linear_token_logprobs`` followed by ``policy_loss``.
+    projected at all. A sequence-level ratio, and weights that wait for log-probabilities (VESPO's, the masks by entropy
+    and by policy), are ``linear_token_logprobs`` followed by ``policy_loss``.
 
     Args:
         hidden_states: Position ``t`` predicts token ``t``.
@@ -211,8 +212,7 @@ def linear_grpo_loss(
             cu_seqlens, loss_scale, config, softcap,
             logit_scale, debug: As for ``grpo_loss``.
         bias, logits_dtype, workspace_bytes: As for ``linear_token_logprobs``.
-        max_logits_bytes: As for ``linear_token_logprobs``, where a sequence-level ratio has to wait for the whole
-            sequence; no effect at token level.
+        max_logits_bytes: As for ``linear_token_logprobs``, where that is what runs; no effect where one pass does.
         backend: "auto", or one of ``grpo_kernels.registry.BACKENDS``. "torch" forms the whole logits.
 
     Returns:

@@ -116,7 +116,7 @@ class PolicyInputs:
         return inputs, replace(config, importance_sampling_level="token")
 
     def flat(self) -> tuple[Tensor | None, ...]:
-        """The tensors as kernels take them, contiguous ``[N]``: in the order of the fields, without ``sequences``."""
+        """The tensors as kernels take them, contiguous ``[N]``: the fields from ``mask`` to ``ref_logprobs``."""
         fields = (
             self.mask,
             self.advantages,

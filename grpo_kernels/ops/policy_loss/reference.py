@@ -11,6 +11,8 @@ from grpo_kernels.config import GRPOLossConfig, Level, Surrogate
 from grpo_kernels.ops.policy_loss.inputs import PolicyInputs
 from grpo_kernels.ops.policy_loss.weights import settle
 
+_LARGEST_LOG_RATIO = 80.0  # whose exponential is finite in fp32
+
 
 def policy_loss(
     logprobs: Tensor,  # [B, T] or [N]
@@ -29,8 +31,11 @@ def policy_loss(
     advantages = unmasked(inputs.advantages)
     log_ratio = importance_log_ratio(logprobs, advantages, inputs, config)
     ratio = log_ratio.exp()
-    # no advantage, no policy term: not even of an infinite ratio
-    bounded = torch.where(advantages == 0, 0, log_ratio).exp()
+    # no advantage or weight, no policy term: not even of an infinite ratio
+    bounded = torch.where((advantages == 0) | (inputs.policy_weights == 0), 0, log_ratio)
+    if config.surrogate == Surrogate.SAPO:  # whose gate is 1 long before
+        bounded = bounded.clamp(max=_LARGEST_LOG_RATIO)
+    bounded = bounded.exp()
     loss = (-inputs.policy_weights * surrogate(bounded, logprobs, advantages, config)).sum()
     kl = None
     if inputs.ref_logprobs is not None:
@@ -103,7 +108,9 @@ def kl_penalty(logprobs: Tensor, ref_logprobs: Tensor, ratio: Tensor, config: GR
     """
     d = _clamped(logprobs - ref_logprobs, config.log_ratio_clamp)
     k2 = d.square() / 2
-    estimates = {"k1": d, "k2": k2, "mse": k2, "k3": torch.expm1(-d) + d, "abs": d.abs()}
+    # where the estimate is clamped, its slope must be finite to be 0
+    growth = torch.expm1(-d if config.kl_clamp is None else (-d).clamp(max=_LARGEST_LOG_RATIO))
+    estimates = {"k1": d, "k2": k2, "mse": k2, "k3": growth + d, "abs": d.abs()}
     penalty = config.penalty
     kl = _clamped(estimates[penalty.estimator], config.kl_clamp)
     if penalty.is_straight_through:

@@ -39,7 +39,8 @@ def sapo_surrogate(ratio, advantage, temperature_pos, temperature_neg):
     """``4 / tau sigmoid(tau (r - 1)) A`` and its derivative by the log-ratio."""
     tau = tl.where(advantage > 0, temperature_pos, temperature_neg)
     gate = 1 / (1 + tl.exp(-tau * (ratio - 1)))
-    return gate * 4 / tau * advantage, 4 * gate * (1 - gate) * ratio * advantage
+    slope = tl.where(gate == 1, 0.0, 4 * gate * (1 - gate) * ratio)  # of an infinite ratio too
+    return gate * 4 / tau * advantage, slope * advantage
 
 
 @triton.jit
@@ -144,9 +145,10 @@ def token_loss(
     else:
         dvalue_direct = tl.zeros_like(logprob) + advantage
         value = advantage * logprob
-    # without an advantage the policy term is 0 whatever the ratio, an infinite one included
-    value = tl.where(advantage == 0, 0.0, value)
-    dvalue = tl.where(advantage == 0, 0.0, dvalue)
+    # without an advantage or a weight the policy term is 0 whatever the ratio, an infinite one included
+    is_absent = (advantage == 0) | (policy_weight == 0)
+    value = tl.where(is_absent, 0.0, value)
+    dvalue = tl.where(is_absent, 0.0, dvalue)
     loss = -policy_weight * value
     dlog_ratio = -policy_weight * dvalue
     dlogprob = -policy_weight * dvalue_direct

@@ -79,8 +79,9 @@ def settle(
     if config.has_settled_weights:
         return inputs, None
     mask, sequences = inputs.mask, inputs.sequences
-    logprobs = torch.where(mask, logprobs.to(inputs.policy_weights.dtype), 0)
     weights = inputs.policy_weights
+    logprobs = torch.where(mask, logprobs.to(weights.dtype), 0)
+    entropy = None if entropy is None else entropy.to(weights.dtype)
     entropy_weights = inputs.entropy_weights
     partials = None
     if config.off_policy_mask_threshold is not None:
@@ -121,9 +122,11 @@ def _is_on_policy(inputs: PolicyInputs, logprobs: Tensor, threshold: float) -> T
 
 def _is_top_entropy(entropy: Tensor, mask: Tensor, threshold: Tensor | float | None, quantile: float) -> Tensor:
     """Whether an unmasked token's entropy is at or above the threshold; by default their own quantile. No sync."""
+    if threshold is None and mask.numel() == 0:
+        return mask
     if threshold is None:
         values = torch.where(mask, entropy, torch.inf).flatten().sort().values
-        place = (mask.sum() - 1).clamp(min=0) * torch.tensor(quantile, dtype=values.dtype)
+        place = (mask.sum() - 1).clamp(min=0).to(values.dtype) * quantile
         low, high = (values.take(at.long()) for at in (place.floor(), place.ceil()))
         threshold = torch.lerp(low, high, place - place.floor())
     return mask & (torch.where(mask, entropy, 0) >= threshold)
