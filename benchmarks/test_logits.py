@@ -5,6 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 import textwrap
+from functools import partial
 
 import pytest
 import torch
@@ -12,7 +13,7 @@ from interleaved import Comparison, compare
 from naive import naive_grpo_loss
 from pytest_benchmark.fixture import BenchmarkFixture
 
-from grpo_kernels import grpo_loss, token_logprobs
+from grpo_kernels import GRPOLossConfig, grpo_loss, token_logprobs
 
 VOCAB = 151936  # Qwen2.5
 COPY = "copy into existing memory"
@@ -65,6 +66,47 @@ def test_grpo_loss(benchmark: BenchmarkFixture, report: list[Comparison], quick:
     wanted = 6 if dtype == torch.float32 else 8
     comparison.notes.append(f"naive PyTorch over ours: {speedup:.1f}x (target {wanted}x)")
     comparison.notes.append(f"extra memory in place: {extra_memory(length, dtype):.2%} of the logits (target 2%)")
+    report.append(comparison)
+
+
+VARIANTS = {
+    "dapo": {},
+    "cispo": {"loss_type": "cispo", "epsilon_high": 5.0},
+    "sapo": {"loss_type": "sapo"},
+    "reinforce": {"loss_type": "reinforce"},
+    "surrogate": {"loss_type": "surrogate"},
+    "k1, straight-through": {"beta": 0.1, "kl_estimator": "k1", "kl_gradient": "straight_through",
+                             "use_bias_correction_kl": False},
+    "k3, clamped": {"beta": 0.1, "kl_clamp": 10.0, "log_ratio_clamp": 20.0},
+    "gmpo: a second pass": {"loss_type": "gmpo"},
+    "vespo: a second pass": {"loss_type": "vespo"},
+    "off-policy mask: a second pass": {"off_policy_mask_threshold": 1.0},
+}  # fmt: skip
+
+
+def test_variants(benchmark: BenchmarkFixture, report: list[Comparison], quick: bool) -> None:
+    """No variant of the loss costs what a logit costs, but those that wait for log-probabilities."""
+    torch.manual_seed(0)
+    length = 4 if quick else 32
+    logits = torch.randn(8, length, VOCAB) * 2
+    work = torch.empty_like(logits)
+    ids, mask, advantages = torch.randint(0, VOCAB, (8, length)), torch.ones(8, length), torch.randn(8)
+    with torch.no_grad():  # ratios of 1: no row is clipped, so all have the same work
+        old = token_logprobs(logits, ids).logprobs
+
+    def step(config: GRPOLossConfig) -> None:
+        leaf = work.detach().requires_grad_()
+        ref = old if config.beta else None
+        grpo_loss(
+            leaf, ids, advantages, mask, old_logprobs=old, ref_logprobs=ref, config=config, inplace=True
+        ).loss.backward()
+
+    contenders = {name: partial(step, GRPOLossConfig(**options)) for name, options in VARIANTS.items()}
+    comparison = Comparison(f"variants of grpo_loss in place over dapo, [8, {length}, {VOCAB}] torch.float32", "dapo")
+    if not quick:
+        comparison.targets = {name: 1.03 for name in VARIANTS if "pass" not in name}
+    prepare = dict.fromkeys(contenders, lambda: work.copy_(logits))
+    compare(benchmark, comparison, contenders, prepare, rounds=2 if quick else 15)
     report.append(comparison)
 
 

@@ -169,12 +169,13 @@ def test_no_advantage_means_no_term_whatever_the_ratio(backend: str) -> None:
 
 
 @pytest.mark.parametrize("beta", [0.0, 0.1])
-def test_on_policy_sequence_level_needs_one_pass(beta: float) -> None:
+@pytest.mark.parametrize("level", ["sequence", "sequence_token"])
+def test_on_policy_sequence_level_needs_one_pass(level: str, beta: float) -> None:
     """Its coefficients are known before the logits, so the gradient is there after the forward."""
     logits, ids, advantages, mask = _problem()
     mask[1, 2] = 0
     config = GRPOLossConfig(
-        loss_type="grpo", importance_sampling_level="sequence", beta=beta, use_bias_correction_kl=False
+        loss_type="grpo", importance_sampling_level=level, beta=beta, use_bias_correction_kl=level != "sequence"
     )
     arguments = {"ref_logprobs": torch.full((2, 3), -2.0), "rollout_is_weights": torch.rand(2, 3), "config": config}
     leaf = logits.clone().requires_grad_()

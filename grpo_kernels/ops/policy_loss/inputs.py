@@ -102,12 +102,13 @@ class PolicyInputs:
         On-policy every ratio is 1, so a sequence-level ratio hands each token of a sequence the mean of what its
         tokens' policy terms weigh: known before any logit. Not so with a KL term that is multiplied by the ratio.
         """
+        if config.is_token_local or not config.has_settled_weights or self.old_logprobs is not None:
+            return self, config
+        if config.level == Level.SEQUENCE_TOKEN:  # whose gradient is each token's own
+            return self, replace(config, importance_sampling_level="token")
         waits_for_kl = self.ref_logprobs is not None and config.use_bias_correction_kl
         is_clipped = config.delta is not None and config.delta < 1
-        is_sequences = config.level == Level.SEQUENCE and config.surrogate == Surrogate.CLIP
-        if not is_sequences or not config.has_settled_weights or is_clipped or waits_for_kl:
-            return self, config
-        if self.old_logprobs is not None:
+        if config.level != Level.SEQUENCE or config.surrogate != Surrogate.CLIP or is_clipped or waits_for_kl:
             return self, config
         ones = self.mask.to(self.policy_weights.dtype)
         pull = torch.where(self.mask, self.policy_weights * self.advantages, 0)
