@@ -86,6 +86,7 @@ def markdown(report: dict[str, Any], done: list[Comparison]) -> str:
         error = f"{row['error']:.3g}, of whole fp32 logits {row['reference']:.3g}"
         lines.append(f"Error of {row['what']}: {error}, ratio {row['ratio']:.2f} (asked: at most {row['asked']})")
     lines += [f"Left out: {what}" for what in report["left_out"]]
+    lines += [f"Failed: {what}" for what in report["failed"]]
     return "\n".join(lines) + "\n"
 
 
@@ -117,6 +118,7 @@ def main() -> int:
         "checks": {} if options.no_checks else checks(0.6 * options.seconds, log),
         "accuracy": [],
         "left_out": [],
+        "failed": [],
     }
     done: list[Comparison] = []
 
@@ -127,7 +129,7 @@ def main() -> int:
         try:
             function()
         except Exception as error:  # out of memory, a wrong result: said in the report, and the others still run
-            report["left_out"].append(f"{what}: {type(error).__name__}: {error}")
+            report["failed"].append(f"{what}: {type(error).__name__}: {error}")
         path.with_suffix(".json").write_text(json.dumps({**report, "rows": _rows(done)}, indent=1) + "\n")
 
     attempt("accuracy", lambda: report["accuracy"].extend(accuracy(sizes, device)))
@@ -135,10 +137,11 @@ def main() -> int:
         attempt(what, lambda measure=measure: done.append(measure(options.rounds)))
     text = markdown(report, done)
     path.with_suffix(".md").write_text(text)
-    if not report["checks"].get("passes", True):
+    has_passed = report["checks"].get("passes", True)
+    if not has_passed:
         print(log.read_text()[-5000:])
     print(text)
-    return int(not report["checks"].get("passes", True))
+    return int(not has_passed or bool(report["failed"]))
 
 
 def _rows(done: list[Comparison]) -> list[dict[str, Any]]:

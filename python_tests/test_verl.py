@@ -161,13 +161,16 @@ def test_a_clamped_ratio_and_a_clamped_divergence_are_verls(verl: Any) -> None:
             own, advantages, mask, config=GRPOLossConfig.verl(loss_mode="cispo", **options), **arguments
         ).loss.backward()
         torch.testing.assert_close(own.grad, leaf.grad)
-    # a ratio of e^25 is e^20 to verl, and passes no gradient
-    leaf = logprobs.clone().requires_grad_()
-    core.compute_policy_loss_sapo(old, leaf, advantages, mask, config=config)[0].backward()
-    own = logprobs.clone().requires_grad_()
-    config_ = GRPOLossConfig.verl(loss_mode="sapo", loss_agg_mode="seq-mean-token-mean")
-    policy_loss(own, advantages, mask, old_logprobs=old, config=config_).loss.backward()
-    torch.testing.assert_close(own.grad, leaf.grad)
+    # a ratio of e^-25 is e^-20 to verl, and passes no gradient; above, the other clips hide the clamp
+    one, mask = torch.ones(1, 1, dtype=torch.float64), torch.ones(1, 1)
+    leaf = logprobs[:, :1].clone().requires_grad_()
+    expected, _ = core.compute_policy_loss_vanilla(leaf.detach() + 25, leaf, one, mask, config=config)
+    for backend in BACKENDS:
+        arguments = {"old_logprobs": leaf.detach() + 25, "config": GRPOLossConfig.verl(), "backend": backend}
+        loss = policy_loss(leaf, one[0], mask, **arguments).loss
+        torch.testing.assert_close(loss, expected, rtol=1e-7, atol=0)
+        (gradient,) = torch.autograd.grad(loss, leaf)
+        assert gradient.item() == 0
 
 
 ESTIMATORS = {

@@ -157,8 +157,8 @@ def _check_given(
     name: str, values: Tensor | None, estimator: str, needed_by: tuple[str, ...], rewards: Tensor, count: int
 ) -> None:
     if (values is not None) != (estimator in needed_by):
-        verb = "must be None" if values is not None else "must be given"
-        raise ValueError(f'{name} {verb} with estimator="{estimator}", got {values}')
+        verb, got = ("must be given", "None") if values is None else ("must be None", "a tensor")
+        raise ValueError(f'{name} {verb} with estimator="{estimator}", got {got}')
     if values is not None:
         check_shape(name, values, (count,))
         check_device(rewards.device, [(name, values)])

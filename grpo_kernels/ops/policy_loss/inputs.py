@@ -96,6 +96,11 @@ class PolicyInputs:
             entropy_threshold,
         )
 
+    def log_ratio(self, logprobs: Tensor) -> Tensor:  # like logprobs
+        """``l - l_old`` of each token; 0 on-policy, or a NaN's NaN, and where masked."""
+        old = logprobs.detach() if self.old_logprobs is None else self.old_logprobs
+        return torch.where(self.mask, logprobs - old, 0)
+
     def token_local(self, config: GRPOLossConfig) -> tuple[PolicyInputs, GRPOLossConfig]:
         """The same loss with coefficients known token by token, where that is so; else unchanged.
 

@@ -51,8 +51,7 @@ def policy_loss(
 
 def token_log_ratio(logprobs: Tensor, inputs: PolicyInputs, config: GRPOLossConfig) -> Tensor:
     """``l - l_old``."""
-    old = logprobs.detach() if inputs.old_logprobs is None else inputs.old_logprobs
-    log_ratio = torch.where(inputs.mask, logprobs - old, 0)
+    log_ratio = inputs.log_ratio(logprobs)
     return _clamped(log_ratio, config.log_ratio_clamp) if config.level == Level.TOKEN else log_ratio
 
 

@@ -135,8 +135,7 @@ def _is_top_entropy(entropy: Tensor, mask: Tensor, threshold: Tensor | float | N
 def _gamma_weights(inputs: PolicyInputs, logprobs: Tensor, config: GRPOLossConfig) -> Tensor:  # like logprobs
     """``phi(w) = e^lambda w^k e^(-lambda w)`` of the whole sequence's ratio: VESPO (arXiv:2602.10693)."""
     mask, sequences = inputs.mask, inputs.sequences
-    old = logprobs if inputs.old_logprobs is None else inputs.old_logprobs
-    log_ratio = torch.where(mask, logprobs - old, 0).clamp(-_LOG_RATIO_BOUND, _LOG_RATIO_BOUND)
+    log_ratio = inputs.log_ratio(logprobs).clamp(-_LOG_RATIO_BOUND, _LOG_RATIO_BOUND)
     if inputs.rollout_weights is not None:
         rollout = inputs.rollout_weights.log().clamp(_LOG_RATIO_FLOOR, _LOG_RATIO_BOUND)
         log_ratio = log_ratio + torch.where(mask, rollout, 0)
@@ -163,9 +162,8 @@ def _leaves_by_covariance(inputs: PolicyInputs, logprobs: Tensor, config: GRPOLo
 
     arXiv:2505.22617 eq. 11. No sync.
     """
-    old = logprobs if inputs.old_logprobs is None else inputs.old_logprobs
     low, high = config.ratio_bounds
-    ratio = torch.where(inputs.mask, logprobs - old, 0).exp()
+    ratio = inputs.log_ratio(logprobs).exp()
     is_clipped = ratio.clamp(low, high) * inputs.advantages < ratio * inputs.advantages
     covariance = _covariance(inputs, logprobs)
     may = inputs.mask & ~is_clipped & (covariance > config.clip_cov_lb) & (covariance < config.clip_cov_ub)
