@@ -11,7 +11,7 @@
 #ifdef __CUDACC__
 #define GRPO_HOST_DEVICE __host__ __device__ __forceinline__
 #else
-#define GRPO_HOST_DEVICE inline
+#define GRPO_HOST_DEVICE __attribute__((always_inline)) inline
 #endif
 
 namespace grpo {

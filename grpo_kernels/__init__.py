@@ -3,15 +3,18 @@
 from grpo_kernels.adaptive_entropy import AdaptiveEntropy
 from grpo_kernels.config import GRPOLossConfig
 from grpo_kernels.modules import GRPOLoss, LinearGRPOLoss
-from grpo_kernels.objectives import PreferenceOutput, dpo_loss, reward_model_loss, sft_loss
+from grpo_kernels.objectives import PreferenceOutput, distillation_loss, dpo_loss, reward_model_loss, sft_loss
 from grpo_kernels.ops.device_values import check_device_values
 from grpo_kernels.ops.gae import GAEOutput, gae
 from grpo_kernels.ops.group_advantages import group_advantages
 from grpo_kernels.ops.grpo_loss import GRPOLossOutput, grpo_loss
 from grpo_kernels.ops.linear_grpo_loss import linear_grpo_loss
+from grpo_kernels.ops.linear_token_divergence import linear_token_divergence
 from grpo_kernels.ops.linear_token_logprobs import linear_token_logprobs
 from grpo_kernels.ops.policy_loss import PolicyLossOutput, policy_loss
+from grpo_kernels.ops.token_divergence import TokenDivergence, token_divergence
 from grpo_kernels.ops.token_logprobs import TokenLogprobs, token_logprobs
+from grpo_kernels.rewards import kl_penalized_rewards, mask_truncated
 from grpo_kernels.version import __version__
 
 __all__ = [
@@ -23,17 +26,23 @@ __all__ = [
     "LinearGRPOLoss",
     "PolicyLossOutput",
     "PreferenceOutput",
+    "TokenDivergence",
     "TokenLogprobs",
     "__version__",
     "check_device_values",
+    "distillation_loss",
     "dpo_loss",
     "gae",
     "group_advantages",
     "grpo_loss",
+    "kl_penalized_rewards",
     "linear_grpo_loss",
+    "linear_token_divergence",
     "linear_token_logprobs",
+    "mask_truncated",
     "policy_loss",
     "reward_model_loss",
     "sft_loss",
+    "token_divergence",
     "token_logprobs",
 ]

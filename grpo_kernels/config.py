@@ -17,6 +17,8 @@ IMPORTANCE_SAMPLING_LEVELS = ("token", "sequence", "sequence_token")
 #: By name, as they cross into kernels; mirrored in policy_math.h.
 KL_ESTIMATORS = {"k1": 0, "k2": 1, "k3": 2, "abs": 3, "mse": 1}
 KL_GRADIENTS = ("naive", "straight_through")
+#: Exact divergences over the whole vocabulary, by the share of the reference in the mixture that they compare with.
+DIVERGENCES = {"forward_kl": 0.0, "reverse_kl": 1.0, "js": 0.5}
 #: Means over tokens and sequences: verl's, which count no sequence without a token.
 LOSS_AGG_MODES = ("token-mean", "seq-mean-token-mean", "seq-mean-token-sum", "seq-mean-token-sum-norm")
 ROLLOUT_CORRECTIONS = ("token_truncate", "token_mask", "sequence_truncate", "sequence_mask")
@@ -132,7 +134,10 @@ class GRPOLossConfig:
             bound.
         beta: Weight of the KL penalty to the reference policy.
         kl_estimator: With ``d = logprob - ref_logprob``: "k1" is ``d``, "k2" or "mse" ``d^2 / 2``, "k3"
-            ``exp(-d) - 1 + d``, "abs" ``|d|``. http://joschu.net/blog/kl-approx.html.
+            ``exp(-d) - 1 + d``, "abs" ``|d|``. http://joschu.net/blog/kl-approx.html. Or none, but the divergence
+            itself, over the whole vocabulary: "reverse_kl", the policy's from the reference, "forward_kl", the
+            reference's from the policy, "js", Jensen's and Shannon's (see ``token_divergence``). It takes the
+            reference's logits, or hidden states, in the place of ``ref_logprobs``, and knows of no ratio.
         kl_gradient: "naive" is the estimate's own; "straight_through" is k2's, which is unbiased (verl's "k3+").
         use_bias_correction_kl: Multiply the KL estimate by the importance ratio (DeepSeek-V3.2).
         temperature: Divides the logits, in the ops that see logits.
@@ -240,6 +245,11 @@ class GRPOLossConfig:
         return not is_masked and self.loss_type not in ("vespo", "clip_cov", "kl_cov")
 
     @property
+    def has_exact_divergence(self) -> bool:
+        """Whether the penalised divergence is that of whole distributions, rather than estimated from a token."""
+        return self.beta != 0 and self.kl_estimator in DIVERGENCES
+
+    @property
     def penalty(self) -> Penalty:
         """The divergence that is penalised: from the reference, or "kl_cov"'s from the old policy."""
         if self.loss_type == "kl_cov":
@@ -258,7 +268,7 @@ class GRPOLossConfig:
         options = {
             Option.SURROGATE: int(self.surrogate),
             Option.LEVEL: int(self.level),
-            Option.KL_ESTIMATOR: KL_ESTIMATORS[penalty.estimator],
+            Option.KL_ESTIMATOR: KL_ESTIMATORS.get(penalty.estimator, 0),  # an exact divergence is no kernel's
             Option.KL_STRAIGHT_THROUGH: int(penalty.is_straight_through),
             Option.BIAS_CORRECTED_KL: int(penalty.is_bias_corrected),
         }
@@ -276,12 +286,25 @@ class GRPOLossConfig:
         return PolicyLossCode([options[o] for o in Option], [float(params[p]) for p in Param])
 
 
+def mixture_of(divergence: str, mixture: float = 0.5) -> float:
+    """A divergence as the share of the reference in its mixture: 0 "forward_kl", 1 "reverse_kl".
+
+    Raises:
+        ValueError: The divergence is unknown, or the share of "js" is not in (0, 1).
+    """
+    _one_of("divergence", divergence, tuple(DIVERGENCES))
+    if divergence != "js":
+        return DIVERGENCES[divergence]
+    _within("mixture", mixture, "in (0, 1)", lambda value: 0 < value < 1)
+    return float(mixture)
+
+
 def check(config: GRPOLossConfig) -> None:
     """Raises ValueError unless every value is in its range and every option given has an effect."""
     _one_of("loss_type", config.loss_type, LOSS_TYPES)
     _one_of("loss_agg_mode", config.loss_agg_mode, (None, *LOSS_AGG_MODES))
     _one_of("importance_sampling_level", config.importance_sampling_level, IMPORTANCE_SAMPLING_LEVELS)
-    _one_of("kl_estimator", config.kl_estimator, tuple(KL_ESTIMATORS))
+    _one_of("kl_estimator", config.kl_estimator, (*KL_ESTIMATORS, *DIVERGENCES))
     _one_of("kl_gradient", config.kl_gradient, KL_GRADIENTS)
     _one_of("rollout_correction", config.rollout_correction, (None, *ROLLOUT_CORRECTIONS))
     for name in ("epsilon_low", "epsilon_high", "beta", "rollout_clip_min", "cispo_ratio_low"):
@@ -332,8 +355,12 @@ def _check_that_all_apply(config: GRPOLossConfig) -> None:
         refuse(("epsilon_low",), f"{loss_type} and epsilon_high={config.epsilon_high}")
     if config.loss_type == "kl_cov":
         refuse(("beta",), loss_type)
-    if config.surrogate == Surrogate.LOGPROB and config.beta == 0:
-        refuse(("log_ratio_clamp",), f"beta=0 and {loss_type}")
+    without_ratio = "beta=0"
+    if config.has_exact_divergence:
+        without_ratio = f'kl_estimator="{config.kl_estimator}"'
+        refuse(("kl_gradient", "kl_clamp"), without_ratio)
+    if config.surrogate == Surrogate.LOGPROB and (config.beta == 0 or config.has_exact_divergence):
+        refuse(("log_ratio_clamp",), f"{without_ratio} and {loss_type}")
     if config.loss_agg_mode is not None and config.entropy_coef != 0:
         refuse(("top_entropy_quantile",), f'loss_agg_mode="{config.loss_agg_mode}" and an entropy bonus')
     if config.loss_type not in CLIPPED_LOSS_TYPES:
@@ -344,8 +371,8 @@ def _check_that_all_apply(config: GRPOLossConfig) -> None:
         refuse(("epsilon_low", "epsilon_high"), loss_type)
     if config.loss_type == "gmpo":
         refuse(("top_entropy_quantile", "loss_agg_mode"), loss_type)
-    if config.level != Level.TOKEN and config.beta == 0:
-        refuse(("log_ratio_clamp",), f"beta=0 and a ratio of sequences ({loss_type}, {config.level.name})")
+    if config.level != Level.TOKEN and (config.beta == 0 or config.has_exact_divergence):
+        refuse(("log_ratio_clamp",), f"{without_ratio} and a ratio of sequences ({loss_type}, {config.level.name})")
     if config.beta == 0:
         refuse(("kl_estimator", "kl_gradient", "kl_clamp"), "beta=0")
     if config.kl_gradient == "straight_through" and config.use_bias_correction_kl:

@@ -1,4 +1,4 @@
-"""The objectives that stand beside GRPO in training a reasoning model: SFT, DPO, reward models.
+"""The objectives that stand beside GRPO in training a reasoning model: SFT, distillation, DPO, reward models.
 
 Short functions over the fused head's: what reads the vocabulary is ``linear_grpo_loss`` or ``linear_token_logprobs``,
 and what is left is a few numbers a token or a completion, in torch.
@@ -11,10 +11,26 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from grpo_kernels import registry
 from grpo_kernels.config import GRPOLossConfig
 from grpo_kernels.ops.linear_grpo_loss import linear_grpo_loss
+from grpo_kernels.ops.linear_grpo_loss.op import one_pass_loss
+from grpo_kernels.ops.linear_token_divergence.reference import Reference
+from grpo_kernels.ops.linear_token_logprobs.inputs import check_head, check_workspace, head_dtypes
+from grpo_kernels.ops.policy_loss import PolicyLossOutput
+from grpo_kernels.ops.policy_loss.inputs import PolicyInputs
 from grpo_kernels.ops.sequences import Sequences
-from grpo_kernels.ops.validation import check_cu_seqlens, check_device, check_float, check_mask, check_shape
+from grpo_kernels.ops.token_divergence.op import Comparison
+from grpo_kernels.ops.token_logprobs.op import accumulation_dtype
+from grpo_kernels.ops.token_logprobs.transform import Transform
+from grpo_kernels.ops.validation import (
+    check_cu_seqlens,
+    check_device,
+    check_float,
+    check_id_range,
+    check_mask,
+    check_shape,
+)
 
 _SFT_MEANS = {"token_mean": "token-mean", "sequence_mean": "seq-mean-token-mean"}
 
@@ -75,10 +91,7 @@ def sft_loss(
         >>> hidden, head = torch.randn(2, 3, 4, requires_grad=True), torch.randn(8, 4, requires_grad=True)
         >>> sft_loss(hidden, head, torch.zeros(2, 3, dtype=torch.long), torch.ones(2, 3)).backward()
     """
-    if reduction not in _SFT_MEANS:
-        raise ValueError(f"reduction must be one of {', '.join(map(repr, _SFT_MEANS))}, got {reduction!r}")
-    if reduction == "sequence_mean" and num_items_in_batch is not None:
-        raise ValueError(f'num_items_in_batch has no effect with reduction="sequence_mean", got {num_items_in_batch!r}')
+    check_reduction(reduction, num_items_in_batch)
     config = GRPOLossConfig(loss_type="reinforce", loss_agg_mode=_SFT_MEANS[reduction], temperature=temperature)
     count = completion_ids.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
     return linear_grpo_loss(
@@ -99,6 +112,136 @@ def sft_loss(
         debug=debug,
         backend=backend,
     ).loss
+
+
+def distillation_loss(
+    hidden_states: Tensor,  # [B, T, H]; packed [N, H]
+    lm_head_weight: Tensor,  # [V, H]
+    completion_ids: Tensor,  # [B, T]; packed [N]
+    completion_mask: Tensor,  # like completion_ids
+    *,
+    teacher_logits: Tensor | None = None,  # [B, T, V]; packed [N, V]
+    teacher_hidden_states: Tensor | None = None,  # [B, T, H']; packed [N, H']
+    teacher_lm_head_weight: Tensor | None = None,  # [V, H']
+    teacher_bias: Tensor | None = None,  # [V]
+    divergence: str = "forward_kl",
+    mixture: float = 0.5,
+    temperature: float = 1.0,
+    hard_weight: float = 0.0,
+    reduction: str = "token_mean",
+    num_items_in_batch: float | Tensor | None = None,
+    bias: Tensor | None = None,  # [V]
+    softcap: float | None = None,
+    logit_scale: float = 1.0,
+    teacher_softcap: float | None = None,
+    teacher_logit_scale: float = 1.0,
+    cu_seqlens: Tensor | None = None,  # [S + 1]
+    loss_scale: float = 1.0,
+    logits_dtype: torch.dtype | None = None,
+    workspace_bytes: int | None = None,
+    debug: bool = False,
+    backend: str = "auto",
+) -> PolicyLossOutput:
+    """A teacher's soft targets, over the whole vocabulary, beside the tokens as hard ones.
+
+        loss = mean ((1 - hard_weight) T^2 D(p_T, q_T) - hard_weight log p_1)
+
+    with ``D`` a divergence of student and teacher at temperature ``T`` (arXiv:1503.02531, section 2), from hidden
+    states: a chunk of both models' logits becomes the student's gradient while it is at hand. With equal hidden sizes
+    that is ``8 N H V`` operations; neither model's logits exist as a whole.
+
+    Args:
+        hidden_states, lm_head_weight, bias: The student's. Position ``t`` predicts token ``t``.
+        completion_ids: The hard targets; the student's own samples (arXiv:2306.13649) or the teacher's.
+        completion_mask: 0 excludes a token.
+        teacher_logits: The teacher's, where they are at hand; else
+        teacher_hidden_states, teacher_lm_head_weight, teacher_bias: its last hidden states and head, of a width and
+            dtype of its own. All are constants.
+        divergence, mixture: As for ``token_divergence``: "forward_kl" is from the teacher.
+        temperature: ``T``, of the soft targets alone.
+        hard_weight: Share of the hard targets, in [0, 1).
+        reduction, num_items_in_batch: As for ``sft_loss``.
+        softcap, logit_scale, teacher_softcap, teacher_logit_scale: As for ``token_logprobs``.
+        cu_seqlens, loss_scale, logits_dtype, workspace_bytes, debug, backend: As for ``linear_grpo_loss``.
+
+    Returns:
+        The loss, differentiable once, and metrics: "kl" is the mean divergence, without its weight, and "entropy" the
+        student's. Zero, with zero gradient, if nothing is unmasked.
+
+    Raises:
+        TypeError: As for ``linear_token_divergence``.
+        ValueError: As for ``linear_token_divergence`` and ``sft_loss``, or ``hard_weight`` is not in [0, 1).
+
+    Example:
+        >>> hidden, head = torch.zeros(2, 3, 4, requires_grad=True), torch.zeros(8, 4)
+        >>> ids, mask, teacher = torch.zeros(2, 3, dtype=torch.long), torch.ones(2, 3), torch.randn(2, 3, 8)
+        >>> distillation_loss(hidden, head, ids, mask, teacher_logits=teacher, temperature=2.0).loss.backward()
+    """
+    if not 0 <= hard_weight < 1:
+        raise ValueError(f"hard_weight must be in [0, 1), got {hard_weight!r}; sft_loss has hard targets alone")
+    check_reduction(reduction, num_items_in_batch)
+    check_head(hidden_states, lm_head_weight, bias, completion_ids, "completion_ids")
+    comparison = Comparison.of(
+        divergence,
+        mixture,
+        Transform.of(1.0, softcap, logit_scale),
+        temperature,
+        teacher_softcap,
+        teacher_logit_scale,
+    )
+    teacher = Reference.of(
+        completion_ids,
+        lm_head_weight.shape[0],
+        teacher_logits,
+        teacher_hidden_states,
+        teacher_lm_head_weight,
+        teacher_bias,
+        prefix="teacher_",
+    )
+    dtypes = head_dtypes(hidden_states, lm_head_weight, logits_dtype)
+    workspace = check_workspace(workspace_bytes, 0, lm_head_weight.shape[0], dtypes[1], hidden_states.device)
+    config = GRPOLossConfig(
+        loss_type="reinforce",
+        loss_agg_mode=_SFT_MEANS[reduction],
+        beta=(1 - hard_weight) * temperature**2,
+        kl_estimator=divergence,
+    )
+    count = completion_ids.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
+    inputs = PolicyInputs.of(
+        completion_ids,
+        accumulation_dtype(dtypes[0]),
+        torch.full((count,), hard_weight, device=hidden_states.device),
+        completion_mask,
+        num_items_in_batch=num_items_in_batch,
+        cu_seqlens=cu_seqlens,
+        loss_scale=loss_scale,
+        config=config,
+        debug=debug,
+    )
+    check_id_range("completion_ids", completion_ids, inputs.mask, lm_head_weight.shape[0], debug)
+    backend = registry.resolve("linear_grpo_loss", backend, hidden_states.device)
+    found = one_pass_loss(
+        hidden_states,
+        lm_head_weight,
+        bias,
+        dtypes,
+        workspace,
+        teacher,
+        completion_ids,
+        inputs,
+        config,
+        comparison,
+        backend,
+    )
+    return PolicyLossOutput(found.loss, found.metrics)
+
+
+def check_reduction(reduction: str, num_items_in_batch: float | Tensor | None) -> None:
+    """Raises ValueError unless the mean is known, and one over tokens where their number is given."""
+    if reduction not in _SFT_MEANS:
+        raise ValueError(f"reduction must be one of {', '.join(map(repr, _SFT_MEANS))}, got {reduction!r}")
+    if reduction == "sequence_mean" and num_items_in_batch is not None:
+        raise ValueError(f'num_items_in_batch has no effect with reduction="sequence_mean", got {num_items_in_batch!r}')
 
 
 def dpo_loss(

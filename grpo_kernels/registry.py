@@ -16,6 +16,8 @@ OPS = (
     "gae",
     "token_logprobs",
     "linear_token_logprobs",
+    "token_divergence",
+    "linear_token_divergence",
     "policy_loss",
     "grpo_loss",
     "linear_grpo_loss",

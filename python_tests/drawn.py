@@ -7,7 +7,7 @@ from typing import Any
 from hypothesis import strategies as st
 
 from grpo_kernels import GRPOLossConfig
-from grpo_kernels.config import CLIPPED_LOSS_TYPES, KL_ESTIMATORS, LOSS_AGG_MODES, LOSS_TYPES
+from grpo_kernels.config import CLIPPED_LOSS_TYPES, DIVERGENCES, KL_ESTIMATORS, LOSS_AGG_MODES, LOSS_TYPES
 
 TRL_LOSS_TYPES = ("grpo", "bnpo", "dr_grpo", "dapo", "luspo", "cispo", "sapo", "vespo")
 _WITHOUT_LEVEL = ("vespo", "gmpo", "reinforce", "clip_cov", "kl_cov")
@@ -49,8 +49,11 @@ def configs(draw: st.DrawFn, loss_types: tuple[str, ...] = LOSS_TYPES, only_trls
         options["top_entropy_quantile"] = one_of(1.0, 1.0, 0.37)
     options["off_policy_mask_threshold"] = one_of(None, None, 0.0173)
     if options["beta"] and not only_trls:
-        options |= {"kl_estimator": one_of(*KL_ESTIMATORS), "kl_clamp": one_of(None, 0.031)}
-        if not options["use_bias_correction_kl"]:
+        options["kl_estimator"] = one_of(*KL_ESTIMATORS, *DIVERGENCES)
+        is_exact = options["kl_estimator"] in DIVERGENCES
+        if not is_exact:
+            options["kl_clamp"] = one_of(None, 0.031)
+        if not is_exact and not options["use_bias_correction_kl"]:
             options["kl_gradient"] = one_of("naive", "straight_through")
     if options.get("importance_sampling_level") == "token" and not only_trls:
         options["log_ratio_clamp"] = one_of(None, 0.213)

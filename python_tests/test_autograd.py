@@ -200,7 +200,9 @@ def test_outputs_beside_the_loss_carry_no_gradient(op: str) -> None:
     inputs = build(CASES["plain"], torch.float32, SOURCES[op])
     result = call(op, inputs, leaves(op, inputs), "cpu")
     carries = {name for name, x in result._asdict().items() if isinstance(x, Tensor) and x.requires_grad}
-    assert carries == ({"loss"} if "loss" in result._fields else {"logprobs", "entropy"})
+    assert carries == (
+        {"loss"} if "loss" in result._fields else {"logprobs", "entropy", "divergence"} & {*result._fields}
+    )
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

@@ -11,6 +11,7 @@ from drawn import configs
 from hypothesis import strategies as st
 
 from grpo_kernels import group_advantages
+from grpo_kernels.config import DIVERGENCES
 from grpo_kernels.testing.assertions import assert_near_baseline
 from grpo_kernels.testing.calls import SOURCES, applies, run
 from grpo_kernels.testing.cases import Case
@@ -50,6 +51,8 @@ def cases(draw: st.DrawFn, source: str) -> Case:
         softcap=draw(st.sampled_from([None, 4.0])) if source != "logprobs" else None,
         logit_scale=draw(st.sampled_from([1.0, 0.5])) if source != "logprobs" else 1.0,
         bias=draw(st.booleans()) if source == "hidden" else False,
+        divergence=draw(st.sampled_from(list(DIVERGENCES))),
+        soft=draw(st.booleans()),
     )
     if case.logits == "offset":
         case = replace(case, softcap=None)  # a cap makes all such logits one

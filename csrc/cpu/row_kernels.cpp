@@ -144,20 +144,31 @@ RowStatistics statistics(const void* z, int64_t vocab, int64_t id, const Transfo
                 : statistics_of<T, false, false>(row, vocab, id, options);
 }
 
+// log p = (u - u_lse) outer - rest: the log-sum-exp in two parts, or an offset of all logits would cost p its digits.
+template <class R>
+struct LogSoftmax {
+  R outer, u_lse, rest;
+
+  LogSoftmax(R outer, double lse)
+      : outer(outer),
+        u_lse(outer == 0 ? R(0) : static_cast<R>(lse / outer)),
+        rest(static_cast<R>(lse - static_cast<double>(u_lse) * outer)) {}
+
+  Vector<R> operator()(Vector<R> u) const { return (u - u_lse) * outer - rest; }
+};
+
 template <class T, bool kSoftcap, bool kEntropy>
 void gradient_of(const T* z, T* dz, int64_t vocab, const Transform& options, const RowGradient& g) {
   using R = Arithmetic<T>;
   using V = Vector<R>;
   const VectorTransform<R, kSoftcap> transform(options);
-  // log p = (u - u_lse) outer - rest: the log-sum-exp in two parts, or an offset of all logits would cost p its digits
-  const R u_lse = transform.outer == 0 ? R(0) : static_cast<R>(g.lse / transform.outer);
-  const R rest = static_cast<R>(g.lse - static_cast<double>(u_lse) * transform.outer);
+  const LogSoftmax<R> log_softmax(transform.outer, g.lse);
   const R entropy = static_cast<R>(g.entropy);
   const R c = static_cast<R>(g.c), c_h = static_cast<R>(g.c_h);
   const auto derivative = [&](V values) {
     const V u = transform(values);
     const V dy = transform.derivative(u);
-    const V log_p = (u - u_lse) * transform.outer - rest;
+    const V log_p = log_softmax(u);
     const V p = exp(log_p);
     if constexpr (kEntropy) {
       const V bounded = max(splat<R>(-88), log_p);  // -inf * 0 is NaN
@@ -192,6 +203,140 @@ void gradient(const void* z, void* dz, int64_t vocab, const Transform& options, 
                     : gradient_of<T, false, false>(from, to, vocab, options, g);
 }
 
+// A transform chosen at run time, with its log-softmax: for kernels over two rows.
+template <class R>
+struct AnySoftmax {
+  VectorTransform<R, false> plain;
+  VectorTransform<R, true> capped;
+  bool is_capped;
+  LogSoftmax<R> log_softmax;
+
+  AnySoftmax(const Transform& t, double lse)
+      : plain(t),
+        capped(t.softcap > 0 ? t : Transform{t.temperature, 1, t.logit_scale}),
+        is_capped(t.softcap > 0),
+        log_softmax(is_capped ? capped.outer : plain.outer, lse) {}
+
+  Vector<R> operator()(Vector<R> z) const { return is_capped ? capped(z) : z; }
+  Vector<R> derivative(Vector<R> u) const { return is_capped ? capped.derivative(u) : plain.derivative(u); }
+};
+
+// The terms of a divergence at some columns, and its gradient's p (g - centre) there.
+template <class R>
+struct Divergence {
+  using V = Vector<R>;
+  R mixture;
+  R log_p_share, log_q_share;  // of the mixture
+
+  explicit Divergence(double m)
+      : mixture(static_cast<R>(m)),
+        log_p_share(static_cast<R>(std::log1p(-m))),
+        log_q_share(static_cast<R>(std::log(m))) {}
+
+  // Where a probability is 0 so is its term, whatever the logarithms.
+  static V times(V probability, V log_ratio) { return probability > R(0) ? probability * log_ratio : V{}; }
+
+  V log_mixture(V log_p, V log_q) const {
+    const V a = log_p + log_p_share, b = log_q + log_q_share;
+    const V high = max(a, b), low = a < b ? a : b;
+    return high + log1p_of_share(exp(max(splat<R>(-87), low - high)));
+  }
+
+  void add(V log_p, V log_q, V& value, V& centre) const {
+    if (mixture == 0) {
+      value += times(exp(log_q), log_q - log_p);
+    } else if (mixture == 1) {
+      value += times(exp(log_p), log_p - log_q);
+    } else {
+      const V mixed = log_mixture(log_p, log_q);
+      const V of_p = times(exp(log_p), log_p - mixed);
+      centre += of_p;
+      value += (R(1) - mixture) * of_p + mixture * times(exp(log_q), log_q - mixed);
+    }
+  }
+
+  V gradient(V log_p, V p, V log_q, R centre) const {
+    if (mixture == 0) return p - exp(log_q);
+    if (mixture == 1) return times(p, log_p - log_q - centre);
+    return (R(1) - mixture) * times(p, log_p - log_mixture(log_p, log_q) - centre);
+  }
+};
+
+template <class T>
+RowDivergence divergence(const ComparedRow& p, const ComparedRow& q, int64_t vocab, double mixture) {
+  using R = Arithmetic<T>;
+  using V = Vector<R>;
+  const T *z = static_cast<const T*>(p.z), *zq = static_cast<const T*>(q.z);
+  const AnySoftmax<R> of_p(p.transform, p.lse), of_q(q.transform, q.lse);
+  const Divergence<R> divergence(mixture);
+  RowDivergence result{0, 0};
+  for (int64_t start = 0; start < vocab; start += kBlock) {
+    const int64_t end = std::min(start + kBlock, vocab);
+    V value{}, centre{};
+    const auto add = [&](const T* at_p, const T* at_q) {
+      divergence.add(of_p.log_softmax(of_p(load(at_p))), of_q.log_softmax(of_q(load(at_q))), value, centre);
+    };
+    int64_t i = start;
+    for (; i + kLanes<R> <= end; i += kLanes<R>) add(z + i, zq + i);
+    if (i < end) {
+      const V value_before = value, centre_before = centre;
+      add(Tail<T>(z + i, end - i).values, Tail<T>(zq + i, end - i).values);
+      for (int lane = static_cast<int>(end - i); lane < kLanes<R>; ++lane) {
+        value[lane] = value_before[lane];
+        centre[lane] = centre_before[lane];
+      }
+    }
+    result.value += horizontal_sum<R>(value);
+    result.centre += horizontal_sum<R>(centre);
+  }
+  if (mixture == 1) result.centre = result.value;
+  return result;
+}
+
+template <class T>
+void divergence_gradient(const ComparedRow& p_row, const ComparedRow& q_row, void* drow, int64_t vocab,
+                         const Transform& options, const RowGradient& g, double mixture, const RowDivergence& between,
+                         double c_d) {
+  using R = Arithmetic<T>;
+  using V = Vector<R>;
+  const T *z = static_cast<const T*>(p_row.z), *zq = static_cast<const T*>(q_row.z);
+  T* dz = static_cast<T*>(drow);
+  const AnySoftmax<R> policy(options, g.lse), of_p(p_row.transform, p_row.lse), of_q(q_row.transform, q_row.lse);
+  const bool is_one = options.temperature == p_row.transform.temperature;
+  const Divergence<R> divergence(mixture);
+  const R entropy = static_cast<R>(g.entropy), centre = static_cast<R>(between.centre);
+  const R c = static_cast<R>(g.c), c_h = static_cast<R>(g.c_h);
+  const R cd = static_cast<R>(c_d * options.temperature / p_row.transform.temperature);
+  const auto derivative = [&](V values, V other) {
+    const V u = policy(values);
+    const V log_policy = policy.log_softmax(u);
+    const V at_policy = exp(log_policy);
+    V dy = -(at_policy * (c + c_h * (max(splat<R>(-88), log_policy) + entropy)));  // -inf * 0 is NaN
+    if (cd != 0) {
+      const V log_p = is_one ? log_policy : of_p.log_softmax(u);
+      const V p = is_one ? at_policy : exp(log_p);
+      dy += cd * divergence.gradient(log_p, p, of_q.log_softmax(of_q(other)), centre);
+    }
+    return dy * policy.derivative(u);
+  };
+  // before dz, which may be z, is written
+  const V slope = policy.derivative(policy(load(Tail<T>(z + g.id, 1).values)));
+  int64_t i = 0;
+  for (; i + kLanes<R> <= vocab; i += kLanes<R>) store(dz + i, derivative(load(z + i), load(zq + i)));
+  Tail<T> tail(z + i, vocab - i);
+  store(tail.values, derivative(load(tail.values), load(Tail<T>(zq + i, vocab - i).values)));
+  std::copy(tail.values, tail.values + (vocab - i), dz + i);
+  double at_target = -std::expm1(g.logprob) * g.c;
+  if (c_h != 0) at_target -= g.c_h * std::exp(g.logprob) * (g.logprob + g.entropy);
+  if (cd != 0) {
+    const V log_p = splat<R>(static_cast<R>(p_row.logprob)), log_q = splat<R>(static_cast<R>(q_row.logprob));
+    at_target += cd * divergence.gradient(log_p, exp(log_p), log_q, centre)[0];
+  }
+  Tail<T> patch(z, 0);
+  store(patch.values, splat<R>(static_cast<R>(at_target * slope[0])));
+  dz[g.id] = patch.values[0];
+}
+
 template <class T>
 void scale(void* values, int64_t count, double factor) {
   using R = Arithmetic<T>;
@@ -206,7 +351,7 @@ void scale(void* values, int64_t count, double factor) {
 
 template <class T>
 constexpr RowKernels kernels_for() {
-  return {statistics<T>, gradient<T>, scale<T>};
+  return {statistics<T>, gradient<T>, divergence<T>, divergence_gradient<T>, scale<T>};
 }
 
 }  // namespace

@@ -33,9 +33,29 @@ struct RowGradient {
   double c_h;  // dL/dentropy
 };
 
+// A row of logits as one side of a divergence.
+struct ComparedRow {
+  const void* z;
+  Transform transform;
+  double lse;
+  double logprob;  // of the sampled token
+};
+
+// A divergence, and the mean that its gradient p (g - centre) is centred by; 0 where it is not.
+struct RowDivergence {
+  double value;
+  double centre;
+};
+
 struct RowKernels {
   RowStatistics (*statistics)(const void* z, int64_t vocab, int64_t id, const Transform&, bool extras);
   void (*gradient)(const void* z, void* dz, int64_t vocab, const Transform&, const RowGradient&);  // dz may be z
+  // Of mixture 0 KL(q || p), 1 KL(p || q), in between Jensen's and Shannon's.
+  RowDivergence (*divergence)(const ComparedRow& p, const ComparedRow& q, int64_t vocab, double mixture);
+  // gradient() of p's row, with c_d times the divergence's dy; dz may be p's row, not q's. The softcap and the scale of
+  // the transform are p's, the temperature need not be.
+  void (*divergence_gradient)(const ComparedRow& p, const ComparedRow& q, void* dz, int64_t vocab, const Transform&,
+                              const RowGradient&, double mixture, const RowDivergence&, double c_d);
   void (*scale)(void* values, int64_t count, double factor);
 };
 

@@ -182,6 +182,20 @@ inline F32 tanh(F32 x) {
   return x != x ? x : y;
 }
 
+// log(1 + x) for x in [0, 1]. Error below 1e-7.
+inline F32 log1p_of_share(F32 x) {
+  const F32 t = x / (2.0f + x);  // log(1 + x) = 2 atanh t
+  const F32 s = t * t;
+  F32 p = splat(1.0f / 13);
+  p = p * s + 1.0f / 11;
+  p = p * s + 1.0f / 9;
+  p = p * s + 1.0f / 7;
+  p = p * s + 1.0f / 5;
+  p = p * s + 1.0f / 3;
+  p = p * s + 1.0f;
+  return (t + t) * p;
+}
+
 // fp64 serves tests: the C library's functions, lane by lane.
 inline F64 exp(F64 x) {
   for (int i = 0; i < kLanes<double>; ++i) x[i] = std::exp(x[i]);
@@ -189,6 +203,10 @@ inline F64 exp(F64 x) {
 }
 inline F64 tanh(F64 x) {
   for (int i = 0; i < kLanes<double>; ++i) x[i] = std::tanh(x[i]);
+  return x;
+}
+inline F64 log1p_of_share(F64 x) {
+  for (int i = 0; i < kLanes<double>; ++i) x[i] = std::log1p(x[i]);
   return x;
 }
 

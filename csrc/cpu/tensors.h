@@ -103,7 +103,7 @@ struct Rows {
   void check_like(const Rows& from, const Tensor& t, const Tensor& like) const {
     STD_TORCH_CHECK(batch == from.batch && length == from.length && width == from.width &&
                         t.scalar_type() == like.scalar_type(),
-                    "expected the gradient to be like the logits");
+                    "expected rows of the shape and dtype of the logits");
   }
 
   char* row(int64_t b, int64_t t) const { return base + b * batch_stride + t * row_stride; }

@@ -13,9 +13,11 @@ from torch import Tensor
 from grpo_kernels import registry
 from grpo_kernels.ops.grpo_loss import grpo_loss
 from grpo_kernels.ops.linear_grpo_loss import linear_grpo_loss
+from grpo_kernels.ops.linear_token_divergence import linear_token_divergence
 from grpo_kernels.ops.linear_token_logprobs import linear_token_logprobs
 from grpo_kernels.ops.linear_token_logprobs import reference as linear_reference
 from grpo_kernels.ops.policy_loss import policy_loss
+from grpo_kernels.ops.token_divergence import token_divergence
 from grpo_kernels.ops.token_logprobs import token_logprobs
 from grpo_kernels.ops.token_logprobs.reference import OUTPUTS
 from grpo_kernels.testing.cases import Case
@@ -27,16 +29,24 @@ BACKENDS = tuple(name for name in registry.BACKENDS if registry.supports("grpo_l
 SOURCES = {
     "token_logprobs": "logits",
     "linear_token_logprobs": "hidden",
+    "token_divergence": "logits",
+    "linear_token_divergence": "hidden",
     "policy_loss": "logprobs",
     "grpo_loss": "logits",
     "linear_grpo_loss": "hidden",
 }
-LEAVES = {"logits": ("logits",), "hidden": ("hidden", "weight", "bias"), "logprobs": ("logprobs", "entropy")}
+LEAVES = {
+    "logits": ("logits",),
+    "hidden": ("hidden", "weight", "bias"),
+    "logprobs": ("logprobs", "entropy", "divergence"),
+}
 
 
 def applies(op: str, case: Case) -> bool:
     """Whether a case says anything about an op."""
     source = SOURCES[op]
+    if op.endswith("token_divergence") and case.divergence is None:
+        return False
     if source == "hidden" and (case.logits != "normal" or case.layout == "next"):
         return False
     if source != "hidden" and case.bias:
@@ -50,7 +60,10 @@ def applies(op: str, case: Case) -> bool:
 def leaves(op: str, inputs: Inputs) -> dict[str, Tensor]:
     """The op's differentiable inputs, sharing the inputs' memory."""
     given = inputs.tensors()
-    return {name: given[name].detach().requires_grad_() for name in LEAVES[SOURCES[op]] if name in given}
+    names = [name for name in LEAVES[SOURCES[op]] if name in given]
+    if not inputs.case.config.has_exact_divergence:
+        names = [name for name in names if name != "divergence"]
+    return {name: given[name].detach().requires_grad_() for name in names}
 
 
 def call(op: str, inputs: Inputs, leaf: dict[str, Tensor], backend: str, **options: Any) -> Any:
@@ -77,6 +90,23 @@ def call(op: str, inputs: Inputs, leaf: dict[str, Tensor], backend: str, **optio
         if op == "token_logprobs":
             return token_logprobs(leaf["logits"], inputs.ids, **arguments)
         return linear_token_logprobs(leaf["hidden"], leaf["weight"], inputs.ids, bias=leaf.get("bias"), **arguments)
+    if op.endswith("token_divergence"):
+        soft = {"divergence_temperature": 2.0, "reference_softcap": 20.0, "reference_logit_scale": 0.8}
+        arguments = {
+            "divergence": case.divergence or "js",
+            "mixture": 0.3,
+            "ids": inputs.ids,
+            "mask": inputs.mask,
+            "temperature": case.config.temperature,
+            **transform,
+            **(soft if case.soft else {}),
+            "backend": backend,
+            **options,
+        }
+        if op == "token_divergence":
+            return token_divergence(leaf["logits"], inputs.reference_logits, **arguments)
+        reference = _reference(inputs, "hidden")
+        return linear_token_divergence(leaf["hidden"], leaf["weight"], bias=leaf.get("bias"), **reference, **arguments)
     arguments = {
         "old_logprobs": inputs.old,
         "ref_logprobs": inputs.ref,
@@ -90,13 +120,27 @@ def call(op: str, inputs: Inputs, leaf: dict[str, Tensor], backend: str, **optio
         **options,
     }
     if op == "policy_loss":
-        return policy_loss(leaf["logprobs"], inputs.advantages, inputs.mask, entropy=leaf["entropy"], **arguments)
+        divergence = leaf["divergence"] if case.config.has_exact_divergence else None
+        arguments |= {"entropy": leaf["entropy"], "divergence": divergence}
+        return policy_loss(leaf["logprobs"], inputs.advantages, inputs.mask, **arguments)
+    if case.config.has_exact_divergence:
+        arguments |= _reference(inputs, SOURCES[op])
     if inputs.rewards is not None:
         arguments |= {"rewards": inputs.rewards, "num_generations": 2, "scale_rewards": case.scale_rewards}
     common = (inputs.ids, inputs.advantages, inputs.mask)
     if op == "grpo_loss":
         return grpo_loss(leaf["logits"], *common, **transform, **arguments)
     return linear_grpo_loss(leaf["hidden"], leaf["weight"], *common, bias=leaf.get("bias"), **transform, **arguments)
+
+
+def _reference(inputs: Inputs, source: str) -> dict[str, Tensor]:
+    """What a policy is compared with, as the ops take it that have logits or hidden states."""
+    if source == "logits":
+        return {"reference_logits": inputs.reference_logits}
+    return {
+        "reference_hidden_states": inputs.reference_hidden,
+        "reference_lm_head_weight": inputs.reference_weight,
+    }
 
 
 def run(op: str, inputs: Inputs, backend: str, **options: Any) -> dict[str, Tensor]:
@@ -109,6 +153,7 @@ def run(op: str, inputs: Inputs, backend: str, **options: Any) -> dict[str, Tens
         result.loss.backward(torch.full_like(result.loss, inputs.case.grad_output))
     else:
         wanted = [(result.logprobs, inputs.dlogprobs), (result.entropy, inputs.dentropy)]
+        wanted += [(result.divergence, inputs.ddivergence)] if "divergence" in outputs else []
         wanted = [(y, dy.to(y.dtype)) for y, dy in wanted if y is not None]
         torch.autograd.backward([y for y, _ in wanted], [dy for _, dy in wanted])
     gradients = {f"d{name}": x.grad for name, x in leaf.items() if x.grad is not None}

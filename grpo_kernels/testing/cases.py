@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import itertools
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
-from grpo_kernels.config import KL_ESTIMATORS, ROLLOUT_CORRECTIONS, GRPOLossConfig
+from grpo_kernels.config import DIVERGENCES, KL_ESTIMATORS, ROLLOUT_CORRECTIONS, GRPOLossConfig
 
 
 @dataclass(frozen=True)
@@ -31,6 +31,8 @@ class Case:
         rollout: None, "token" or "sequence".
         num_items: None, a number, or "tensor".
         loss_scale, softcap, logit_scale, bias: As the ops take them.
+        divergence: Which one the ops of divergences take; None says that the case tells nothing new of them.
+        soft: The divergence has a temperature of its own, and the reference a transform.
         on_bound: The ratio is exactly 1 and so are the clip bounds.
         grad_output: What the loss's backward is started with.
     """
@@ -57,6 +59,8 @@ class Case:
     softcap: float | None = None
     logit_scale: float = 1.0
     bias: bool = False
+    divergence: str | None = None
+    soft: bool = False
     on_bound: bool = False
     grad_output: float = 1.0
 
@@ -64,6 +68,8 @@ class Case:
         return self.name
 
 
+#: What the ops of divergences are given of the cases of shapes, layouts and values, in turn.
+_DIVERGENCES = ("js", "reverse_kl", "forward_kl")
 _KL = GRPOLossConfig(beta=0.1, epsilon_high=0.28)
 _SEQUENCE = GRPOLossConfig(beta=0.1, importance_sampling_level="sequence")
 _ENTROPY = GRPOLossConfig(beta=0.1, entropy_coef=0.05)
@@ -114,6 +120,10 @@ INPUT_CASES = (
     Case("bias_sequence", bias=True, config=_SEQUENCE),
 )
 
+INPUT_CASES = tuple(
+    replace(case, divergence=_DIVERGENCES[n % len(_DIVERGENCES)], soft=n % 2 == 1) for n, case in enumerate(INPUT_CASES)
+)
+
 #: What the loss is given beside log-probabilities.
 LOSS_CASES = (
     Case("on_policy", old=False, ref=False),
@@ -153,7 +163,7 @@ LOSS_CASES = (
 
 #: Vocabularies of models in use, a few rows each: Llama 3, DeepSeek V3, Qwen2.5.
 VOCABULARY_CASES = tuple(
-    Case(f"vocab_{vocab}", batch=1, length=3, vocab=vocab, hidden=8, config=_ENTROPY)
+    Case(f"vocab_{vocab}", batch=1, length=3, vocab=vocab, hidden=8, config=_ENTROPY, divergence="js")
     for vocab in (128256, 129280, 151936)
 )
 
@@ -230,6 +240,10 @@ FAMILY_CASES = (
         for name in KL_ESTIMATORS for gradient in ("naive", "straight_through") for clamp in (None, 0.03)
     ),
     *(_of_family(f"kl_{name}-corrected", beta=0.1, kl_estimator=name) for name in KL_ESTIMATORS),
+    *(_of_family(f"exact_{name}", beta=0.1, kl_estimator=name, mask="holes") for name in DIVERGENCES),
+    _of_family("exact-entropy", beta=0.1, kl_estimator="reverse_kl", entropy_coef=0.05, advantages="token"),
+    _of_family("exact-sequence", beta=0.1, kl_estimator="js", **_SEQUENCE_LEVEL),
+    _of_family("exact-on_policy", beta=0.1, kl_estimator="forward_kl", loss_type="reinforce", old=False),
     *(
         _of_family(f"rollout_{name}", rollout_correction=name, rollout_clip_min=0.6, rollout_clip_max=1.5, beta=0.1,
                    sampling=True)

@@ -17,7 +17,7 @@ from grpo_kernels.testing.cases import Case
 
 #: Ratios of the policies, well off every clip bound that the cases use (0.8, 1.2, 1.28; delta 1.6; 1).
 _RATIOS = (0.55, 0.7, 0.9, 0.97, 1.1, 1.24, 1.45, 1.9)
-_OF_THE_HEAD = ("weight", "bias")
+_OF_THE_HEAD = ("weight", "bias", "reference_weight")
 _DIRT = (math.nan, math.inf, -math.inf)
 
 
@@ -42,6 +42,11 @@ class Inputs:
     rollout: Tensor | None
     num_items: float | Tensor | None
     cu_seqlens: Tensor | None
+    reference_logits: Tensor
+    reference_hidden: Tensor
+    reference_weight: Tensor
+    divergence: Tensor
+    ddivergence: Tensor
     dlogprobs: Tensor  # upstream gradients, for the ops that end in log-probabilities; some are 0
     dentropy: Tensor
 
@@ -108,6 +113,7 @@ def build(case: Case, dtype: torch.dtype, source: str = "logits") -> Inputs:
         "dlogprobs": upstream[0],
         "dentropy": upstream[1],
     }
+    tensors |= _reference(case, tensors["logits"], rng)
     if case.on_bound:
         tensors["old"] = tensors["logprobs"].float() if source == "logprobs" else None
     if case.dirty:
@@ -118,7 +124,8 @@ def build(case: Case, dtype: torch.dtype, source: str = "logits") -> Inputs:
     tensors = {name: _lay_out(x, case.layout) if isinstance(x, Tensor) else x for name, x in tensors.items()}
     if case.layout == "next":
         last = math.nan if case.dirty else 1.0
-        tensors["logits"] = torch.cat([tensors["logits"], torch.full_like(tensors["logits"][:, :1], last)], 1)
+        for name in ("logits", "reference_logits"):
+            tensors[name] = torch.cat([tensors[name], torch.full_like(tensors[name][:, :1], last)], 1)
     num_items = torch.tensor(23.0) if case.num_items == "tensor" else case.num_items
     return Inputs(case=case, ids=ids, mask=mask, cu_seqlens=bounds, num_items=num_items, **tensors)  # type: ignore[arg-type]
 
@@ -159,6 +166,22 @@ def _logits(case: Case, ids: Tensor, rng: torch.Generator) -> tuple[Tensor, Tens
         logits[torch.rand(logits.shape, generator=rng) < 0.3] = -math.inf
         logits.scatter_(-1, ids[..., None], 1.0)
     return logits, ids
+
+
+def _reference(case: Case, logits: Tensor, rng: torch.Generator) -> dict[str, Tensor]:
+    """Distributions near the policy's, from logits and from hidden states of another width."""
+    tokens, vocab = logits.shape[:-1], logits.shape[-1]
+    width = case.hidden // 2 + 1
+    reference = logits.double() + _normal(tuple(logits.shape), rng) - 30
+    if case.logits == "holes":  # not all where the policy has them
+        reference = torch.where(torch.rand(logits.shape, generator=rng) < 0.3, -math.inf, reference.clamp(min=-40))
+    return {
+        "reference_logits": reference.to(logits.dtype),
+        "reference_hidden": _normal((*tokens, width), rng).to(logits.dtype),
+        "reference_weight": (_normal((vocab, width), rng) * (2 / width**0.5)).to(logits.dtype),
+        "divergence": _normal(tokens, rng).abs(),
+        "ddivergence": _normal(tokens, rng) * (torch.rand(tokens, generator=rng) < 0.75),
+    }
 
 
 def _current_logprobs(case: Case, tensors: dict[str, Any], ids: Tensor, source: str) -> Tensor:

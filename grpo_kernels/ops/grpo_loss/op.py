@@ -18,6 +18,7 @@ from grpo_kernels.ops.library import define, lazily
 from grpo_kernels.ops.policy_loss.inputs import FLAT_COUNT, FLAT_SCHEMA, PolicyInputs
 from grpo_kernels.ops.policy_loss.metrics import PolicyMetrics
 from grpo_kernels.ops.policy_loss.op import policy_loss_fwd, policy_loss_of, policy_metrics
+from grpo_kernels.ops.token_divergence import TokenDivergence, token_divergence
 from grpo_kernels.ops.token_logprobs.op import (
     TokenLogprobs,
     accumulation_dtype,
@@ -127,6 +128,7 @@ def grpo_loss(
     scale_rewards: str = "group",
     old_logprobs: Tensor | None = None,  # like completion_ids
     ref_logprobs: Tensor | None = None,  # like completion_ids
+    reference_logits: Tensor | None = None,  # like logits
     sampling_logprobs: Tensor | None = None,  # like completion_ids
     rollout_is_weights: Tensor | None = None,  # like completion_ids, or [B, 1]; packed [N] or [S, 1]
     entropy_threshold: Tensor | float | None = None,
@@ -157,6 +159,9 @@ def grpo_loss(
         scale_rewards: "group" or "none", with ``rewards``.
         old_logprobs, ref_logprobs, sampling_logprobs, rollout_is_weights, entropy_threshold, num_items_in_batch,
             cu_seqlens: As for ``policy_loss``.
+        reference_logits: The frozen reference policy's, in the dtype of ``logits``, transformed as they are; for an
+            exact ``kl_estimator``, instead of ``ref_logprobs``. The loss then takes the statistics of both rows first,
+            and reads them once more for the gradient.
         loss_scale: Multiplies the loss and the gradient, before the gradient is rounded to the logits' dtype.
         config: The loss.
         softcap, logit_scale: As for ``token_logprobs``.
@@ -189,7 +194,9 @@ def grpo_loss(
     backend = registry.resolve("grpo_loss", backend, logits.device)
     dtype = accumulation_dtype(logits.dtype)
     check_group_rewards(advantages, rewards, num_generations, scale_rewards, completion_ids, cu_seqlens, debug)
+    check_reference(reference_logits is not None, config, "reference_logits")
     in_kernel = rewards is not None and rewards.dim() == 1 and config.is_token_local and backend != "torch"
+    in_kernel = in_kernel and not config.has_exact_divergence
     if rewards is not None and not in_kernel:
         advantages = group_advantages(rewards, num_generations, scale_rewards=scale_rewards, backend=backend)
     inputs = PolicyInputs.of(
@@ -216,6 +223,22 @@ def grpo_loss(
     check_id_range("completion_ids", completion_ids, inputs.mask, logits.shape[-1], debug)
     if debug:
         check_device_values(logits.device)
+    if reference_logits is not None:
+        tokens = token_divergence(
+            logits,
+            reference_logits,
+            divergence=config.kl_estimator,
+            ids=completion_ids,
+            mask=inputs.mask,
+            temperature=config.temperature,
+            softcap=softcap,
+            logit_scale=logit_scale,
+            reference_softcap=softcap,
+            reference_logit_scale=logit_scale,
+            inplace_backward=inplace,
+            backend=backend,
+        )
+        return loss_of_tokens(tokens, inputs, config, backend)
     if backend == "torch":
         rows = logits if completion_ids.dim() == 1 else logits[:, : completion_ids.shape[1]]
         return reference_loss(rows, completion_ids, inputs, softcap, logit_scale, config)
@@ -253,10 +276,22 @@ def reference_loss(
     return GRPOLossOutput(loss, logprobs.detach(), entropy.detach(), policy_metrics(partials, config, True))
 
 
-def loss_of_tokens(tokens: TokenLogprobs, inputs: PolicyInputs, config: GRPOLossConfig, backend: str) -> GRPOLossOutput:
-    """A sequence-dependent variant: the statistics of all rows first, their gradient in the backward."""
-    loss, metrics = policy_loss_of(tokens.logprobs, tokens.entropy, inputs, config, backend)
+def loss_of_tokens(
+    tokens: TokenLogprobs | TokenDivergence, inputs: PolicyInputs, config: GRPOLossConfig, backend: str
+) -> GRPOLossOutput:
+    """A loss that needs the statistics of all rows first: their gradient is formed in the backward."""
+    divergence = tokens.divergence if isinstance(tokens, TokenDivergence) else None
+    loss, metrics = policy_loss_of(tokens.logprobs, tokens.entropy, divergence, inputs, config, backend)
     return GRPOLossOutput(loss, tokens.logprobs.detach(), tokens.entropy.detach(), metrics)
+
+
+def check_reference(is_given: bool, config: GRPOLossConfig, name: str) -> None:
+    """Raises ValueError unless a reference's distributions are given where the divergence is exact, and only there."""
+    if is_given != config.has_exact_divergence:
+        raise ValueError(
+            f'{name} must be {"None" if is_given else "given"} with kl_estimator="{config.kl_estimator}" and '
+            f"beta={config.beta}, got {'a tensor' if is_given else 'None'}"
+        )
 
 
 def check_group_rewards(

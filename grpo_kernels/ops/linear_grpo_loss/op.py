@@ -2,122 +2,36 @@
 
 from __future__ import annotations
 
-from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from grpo_kernels import registry
-from grpo_kernels.config import GRPOLossConfig, Param, PolicyLossCode
+from grpo_kernels.config import GRPOLossConfig
 from grpo_kernels.ops.device_values import check_device_values
 from grpo_kernels.ops.gradients import hand_over, refuse_double_backward
 from grpo_kernels.ops.group_advantages import group_advantages
 from grpo_kernels.ops.grpo_loss.op import (
     GRPOLossOutput,
     check_group_rewards,
-    grpo_loss_fwd,
+    check_reference,
     loss_of_tokens,
     reference_loss,
 )
-from grpo_kernels.ops.library import KERNEL_BACKENDS, define
+from grpo_kernels.ops.linear_grpo_loss.chunks import linear_grpo_loss_fwd
+from grpo_kernels.ops.linear_token_divergence import linear_token_divergence
+from grpo_kernels.ops.linear_token_divergence.reference import NO_REFERENCE, Reference
 from grpo_kernels.ops.linear_token_logprobs import reference as linear_reference
-from grpo_kernels.ops.linear_token_logprobs.head import HeadGradients, held_ids, make_head
 from grpo_kernels.ops.linear_token_logprobs.inputs import check_head, check_workspace, head_dtypes
-from grpo_kernels.ops.linear_token_logprobs.op import HEAD_SCHEMA, gradient_fakes, linear_token_logprobs
-from grpo_kernels.ops.linear_token_logprobs.rows import Rows, is_capturing, pack_rows, row_chunks
-from grpo_kernels.ops.policy_loss.inputs import FLAT_SCHEMA, PolicyInputs
+from grpo_kernels.ops.linear_token_logprobs.op import linear_token_logprobs
+from grpo_kernels.ops.policy_loss.inputs import PolicyInputs
 from grpo_kernels.ops.policy_loss.op import policy_loss_fwd, policy_metrics
+from grpo_kernels.ops.token_divergence import reference as divergence_reference
+from grpo_kernels.ops.token_divergence.op import Comparison
 from grpo_kernels.ops.token_logprobs.op import accumulation_dtype, token_ids
-from grpo_kernels.ops.token_logprobs.transform import TRANSFORM_SCHEMA, Transform
+from grpo_kernels.ops.token_logprobs.transform import Transform
 from grpo_kernels.ops.validation import check_id_range
-
-#: A chunk with more dead rows than this is packed: below it moving the live ones costs more than their GEMMs save.
-_WORTH_PACKING = 1 / 8
-
-
-def _fwd(  # type: ignore[no-untyped-def]
-    backend, hidden, weight, bias, compute_dtype, logits_dtype, workspace_bytes, ids, mask, *options
-) -> tuple[Tensor, ...]:
-    *per_token, code, params, temperature, softcap, logit_scale, need_dhidden, need_dweight, need_dbias = options
-    needs = (need_dhidden, need_dweight, need_dbias)
-    loss = (None, None, 1, False, 0.0, code, params, temperature, softcap, logit_scale)
-    head = make_head(backend, weight, bias, compute_dtype, logits_dtype)
-    grads = HeadGradients(head, hidden, needs)
-    rows = Rows.of(mask, _may_be_live(params, *per_token) if any(needs) else torch.zeros_like(mask), ids)
-    chunks = [
-        chunk
-        for begin, end in ((0, rows.live), (rows.live, rows.count))
-        for chunk in row_chunks(begin, end, head.row_bytes, workspace_bytes, head.multiple)
-    ]
-    workspace = head.workspace(max((c.stop - c.start for c in chunks), default=0))
-    ids = held_ids(backend, ids, mask, head.vocab)
-    ids, row_mask, *per_token = (rows.take(x) for x in (ids, mask, *per_token))
-    logprobs, entropy = (hidden.new_empty(rows.count, dtype=accumulation_dtype(logits_dtype)) for _ in range(2))
-    for chunk in chunks:
-        inputs = head.inputs(hidden, rows, chunk)
-        logits = head.logits(inputs, workspace)
-        has_gradient = any(needs) and chunk.start < rows.live
-        dlogits = head.gradient(workspace, inputs.shape[0]) if has_gradient else None
-        logprobs[chunk], entropy[chunk], live, _ = grpo_loss_fwd[backend](
-            logits[None],
-            ids[None, chunk],
-            row_mask[None, chunk],
-            *(None if x is None else x[chunk] for x in per_token),
-            *loss,
-            None if dlogits is None else dlogits[None],
-        )
-        if dlogits is not None:
-            live = live[0] if _may_be_clipped(params, *per_token) else None
-            _add_live(grads, dlogits, inputs, live, rows.part(chunk))
-    return (*(rows.put_back(x, mask.shape[0]) for x in (logprobs, entropy)), *grads.results())
-
-
-def _may_be_live(  # type: ignore[no-untyped-def]
-    params, advantages, policy_weights, kl_weights, entropy_weights, old_logprobs, ref_logprobs
-) -> Tensor:
-    """The tokens whose coefficient is not known to be 0 before their logits are."""
-    live = (advantages != 0) & (policy_weights != 0)
-    if ref_logprobs is not None and params[Param.BETA] != 0:
-        live = live | (kl_weights != 0)
-    return live if entropy_weights is None else live | (entropy_weights != 0)
-
-
-def _may_be_clipped(  # type: ignore[no-untyped-def]
-    params, advantages, policy_weights, kl_weights, entropy_weights, old_logprobs, ref_logprobs
-) -> bool:
-    """Whether a token's coefficient may turn out to be 0 once its ratio is known."""
-    has_other_terms = entropy_weights is not None or (ref_logprobs is not None and params[Param.BETA] != 0)
-    is_off_policy = old_logprobs is not None or params[Param.DELTA] < 1
-    return is_off_policy and not has_other_terms and not is_capturing(advantages.device)
-
-
-def _add_live(
-    grads: HeadGradients, dlogits: Tensor, inputs: Tensor, live: Tensor | None, which: Tensor | slice
-) -> None:
-    """Adds a chunk, without its dead rows if they are known and many."""
-    index = None if live is None else live.nonzero()[:, 0]
-    if index is None or index.shape[0] >= (1 - _WORTH_PACKING) * inputs.shape[0]:
-        grads.add(dlogits, inputs, which)
-        return
-    rows = index + which.start if isinstance(which, slice) else which[index]
-    grads.add(pack_rows(dlogits, index), inputs[index], rows)
-
-
-def _fake(hidden, weight, bias, compute_dtype, logits_dtype, workspace_bytes, ids, *options):  # type: ignore[no-untyped-def]
-    dtype = accumulation_dtype(logits_dtype)
-    statistics = (torch.empty_like(ids, dtype=dtype) for _ in range(2))
-    return (*statistics, *gradient_fakes(hidden, weight, bias, options[-3:]))
-
-
-_FWD = define(
-    "linear_grpo_loss_fwd",
-    f"({HEAD_SCHEMA}, Tensor ids, {FLAT_SCHEMA}, int[] options, float[] params, {TRANSFORM_SCHEMA}, "
-    "bool need_dhidden, bool need_dweight, bool need_dbias) -> "
-    "(Tensor logprobs, Tensor entropy, Tensor dhidden, Tensor dweight, Tensor dbias)",
-    _fake,
-    {backend: partial(_fwd, backend) for backend in KERNEL_BACKENDS},
-)
 
 
 class _LinearGRPOLoss(torch.autograd.Function):
@@ -129,27 +43,32 @@ class _LinearGRPOLoss(torch.autograd.Function):
         bias: Tensor | None,
         dtypes: tuple[torch.dtype, torch.dtype],
         workspace_bytes: int,
+        reference: Reference,
         ids: Tensor,
         inputs: PolicyInputs,
-        code: PolicyLossCode,
-        transform: Transform,
+        config: GRPOLossConfig,
+        comparison: Comparison,
         needs: tuple[bool, bool, bool],
         backend: str,
     ) -> tuple[Tensor, ...]:
-        logprobs, entropy, *grads = _FWD[backend](
+        code = config.code()
+        logprobs, entropy, divergence, *grads = linear_grpo_loss_fwd[backend](
             hidden.detach().reshape(-1, hidden.shape[-1]),
             weight,
             bias,
             *dtypes,
             workspace_bytes,
+            *reference,
             token_ids(ids).view(-1),
             *inputs.flat(),
             code.options,
             code.params,
-            *transform,
+            *comparison,
             *needs,
         )
         loss, _, partials = policy_loss_fwd(logprobs, entropy, inputs, code, backend)
+        if reference.is_given:
+            loss, partials = inputs.add_divergence(loss, partials, divergence.view(ids.shape), config)
         logprobs, entropy = logprobs.view(ids.shape), entropy.view(ids.shape)
         ctx.save_for_backward(*(grad if need else None for grad, need in zip(grads, needs, strict=True)))
         ctx.options = (hidden.shape, backend)
@@ -161,11 +80,41 @@ class _LinearGRPOLoss(torch.autograd.Function):
     def backward(ctx: Any, dloss: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         refuse_double_backward()
         if dloss is None:
-            return (None,) * 11
+            return (None,) * 12
         shape, backend = ctx.options
         grads = hand_over(ctx, dloss, backend)
         dhidden = None if grads[0] is None else grads[0].view(shape)
-        return (dhidden, *grads[1:], *(None,) * 8)
+        return (dhidden, *grads[1:], *(None,) * 9)
+
+
+def one_pass_loss(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    dtypes: tuple[torch.dtype, torch.dtype],
+    workspace_bytes: int,
+    reference: Reference,
+    ids: Tensor,
+    inputs: PolicyInputs,
+    config: GRPOLossConfig,
+    comparison: Comparison,
+    backend: str,
+) -> GRPOLossOutput:
+    """A token-local loss of inputs that are already validated, its gradient formed in the forward."""
+    if backend == "torch":
+        logits = linear_reference.project(hidden, weight, bias, inputs.mask, *dtypes)
+        if not reference.is_given:
+            softcap, logit_scale = comparison.softcap or None, comparison.logit_scale
+            return reference_loss(logits, ids, inputs, softcap, logit_scale, config)
+        others = reference.whole(inputs.mask.reshape(-1), dtypes[1]).view(logits.shape)
+        tokens = divergence_reference.token_divergence(logits, others, ids, inputs.mask, comparison)
+        return loss_of_tokens(tokens, inputs, config, backend)
+    grad = torch.is_grad_enabled()
+    needs = tuple(grad and x is not None and x.requires_grad for x in (hidden, weight, bias))
+    loss, logprobs, entropy, partials = _LinearGRPOLoss.apply(
+        hidden, weight, bias, dtypes, workspace_bytes, reference, ids, inputs, config, comparison, needs, backend
+    )
+    return GRPOLossOutput(loss, logprobs, entropy, policy_metrics(partials, config, True))
 
 
 def linear_grpo_loss(
@@ -181,6 +130,10 @@ def linear_grpo_loss(
     scale_rewards: str = "group",
     old_logprobs: Tensor | None = None,  # like completion_ids
     ref_logprobs: Tensor | None = None,  # like completion_ids
+    reference_logits: Tensor | None = None,  # [B, T, V]; packed [N, V]
+    reference_hidden_states: Tensor | None = None,  # [B, T, H']; packed [N, H']
+    reference_lm_head_weight: Tensor | None = None,  # [V, H']
+    reference_bias: Tensor | None = None,  # [V]
     sampling_logprobs: Tensor | None = None,  # like completion_ids
     rollout_is_weights: Tensor | None = None,  # like completion_ids, or [B, 1]; packed [N] or [S, 1]
     entropy_threshold: Tensor | float | None = None,
@@ -211,6 +164,9 @@ def linear_grpo_loss(
             ref_logprobs, sampling_logprobs, rollout_is_weights, entropy_threshold, num_items_in_batch,
             cu_seqlens, loss_scale, config, softcap,
             logit_scale, debug: As for ``grpo_loss``.
+        reference_logits, reference_hidden_states, reference_lm_head_weight, reference_bias: As for
+            ``linear_token_divergence``, of the frozen reference policy, transformed as the policy's; for an exact
+            ``kl_estimator``, instead of ``ref_logprobs``. The reference is projected once: ``2 N H' V`` more.
         bias, logits_dtype, workspace_bytes: As for ``linear_token_logprobs``.
         max_logits_bytes: As for ``linear_token_logprobs``, where that is what runs; no effect where one pass does.
         backend: "auto", or one of ``grpo_kernels.registry.BACKENDS``. "torch" forms the whole logits.
@@ -235,6 +191,11 @@ def linear_grpo_loss(
         workspace_bytes, max_logits_bytes, lm_head_weight.shape[0], dtypes[1], hidden_states.device
     )
     backend = registry.resolve("linear_grpo_loss", backend, hidden_states.device)
+    given = (reference_logits, reference_hidden_states, reference_lm_head_weight, reference_bias)
+    is_compared = any(x is not None for x in given)
+    check_reference(is_compared, config, "reference_logits, or reference_hidden_states with their head,")
+    vocab = lm_head_weight.shape[0]
+    reference = Reference.of(completion_ids, vocab, *given) if is_compared else NO_REFERENCE
     check_group_rewards(advantages, rewards, num_generations, scale_rewards, completion_ids, cu_seqlens, debug)
     if rewards is not None:
         advantages = group_advantages(rewards, num_generations, scale_rewards=scale_rewards, backend=backend)
@@ -254,43 +215,53 @@ def linear_grpo_loss(
         config=config,
         debug=debug,
     )
-    check_id_range("completion_ids", completion_ids, inputs.mask, lm_head_weight.shape[0], debug)
+    check_id_range("completion_ids", completion_ids, inputs.mask, vocab, debug)
     if debug:
         check_device_values(hidden_states.device)
-    if backend == "torch":
-        logits = linear_reference.project(hidden_states, lm_head_weight, bias, inputs.mask, *dtypes)
-        return reference_loss(logits, completion_ids, inputs, softcap, logit_scale, config)
-    inputs, config = inputs.token_local(config)
-    if not config.is_token_local:
-        tokens = linear_token_logprobs(
+    if backend != "torch":
+        inputs, config = inputs.token_local(config)
+    divergence = config.kl_estimator if is_compared else "reverse_kl"
+    comparison = Comparison.of(divergence, 0.5, transform, None, softcap, logit_scale)
+    if backend == "torch" or config.is_token_local:
+        return one_pass_loss(
             hidden_states,
             lm_head_weight,
+            bias,
+            dtypes,
+            workspace,
+            reference,
             completion_ids,
-            bias=bias,
-            temperature=config.temperature,
-            softcap=softcap,
-            logit_scale=logit_scale,
-            mask=inputs.mask,
-            outputs=("entropy",),
-            logits_dtype=logits_dtype,
-            max_logits_bytes=max_logits_bytes,
-            workspace_bytes=workspace_bytes,
-            backend=backend,
+            inputs,
+            config,
+            comparison,
+            backend,
         )
-        return loss_of_tokens(tokens, inputs, config, backend)
-    grad = torch.is_grad_enabled()
-    needs = tuple(grad and x is not None and x.requires_grad for x in (hidden_states, lm_head_weight, bias))
-    loss, logprobs, entropy, partials = _LinearGRPOLoss.apply(
-        hidden_states,
-        lm_head_weight,
-        bias,
-        dtypes,
-        workspace,
-        completion_ids,
-        inputs,
-        config.code(),
-        transform,
-        needs,
-        backend,
-    )
-    return GRPOLossOutput(loss, logprobs, entropy, policy_metrics(partials, config, True))
+    common = {
+        "bias": bias,
+        "temperature": config.temperature,
+        "softcap": softcap,
+        "logit_scale": logit_scale,
+        "mask": inputs.mask,
+        "logits_dtype": logits_dtype,
+        "workspace_bytes": workspace_bytes,
+        "backend": backend,
+    }
+    head = (hidden_states, lm_head_weight)
+    if is_compared:
+        tokens = linear_token_divergence(
+            *head,
+            reference_logits=reference_logits,
+            reference_hidden_states=reference_hidden_states,
+            reference_lm_head_weight=reference_lm_head_weight,
+            reference_bias=reference_bias,
+            divergence=divergence,
+            ids=completion_ids,
+            reference_softcap=softcap,
+            reference_logit_scale=logit_scale,
+            **common,
+        )
+    else:
+        tokens = linear_token_logprobs(
+            *head, completion_ids, outputs=("entropy",), max_logits_bytes=max_logits_bytes, **common
+        )
+    return loss_of_tokens(tokens, inputs, config, backend)

@@ -10,7 +10,9 @@ from grpo_kernels.ops.token_logprobs.op import accumulation_dtype
 from grpo_kernels.ops.validation import FLOAT_DTYPES, check_device, check_float, check_ids, check_shape
 
 
-def head_dtypes(hidden: Tensor, weight: Tensor, logits_dtype: torch.dtype | None) -> tuple[torch.dtype, torch.dtype]:
+def head_dtypes(
+    hidden: Tensor, weight: Tensor, logits_dtype: torch.dtype | None, prefix: str = ""
+) -> tuple[torch.dtype, torch.dtype]:
     """The compute dtype (autocast's, where on) and the logits' (fp32 or fp64, unless one is given).
 
     Raises:
@@ -21,7 +23,9 @@ def head_dtypes(hidden: Tensor, weight: Tensor, logits_dtype: torch.dtype | None
     if is_autocast and hidden.dtype != torch.float64:
         compute_dtype = torch.get_autocast_dtype(device)
     elif hidden.dtype != weight.dtype:
-        raise TypeError(f"lm_head_weight must have the dtype of hidden_states, {hidden.dtype}, got {weight.dtype}")
+        raise TypeError(
+            f"{prefix}lm_head_weight must have the dtype of {prefix}hidden_states, {hidden.dtype}, got {weight.dtype}"
+        )
     else:
         compute_dtype = hidden.dtype
     wide = accumulation_dtype(compute_dtype)
@@ -32,24 +36,27 @@ def head_dtypes(hidden: Tensor, weight: Tensor, logits_dtype: torch.dtype | None
     return compute_dtype, logits_dtype
 
 
-def check_head(hidden: Tensor, weight: Tensor, bias: Tensor | None, ids: Tensor, name: str = "ids") -> None:
-    """Raises TypeError or ValueError unless hidden states, head and ids fit."""
-    check_float("hidden_states", hidden)
-    check_float("lm_head_weight", weight)
-    check_ids(name, ids)
+def check_head(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, ids: Tensor, ids_name: str = "ids", prefix: str = ""
+) -> None:
+    """Raises TypeError or ValueError unless hidden states, head and ids fit; ``prefix`` is that of the arguments."""
+    hidden_name, weight_name, bias_name = (prefix + name for name in ("hidden_states", "lm_head_weight", "bias"))
+    check_float(hidden_name, hidden)
+    check_float(weight_name, weight)
+    check_ids(ids_name, ids)
     if ids.dim() not in (1, 2):
-        raise ValueError(f"{name} must have shape [B, T] or, packed, [N], got {list(ids.shape)}")
+        raise ValueError(f"{ids_name} must have shape [B, T] or, packed, [N], got {list(ids.shape)}")
     size = hidden.shape[-1] if hidden.dim() else 0
     if size == 0:
-        raise ValueError(f"hidden_states must have a last dimension of at least 1, got {list(hidden.shape)}")
-    check_shape("hidden_states", hidden, (*ids.shape, size))
+        raise ValueError(f"{hidden_name} must have a last dimension of at least 1, got {list(hidden.shape)}")
+    check_shape(hidden_name, hidden, (*ids.shape, size))
     if weight.dim() != 2 or weight.shape[0] == 0:
-        raise ValueError(f"lm_head_weight must have shape [V, H] with V at least 1, got {list(weight.shape)}")
-    check_shape("lm_head_weight", weight, (weight.shape[0], size))
+        raise ValueError(f"{weight_name} must have shape [V, H] with V at least 1, got {list(weight.shape)}")
+    check_shape(weight_name, weight, (weight.shape[0], size))
     if bias is not None:
-        check_float("bias", bias)
-        check_shape("bias", bias, (weight.shape[0],))
-    check_device(hidden.device, [("lm_head_weight", weight), ("bias", bias), (name, ids)])
+        check_float(bias_name, bias)
+        check_shape(bias_name, bias, (weight.shape[0],))
+    check_device(hidden.device, [(weight_name, weight), (bias_name, bias), (ids_name, ids)])
 
 
 def check_workspace(

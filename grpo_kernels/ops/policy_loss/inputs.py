@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from grpo_kernels.config import GRPOLossConfig, Level, Surrogate
+from grpo_kernels.ops.policy_loss.metrics import Partial
 from grpo_kernels.ops.policy_loss.weights import rollout_weights, token_weights
 from grpo_kernels.ops.sequences import Sequences
 from grpo_kernels.ops.validation import check_cu_seqlens, check_device, check_float, check_mask, check_shape
@@ -41,11 +42,11 @@ class PolicyInputs:
         advantages: Tensor | None,
         completion_mask: Tensor,
         *,
-        old_logprobs: Tensor | None,
-        ref_logprobs: Tensor | None,
-        sampling_logprobs: Tensor | None,
-        rollout_is_weights: Tensor | None,
-        entropy_threshold: Tensor | float | None,
+        old_logprobs: Tensor | None = None,
+        ref_logprobs: Tensor | None = None,
+        sampling_logprobs: Tensor | None = None,
+        rollout_is_weights: Tensor | None = None,
+        entropy_threshold: Tensor | float | None = None,
         num_items_in_batch: float | Tensor | None,
         cu_seqlens: Tensor | None,
         loss_scale: float,
@@ -90,7 +91,7 @@ class PolicyInputs:
             weights,
             entropy_weights,
             cast(old_logprobs),
-            cast(ref_logprobs) if config.beta != 0 else None,
+            cast(ref_logprobs) if config.beta != 0 and not config.has_exact_divergence else None,
             cast(sampling_logprobs) if config.off_policy_mask_threshold is not None else None,
             rollout if has_own_place else None,
             entropy_threshold,
@@ -100,6 +101,15 @@ class PolicyInputs:
         """``l - l_old`` of each token; 0 on-policy, or a NaN's NaN, and where masked."""
         old = logprobs.detach() if self.old_logprobs is None else self.old_logprobs
         return torch.where(self.mask, logprobs - old, 0)
+
+    def add_divergence(
+        self, loss: Tensor, partials: Tensor, divergence: Tensor, config: GRPOLossConfig
+    ) -> tuple[Tensor, Tensor]:
+        """Adds the penalty of an exact divergence to the loss, and its sum to what ``PolicyMetrics`` reads."""
+        values = torch.where(self.mask, divergence.to(loss.dtype), 0)
+        penalty = (torch.where(self.mask, self.kl_weights, 0) * values).sum()
+        place = torch.zeros_like(partials).index_fill_(0, torch.tensor([Partial.KL], device=loss.device), 1.0)
+        return loss + config.beta * penalty, partials + place * values.detach().sum()
 
     def token_local(self, config: GRPOLossConfig) -> tuple[PolicyInputs, GRPOLossConfig]:
         """The same loss with coefficients known token by token, where that is so; else unchanged.
@@ -186,7 +196,7 @@ def _check(
             raise ValueError(
                 f'rollout_is_weights must be None with rollout_correction="{config.rollout_correction}", got a tensor'
             )
-    if config.beta != 0 and logprobs["ref_logprobs"] is None:
+    if config.beta != 0 and not config.has_exact_divergence and logprobs["ref_logprobs"] is None:
         raise ValueError(f"ref_logprobs must be given when beta is not 0 (beta={config.beta}), got None")
     for name in ("old_logprobs", "sampling_logprobs"):
         if config.rollout_correction is not None and logprobs[name] is None:

@@ -38,6 +38,18 @@ _FWD = define(
 )
 
 
+def token_coefficients(
+    logprobs: Tensor,  # [n]
+    entropy: Tensor,  # [n]
+    flat: tuple[Tensor | None, ...],  # as ``PolicyInputs.flat``, of these tokens
+    code: tuple[list[int], list[float]],
+    backend: str,
+) -> Tensor:  # [n]
+    """``dloss/dlogprobs`` of some of the tokens, of a loss that is token-local."""
+    offsets = torch.tensor([0, logprobs.shape[0]], device=logprobs.device)
+    return _FWD[backend](logprobs, entropy, *flat, offsets, *code)[1]
+
+
 def policy_loss_fwd(
     logprobs: Tensor,  # [N]
     entropy: Tensor | None,  # [N]
@@ -104,6 +116,7 @@ def policy_loss(
     sampling_logprobs: Tensor | None = None,  # like logprobs
     rollout_is_weights: Tensor | None = None,  # like logprobs, or [B, 1]; packed [N] or [S, 1]
     entropy: Tensor | None = None,  # like logprobs
+    divergence: Tensor | None = None,  # like logprobs
     entropy_threshold: Tensor | float | None = None,
     num_items_in_batch: float | Tensor | None = None,
     cu_seqlens: Tensor | None = None,  # [S + 1]
@@ -133,6 +146,8 @@ def policy_loss(
         rollout_is_weights: Old policy over the inference engine's, a correction that multiplies the policy term.
         entropy: Entropy of each token's distribution, in nats; needed when ``entropy_coef`` is not 0. The bonus is on
             its mean over the unmasked tokens given here, whatever ``num_items_in_batch``, as in TRL.
+        divergence: Each token's divergence from the reference, in nats, as ``token_divergence`` gives it; needed for an
+            exact ``kl_estimator``.
         entropy_threshold: Least entropy of a token that keeps its policy term, where several processes share one; by
             default the quantile of the unmasked tokens given here.
         num_items_in_batch: Tokens that a mean over tokens divides by, but for "bnpo" and "ppo", over all micro-batches
@@ -171,6 +186,15 @@ def policy_loss(
     elif config.top_entropy_quantile < 1:
         quantile = config.top_entropy_quantile
         raise ValueError(f"entropy must be given when top_entropy_quantile is below 1 ({quantile}), got None")
+    if config.has_exact_divergence != (divergence is not None):
+        raise ValueError(
+            f'divergence must be {"given" if divergence is None else "None"} with kl_estimator="{config.kl_estimator}" '
+            f"and beta={config.beta}, got {'None' if divergence is None else 'a tensor'}"
+        )
+    if divergence is not None:
+        check_float("divergence", divergence)
+        check_shape("divergence", divergence, logprobs.shape)
+        check_device(logprobs.device, [("divergence", divergence)])
     dtype = torch.float64 if logprobs.dtype == torch.float64 else torch.float32
     inputs = PolicyInputs.of(
         logprobs,
@@ -189,11 +213,16 @@ def policy_loss(
         debug=debug,
     )
     backend = registry.resolve("policy_loss", backend, logprobs.device)
-    return policy_loss_of(logprobs, entropy, inputs, config, backend)
+    return policy_loss_of(logprobs, entropy, divergence, inputs, config, backend)
 
 
 def policy_loss_of(
-    logprobs: Tensor, entropy: Tensor | None, inputs: PolicyInputs, config: GRPOLossConfig, backend: str
+    logprobs: Tensor,
+    entropy: Tensor | None,
+    divergence: Tensor | None,
+    inputs: PolicyInputs,
+    config: GRPOLossConfig,
+    backend: str,
 ) -> PolicyLossOutput:
     """``policy_loss`` of inputs that are already validated, on a backend that is already resolved."""
     if backend == "torch":
@@ -204,4 +233,6 @@ def policy_loss_of(
         inputs, of_weights = settle(inputs, logprobs, entropy, config)
         loss, partials = _PolicyLoss.apply(logprobs, entropy, inputs, config.code(), backend)
         partials = partials if of_weights is None else torch.cat([partials, of_weights])
+    if divergence is not None:
+        loss, partials = inputs.add_divergence(loss, partials, divergence, config)
     return PolicyLossOutput(loss, policy_metrics(partials, config, entropy is not None))

@@ -106,15 +106,23 @@ def kl_penalty(logprobs: Tensor, ref_logprobs: Tensor, ratio: Tensor, config: GR
     http://joschu.net/blog/kl-approx.html; straight-through, the value of one with the gradient of k2.
     """
     d = _clamped(logprobs - ref_logprobs, config.log_ratio_clamp)
-    k2 = d.square() / 2
-    # where the estimate is clamped, its slope must be finite to be 0
-    growth = torch.expm1(-d if config.kl_clamp is None else (-d).clamp(max=_LARGEST_LOG_RATIO))
-    estimates = {"k1": d, "k2": k2, "mse": k2, "k3": growth + d, "abs": d.abs()}
     penalty = config.penalty
-    kl = _clamped(estimates[penalty.estimator], config.kl_clamp)
+    # where the estimate is clamped, its slope must be finite to be 0
+    bounded = d if config.kl_clamp is None else d.clamp(min=-_LARGEST_LOG_RATIO)
+    kl = _clamped(kl_estimate(bounded if penalty.estimator == "k3" else d, penalty.estimator), config.kl_clamp)
     if penalty.is_straight_through:
+        k2 = kl_estimate(d, "k2")
         kl = kl.detach() + k2 - k2.detach()
     return kl * ratio if penalty.is_bias_corrected else kl
+
+
+def kl_estimate(d: Tensor, estimator: str) -> Tensor:
+    """The estimate by its name, of ``d = l - l_ref``."""
+    if estimator == "k1":
+        return d
+    if estimator == "abs":
+        return d.abs()
+    return torch.expm1(-d) + d if estimator == "k3" else d.square() / 2
 
 
 def _clamped(values: Tensor, bound: float | None) -> Tensor:

@@ -192,12 +192,18 @@ def gradient_weights(log_sum, entropy, c, c_h, slope, HAS_ENTROPY: tl.constexpr)
 
 
 @triton.jit
+def slope_at(v, slope, CURVE: tl.constexpr):
+    """``dy/dz`` where the transform is at ``v``."""
+    if CURVE == _SOFTCAP:
+        return slope * (1.0 - v * v)
+    return slope
+
+
+@triton.jit
 def token_gradient(target, logprob, entropy, c, c_h, slope, CURVE: tl.constexpr):
     """The gradient of the token's own logit, ``1 - p`` without losing the digits of a p near 1."""
     gradient = -expm1(logprob) * c - c_h * tl.exp(logprob) * (tl.maximum(logprob, _FLOOR) + entropy)
-    if CURVE == _SOFTCAP:
-        slope *= 1.0 - target * target
-    return gradient * slope
+    return gradient * slope_at(target, slope, CURVE)
 
 
 @triton.jit

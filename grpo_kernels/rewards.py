@@ -1,0 +1,128 @@
+"""What happens to rewards and masks before advantages are taken: a KL penalty, truncated completions left out."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from grpo_kernels.config import KL_ESTIMATORS
+from grpo_kernels.ops.policy_loss.reference import kl_estimate
+from grpo_kernels.ops.sequences import Sequences
+from grpo_kernels.ops.validation import (
+    check_cu_seqlens,
+    check_device,
+    check_float,
+    check_ids,
+    check_mask,
+    check_shape,
+)
+
+
+@torch.no_grad()
+def kl_penalized_rewards(
+    rewards: Tensor,  # [B] or [B, T]; packed [S] or [N]
+    logprobs: Tensor,  # [B, T]; packed [N]
+    ref_logprobs: Tensor,  # like logprobs
+    completion_mask: Tensor,  # like logprobs
+    *,
+    beta: float,
+    kl_estimator: str = "k1",
+    kl_clamp: float | None = None,
+    cu_seqlens: Tensor | None = None,  # [S + 1]
+) -> Tensor:
+    """Rewards less a KL penalty to the reference policy: ``r - beta sum_t k_t``, or ``r_t - beta k_t`` of each token.
+
+    InstructGPT eq. 2 (arXiv:2203.02155), as RLOO, REINFORCE++ and PPO take it, where GRPO has its penalty in the loss.
+
+    Args:
+        rewards: One per completion, or one per token, unitless.
+        logprobs: Of the sampled tokens under the policy that sampled them, in nats.
+        ref_logprobs: The same tokens under the frozen reference policy.
+        completion_mask: 0 excludes a token, whatever the other inputs hold there.
+        beta: Weight of the penalty.
+        kl_estimator: One of ``GRPOLossConfig``'s estimators.
+        kl_clamp: Bound of a token's estimate on either side; None means none.
+        cu_seqlens: Where each packed completion begins, and the end.
+
+    Returns:
+        New rewards, like ``rewards``, in fp32, or fp64 for fp64 log-probabilities; without a gradient.
+
+    Raises:
+        TypeError: A tensor has a dtype that does not fit.
+        ValueError: Shapes or devices do not fit, the estimator is unknown, or a number is out of its range.
+
+    Example:
+        >>> logprobs, reference = torch.tensor([[-1.0, -2.0]]), torch.tensor([[-1.5, -2.5]])
+        >>> kl_penalized_rewards(torch.tensor([1.0]), logprobs, reference, torch.ones(1, 2), beta=0.1)
+        tensor([0.9000])
+    """
+    check_float("rewards", rewards)
+    check_float("logprobs", logprobs)
+    check_float("ref_logprobs", ref_logprobs)
+    check_mask("completion_mask", completion_mask)
+    for name, values in (("ref_logprobs", ref_logprobs), ("completion_mask", completion_mask)):
+        check_shape(name, values, logprobs.shape)
+    check_device(
+        logprobs.device,
+        [("rewards", rewards), ("ref_logprobs", ref_logprobs), ("completion_mask", completion_mask)],
+    )
+    check_cu_seqlens(cu_seqlens, logprobs, False)
+    sequences = Sequences.of(logprobs, cu_seqlens)
+    check_shape("rewards", rewards, (sequences.count,), logprobs.shape)
+    if kl_estimator not in KL_ESTIMATORS:
+        raise ValueError(f"kl_estimator must be one of {', '.join(map(repr, KL_ESTIMATORS))}, got {kl_estimator!r}")
+    if kl_clamp is not None and not kl_clamp > 0:
+        raise ValueError(f"kl_clamp must be None or greater than 0, got {kl_clamp!r}")
+    dtype = torch.float64 if logprobs.dtype == torch.float64 else torch.float32
+    kl = kl_estimate(logprobs.to(dtype) - ref_logprobs.to(dtype), kl_estimator)
+    kl = torch.where(completion_mask != 0, kl if kl_clamp is None else kl.clamp(-kl_clamp, kl_clamp), 0)
+    per_completion = rewards.shape == (sequences.count,) and rewards.shape != logprobs.shape
+    return rewards.to(dtype) - beta * (sequences.sum(kl) if per_completion else kl)
+
+
+def mask_truncated(
+    completion_ids: Tensor,  # [B, T]; packed [N]
+    completion_mask: Tensor,  # like completion_ids
+    eos_token_id: int | Sequence[int],
+    *,
+    cu_seqlens: Tensor | None = None,  # [S + 1]
+) -> Tensor:  # like completion_mask
+    """The mask without completions that were cut off: whose last unmasked token does not end a text.
+
+    DAPO's overlong filtering (arXiv:2503.14476), TRL's ``mask_truncated_completions``.
+
+    Args:
+        completion_ids: The sampled tokens.
+        completion_mask: 0 excludes a token.
+        eos_token_id: The id that ends a text, or several.
+        cu_seqlens: Where each packed completion begins, and the end.
+
+    Returns:
+        A mask of the dtype of ``completion_mask``, 0 at every token of such a completion.
+
+    Raises:
+        TypeError: A tensor has a dtype that does not fit.
+        ValueError: Shapes or devices do not fit, or there is no id.
+
+    Example:
+        >>> mask_truncated(torch.tensor([[5, 2, 0], [5, 6, 7]]), torch.tensor([[1, 1, 0], [1, 1, 1]]), 2)
+        tensor([[1, 1, 0],
+                [0, 0, 0]])
+    """
+    check_ids("completion_ids", completion_ids)
+    check_mask("completion_mask", completion_mask)
+    check_shape("completion_mask", completion_mask, completion_ids.shape)
+    check_device(completion_ids.device, [("completion_mask", completion_mask)])
+    check_cu_seqlens(cu_seqlens, completion_ids, False)
+    ends = torch.as_tensor(eos_token_id, device=completion_ids.device).reshape(-1)
+    if ends.numel() == 0:
+        raise ValueError("eos_token_id must hold at least one id, got none")
+    sequences = Sequences.of(completion_ids, cu_seqlens)
+    mask = completion_mask != 0
+    counts = sequences.sum(mask.to(torch.int64))
+    so_far = mask.flatten().cumsum(0).view(mask.shape)  # over completions as they follow each other
+    is_last = mask & (so_far == sequences.spread(counts.cumsum(0)))
+    is_whole = sequences.sum((is_last & torch.isin(completion_ids, ends)).to(torch.int64)) > 0
+    return torch.where(sequences.spread(is_whole), completion_mask, 0)
