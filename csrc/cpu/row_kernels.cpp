@@ -226,39 +226,44 @@ template <class R>
 struct Divergence {
   using V = Vector<R>;
   R mixture;
-  R log_p_share, log_q_share;  // of the mixture
 
-  explicit Divergence(double m)
-      : mixture(static_cast<R>(m)),
-        log_p_share(static_cast<R>(std::log1p(-m))),
-        log_q_share(static_cast<R>(std::log(m))) {}
+  explicit Divergence(double m) : mixture(static_cast<R>(m)) {}
 
   // Where a probability is 0 so is its term, whatever the logarithms.
   static V times(V probability, V log_ratio) { return probability > R(0) ? probability * log_ratio : V{}; }
 
-  V log_mixture(V log_p, V log_q) const {
-    const V a = log_p + log_p_share, b = log_q + log_q_share;
-    const V high = max(a, b), low = a < b ? a : b;
-    return high + log1p_of_share(exp(max(splat<R>(-87), low - high)));
+  // m over the larger of p and q, for d = log p - log q: of which nothing overflows, and 1 at d = 0.
+  V over_larger(V d) const {
+    const V w = exp(max(splat<R>(-87), d > R(0) ? -d : d));
+    const V of_p = splat<R>(R(1) - mixture), of_q = splat<R>(mixture);
+    return d > R(0) ? of_p + of_q * w : of_q + of_p * w;
   }
 
+  // What is added beside a term p log sums to 0 over the vocabulary, and makes up for what its logarithm, or both of
+  // the log-sum-exps, are rounded by: their errors count in second order alone.
   void add(V log_p, V log_q, V& value, V& centre) const {
+    const V p = exp(log_p), q = exp(log_q), d = log_p - log_q;
     if (mixture == 0) {
-      value += times(exp(log_q), log_q - log_p);
+      value += times(q, -d) + (p - q);
     } else if (mixture == 1) {
-      value += times(exp(log_p), log_p - log_q);
+      value += times(p, d) + (q - p);
     } else {
-      const V mixed = log_mixture(log_p, log_q);
-      const V of_p = times(exp(log_p), log_p - mixed);
+      const R own = R(1) - mixture;
+      const V share = over_larger(d), rest = -log(share);
+      const V of_p = times(p, d > R(0) ? rest : rest + d);
+      const V of_q = times(q, d > R(0) ? rest - d : rest);
+      const V m = times(d > R(0) ? p : q, share);
       centre += of_p;
-      value += (R(1) - mixture) * of_p + mixture * times(exp(log_q), log_q - mixed);
+      value += own * of_p + mixture * of_q + (m - (own * p + mixture * q));
     }
   }
 
   V gradient(V log_p, V p, V log_q, R centre) const {
     if (mixture == 0) return p - exp(log_q);
-    if (mixture == 1) return times(p, log_p - log_q - centre);
-    return (R(1) - mixture) * times(p, log_p - log_mixture(log_p, log_q) - centre);
+    const V d = log_p - log_q;
+    if (mixture == 1) return times(p, d - centre);
+    const V rest = -log(over_larger(d));
+    return (R(1) - mixture) * times(p, (d > R(0) ? rest : rest + d) - centre);
   }
 };
 

@@ -16,6 +16,7 @@ from grpo_kernels.ops.token_logprobs.triton_math import (
     block_columns,
     held_inside,
     load_columns,
+    log_near_one,
     over_block,
     row_results,
     row_shift,
@@ -50,12 +51,10 @@ _REFERENCE = ["reference_batch_stride", "reference_row_stride"]
 
 
 @triton.jit
-def _log_mixture(log_p, log_q, mixture):
-    """``log (a q + (1 - a) p)``."""
-    a = log_p + tl.log(1.0 - mixture)
-    b = log_q + tl.log(mixture)
-    high = tl.maximum(a, b)
-    return high + tl.log(1.0 + tl.exp(tl.minimum(a, b) - high))
+def _over_larger(d, mixture):
+    """``m = a q + (1 - a) p`` over the larger of both, for ``d = log p - log q``: nothing overflows, and 1 at 0."""
+    w = tl.exp(-tl.abs(d))
+    return tl.where(d > 0, (1.0 - mixture) + mixture * w, mixture + (1.0 - mixture) * w)
 
 
 @triton.jit
@@ -100,30 +99,41 @@ def _row_divergence(
         u = load_columns(reference_ptr, at, 0, vocab, reference_inner, float("-inf"), REFERENCE_CURVE, ACC)
         log_p = _log_softmax(v, base, log_sum, rate)
         log_q = _log_softmax(u, reference_base, reference_log_sum, reference_rate)
+        p = tl.exp(log_p)
+        q = tl.exp(log_q)
+        d = log_p - log_q
+        # what is added beside a term p log sums to 0, and makes up for what its logarithm, or both of the log-sum-exps,
+        # are rounded by: their errors count in second order alone
         if KIND == _FORWARD:
-            lane_value += over_block(_times(tl.exp(log_q), log_q - log_p))
+            lane_value += over_block(_times(q, -d) + (p - q))
         elif KIND == _REVERSE:
-            lane_value += over_block(_times(tl.exp(log_p), log_p - log_q))
+            lane_value += over_block(_times(p, d) + (q - p))
         else:
-            mixed = _log_mixture(log_p, log_q, mixture)
-            lane_value += over_block(_times(tl.exp(log_q), log_q - mixed))
-            lane_centre += over_block(_times(tl.exp(log_p), log_p - mixed))
+            share = _over_larger(d, mixture)
+            rest = -log_near_one(share)
+            of_p = _times(p, rest + tl.where(d > 0, 0.0, d))
+            of_q = _times(q, rest - tl.where(d > 0, d, 0.0))
+            m = _times(tl.where(d > 0, p, q), share)
+            lane_centre += over_block(of_p)
+            mean = (1.0 - mixture) * p + mixture * q
+            lane_value += over_block((1.0 - mixture) * of_p + mixture * of_q + (m - mean))
     value = tl.sum(lane_value, 0)
     if KIND != _BETWEEN:
         return value, value
-    centre = tl.sum(lane_centre, 0)
-    return mixture * value + (1.0 - mixture) * centre, centre
+    return value, tl.sum(lane_centre, 0)
 
 
 @triton.jit
 def _divergence_gradient(log_p, p, log_q, centre, mixture, KIND: tl.constexpr):
     """Of the divergence by ``y``."""
+    d = log_p - log_q
     if KIND == _FORWARD:
         return p - tl.exp(log_q)
     elif KIND == _REVERSE:
-        return _times(p, log_p - log_q - centre)
+        return _times(p, d - centre)
     else:
-        return (1.0 - mixture) * _times(p, log_p - _log_mixture(log_p, log_q, mixture) - centre)
+        log_ratio = tl.where(d > 0, 0.0, d) - log_near_one(_over_larger(d, mixture))
+        return (1.0 - mixture) * _times(p, log_ratio - centre)
 
 
 @triton.jit

@@ -50,6 +50,20 @@ def log2(x):
 
 
 @triton.jit
+def log_near_one(x):
+    """``log x`` of a normal number, near 1 without losing the digits of ``x - 1``, as the hardware's logarithm does."""
+    if x.dtype == tl.float64:
+        return tl.log(x)
+    bits = x.to(tl.int32, bitcast=True)
+    exponent = (bits - 0x3F400000) >> 23  # of a mantissa in [0.75, 1.5)
+    y = (bits - (exponent << 23)).to(tl.float32, bitcast=True) - 1.0
+    t = y / (2.0 + y)  # log(1 + y) = 2 atanh t
+    s = t * t
+    series = (((s * (1.0 / 9) + 1.0 / 7) * s + 1.0 / 5) * s + 1.0 / 3) * s + 1.0
+    return exponent.to(tl.float32) * 0.6931471805599453 + 2.0 * t * series
+
+
+@triton.jit
 def tanh(x):
     """To two ulps; near 0 by a polynomial, where the exponential would lose its digits."""
     if x.dtype == tl.float64:
