@@ -29,6 +29,7 @@ EVERYTHING = GRPOLossConfig(beta=0.1, entropy_coef=0.05)
 SEQUENCE = GRPOLossConfig(beta=0.1, importance_sampling_level="sequence")
 SAPO = GRPOLossConfig(loss_type="sapo", beta=0.1, kl_estimator="abs", kl_clamp=10.0, log_ratio_clamp=20.0)
 GMPO = GRPOLossConfig(loss_type="gmpo", beta=0.1, kl_gradient="straight_through", use_bias_correction_kl=False)
+EXACT = GRPOLossConfig(beta=0.1, kl_estimator="forward_kl")
 BONUS = GRPOLossConfig(entropy_coef=0.05)
 #: Vocabularies of models in use, and one of which no row but the first begins at 16 bytes; few rows: nothing runs.
 PLAIN = Case("plain", length=3, vocab=151936, hidden=8, old=False, ref=False)
@@ -49,6 +50,8 @@ CASES = {
     "rewards": (Case("rewards", length=3, vocab=32000, hidden=8, advantages="rewards"), torch.bfloat16),
     "packed_rewards": (Case("packed", lengths=(1, 2), vocab=32000, hidden=8, advantages="rewards"), torch.bfloat16),
     "negated": (Case("negated", length=3, vocab=32000, hidden=8, logit_scale=-1.0, config=EVERYTHING), torch.bfloat16),
+    "compared": (replace(FULL, name="compared", divergence="reverse_kl", config=EXACT), torch.bfloat16),
+    "compared_softly": (replace(FULL, name="softly", divergence="js", soft=True, softcap=30.0), torch.float32),
     "strided": (Case("strided", length=3, vocab=32000, hidden=8, layout="strided"), torch.bfloat16),
 }
 ROW_KERNELS = {"_grpo_loss_kernel", "_token_logprobs_fwd_kernel", "_token_logprobs_bwd_kernel"}
@@ -57,6 +60,7 @@ RECORDED = {
     "_grpo_loss_kernel": ((160, 8192), (128, 4096)),
     "_token_logprobs_fwd_kernel": ((136, 64), (240, 64)),
     "_token_logprobs_bwd_kernel": ((136, 4096), (96, 2048)),
+    "_token_divergence_kernel": ((136, 64), (144, 64)),
     "_policy_loss_kernel": ((184, 64), (80, 64)),
     "_totals_kernel": ((80, 32), (48, 32)),
     "_normalize_kernel": ((64, 32), (40, 32)),
@@ -106,6 +110,12 @@ def test_kernels_compile_without_spills(name: str, target: str) -> None:
         registers, shared = RECORDED[launch.name][not target.startswith("sm_")]
         assert taken.spilled == 0, (launch.name, taken)
         assert taken.registers <= registers and taken.shared <= shared, (launch.name, taken)
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_what_compiles_is_what_runs_in_an_exact_loss(target: str) -> None:
+    names = {launch.name for launch in _launches("compared", target)}
+    assert "_token_divergence_kernel" in names and "_policy_loss_kernel" in names
 
 
 def _row_loops(launch: Launch, target: str) -> list[list[str]]:
@@ -177,7 +187,7 @@ def test_a_new_length_or_value_compiles_nothing() -> None:
     ]
     keys = []
     for change in changes:
-        case = Case("any", vocab=4096, hidden=8, **change)
+        case = Case("any", vocab=4096, hidden=8, divergence="reverse_kl", **change)
         keys.append(set(launches(lambda case=case: _calls(case, torch.bfloat16), "sm_90")))
     assert keys[0] == keys[1] == keys[2]
 

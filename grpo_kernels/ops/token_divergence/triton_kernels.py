@@ -69,6 +69,11 @@ def _log_softmax(v, base, log_sum, rate):
 
 
 @triton.jit
+def _row_start(b, t, batch_stride, row_stride, ALIGNMENT: tl.constexpr, VECTOR: tl.constexpr):
+    return row_shift(b, t, batch_stride, row_stride, ALIGNMENT, VECTOR)[0]
+
+
+@triton.jit
 def _row_divergence(
     row_ptr,
     reference_ptr,
@@ -262,8 +267,8 @@ def _token_divergence_kernel(
         is_live = n < 0
         if unmasked:
             token = held_inside(tl.load(ids_ptr + n), n, vocab, first_bad_ptr)
-            start, _ = row_shift(b, t, batch_stride, row_stride, ALIGNMENT, VECTOR)
-            reference_start, _ = row_shift(b, t, reference_batch_stride, reference_row_stride, ALIGNMENT, VECTOR)
+            start = _row_start(b, t, batch_stride, row_stride, ALIGNMENT, VECTOR)
+            reference_start = _row_start(b, t, reference_batch_stride, reference_row_stride, ALIGNMENT, VECTOR)
             row_ptr = logits_ptr + start
             other_ptr = reference_ptr + reference_start
             target = transform(tl.load(row_ptr + token).to(ACC), inner_, CURVE)
@@ -275,13 +280,15 @@ def _token_divergence_kernel(
                 first, row_sum, weighted = row_statistics(
                     row_ptr, columns, 0, vocab, inner_, own_rate_, CURVE, ALIGNMENT, ACC
                 )
-                own_logprob, _, lse = row_results(first, row_sum, weighted, target, wide_own_rate, ACC)
+                own_logprob, _own_entropy, lse = row_results(first, row_sum, weighted, target, wide_own_rate, ACC)
             own_base, own_log_sum = base_of(lse, wide_own_rate, ACC)
             other_target = transform(tl.load(other_ptr + token).to(ACC), reference_inner_, REFERENCE_CURVE)
             first, row_sum, weighted = row_statistics(
                 other_ptr, columns, 0, vocab, reference_inner_, reference_rate_, REFERENCE_CURVE, ALIGNMENT, ACC
             )
-            other_logprob, _, lse = row_results(first, row_sum, weighted, other_target, wide_reference_rate, ACC)
+            other_logprob, _other_entropy, lse = row_results(
+                first, row_sum, weighted, other_target, wide_reference_rate, ACC
+            )
             other_base, other_log_sum = base_of(lse, wide_reference_rate, ACC)
             value, centre = _row_divergence(
                 row_ptr, other_ptr, columns, vocab, own_base, own_log_sum, inner_, own_rate_,
@@ -301,7 +308,7 @@ def _token_divergence_kernel(
                 is_live = (c != 0) | (c_h != 0) | (c_d != 0)
                 if is_live:
                     tl.debug_barrier()  # every thread has read the token's logit before any writes over it
-                    dstart, _ = row_shift(b, t, dbatch_stride, drow_stride, ALIGNMENT, VECTOR)
+                    dstart = _row_start(b, t, dbatch_stride, drow_stride, ALIGNMENT, VECTOR)
                     drow_ptr = dlogits_ptr + dstart
                     _row_gradient(
                         row_ptr, other_ptr, drow_ptr, columns, vocab, base, log_sum, inner_, rate_, slope_,
@@ -323,7 +330,7 @@ def _token_divergence_kernel(
             tl.store(divergence_ptr + n, value)
         if dlogits_ptr is not None:  # noqa: SIM102  a constant
             if is_live == 0:
-                dstart, _ = row_shift(b, t, dbatch_stride, drow_stride, ALIGNMENT, VECTOR)
+                dstart = _row_start(b, t, dbatch_stride, drow_stride, ALIGNMENT, VECTOR)
                 zero_row(dlogits_ptr + dstart, columns, 0, vocab, ALIGNMENT)
 
 

@@ -210,7 +210,8 @@ def slope_at(v, slope, CURVE: tl.constexpr):
     """``dy/dz`` where the transform is at ``v``."""
     if CURVE == _SOFTCAP:
         return slope * (1.0 - v * v)
-    return slope
+    else:
+        return slope
 
 
 @triton.jit
