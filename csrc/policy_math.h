@@ -19,7 +19,8 @@ namespace grpo {
 enum class Surrogate : int64_t { kClip, kCispo, kSapo, kLogprob };
 enum class Level : int64_t { kToken, kSequence, kSequenceToken, kGeometric };
 enum class KlEstimator : int64_t { kK1, kK2, kK3, kAbs };
-enum Option { kSurrogate, kLevel, kKlEstimator, kKlStraightThrough, kBiasCorrectedKl, kOptionCount };
+enum class KlGradient : int64_t { kNaive, kStraightThrough, kImportanceWeighted };
+enum Option { kSurrogate, kLevel, kKlEstimator, kKlGradient, kBiasCorrectedKl, kOptionCount };
 enum Param {
   kRatioLow,
   kRatioHigh,
@@ -38,7 +39,7 @@ struct PolicyOptions {
   Surrogate surrogate;
   Level level;
   KlEstimator kl_estimator;
-  bool kl_straight_through;
+  KlGradient kl_gradient;
   bool bias_corrected_kl;
   R ratio_low, ratio_high;
   R delta;  // infinity when absent, like the clamps
@@ -56,7 +57,7 @@ struct PolicyOptions {
     return {static_cast<Surrogate>(options[kSurrogate]),
             static_cast<Level>(options[kLevel]),
             static_cast<KlEstimator>(options[kKlEstimator]),
-            options[kKlStraightThrough] != 0,
+            static_cast<KlGradient>(options[kKlGradient]),
             options[kBiasCorrectedKl] != 0,
             param(kRatioLow),
             param(kRatioHigh),
@@ -160,17 +161,17 @@ GRPO_HOST_DEVICE Term<R> kl_estimate(R d, const PolicyOptions<R>& o) {  // d = l
   return {R(NAN), R(NAN), R(NAN)};
 }
 
-// The estimate, clamped, with its own derivative or k2's; bias-corrected, times the ratio.
+// The estimate, clamped, with its own derivative, k2's, or that of its product with a weight exp(l - sg l); bias-corrected,
+// times the ratio.
 template <class R>
 GRPO_HOST_DEVICE Term<R> kl_penalty(R logprob, R ref_logprob, R ratio, const PolicyOptions<R>& o) {
   const R difference = logprob - ref_logprob;
   const R d = clamp(difference, -o.log_ratio_clamp, o.log_ratio_clamp);
   Term<R> k = kl_estimate(d, o);
-  if (o.kl_straight_through) {
-    k.dlogprob = d;
-  } else if (k.value < -o.kl_clamp || k.value > o.kl_clamp) {
-    k.dlogprob = R(0);
-  }
+  const bool is_clamped = k.value < -o.kl_clamp || k.value > o.kl_clamp;
+  if (o.kl_gradient == KlGradient::kImportanceWeighted) k.dlogprob += k.value;
+  if (is_clamped) k.dlogprob = R(0);
+  if (o.kl_gradient == KlGradient::kStraightThrough) k.dlogprob = d;
   if (d != difference && difference == difference) k.dlogprob = R(0);
   k.value = clamp(k.value, -o.kl_clamp, o.kl_clamp);
   if (!o.bias_corrected_kl) return k;

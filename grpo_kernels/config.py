@@ -14,9 +14,9 @@ from grpo_kernels import presets
 CLIPPED_LOSS_TYPES = ("grpo", "bnpo", "dr_grpo", "dapo", "luspo", "ppo", "clip_cov")
 LOSS_TYPES = (*CLIPPED_LOSS_TYPES, "surrogate", "kl_cov", "cispo", "sapo", "vespo", "gmpo", "reinforce")
 IMPORTANCE_SAMPLING_LEVELS = ("token", "sequence", "sequence_token")
-#: By name, as they cross into kernels; mirrored in policy_math.h.
+#: By name, as they cross into kernels; mirrored in policy_math.h, like the next.
 KL_ESTIMATORS = {"k1": 0, "k2": 1, "k3": 2, "abs": 3, "mse": 1}
-KL_GRADIENTS = ("naive", "straight_through")
+KL_GRADIENTS = {"naive": 0, "straight_through": 1, "importance_weighted": 2}
 #: Exact divergences over the whole vocabulary, by the share of the reference in the mixture that they compare with.
 DIVERGENCES = {"forward_kl": 0.0, "reverse_kl": 1.0, "js": 0.5}
 #: Means over tokens and sequences: verl's, which count no sequence without a token.
@@ -48,7 +48,7 @@ class Option(IntEnum):
     SURROGATE = 0
     LEVEL = 1
     KL_ESTIMATOR = 2
-    KL_STRAIGHT_THROUGH = 3
+    KL_GRADIENT = 3
     BIAS_CORRECTED_KL = 4
 
 
@@ -91,11 +91,11 @@ class PolicyLossCode:
 
 
 class Penalty(NamedTuple):
-    """A penalised divergence: its weight, its estimator's name, and how that is differentiated."""
+    """A penalised divergence: its weight, the names of its estimator and of that one's gradient."""
 
     weight: float
     estimator: str
-    is_straight_through: bool
+    gradient: str
     is_bias_corrected: bool
 
 
@@ -138,7 +138,9 @@ class GRPOLossConfig:
             itself, over the whole vocabulary: "reverse_kl", the policy's from the reference, "forward_kl", the
             reference's from the policy, "js", Jensen's and Shannon's (see ``token_divergence``). It takes the
             reference's logits, or hidden states, in the place of ``ref_logprobs``, and knows of no ratio.
-        kl_gradient: "naive" is the estimate's own; "straight_through" is k2's, which is unbiased (verl's "k3+").
+        kl_gradient: "naive" is the estimate's own; "straight_through" is k2's, which is unbiased (verl's "k3+");
+            "importance_weighted" is that of the estimate times ``exp(logprob - sg[logprob])``, which is 1
+            (arXiv:2506.09477, NeMo-RL); it is 0 where anything is clamped.
         use_bias_correction_kl: Multiply the KL estimate by the importance ratio (DeepSeek-V3.2).
         temperature: Divides the logits, in the ops that see logits.
         entropy_coef: Weight of the bonus on the mean token entropy.
@@ -253,9 +255,8 @@ class GRPOLossConfig:
     def penalty(self) -> Penalty:
         """The divergence that is penalised: from the reference, or "kl_cov"'s from the old policy."""
         if self.loss_type == "kl_cov":
-            return Penalty(self.kl_cov_coef, "abs", False, False)
-        is_straight_through = self.kl_gradient == "straight_through"
-        return Penalty(self.beta, self.kl_estimator, is_straight_through, self.use_bias_correction_kl)
+            return Penalty(self.kl_cov_coef, "abs", "naive", False)
+        return Penalty(self.beta, self.kl_estimator, self.kl_gradient, self.use_bias_correction_kl)
 
     @property
     def is_token_local(self) -> bool:
@@ -269,7 +270,7 @@ class GRPOLossConfig:
             Option.SURROGATE: int(self.surrogate),
             Option.LEVEL: int(self.level),
             Option.KL_ESTIMATOR: KL_ESTIMATORS.get(penalty.estimator, 0),  # an exact divergence is no kernel's
-            Option.KL_STRAIGHT_THROUGH: int(penalty.is_straight_through),
+            Option.KL_GRADIENT: KL_GRADIENTS[penalty.gradient],
             Option.BIAS_CORRECTED_KL: int(penalty.is_bias_corrected),
         }
         low, high = self.ratio_bounds
@@ -305,7 +306,7 @@ def check(config: GRPOLossConfig) -> None:
     _one_of("loss_agg_mode", config.loss_agg_mode, (None, *LOSS_AGG_MODES))
     _one_of("importance_sampling_level", config.importance_sampling_level, IMPORTANCE_SAMPLING_LEVELS)
     _one_of("kl_estimator", config.kl_estimator, (*KL_ESTIMATORS, *DIVERGENCES))
-    _one_of("kl_gradient", config.kl_gradient, KL_GRADIENTS)
+    _one_of("kl_gradient", config.kl_gradient, tuple(KL_GRADIENTS))
     _one_of("rollout_correction", config.rollout_correction, (None, *ROLLOUT_CORRECTIONS))
     for name in ("epsilon_low", "epsilon_high", "beta", "rollout_clip_min", "cispo_ratio_low"):
         _within(name, getattr(config, name), "at least 0", lambda value: value >= 0)
@@ -375,8 +376,8 @@ def _check_that_all_apply(config: GRPOLossConfig) -> None:
         refuse(("log_ratio_clamp",), f"{without_ratio} and a ratio of sequences ({loss_type}, {config.level.name})")
     if config.beta == 0:
         refuse(("kl_estimator", "kl_gradient", "kl_clamp"), "beta=0")
-    if config.kl_gradient == "straight_through" and config.use_bias_correction_kl:
-        raise ValueError('use_bias_correction_kl must be False with kl_gradient="straight_through", got True')
+    if config.kl_gradient != "naive" and config.use_bias_correction_kl:
+        raise ValueError(f'use_bias_correction_kl must be False with kl_gradient="{config.kl_gradient}", got True')
     if config.rollout_correction is None:
         refuse(("rollout_clip_min", "rollout_clip_max"), "rollout_correction=None")
     elif config.rollout_correction.endswith("truncate") and config.rollout_clip_min == config.rollout_clip_max is None:

@@ -7,7 +7,7 @@ from typing import Any
 from hypothesis import strategies as st
 
 from grpo_kernels import GRPOLossConfig
-from grpo_kernels.config import CLIPPED_LOSS_TYPES, DIVERGENCES, KL_ESTIMATORS, LOSS_AGG_MODES, LOSS_TYPES
+from grpo_kernels.config import CLIPPED_LOSS_TYPES, DIVERGENCES, KL_ESTIMATORS, KL_GRADIENTS, LOSS_AGG_MODES, LOSS_TYPES
 
 TRL_LOSS_TYPES = ("grpo", "bnpo", "dr_grpo", "dapo", "luspo", "cispo", "sapo", "vespo")
 _WITHOUT_LEVEL = ("vespo", "gmpo", "reinforce", "clip_cov", "kl_cov")
@@ -54,7 +54,7 @@ def configs(draw: st.DrawFn, loss_types: tuple[str, ...] = LOSS_TYPES, only_trls
         if not is_exact:
             options["kl_clamp"] = one_of(None, 0.031)
         if not is_exact and not options["use_bias_correction_kl"]:
-            options["kl_gradient"] = one_of("naive", "straight_through")
+            options["kl_gradient"] = one_of(*KL_GRADIENTS)
     if options.get("importance_sampling_level") == "token" and not only_trls:
         options["log_ratio_clamp"] = one_of(None, 0.213)
     return GRPOLossConfig(**options)

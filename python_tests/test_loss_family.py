@@ -123,7 +123,9 @@ def test_divergences(name: str, backend: str) -> None:
     for options, kl, slope in (
         ({}, value, derivative),
         ({"kl_gradient": "straight_through"}, value, D),
+        ({"kl_gradient": "importance_weighted"}, value, derivative + value),
         ({"kl_clamp": 0.05}, 0.05, 0.0),
+        ({"kl_clamp": 0.05, "kl_gradient": "importance_weighted"}, 0.05, 0.0),
         ({"kl_clamp": 0.05, "kl_gradient": "straight_through"}, 0.05, D),
         ({"use_bias_correction_kl": True}, value, value + derivative),  # at ratio 1
         ({"log_ratio_clamp": 0.5 * D, "kl_clamp": 5.0}, None, 0.0),

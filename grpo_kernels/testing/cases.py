@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 from dataclasses import dataclass, field, replace
 
-from grpo_kernels.config import DIVERGENCES, KL_ESTIMATORS, ROLLOUT_CORRECTIONS, GRPOLossConfig
+from grpo_kernels.config import DIVERGENCES, KL_ESTIMATORS, KL_GRADIENTS, ROLLOUT_CORRECTIONS, GRPOLossConfig
 
 
 @dataclass(frozen=True)
@@ -237,7 +237,7 @@ FAMILY_CASES = (
     *(
         _of_family(f"kl_{name}-{gradient}-{clamp}", beta=0.1, kl_estimator=name, kl_gradient=gradient, kl_clamp=clamp,
                    use_bias_correction_kl=False)
-        for name in KL_ESTIMATORS for gradient in ("naive", "straight_through") for clamp in (None, 0.03)
+        for name in KL_ESTIMATORS for gradient in KL_GRADIENTS for clamp in (None, 0.03)
     ),
     *(_of_family(f"kl_{name}-corrected", beta=0.1, kl_estimator=name) for name in KL_ESTIMATORS),
     *(_of_family(f"exact_{name}", beta=0.1, kl_estimator=name, mask="holes") for name in DIVERGENCES),

@@ -116,7 +116,7 @@ def _grpo_loss_kernel(
     SURROGATE: tl.constexpr,
     LEVEL: tl.constexpr,
     KL_ESTIMATOR: tl.constexpr,
-    KL_STRAIGHT_THROUGH: tl.constexpr,
+    KL_GRADIENT: tl.constexpr,
     BIAS_CORRECTED: tl.constexpr,
     IS_NARROWED: tl.constexpr,
     CURVE: tl.constexpr,
@@ -202,7 +202,7 @@ def _grpo_loss_kernel(
                     SURROGATE,
                     LEVEL,
                     KL_ESTIMATOR,
-                    KL_STRAIGHT_THROUGH,
+                    KL_GRADIENT,
                     BIAS_CORRECTED,
                 )
                 c = dlog_ratio + dlogprob

@@ -103,14 +103,19 @@ def surrogate(ratio: Tensor, logprobs: Tensor, advantages: Tensor, config: GRPOL
 def kl_penalty(logprobs: Tensor, ref_logprobs: Tensor, ratio: Tensor, config: GRPOLossConfig) -> Tensor:
     """The estimate of the KL divergence, with ``d = l - l_ref``; times the importance ratio where that is asked for.
 
-    http://joschu.net/blog/kl-approx.html; straight-through, the value of one with the gradient of k2.
+    http://joschu.net/blog/kl-approx.html; straight-through, the value of one with the gradient of k2;
+    importance-weighted, times ``exp(l - sg[l])`` (arXiv:2506.09477).
     """
     d = _clamped(logprobs - ref_logprobs, config.log_ratio_clamp)
     penalty = config.penalty
     # where the estimate is clamped, its slope must be finite to be 0
     bounded = d if config.kl_clamp is None else d.clamp(min=-_LARGEST_LOG_RATIO)
-    kl = _clamped(kl_estimate(bounded if penalty.estimator == "k3" else d, penalty.estimator), config.kl_clamp)
-    if penalty.is_straight_through:
+    estimate = kl_estimate(bounded if penalty.estimator == "k3" else d, penalty.estimator)
+    kl = _clamped(estimate, config.kl_clamp)
+    if penalty.gradient == "importance_weighted":
+        is_clamped = (d != logprobs - ref_logprobs) | (kl != estimate)
+        kl = torch.where(is_clamped, kl, kl * (logprobs - logprobs.detach()).exp())
+    if penalty.gradient == "straight_through":
         k2 = kl_estimate(d, "k2")
         kl = kl.detach() + k2 - k2.detach()
     return kl * ratio if penalty.is_bias_corrected else kl

@@ -53,7 +53,7 @@ def policy_variant(options: list[int]) -> dict[str, int]:
         "SURROGATE": options[Option.SURROGATE],
         "LEVEL": options[Option.LEVEL],
         "KL_ESTIMATOR": options[Option.KL_ESTIMATOR],
-        "KL_STRAIGHT_THROUGH": options[Option.KL_STRAIGHT_THROUGH],
+        "KL_GRADIENT": options[Option.KL_GRADIENT],
         "BIAS_CORRECTED": options[Option.BIAS_CORRECTED_KL],
     }
 
@@ -85,7 +85,7 @@ def _policy_loss_kernel(
     SURROGATE: tl.constexpr,
     LEVEL: tl.constexpr,
     KL_ESTIMATOR: tl.constexpr,
-    KL_STRAIGHT_THROUGH: tl.constexpr,
+    KL_GRADIENT: tl.constexpr,
     BIAS_CORRECTED: tl.constexpr,
     ACC: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -154,7 +154,7 @@ def _policy_loss_kernel(
             SURROGATE,
             LEVEL,
             KL_ESTIMATOR,
-            KL_STRAIGHT_THROUGH,
+            KL_GRADIENT,
             BIAS_CORRECTED,
         )
         losses += tl.where(live, loss, 0.0).to(tl.float64)

@@ -8,11 +8,14 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from grpo_kernels.config import KL_ESTIMATORS, Level, Surrogate
+from grpo_kernels.config import KL_ESTIMATORS, KL_GRADIENTS, Level, Surrogate
 from grpo_kernels.ops.token_logprobs.triton_math import expm1
 
 _CLIP, _CISPO, _SAPO = (tl.constexpr(int(s)) for s in (Surrogate.CLIP, Surrogate.CISPO, Surrogate.SAPO))
 _TOKEN, _GEOMETRIC = (tl.constexpr(int(level)) for level in (Level.TOKEN, Level.GEOMETRIC))
+_STRAIGHT_THROUGH, _IMPORTANCE_WEIGHTED = (
+    tl.constexpr(KL_GRADIENTS[name]) for name in ("straight_through", "importance_weighted")
+)
 _K1, _K2, _K3 = (tl.constexpr(KL_ESTIMATORS[name]) for name in ("k1", "k2", "k3"))
 
 
@@ -62,12 +65,13 @@ def kl_penalty(
     log_ratio_clamp,
     kl_clamp,
     ESTIMATOR: tl.constexpr,
-    STRAIGHT_THROUGH: tl.constexpr,
+    GRADIENT: tl.constexpr,
     BIAS_CORRECTED: tl.constexpr,
 ):
     """The estimate, clamped, and its derivatives by the log-ratio and by the log-probability.
 
-    Straight-through, the latter is k2's; bias-corrected, all are times the ratio.
+    Straight-through, the latter is k2's; importance-weighted, that of the product with a weight ``exp(l - sg l)``;
+    bias-corrected, all are times the ratio.
     """
     difference = logprob - ref_logprob
     d = tl.where(difference > log_ratio_clamp, log_ratio_clamp, difference)
@@ -85,8 +89,10 @@ def kl_penalty(
     else:
         kl = tl.abs(d)
         dlogprob = tl.where(d > 0, 1.0, tl.where(d < 0, -1.0, d))
+    if GRADIENT == _IMPORTANCE_WEIGHTED:
+        dlogprob += kl
     dlogprob = tl.where((kl > kl_clamp) | (kl < -kl_clamp), 0.0, dlogprob)
-    if STRAIGHT_THROUGH:
+    if GRADIENT == _STRAIGHT_THROUGH:
         dlogprob = d
     dlogprob = tl.where((d < difference) | (d > difference), 0.0, dlogprob)
     kl = tl.where(kl > kl_clamp, kl_clamp, tl.where(kl < -kl_clamp, -kl_clamp, kl))
@@ -116,7 +122,7 @@ def token_loss(
     SURROGATE: tl.constexpr,
     LEVEL: tl.constexpr,
     KL_ESTIMATOR: tl.constexpr,
-    KL_STRAIGHT_THROUGH: tl.constexpr,
+    KL_GRADIENT: tl.constexpr,
     BIAS_CORRECTED: tl.constexpr,
 ):
     """What an unmasked token adds to the loss, without the entropy bonus, and to the metrics.
@@ -155,7 +161,7 @@ def token_loss(
     kl = tl.zeros_like(logprob)
     if HAS_REF:
         kl, dkl_log_ratio, dkl_logprob = kl_penalty(
-            logprob, ref_logprob, ratio, log_ratio_clamp, kl_clamp, KL_ESTIMATOR, KL_STRAIGHT_THROUGH, BIAS_CORRECTED
+            logprob, ref_logprob, ratio, log_ratio_clamp, kl_clamp, KL_ESTIMATOR, KL_GRADIENT, BIAS_CORRECTED
         )
         loss += beta * kl_weight * kl
         dlog_ratio += beta * kl_weight * dkl_log_ratio
