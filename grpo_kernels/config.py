@@ -21,7 +21,7 @@ KL_GRADIENTS = {"naive": 0, "straight_through": 1, "importance_weighted": 2}
 DIVERGENCES = {"forward_kl": 0.0, "reverse_kl": 1.0, "js": 0.5}
 #: Means over tokens and sequences: verl's, which count no sequence without a token.
 LOSS_AGG_MODES = ("token-mean", "seq-mean-token-mean", "seq-mean-token-sum", "seq-mean-token-sum-norm")
-ROLLOUT_CORRECTIONS = ("token_truncate", "token_mask", "sequence_truncate", "sequence_mask")
+ROLLOUT_CORRECTIONS = ("token_truncate", "token_mask", "sequence_truncate", "sequence_mask", "geometric_mask")
 
 
 class Surrogate(IntEnum):
@@ -149,7 +149,8 @@ class GRPOLossConfig:
             above it leaves the policy term (DeepSeek-V3.2); None means none does.
         rollout_correction: How weights are made of ``old_logprobs`` and ``sampling_logprobs``: the ratio of a
             "token_..." or of a whole "sequence_...", clamped ("..._truncate", TIS) or, outside of the bounds, 0
-            ("..._mask", MIS; at tokens and with both bounds IcePop). None means no correction, or weights as given.
+            ("..._mask", MIS; at tokens and with both bounds IcePop). "geometric_mask": a token's ratio, 0 in sequences
+            whose geometric mean of them is outside ("seq-mask-tis"). None means no correction, or weights as given.
         rollout_clip_min, rollout_clip_max: Its bounds; None means no bound.
         sapo_temperature_pos, sapo_temperature_neg: ``tau`` by the advantage's sign.
         vespo_k_pos, vespo_lambda_pos, vespo_k_neg, vespo_lambda_neg: ``phi(w) = e^lambda w^k e^(-lambda w)`` by the
@@ -209,6 +210,16 @@ class GRPOLossConfig:
     def verl(cls, **options: Any) -> GRPOLossConfig:
         """verl's actor loss by verl 0.9's names: see ``grpo_kernels.presets.verl``."""
         return cls(**presets.verl(**options))
+
+    @classmethod
+    def nemo_rl(cls, **options: Any) -> GRPOLossConfig:
+        """NeMo-RL's by the names of NeMo-RL 0.6's ``loss_fn``: see ``grpo_kernels.presets.nemo_rl``."""
+        return cls(**presets.nemo_rl(**options))
+
+    @classmethod
+    def openrlhf(cls, **options: Any) -> GRPOLossConfig:
+        """OpenRLHF's actor loss by the names of OpenRLHF 0.11: see ``grpo_kernels.presets.openrlhf``."""
+        return cls(**presets.openrlhf(**options))
 
     @classmethod
     def trl(cls, **options: Any) -> GRPOLossConfig:

@@ -153,9 +153,7 @@ def verl(
     if loss_mode in ("vanilla", "gspo", "geo_mean", "clip_cov"):
         options |= {"epsilon_low": low, "epsilon_high": high}
     if loss_mode == "vanilla":
-        if not clip_ratio_c > 1 + high:
-            raise ValueError(f"clip_ratio_c must be greater than 1 + clip_ratio_high={1 + high}, got {clip_ratio_c!r}")
-        options["delta"] = clip_ratio_c
+        options |= _dual_clip("clip_ratio_c", clip_ratio_c, high)
     if loss_mode == "gspo":
         options["importance_sampling_level"] = "sequence_token"
     if loss_mode == "cispo":
@@ -170,3 +168,145 @@ def verl(
         if options["kl_estimator"] == "k3":
             options |= {"kl_clamp": 10.0, "log_ratio_clamp": 20.0}
     return options
+
+
+_CORRECTIONS = {"tis": "truncate", "icepop": "mask"}
+
+
+def nemo_rl(
+    *,
+    disable_ppo_ratio: bool = False,
+    token_level_loss: bool = True,
+    sequence_level_importance_ratios: bool = False,
+    ratio_clip_min: float = 0.2,
+    ratio_clip_max: float = 0.2,
+    ratio_clip_c: float | None = None,
+    use_cispo: bool = False,
+    reference_policy_kl_penalty: float = 0.01,
+    reference_policy_kl_type: str = "k3",
+    kl_input_clamp_value: float | None = 20.0,
+    kl_output_clamp_value: float | None = 10.0,
+    use_kl_in_reward: bool = False,
+    use_importance_sampling_correction: bool = False,
+    truncated_importance_sampling_type: str | None = None,
+    truncated_importance_sampling_ratio: float | None = None,
+    truncated_importance_sampling_ratio_min: float | None = None,
+    temperature: float = 1.0,
+) -> dict[str, Any]:
+    """NeMo-RL 0.6's ``ClippedPGLossFn``.
+
+    Of NeMo-RL's own: the KL is weighted by ``exp(l - sg[l])``, log-ratios to the reference are clamped to
+    ``kl_input_clamp_value`` (ours clamps those to the old policy too, which for 20 tells ratios beyond ``e^20`` apart)
+    and the estimate to ``kl_output_clamp_value``. ``force_on_policy_ratio`` is ``old_logprobs=None``;
+    ``use_on_policy_kl_approximation`` and the positive-example loss have no counterpart here.
+
+    Raises:
+        ValueError: Options that NeMo-RL refuses together, or an unknown type of truncation.
+    """
+    if sequence_level_importance_ratios and token_level_loss:
+        raise ValueError("token_level_loss must be False with sequence_level_importance_ratios=True, got True")
+    if use_cispo and (disable_ppo_ratio or sequence_level_importance_ratios or not token_level_loss):
+        raise ValueError("use_cispo=True takes token-level ratios and a token-level loss")
+    if use_cispo and ratio_clip_c is not None:
+        raise ValueError(f"ratio_clip_c must be None with use_cispo=True, got {ratio_clip_c!r}")
+    kinds = (None, *_CORRECTIONS, "seq-mask-tis")
+    if truncated_importance_sampling_type not in kinds:
+        raise ValueError(
+            f"truncated_importance_sampling_type must be one of {', '.join(map(repr, kinds))}, "
+            f"got {truncated_importance_sampling_type!r}"
+        )
+    if truncated_importance_sampling_type is not None and not use_importance_sampling_correction:
+        raise ValueError("use_importance_sampling_correction must be True for a truncation, got False")
+    options: dict[str, Any] = {
+        "loss_type": "reinforce" if disable_ppo_ratio else "cispo" if use_cispo else "dapo",
+        "loss_agg_mode": "token-mean" if token_level_loss else "seq-mean-token-mean",
+        "temperature": temperature,
+        "use_bias_correction_kl": False,
+    }
+    if use_cispo:
+        low = 1 - ratio_clip_min
+        options |= {"cispo_ratio_low": low if low > 0 else None, "epsilon_high": 1 + ratio_clip_max}
+    elif not disable_ppo_ratio:
+        options |= {"epsilon_low": ratio_clip_min, "epsilon_high": ratio_clip_max}
+        options |= _dual_clip("ratio_clip_c", ratio_clip_c, ratio_clip_max)
+    if sequence_level_importance_ratios and not disable_ppo_ratio:
+        options["importance_sampling_level"] = "sequence"
+    if reference_policy_kl_penalty != 0 and not use_kl_in_reward:
+        options |= {"beta": reference_policy_kl_penalty, "kl_estimator": reference_policy_kl_type}
+        options |= {"kl_gradient": "importance_weighted", "kl_clamp": kl_output_clamp_value}
+        options["log_ratio_clamp"] = kl_input_clamp_value
+    if use_importance_sampling_correction:
+        level = "sequence" if sequence_level_importance_ratios else "token"
+        kind = _CORRECTIONS.get(truncated_importance_sampling_type or "icepop")  # without bounds it masks nothing
+        options["rollout_correction"] = "geometric_mask" if kind is None else f"{level}_{kind}"
+        options["rollout_clip_min"] = truncated_importance_sampling_ratio_min
+        options["rollout_clip_max"] = truncated_importance_sampling_ratio
+    return options
+
+
+def openrlhf(
+    *,
+    policy_loss_type: str = "ppo",
+    eps_clip_low_high: tuple[float, float] = (0.2, 0.2),
+    dual_clip: float | None = None,
+    token_level_loss: bool = True,
+    use_kl_loss: bool = False,
+    init_kl_coef: float = 0.01,
+    kl_estimator: str = "k1",
+    entropy_loss_coef: float | None = None,
+    temperature: float = 1.0,
+    enable_vllm_is_correction: bool = False,
+    vllm_is_truncated_threshold: tuple[float, float] = (0.5, 5.0),
+    vllm_is_correction_type: str = "tis",
+) -> dict[str, Any]:
+    """OpenRLHF 0.11's ``PolicyLoss`` with its KL penalty and entropy bonus.
+
+    Of OpenRLHF's own: log-ratios are clamped to 20 and estimates of the KL to 10; "gspo" is always the mean over
+    sequences, and with ``enable_vllm_is_correction`` its ratio is to the sampler, which is then to be given as
+    ``old_logprobs``. Without ``use_kl_loss`` the penalty is in the reward: ``kl_penalized_rewards``.
+
+    Raises:
+        ValueError: A type is unknown, or ``dual_clip`` does not lie above the clip range.
+    """
+    for name, value, known in (
+        ("policy_loss_type", policy_loss_type, ("ppo", "gspo")),
+        ("vllm_is_correction_type", vllm_is_correction_type, (*_CORRECTIONS, "seq-mask-tis")),
+    ):
+        if value not in known:
+            raise ValueError(f"{name} must be one of {', '.join(map(repr, known))}, got {value!r}")
+    is_gspo = policy_loss_type == "gspo"
+    low, high = eps_clip_low_high
+    options: dict[str, Any] = {
+        "loss_type": "dapo",
+        "loss_agg_mode": "seq-mean-token-mean" if is_gspo or not token_level_loss else "token-mean",
+        "epsilon_low": low,
+        "epsilon_high": high,
+        "entropy_coef": entropy_loss_coef or 0.0,
+        "temperature": temperature,
+        "use_bias_correction_kl": False,
+    }
+    options |= _dual_clip("dual_clip", dual_clip, high)
+    if is_gspo:
+        options["importance_sampling_level"] = "sequence"
+    else:
+        options["log_ratio_clamp"] = 20.0
+    if use_kl_loss and init_kl_coef != 0:
+        options |= {"beta": init_kl_coef, "kl_estimator": kl_estimator, "kl_clamp": 10.0}
+    if enable_vllm_is_correction and not is_gspo:
+        kind = _CORRECTIONS.get(vllm_is_correction_type)
+        options["rollout_correction"] = "geometric_mask" if kind is None else f"token_{kind}"
+        options["rollout_clip_min"], options["rollout_clip_max"] = vllm_is_truncated_threshold
+    return options
+
+
+def _dual_clip(name: str, value: float | None, high: float) -> dict[str, Any]:
+    """A lower bound of a negative advantage's term, as ``delta``, which it is above the clip range.
+
+    Raises:
+        ValueError: It is not above it.
+    """
+    if value is None:
+        return {}
+    if not value > 1 + high:
+        raise ValueError(f"{name} must be greater than 1 plus the upper clip range, {1 + high}, got {value!r}")
+    return {"delta": value}

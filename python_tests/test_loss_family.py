@@ -148,6 +148,8 @@ CORRECTIONS = {
     ("sequence_truncate", None, 3.0): (1, 1, 3),
     ("sequence_mask", None, 3.0): (1, 1, 0),
     ("sequence_mask", 2.0, None): (0, 0, 4),
+    ("geometric_mask", None, 3.0): (2, 0.5, 0),
+    ("geometric_mask", 1.5, None): (0, 0, 4),
 }
 
 

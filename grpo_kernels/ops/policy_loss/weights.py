@@ -55,7 +55,8 @@ def rollout_weights(
     sequences: Sequences,
     config: GRPOLossConfig,
 ) -> Tensor:
-    """``exp(l_old - l_sampling)`` of each token, or of its whole sequence, truncated (TIS) or masked (MIS, IcePop).
+    """``exp(l_old - l_sampling)`` of each token, or of its whole sequence, truncated (TIS) or masked (MIS, IcePop); or
+    each token's, masked by its sequence's geometric mean.
 
     A token that the sampler did not score, NaN, is not corrected.
     """
@@ -63,12 +64,15 @@ def rollout_weights(
     log_ratio = torch.where(mask, old_logprobs - sampling_logprobs, 0).nan_to_num(nan=0.0)
     if correction.startswith("sequence"):
         log_ratio = sequences.spread(sequences.sum(log_ratio))
-    ratio = log_ratio.exp()
+    ratio = compared = log_ratio.exp()
+    if correction == "geometric_mask":
+        means = sequences.sum(log_ratio) / sequences.sum(mask.to(log_ratio.dtype)).clamp(min=1)
+        compared = sequences.spread(means).exp()
     low = -math.inf if config.rollout_clip_min is None else config.rollout_clip_min
     high = math.inf if config.rollout_clip_max is None else config.rollout_clip_max
     if correction.endswith("truncate"):
         return ratio.clamp(low, high)
-    return torch.where((ratio < low) | (ratio > high), 0, ratio)
+    return torch.where((compared < low) | (compared > high), 0, ratio)
 
 
 @torch.no_grad()
