@@ -250,6 +250,7 @@ def test_a_missing_extension_is_named_and_auto_does_without(op: str, monkeypatch
         ({"loss_type": "sapo", "sapo_temperature_neg": 0.0}, ("sapo_temperature_neg", "greater than 0", "0.0")),
         ({"cispo_ratio_low": 0.5}, ("cispo_ratio_low", "dapo", "0.5")),
         ({"kl_estimator": "k1"}, ("kl_estimator", "beta=0", "'k1'")),
+        ({"loss_type": "gmpo", "epsilon_low": 1000.0}, ("epsilon_low", "80", "1000")),
         ({"beta": 0.1, "kl_gradient": "straight_through"}, ("use_bias_correction_kl", "straight_through", "True")),
         ({"log_ratio_clamp": 1.0, "importance_sampling_level": "sequence"}, ("log_ratio_clamp", "sequence", "1.0")),
         ({"rollout_correction": "token_truncate"}, ("rollout_clip_min", "token_truncate", "neither")),

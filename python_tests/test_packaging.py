@@ -185,8 +185,31 @@ class _Output(NamedTuple):
     logits: torch.Tensor
 
 
+def _snippets():
+    return re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+
+
+def test_readme_snippet_of_an_exact_divergence_runs():
+    model, ref_model = (torch.nn.Module() for _ in range(2))
+    for module in (model, ref_model):
+        module.lm_head = torch.nn.Linear(8, 11, bias=False)
+    names = {
+        "GRPOLossConfig": grpo_kernels.GRPOLossConfig,
+        "model": model,
+        "ref_model": ref_model,
+        "hidden_states": torch.randn(2, 3, 8),
+        "ref_hidden_states": torch.randn(2, 3, 8),
+        "completion_ids": torch.zeros(2, 3, dtype=torch.int64),
+        "completion_mask": torch.ones(2, 3),
+        "advantages": torch.ones(2),
+    }
+    exec(_snippets()[2], names)
+    names["output"].loss.backward()
+    assert model.lm_head.weight.grad.abs().sum() > 0 and names["output"].metrics["kl"] > 0
+
+
 def test_readme_snippets_agree():
-    before, after = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    before, after, _ = _snippets()
     torch.manual_seed(0)
     batch, length, vocabulary = 4, 5, 11
     logits = torch.randn(batch, length + 1, vocabulary)

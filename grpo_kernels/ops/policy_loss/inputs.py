@@ -61,8 +61,7 @@ class PolicyInputs:
         }
         _check(tokens, advantages, completion_mask, logprobs, rollout_is_weights, cu_seqlens, config, debug)
         _check_items(num_items_in_batch)
-        if entropy_threshold is not None and config.top_entropy_quantile == 1:
-            raise ValueError(f"entropy_threshold has no effect with top_entropy_quantile=1, got {entropy_threshold!r}")
+        _check_threshold(entropy_threshold, config)
         sequences = Sequences.of(tokens, cu_seqlens)
         mask = completion_mask != 0
         weights = token_weights(mask, sequences, config, num_items_in_batch, dtype) * loss_scale
@@ -151,6 +150,19 @@ FLAT_SCHEMA = (
     "Tensor? old_logprobs, Tensor? ref_logprobs"
 )
 FLAT_COUNT = FLAT_SCHEMA.count(",") + 1
+
+
+def _check_threshold(entropy_threshold: Tensor | float | None, config: GRPOLossConfig) -> None:
+    if entropy_threshold is None:
+        return
+    if config.top_entropy_quantile == 1:
+        raise ValueError(f"entropy_threshold has no effect with top_entropy_quantile=1, got {entropy_threshold!r}")
+    if isinstance(entropy_threshold, Tensor):
+        if entropy_threshold.numel() != 1:
+            shape = list(entropy_threshold.shape)
+            raise ValueError(f"entropy_threshold must be a number or a 0-dim tensor, got shape {shape}")
+    elif entropy_threshold != entropy_threshold:
+        raise ValueError(f"entropy_threshold must be a number, got {entropy_threshold!r}")
 
 
 def _check_items(num_items_in_batch: float | Tensor | None) -> None:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from grpo_kernels import registry
-from grpo_kernels.config import mixture_of
+from grpo_kernels.config_checks import mixture_of
 from grpo_kernels.ops.device_values import check_device_values
 from grpo_kernels.ops.gradients import mark_written, refuse_double_backward, refuse_second_backward
 from grpo_kernels.ops.library import define, lazily
