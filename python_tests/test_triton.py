@@ -38,8 +38,16 @@ def test_conformance(part: int) -> None:
     assert passed(*files, "-k", "triton", "--part", f"{part}/{PARTS}") > 150
 
 
+def test_any_loss_is_trls() -> None:
+    pytest.importorskip("trl")
+    assert passed(f"{TESTS}/test_trl.py", "-k", "test_any_loss_is_trls") == 1
+
+
 def test_edges() -> None:
-    files = [f"{TESTS}/{name}.py" for name in ("test_edges", "test_interpreted", "test_gae", "test_loss_family")]
+    files = [
+        f"{TESTS}/{name}.py"
+        for name in ("test_edges", "test_interpreted", "test_gae", "test_loss_family", "test_divergence")
+    ]
     assert passed(*files, "-k", "triton or interpreted") > 100
 
 
