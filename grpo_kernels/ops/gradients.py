@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -18,10 +19,12 @@ _SCALE = define(
 )
 
 
-def hand_over(ctx: Any, factor: Tensor, backend: str) -> tuple[Tensor | None, ...]:
-    """The gradients that a forward saved, times the upstream scalar, in their own memory."""
+def hand_over(
+    ctx: Any, factor: Tensor, backend: str, gradients: Sequence[Tensor | None] | None = None
+) -> tuple[Tensor | None, ...]:
+    """The gradients that a forward saved, times the upstream scalar, in their own memory: all, or those given."""
     refuse_second_backward(ctx)
-    gradients = ctx.saved_tensors
+    gradients = ctx.saved_tensors if gradients is None else tuple(gradients)
     for gradient in gradients:
         if gradient is not None:
             _SCALE[backend](gradient, factor.to(gradient.device))

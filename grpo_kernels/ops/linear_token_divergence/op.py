@@ -83,7 +83,7 @@ _RUN = define(
 )
 
 
-class _LinearTokenDivergence(torch.autograd.Function):
+class LinearTokenDivergence(torch.autograd.Function):
     @staticmethod
     def forward(  # type: ignore[override]
         ctx: Any,
@@ -220,7 +220,7 @@ def linear_token_divergence(
         others = reference.whole(None if mask is None else mask.reshape(-1), dtypes[1]).view(logits.shape)
         found = token_reference.token_divergence(logits, others, ids, mask, comparison)
     else:
-        logprobs, entropy, values = _LinearTokenDivergence.apply(
+        logprobs, entropy, values = LinearTokenDivergence.apply(
             hidden_states, lm_head_weight, bias, dtypes, workspace, reference, ids, mask, comparison, backend
         )
         found = TokenDivergence(values, entropy, logprobs)

@@ -160,7 +160,7 @@ def gradient_fakes(hidden: Tensor, weight: Tensor, bias: Tensor | None, needs: t
     return tuple(x.new_empty(x.shape if need else (0,)) for x, need in zip(like, needs, strict=True))
 
 
-_FWD = define(
+linear_token_logprobs_fwd = define(
     "linear_token_logprobs_fwd",
     f"({HEAD_SCHEMA}, Tensor ids, Tensor? mask, {TRANSFORM_SCHEMA}, int outputs, int max_logits_bytes, "
     "bool save_projection) -> (Tensor logprobs, Tensor lse, Tensor entropy, Tensor log_sum_sq_probs, "
@@ -168,7 +168,7 @@ _FWD = define(
     _fwd_fake,
     {backend: partial(_fwd, backend) for backend in KERNEL_BACKENDS},
 )
-_BWD = define(
+linear_token_logprobs_bwd = define(
     "linear_token_logprobs_bwd",
     f"({HEAD_SCHEMA}, Tensor ids, Tensor? mask, Tensor logprobs, Tensor lse, Tensor entropy, Tensor? dlogprobs, "
     f"Tensor? dentropy, {TRANSFORM_SCHEMA}, Tensor retained, Tensor retained_ids, bool need_dhidden, "
@@ -178,7 +178,7 @@ _BWD = define(
 )
 
 
-class _LinearTokenLogprobs(torch.autograd.Function):
+class LinearTokenLogprobs(torch.autograd.Function):
     @staticmethod
     def forward(  # type: ignore[override]
         ctx: Any,
@@ -199,7 +199,7 @@ class _LinearTokenLogprobs(torch.autograd.Function):
         flat_ids = token_ids(ids).view(-1)
         flat_mask = None if mask is None else mask.reshape(-1)
         bounds = (outputs, max_logits_bytes, save_projection)
-        logprobs, lse, entropy, *extras, retained, retained_ids, projection = _FWD[backend](
+        logprobs, lse, entropy, *extras, retained, retained_ids, projection = linear_token_logprobs_fwd[backend](
             rows, weight, bias, *dtypes, workspace_bytes, flat_ids, flat_mask, *transform, *bounds
         )
         statistics = (logprobs, lse, entropy, retained, retained_ids)
@@ -224,7 +224,7 @@ class _LinearTokenLogprobs(torch.autograd.Function):
             return (dhidden, *(None,) * 11)
         dtypes, workspace_bytes, transform, backend = ctx.options
         needs = (ctx.needs_input_grad[0], ctx.needs_input_grad[1], bias is not None and ctx.needs_input_grad[2])
-        dhidden, dweight, dbias = _BWD[backend](
+        dhidden, dweight, dbias = linear_token_logprobs_bwd[backend](
             hidden.detach().reshape(-1, hidden.shape[-1]),
             weight,
             bias,
@@ -322,7 +322,7 @@ def linear_token_logprobs(
         torch.is_grad_enabled() and x is not None and x.requires_grad for x in (hidden_states, lm_head_weight, bias)
     ]
     max_logits_bytes = max_logits_bytes if any(needs) else 0
-    logprobs, entropy, *extras = _LinearTokenLogprobs.apply(
+    logprobs, entropy, *extras = LinearTokenLogprobs.apply(
         hidden_states,
         lm_head_weight,
         bias,

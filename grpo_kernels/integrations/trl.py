@@ -1,0 +1,366 @@
+"""TRL through these kernels: one line before training, or one trainer.
+
+    from grpo_kernels.integrations.trl import apply
+    apply()
+
+TRL computes its losses; what changes is the function under its fused head, which GRPO, RLOO, SFT, DPO, KTO and async
+GRPO share, the rows that this head is given, and the divergence of its distillation. PEFT, DDP, FSDP2, ZeRO-3, MoE,
+vision models, softcaps, logit scales, biases and metrics are TRL's own, since nothing above the head is replaced.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from types import CodeType, ModuleType, TracebackType
+from typing import Any
+
+import torch
+
+try:
+    import trl
+    from trl import GRPOTrainer
+    from trl.trainer import utils as trl_utils
+except ImportError as error:
+    raise ImportError(f"grpo_kernels.integrations.trl needs TRL, tested with 1.16.0: {error}") from error
+
+if not hasattr(trl_utils, "_ChunkedLogProbFunction") or not hasattr(trl_utils, "add_fused_lm_head"):
+    raise ImportError(
+        f"TRL {trl.__version__} has no fused head to take over (trl.trainer.utils._ChunkedLogProbFunction, which came "
+        "with 1.14): tested with 1.16.0"
+    )
+
+from grpo_kernels import registry
+from grpo_kernels.integrations.trl_head import (
+    Counts,
+    Expected,
+    Settings,
+    head_divergence,
+    head_logprobs,
+)
+from grpo_kernels.integrations.trl_loss import expected_loss, scored_tokens
+
+__all__ = ["Applied", "Counts", "FusedGRPOTrainer", "Settings", "apply", "unapply"]
+
+TESTED = "1.16.0"
+_HEAD_ARGUMENTS = (
+    "hidden", "weight", "bias", "targets", "temperature", "chunk_size", "final_logit_softcapping", "logit_scale",
+    "outputs",
+)  # fmt: skip
+_DIVERGENCE_ARGUMENTS = (
+    "student_hidden", "student_weight", "student_bias", "teacher_hidden", "teacher_weight", "teacher_bias", "beta",
+    "temperature", "student_logit_scale", "student_final_logit_softcapping", "teacher_logit_scale",
+    "teacher_final_logit_softcapping",
+)  # fmt: skip
+
+#: Of this process, by ``apply``; and of what runs within a ``FusedGRPOTrainer``.
+_APPLIED: list[Settings] = []
+_WITHIN: ContextVar[Settings | None] = ContextVar("settings", default=None)
+_EXPECTED: ContextVar[Expected | None] = ContextVar("expected", default=None)
+
+
+def _settings() -> Settings | None:
+    return _WITHIN.get() or (_APPLIED[-1] if _APPLIED else None)
+
+
+def _serves(device: torch.device) -> bool:
+    settings = _settings()
+    return settings is not None and settings.backend_on(device) != "torch"
+
+
+class _Head:
+    """Stands where TRL looks its head's function up; TRL's own runs where nothing is applied, or no kernel serves."""
+
+    def __init__(self, original: Any) -> None:
+        self.original = original
+
+    def apply(
+        self, hidden: Any, weight: Any, bias: Any, targets: Any, temperature: Any, chunk_size: Any,
+        softcap: Any = None, logit_scale: float = 1.0,
+        outputs: tuple[str, ...] = ("entropy", "log_sum_sq_probs", "mean_logits", "is_top1"),
+    ) -> tuple[Any, ...]:  # fmt: skip
+        settings = _settings()
+        if settings is None or not _serves(hidden.device):
+            return self.original.apply(
+                hidden, weight, bias, targets, temperature, chunk_size, softcap, logit_scale, outputs
+            )
+        return head_logprobs(
+            settings, _EXPECTED.get(), hidden, weight, bias, targets, temperature, softcap, logit_scale, tuple(outputs)
+        )
+
+
+class _Divergence:
+    """The same for distillation."""
+
+    def __init__(self, original: Any) -> None:
+        self.original = original
+
+    def apply(
+        self, student_hidden: Any, student_weight: Any, student_bias: Any, teacher_hidden: Any, teacher_weight: Any,
+        teacher_bias: Any, beta: float, temperature: float = 1.0, student_logit_scale: float = 1.0,
+        student_softcap: Any = None, teacher_logit_scale: float = 1.0, teacher_softcap: Any = None,
+    ) -> tuple[Any, Any]:  # fmt: skip
+        arguments = (
+            student_hidden, student_weight, student_bias, teacher_hidden, teacher_weight, teacher_bias, beta,
+            temperature,
+            student_logit_scale, student_softcap, teacher_logit_scale, teacher_softcap,
+        )  # fmt: skip
+        settings = _settings()
+        if settings is None or not _serves(student_hidden.device):
+            return self.original.apply(*arguments)
+        return head_divergence(settings, *arguments)
+
+
+#: What was replaced: module, name, TRL's own.
+_REPLACED: list[tuple[Any, str, Any]] = []
+
+
+def _replace(owner: Any, name: str, value: Any) -> None:
+    _REPLACED.append((owner, name, getattr(owner, name)))
+    setattr(owner, name, value)
+
+
+def _install() -> None:
+    """Puts dispatching functions where TRL looks its own up: without ``apply`` or a trainer of ours they are TRL's."""
+    if _REPLACED:
+        return
+    distillation = _distillation()
+    check_hooks(distillation)
+    for module, name, wrapper in (
+        (trl_utils, "_ChunkedLogProbFunction", _Head),
+        (distillation, "ChunkedDivergenceFunction", _Divergence),
+    ):
+        _replace(module, name, wrapper(getattr(module, name)))
+    for module in (trl_utils, distillation):
+        original = module._use_triton
+        _replace(module, "_use_triton", lambda device, original=original: _serves(device) or original(device))
+
+
+def _distillation() -> ModuleType:
+    from trl.trainer import distillation_trainer
+
+    return distillation_trainer
+
+
+def _names_in(code: CodeType) -> set[str]:
+    names = set(code.co_names)
+    for constant in code.co_consts:
+        if isinstance(constant, CodeType):
+            names |= _names_in(constant)
+    return names
+
+
+def check_hooks(distillation: ModuleType) -> None:
+    """Raises RuntimeError unless TRL looks its head up where it is replaced, with the arguments that are served.
+
+    Numbers are compared when a backend is known: ``check_numbers``.
+    """
+    found = []
+    for module, name, arguments in (
+        (trl_utils, "_ChunkedLogProbFunction", _HEAD_ARGUMENTS),
+        (distillation, "ChunkedDivergenceFunction", _DIVERGENCE_ARGUMENTS),
+    ):
+        function = getattr(module, name, None)
+        if function is None:
+            found.append(f"{module.__name__} has no {name}")
+            continue
+        got = tuple(inspect.signature(function.forward).parameters)[1:]
+        if got != arguments:
+            found.append(f"{name} takes {', '.join(got)}, not {', '.join(arguments)}")
+        if not hasattr(module, "_use_triton"):
+            found.append(f"{module.__name__} has no _use_triton")
+    for name in ("_ChunkedLogProbFunction", "_use_triton"):
+        if name not in _names_in(trl_utils.add_fused_lm_head.__code__):
+            found.append(f"add_fused_lm_head does not look {name} up")
+    if found:
+        raise RuntimeError(f"TRL {trl.__version__} is not as expected (tested with {TESTED}): {'; '.join(found)}")
+
+
+def _served_device() -> torch.device:
+    """Where heads will run: a GPU that kernels serve, or the CPU.
+
+    Raises:
+        RuntimeError: None does.
+    """
+    devices = [torch.device(kind) for kind in ("cuda", "xpu") if torch.get_device_module(kind).is_available()]
+    for device in (*devices, torch.device("cpu")):
+        if _serves(device):
+            return device
+    reasons = "; ".join(
+        f"{backend}: {registry.unsupported_reason('linear_token_logprobs', backend, device)}"
+        for backend in registry.BACKENDS
+        if backend != "torch"
+    )
+    raise RuntimeError(f"no kernels run here, TRL's own functions would: {reasons}")
+
+
+def check_numbers(settings: Settings) -> None:
+    """Raises RuntimeError unless a small problem has TRL's results, its gradients among them, where heads will run."""
+    token = _WITHIN.set(settings)
+    try:
+        _check_numbers(_served_device())
+    finally:
+        _WITHIN.reset(token)
+
+
+def _check_numbers(device: torch.device) -> None:
+    outputs = ("log_probs", "entropy", "log_sum_sq_probs", "mean_logits", "is_top1")
+    generator = torch.Generator().manual_seed(0)
+    hidden, weight = (torch.randn(shape, generator=generator) for shape in ((8, 16), (37, 16)))
+    bias, upstream = (torch.randn(size, generator=generator) for size in (37, 8))
+    targets = torch.arange(8)
+    head = trl_utils._ChunkedLogProbFunction
+    results = []
+    for function in (head.original, head):
+        leaf = [x.clone().to(device).requires_grad_() for x in (hidden, weight, bias)]
+        found = function.apply(*leaf, targets.to(device), 0.7, 32768, 5.0, 0.5, outputs)
+        torch.autograd.backward([found[0], found[1]], [upstream.to(device), -upstream.to(device)])
+        results.append([*found, *(x.grad for x in leaf)])
+    names = (*outputs, "dhidden", "dweight", "dbias")
+    for name, theirs, ours in zip(names, *results, strict=True):
+        if not torch.allclose(ours.double(), theirs.double(), rtol=1e-4, atol=1e-5):
+            error = (ours.double() - theirs.double()).abs().max().item()
+            raise RuntimeError(
+                f"TRL {trl.__version__} computes another {name} than this package (largest difference {error:.3g}; "
+                f"tested with {TESTED})"
+            )
+
+
+class Applied:
+    """What ``apply`` returns: leaves TRL as it was at the end of a ``with`` block, and counts expected gradients."""
+
+    def __init__(self, settings: Settings) -> None:
+        self.settings = settings
+
+    @property
+    def counts(self) -> Counts:
+        """How often the gradient that a head had formed in its forward was the one that came."""
+        return self.settings.counts
+
+    def __enter__(self) -> Applied:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        unapply()
+
+
+def apply(
+    *,
+    speculate: bool = True,
+    max_logits_bytes: int = 0,
+    workspace_bytes: int | None = None,
+    backend: str = "auto",
+) -> Applied:
+    """Runs TRL's heads through these kernels, in this process, from now on: trainers built before included.
+
+    The numbers stay TRL's up to the rounding of fp32, and every option and metric stays TRL's own. Calling it again
+    replaces the options. As a context manager it ends with the block; ``unapply`` ends it too.
+
+    Args:
+        speculate: Form the head's gradients in the forward where ``GRPOTrainer``'s loss is known before it: a third of
+            the head's backward less. The gradient that comes is compared with the expected one, at the cost of one
+            sync; another one is served by projecting again.
+        max_logits_bytes: Elsewhere: keep as many logits as fit from the forward to the backward.
+        workspace_bytes: Bound of the logits that exist at once; None means 1 GiB on a CPU, 1.5 GB on a GPU.
+        backend: "auto", or one of ``grpo_kernels.registry.BACKENDS``; "torch" leaves TRL's own functions in place.
+
+    Raises:
+        ValueError: An option is out of its range.
+        RuntimeError: TRL's head is not as expected, or computes other numbers on a small problem; nothing is replaced.
+    """
+    settings = Settings(speculate, max_logits_bytes, workspace_bytes, backend)
+    _install_and_check(settings)
+    if GRPOTrainer.compute_loss is not _publishing_compute_loss:
+        _replace(GRPOTrainer, "compute_loss", _publishing_compute_loss)
+    _APPLIED[:] = [settings]
+    return Applied(settings)
+
+
+def _install_and_check(settings: Settings) -> None:
+    is_new = not _REPLACED
+    _install()
+    try:
+        check_numbers(settings)
+    except RuntimeError:
+        if is_new:
+            unapply()
+        raise
+
+
+def unapply() -> None:
+    """Leaves TRL as it was before ``apply``. A ``FusedGRPOTrainer`` that exists keeps its kernels until it is gone."""
+    _APPLIED.clear()
+    while _REPLACED:
+        owner, name, original = _REPLACED.pop()
+        setattr(owner, name, original)
+
+
+_compute_loss = GRPOTrainer.compute_loss
+
+
+@functools.wraps(_compute_loss)
+def _publishing_compute_loss(self: GRPOTrainer, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
+    settings = _settings()
+    if settings is None or _WITHIN.get() is not None:  # a trainer of ours has said it
+        return _compute_loss(self, model, inputs, *args, **kwargs)
+    with _publishing(self, inputs, settings.speculate):
+        return _compute_loss(self, model, inputs, *args, **kwargs)
+
+
+def _has_trls_loss(trainer: Any) -> bool:
+    return type(trainer)._compute_loss is GRPOTrainer._compute_loss
+
+
+@contextmanager
+def _publishing(trainer: Any, inputs: Any, speculate: bool) -> Iterator[None]:
+    """Within it a head is told which of its rows the loss reads and, if asked for, which gradient to expect."""
+    expected = None
+    if torch.is_grad_enabled() and _has_trls_loss(trainer):
+        mask, rows = scored_tokens(inputs)
+        loss = expected_loss(trainer, inputs, mask, rows) if speculate else None
+        expected = Expected(mask.flatten()[rows], loss)
+    token = _EXPECTED.set(expected)
+    try:
+        yield
+    finally:
+        _EXPECTED.reset(token)
+
+
+class FusedGRPOTrainer(GRPOTrainer):
+    """TRL's ``GRPOTrainer`` with its heads through these kernels, and no effect on any other trainer.
+
+    Args:
+        *args, **kwargs: Those of ``GRPOTrainer``.
+        kernels: The options, as ``apply`` takes them; None means its defaults.
+
+    Raises:
+        RuntimeError: As for ``apply``.
+    """
+
+    def __init__(self, *args: Any, kernels: Settings | None = None, **kwargs: Any) -> None:
+        self.kernels = Settings() if kernels is None else kernels
+        _install_and_check(self.kernels)
+        super().__init__(*args, **kwargs)
+
+    def compute_loss(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
+        """``GRPOTrainer.compute_loss``, unchanged."""
+        _install()
+        token = _WITHIN.set(self.kernels)
+        try:
+            with _publishing(self, inputs, self.kernels.speculate):
+                return super().compute_loss(model, inputs, *args, **kwargs)
+        finally:
+            _WITHIN.reset(token)
+
+    def _get_per_token_logps_and_entropies(self, *args: Any, **kwargs: Any) -> Any:
+        _install()
+        token = _WITHIN.set(self.kernels)
+        try:
+            return super()._get_per_token_logps_and_entropies(*args, **kwargs)
+        finally:
+            _WITHIN.reset(token)

@@ -1,0 +1,173 @@
+"""TRL's fused head and its divergence, by TRL's arguments, through these kernels.
+
+Both gather a head that DeepSpeed's ZeRO-3 has partitioned again in the backward, as TRL's own functions do.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+from trl.trainer import utils as trl_utils
+
+from grpo_kernels import registry
+from grpo_kernels.ops.linear_grpo_loss.speculation import ExpectedLoss, SpeculatedLogprobs
+from grpo_kernels.ops.linear_token_divergence.op import LinearTokenDivergence
+from grpo_kernels.ops.linear_token_divergence.reference import Reference
+from grpo_kernels.ops.linear_token_logprobs.head import writes_fp32
+from grpo_kernels.ops.linear_token_logprobs.inputs import check_workspace
+from grpo_kernels.ops.linear_token_logprobs.op import LinearTokenLogprobs
+from grpo_kernels.ops.token_divergence.op import Comparison
+from grpo_kernels.ops.token_logprobs.op import accumulation_dtype, outputs_code
+from grpo_kernels.ops.token_logprobs.transform import Transform
+
+#: TRL's name of what is always there; the others are ours.
+_ALWAYS = "log_probs"
+#: What a head's output can be differentiated through.
+_SPECULATED = frozenset(("log_probs", "entropy"))
+
+
+@dataclass
+class Counts:
+    """What became of expected gradients: those that came, and those that did not."""
+
+    hits: int = 0
+    misses: int = 0
+
+    def add(self, is_hit: bool) -> None:
+        self.hits += is_hit
+        self.misses += not is_hit
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How TRL's head runs: see ``grpo_kernels.integrations.trl.apply``."""
+
+    speculate: bool = True
+    max_logits_bytes: int = 0
+    workspace_bytes: int | None = None
+    backend: str = "auto"
+    counts: Counts = field(default_factory=Counts, compare=False)
+
+    def __post_init__(self) -> None:
+        if self.max_logits_bytes < 0:
+            raise ValueError(f"max_logits_bytes must be at least 0, got {self.max_logits_bytes}")
+        if self.backend not in ("auto", *registry.BACKENDS):
+            backends = ", ".join(map(repr, registry.BACKENDS))
+            raise ValueError(f"backend must be 'auto' or one of {backends}, got {self.backend!r}")
+
+    def backend_on(self, device: torch.device) -> str:
+        """The backend of the head there; "torch" where TRL's own function is to run."""
+        return registry.resolve("linear_token_logprobs", self.backend, device)
+
+
+@dataclass
+class Expected:
+    """What a trainer that is about to run its model says of the loss: used by the first head that can.
+
+    Args:
+        mask: Of the tokens that the head is asked for, which the loss reads, ``[N]``.
+        loss: What is expected of them, or None.
+    """
+
+    mask: Tensor
+    loss: ExpectedLoss | None
+    is_used: bool = False
+
+
+def _gathering(function: type[torch.autograd.Function]) -> type[torch.autograd.Function]:
+    """The function with its backward under TRL's gathering context."""
+
+    def backward(ctx: Any, *upstream: Tensor | None) -> tuple[Tensor | None, ...]:
+        heads = [x for x in ctx.saved_tensors if isinstance(x, torch.nn.Parameter)]
+        with trl_utils.maybe_gather_lm_head_ctx(*heads):
+            return function.backward(ctx, *upstream)
+
+    return type(function.__name__, (function,), {"backward": staticmethod(backward)})
+
+
+_LOGPROBS, _SPECULATION, _DIVERGENCE = map(_gathering, (LinearTokenLogprobs, SpeculatedLogprobs, LinearTokenDivergence))
+
+
+def _dtypes(hidden: Tensor, weight: Tensor) -> tuple[torch.dtype, torch.dtype]:
+    """What TRL computes in, autocast's dtype or the hidden states', and fp32 logits where a GEMM writes them."""
+    if not (hidden.is_floating_point() and weight.is_floating_point()):
+        raise TypeError(f"the head must be floating point, not quantised: got {weight.dtype} and {hidden.dtype}")
+    device = hidden.device
+    compute = torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else hidden.dtype
+    writes = device.type == "cpu" or writes_fp32(device)
+    return compute, accumulation_dtype(compute) if writes else compute
+
+
+def head_logprobs(
+    settings: Settings,
+    expected: Expected | None,
+    hidden: Tensor,  # [N, H]
+    weight: Tensor,  # [V, H]
+    bias: Tensor | None,  # [V]
+    targets: Tensor,  # [N]
+    temperature: float,
+    softcap: float | None,
+    logit_scale: float,
+    outputs: tuple[str, ...],
+) -> tuple[Tensor | None, ...]:
+    """Log-probability, entropy, log sum of squared probabilities, mean logit, is top 1; None where not asked for."""
+    dtypes = _dtypes(hidden, weight)
+    device, vocab = hidden.device, weight.shape[0]
+    backend = settings.backend_on(device)
+    transform = Transform.of(temperature, softcap, logit_scale)
+    workspace = check_workspace(settings.workspace_bytes, 0, vocab, dtypes[1], device)
+    needs = tuple(torch.is_grad_enabled() and x is not None and x.requires_grad for x in (hidden, weight, bias))
+    wanted = tuple(name for name in outputs if name != _ALWAYS)
+    ids = targets.to(torch.int64).contiguous()
+    mask = None
+    if any(needs) and expected is not None and not expected.is_used and expected.mask.shape == ids.shape:
+        expected.is_used = True
+        if expected.loss is not None and _SPECULATED.issuperset(outputs):
+            found = _SPECULATION.apply(
+                hidden, weight, bias, dtypes, workspace, ids, expected.loss, transform, needs, backend,
+                settings.counts.add,
+            )  # fmt: skip
+            return found[0], found[1] if "entropy" in wanted else None, None, None, None
+        mask = expected.mask
+    max_logits_bytes = settings.max_logits_bytes if any(needs) else 0
+    found = _LOGPROBS.apply(
+        hidden, weight, bias, dtypes, workspace, ids, mask, transform, outputs_code(wanted), max_logits_bytes,
+        needs == (True, False, False) and max_logits_bytes == 0, backend,
+    )  # fmt: skip
+    names = ("entropy", "log_sum_sq_probs", "mean_logits", "is_top1")
+    return found[0], *(x if name in wanted else None for name, x in zip(names, found[1:], strict=True))
+
+
+def head_divergence(
+    settings: Settings,
+    student_hidden: Tensor,  # [N, H]
+    student_weight: Tensor,  # [V, H]
+    student_bias: Tensor | None,
+    teacher_hidden: Tensor,  # [N, H']
+    teacher_weight: Tensor,  # [V, H']
+    teacher_bias: Tensor | None,
+    beta: float,
+    temperature: float,
+    student_logit_scale: float,
+    student_softcap: float | None,
+    teacher_logit_scale: float,
+    teacher_softcap: float | None,
+) -> tuple[Tensor, Tensor]:
+    """Divergence of each token, and the student's entropy, which carries no gradient in TRL."""
+    dtypes = _dtypes(student_hidden, student_weight)
+    teacher_dtype, _ = _dtypes(teacher_hidden, teacher_weight)
+    device, vocab = student_hidden.device, student_weight.shape[0]
+    backend = settings.backend_on(device)
+    own = Transform.of(temperature, student_softcap, student_logit_scale)
+    comparison = Comparison(float(beta), *own, *Transform.of(temperature, teacher_softcap, teacher_logit_scale))
+    workspace = check_workspace(settings.workspace_bytes, 0, vocab, dtypes[1], device)
+    teacher = (None, teacher_hidden, teacher_weight, teacher_bias)
+    reference = Reference(*teacher, teacher_dtype)
+    ids = torch.zeros(student_hidden.shape[0], dtype=torch.int64, device=device)
+    _, entropy, divergence = _DIVERGENCE.apply(
+        student_hidden, student_weight, student_bias, dtypes, workspace, reference, ids, None, comparison, backend
+    )
+    return divergence, entropy.detach()
