@@ -1,7 +1,7 @@
 // The per-token maths of the GRPO family, for host and device: ratio, clip, KL, and their derivatives.
 //
 // The only C++ copy. A new surrogate or KL estimator is a branch here, its constants, and the same in
-// ops/policy_loss/reference.py and triton_math.py. Enumerations mirror grpo_kernels/config.py and ops/policy_loss/metrics.py.
+// ops/policy_loss/reference.py and triton_math.py. Enumerations mirror grpo_kernels/options.py and ops/policy_loss/metrics.py.
 #pragma once
 
 #include <cmath>

@@ -5,8 +5,9 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable
 from dataclasses import fields
+from typing import TYPE_CHECKING
 
-from grpo_kernels.config import (
+from grpo_kernels.options import (
     CLIPPED_LOSS_TYPES,
     DIVERGENCES,
     IMPORTANCE_SAMPLING_LEVELS,
@@ -15,10 +16,12 @@ from grpo_kernels.config import (
     LOSS_AGG_MODES,
     LOSS_TYPES,
     ROLLOUT_CORRECTIONS,
-    GRPOLossConfig,
     Level,
     Surrogate,
 )
+
+if TYPE_CHECKING:
+    from grpo_kernels.config import GRPOLossConfig
 
 
 def mixture_of(divergence: str, mixture: float = 0.5) -> float:

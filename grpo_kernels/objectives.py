@@ -188,6 +188,7 @@ def distillation_loss(
         temperature,
         teacher_softcap,
         teacher_logit_scale,
+        prefix="teacher_",
     )
     teacher = Reference.of(
         completion_ids,
@@ -199,7 +200,7 @@ def distillation_loss(
         prefix="teacher_",
     )
     dtypes = head_dtypes(hidden_states, lm_head_weight, logits_dtype)
-    workspace = check_workspace(workspace_bytes, 0, lm_head_weight.shape[0], dtypes[1], hidden_states.device)
+    workspace = check_workspace(workspace_bytes, 0, lm_head_weight.shape[0], dtypes[1], hidden_states.device, models=2)
     config = GRPOLossConfig(
         loss_type="reinforce",
         loss_agg_mode=_SFT_MEANS[reduction],

@@ -197,7 +197,8 @@ def nemo_rl(
 
     Of NeMo-RL's own: the KL is weighted by ``exp(l - sg[l])``, log-ratios to the reference are clamped to
     ``kl_input_clamp_value`` (ours clamps those to the old policy too, which for 20 tells ratios beyond ``e^20`` apart)
-    and the estimate to ``kl_output_clamp_value``. ``force_on_policy_ratio`` is ``old_logprobs=None``;
+    and the estimate to ``kl_output_clamp_value``. A token that the sampler did not score (NaN) has weight 0 there, and
+    is not corrected here. ``force_on_policy_ratio`` without a correction is ``old_logprobs=None``;
     ``use_on_policy_kl_approximation`` and the positive-example loss have no counterpart here.
 
     Raises:
@@ -215,8 +216,25 @@ def nemo_rl(
             f"truncated_importance_sampling_type must be one of {', '.join(map(repr, kinds))}, "
             f"got {truncated_importance_sampling_type!r}"
         )
-    if truncated_importance_sampling_type is not None and not use_importance_sampling_correction:
-        raise ValueError("use_importance_sampling_correction must be True for a truncation, got False")
+    has_bound = truncated_importance_sampling_ratio is not None
+    if truncated_importance_sampling_type is None and (
+        has_bound or truncated_importance_sampling_ratio_min is not None
+    ):
+        raise ValueError("truncated_importance_sampling_type must be given with bounds, got None")
+    if truncated_importance_sampling_type is not None:
+        if not use_importance_sampling_correction:
+            raise ValueError("use_importance_sampling_correction must be True for a truncation, got False")
+        if not has_bound:
+            raise ValueError("truncated_importance_sampling_ratio must be given for a truncation, got None")
+        if truncated_importance_sampling_type != "tis" and truncated_importance_sampling_ratio_min is None:
+            raise ValueError(
+                "truncated_importance_sampling_ratio_min must be given with truncated_importance_sampling_type="
+                f'"{truncated_importance_sampling_type}", got None'
+            )
+        if truncated_importance_sampling_type == "seq-mask-tis" and sequence_level_importance_ratios:
+            raise ValueError('truncated_importance_sampling_type="seq-mask-tis" takes token-level ratios')
+    if disable_ppo_ratio and ratio_clip_c is not None:
+        raise ValueError(f"ratio_clip_c has no effect with disable_ppo_ratio=True, got {ratio_clip_c!r}")
     options: dict[str, Any] = {
         "loss_type": "reinforce" if disable_ppo_ratio else "cispo" if use_cispo else "dapo",
         "loss_agg_mode": "token-mean" if token_level_loss else "seq-mean-token-mean",

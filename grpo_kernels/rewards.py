@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from grpo_kernels.config import KL_ESTIMATORS
 from grpo_kernels.ops.policy_loss.reference import kl_estimate
 from grpo_kernels.ops.sequences import Sequences
 from grpo_kernels.ops.validation import (
@@ -18,6 +18,7 @@ from grpo_kernels.ops.validation import (
     check_mask,
     check_shape,
 )
+from grpo_kernels.options import KL_ESTIMATORS
 
 
 @torch.no_grad()
@@ -73,13 +74,17 @@ def kl_penalized_rewards(
     check_shape("rewards", rewards, (sequences.count,), logprobs.shape)
     if kl_estimator not in KL_ESTIMATORS:
         raise ValueError(f"kl_estimator must be one of {', '.join(map(repr, KL_ESTIMATORS))}, got {kl_estimator!r}")
+    if not (beta >= 0 and math.isfinite(beta)):
+        raise ValueError(f"beta must be finite and at least 0, got {beta!r}")
     if kl_clamp is not None and not kl_clamp > 0:
         raise ValueError(f"kl_clamp must be None or greater than 0, got {kl_clamp!r}")
     dtype = torch.float64 if logprobs.dtype == torch.float64 else torch.float32
     kl = kl_estimate(logprobs.to(dtype) - ref_logprobs.to(dtype), kl_estimator)
     kl = torch.where(completion_mask != 0, kl if kl_clamp is None else kl.clamp(-kl_clamp, kl_clamp), 0)
     per_completion = rewards.shape == (sequences.count,) and rewards.shape != logprobs.shape
-    return rewards.to(dtype) - beta * (sequences.sum(kl) if per_completion else kl)
+    if per_completion:
+        return rewards.to(dtype) - beta * sequences.sum(kl)
+    return torch.where(completion_mask != 0, rewards.to(dtype), 0) - beta * kl
 
 
 def mask_truncated(
@@ -116,9 +121,10 @@ def mask_truncated(
     check_shape("completion_mask", completion_mask, completion_ids.shape)
     check_device(completion_ids.device, [("completion_mask", completion_mask)])
     check_cu_seqlens(cu_seqlens, completion_ids, False)
-    ends = torch.as_tensor(eos_token_id, device=completion_ids.device).reshape(-1)
-    if ends.numel() == 0:
-        raise ValueError("eos_token_id must hold at least one id, got none")
+    given = [eos_token_id] if isinstance(eos_token_id, int) else list(eos_token_id or ())
+    if not given or not all(isinstance(token, int) for token in given):
+        raise ValueError(f"eos_token_id must be an id, or several, got {eos_token_id!r}")
+    ends = torch.tensor(given, device=completion_ids.device)
     sequences = Sequences.of(completion_ids, cu_seqlens)
     mask = completion_mask != 0
     counts = sequences.sum(mask.to(torch.int64))

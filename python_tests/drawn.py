@@ -7,7 +7,14 @@ from typing import Any
 from hypothesis import strategies as st
 
 from grpo_kernels import GRPOLossConfig
-from grpo_kernels.config import CLIPPED_LOSS_TYPES, DIVERGENCES, KL_ESTIMATORS, KL_GRADIENTS, LOSS_AGG_MODES, LOSS_TYPES
+from grpo_kernels.options import (
+    CLIPPED_LOSS_TYPES,
+    DIVERGENCES,
+    KL_ESTIMATORS,
+    KL_GRADIENTS,
+    LOSS_AGG_MODES,
+    LOSS_TYPES,
+)
 
 TRL_LOSS_TYPES = ("grpo", "bnpo", "dr_grpo", "dapo", "luspo", "cispo", "sapo", "vespo")
 _WITHOUT_LEVEL = ("vespo", "gmpo", "reinforce", "clip_cov", "kl_cov")

@@ -15,13 +15,13 @@ import grpo_kernels
 from grpo_kernels import GRPOLossConfig, gae, group_advantages
 from grpo_kernels.ops.library import KERNEL_BACKENDS
 from grpo_kernels.testing.calls import BACKENDS, SOURCES, applies, call, leaves, run
-from grpo_kernels.testing.cases import INPUT_CASES, LOSS_CASES, Case
+from grpo_kernels.testing.cases import FAMILY_CASES, INPUT_CASES, LOSS_CASES, Case
 from grpo_kernels.testing.inputs import Inputs, build
 
-CASES = {case.name: case for case in (*INPUT_CASES, *LOSS_CASES)}
+CASES = {case.name: case for case in (*INPUT_CASES, *LOSS_CASES, *FAMILY_CASES)}
 #: One of each way through the code.
 TRACED = ("bias_sequence", "next_token_layout", "dirty_mask", "packed_sequence", "packed_token_advantages", "rewards",
-          "num_items_tensor")  # fmt: skip
+          "num_items_tensor", "exact_js", "exact-sequence")  # fmt: skip
 
 
 class _Recorder(TorchDispatchMode):
@@ -40,7 +40,15 @@ class _Recorder(TorchDispatchMode):
 def _recorded_calls(backend: str) -> dict[str, tuple[Any, tuple]]:
     """Arguments with which the public functions call each registered op, for a few cases."""
     calls = {}
-    for name in ("plain", "bias_sequence", "dirty_mask", "next_token_layout", "packed_sequence", "grad_output"):
+    for name in (
+        "plain",
+        "bias_sequence",
+        "dirty_mask",
+        "next_token_layout",
+        "packed_sequence",
+        "grad_output",
+        "exact_reverse_kl",
+    ):
         for op in SOURCES:
             if not applies(op, CASES[name]):
                 continue
@@ -85,7 +93,10 @@ def _loss(op: str, inputs: Inputs, leaf: dict[str, Tensor], backend: str, **opti
     if "loss" in result._fields:
         return result.loss + 0 * result.metrics["entropy"]
     upstream = (inputs.dlogprobs.nan_to_num(0, 0, 0), inputs.dentropy.nan_to_num(0, 0, 0))
-    return (result.logprobs * upstream[0]).sum() + (result.entropy * upstream[1]).sum()
+    loss = (result.logprobs * upstream[0]).sum() + (result.entropy * upstream[1]).sum()
+    if "divergence" in result._fields:
+        loss = loss + (result.divergence * inputs.ddivergence.nan_to_num(0, 0, 0)).sum()
+    return loss
 
 
 def _gradients(function: Callable[..., Tensor], op: str, inputs: Inputs, **options: Any) -> list[Tensor]:

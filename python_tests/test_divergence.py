@@ -19,7 +19,9 @@ from grpo_kernels import (
     token_divergence,
     token_logprobs,
 )
-from grpo_kernels.config import DIVERGENCES
+from grpo_kernels.ops.linear_token_divergence.reference import Reference, ReferenceRows
+from grpo_kernels.ops.linear_token_logprobs.rows import Rows
+from grpo_kernels.options import DIVERGENCES
 from grpo_kernels.testing.calls import BACKENDS
 
 KERNELS = [backend for backend in BACKENDS if backend != "torch"]
@@ -94,6 +96,93 @@ def test_what_is_impossible_in_one_distribution_alone(backend: str) -> None:
         logits = a_part.clone().requires_grad_()
         token_divergence(logits, a_part + 1, divergence=divergence, backend=backend).divergence.sum().backward()
         assert logits.grad.isfinite().all()
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_an_infinite_divergence_is_no_other_metrics(backend: str) -> None:
+    logits, reference = torch.zeros(1, 2, 3), torch.tensor([[[0.0, 0.0, -math.inf], [0.0, 0.0, 0.0]]])
+    config = GRPOLossConfig(beta=0.1, kl_estimator="reverse_kl")
+    ids, mask = torch.zeros(1, 2, dtype=torch.int64), torch.ones(1, 2)
+    arguments = (logits, ids, torch.ones(1), mask)
+    metrics = grpo_loss(*arguments, reference_logits=reference, config=config, backend=backend).metrics
+    assert metrics["kl"].item() == math.inf
+    assert metrics["entropy"].item() == pytest.approx(math.log(3)) and metrics["clip_ratio/low_mean"] == 0
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_an_impossible_first_column_is_as_any_other(backend: str) -> None:
+    """No ids means the ids 0, of which nothing may be seen."""
+    logits = torch.tensor([[-math.inf, 1.0, 2.0]], requires_grad=True)
+    found = token_divergence(logits, torch.tensor([[-math.inf, 1.0, 1.0]]), backend=backend)
+    (found.divergence + found.entropy).sum().backward()
+    assert logits.grad.isfinite().all() and logits.grad[0, 0] == 0
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("mixture", [1e-9, 1 - 1e-9, 1e-30])
+def test_a_mixture_of_almost_one_alone_is_almost_nothing(backend: str, mixture: float) -> None:
+    """Not the KL that has the rounded number."""
+    logits, reference = _random(4, 30).float(), _random(4, 30, seed=1).float()
+    got = token_divergence(logits, reference, divergence="js", mixture=mixture, backend=backend).divergence
+    assert got.abs().max() < 1e-6
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("layout", ["dense", "transposed", "half"])
+def test_given_logits_may_lie_anywhere(backend: str, masked: bool, layout: str) -> None:
+    hidden, head, reference = _random(5, 8).float(), _random(31, 8, seed=1).float(), _random(5, 31, seed=2).float()
+    given = {"dense": reference, "transposed": reference.T.contiguous().T, "half": reference.bfloat16()}[layout]
+    mask = torch.arange(5) % 2 == 0 if masked else None
+    got = linear_token_divergence(hidden, head, reference_logits=given, mask=mask, backend=backend)
+    expected = token_divergence(hidden @ head.T, given.float().contiguous(), mask=mask, backend="torch")
+    torch.testing.assert_close(got.divergence, expected.divergence, rtol=1e-5, atol=1e-6)
+
+
+def test_given_logits_are_copied_where_they_must_be_alone() -> None:
+    """Else no workspace is theirs, and the policy's chunks may be twice as large."""
+    given, ids = torch.randn(6, 31), torch.zeros(6, dtype=torch.int64)
+    every, some = Rows.of(None, None, ids), Rows.of(torch.arange(6) != 2, None, ids)
+
+    def row_bytes(logits: Tensor, rows: Rows) -> int:
+        return ReferenceRows(Reference.of(ids, 31, logits, None, None, None), rows, torch.float32).row_bytes
+
+    assert row_bytes(given, every) == 0
+    copied = ((given, some), (given.bfloat16(), every), (given.T.contiguous().T, every))
+    assert [row_bytes(*each) for each in copied] == [31 * 4] * 3
+
+
+@pytest.mark.parametrize("student", [torch.float32, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("teacher", [torch.float32, torch.bfloat16, torch.float64])
+def test_models_of_any_two_dtypes(student: torch.dtype, teacher: torch.dtype) -> None:
+    hidden, head = _random(5, 8).to(student), _random(31, 8, seed=1).to(student)
+    others = {"reference_hidden_states": _random(5, 6, seed=2).to(teacher),
+              "reference_lm_head_weight": _random(31, 6, seed=3).to(teacher)}  # fmt: skip
+    got = linear_token_divergence(hidden, head, **others, backend="cpu").divergence
+    expected = linear_token_divergence(
+        hidden.double(), head.double(), **{name: x.double() for name, x in others.items()}, backend="torch"
+    ).divergence
+    torch.testing.assert_close(got.double(), expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("inputs", "out"),
+    [
+        (torch.float32, torch.float64), (torch.float32, torch.bfloat16), (torch.float64, torch.float32),
+        (torch.bfloat16, torch.float32), (torch.bfloat16, torch.float64), (torch.float16, torch.bfloat16),
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize("add", [False, True])
+def test_gemms_of_any_dtypes_are_asked_for_what_cuda_has(
+    inputs: torch.dtype, out: torch.dtype, add: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On meta tensors, which refuse what a GPU's GEMM refuses."""
+    from grpo_kernels.ops.linear_token_logprobs import head
+
+    monkeypatch.setattr(head, "writes_fp32", lambda device: True)
+    a, b, c = (torch.empty(shape, dtype=kind, device="meta") for shape, kind in
+               (((3, 4), inputs), ((4, 5), inputs), ((3, 5), out)))  # fmt: skip
+    assert head.matmul(a, b, c, add=add).dtype == out
 
 
 @pytest.mark.parametrize("backend", KERNELS)
@@ -266,7 +355,9 @@ ZEROS = torch.zeros(1, 2, 3)
         ({"reference_logits": torch.zeros(1, 2, 4)}, ValueError, "reference_logits must have shape"),
         ({"reference_logits": ZEROS.double()}, TypeError, "reference_logits must have the dtype of logits"),
         ({"reference_logits": ZEROS.long()}, TypeError, "reference_logits"),
-        ({"divergence_temperature": 0.0}, ValueError, "temperature must be finite and greater than 0"),
+        ({"divergence_temperature": 0.0}, ValueError, "divergence_temperature must be finite and greater than 0"),
+        ({"reference_softcap": -1.0}, ValueError, "reference_softcap must be"),
+        ({"logits": torch.zeros(3)}, ValueError, "logits must have shape"),
         ({"ids": torch.tensor([[0, 3]])}, ValueError, "ids must lie in"),
         ({"mask": torch.ones(1, 3)}, ValueError, "mask must have shape"),
     ],
@@ -295,6 +386,11 @@ EXACT = GRPOLossConfig(beta=0.1, kl_estimator="js")
         (lambda a: policy_loss(a[4], *a[3:], config=EXACT), "divergence must be given"),
         (lambda a: policy_loss(a[4], *a[3:], divergence=a[4]), "divergence must be None"),
         (lambda a: distillation_loss(*a[:3], a[4]), "teacher_logits, or both"),
+        (lambda a: distillation_loss(*a[:3], a[4], teacher_logits=ZEROS, teacher_softcap=-1.0), "teacher_softcap"),
+        (
+            lambda a: linear_grpo_loss(*a, reference_logits=ZEROS, ref_logprobs=a[4], config=EXACT),
+            "ref_logprobs must be None",
+        ),
         (lambda a: distillation_loss(*a[:3], a[4], teacher_logits=ZEROS, hard_weight=1.0), "hard_weight"),
         (lambda a: GRPOLossConfig(beta=0.1, kl_estimator="js", kl_clamp=1.0), "kl_clamp has no effect"),
         (lambda a: GRPOLossConfig(kl_estimator="js"), "kl_estimator has no effect with beta=0"),

@@ -14,10 +14,10 @@ from torch.profiler import ProfilerActivity, profile
 from grpo_kernels import GRPOLossConfig, grpo_loss, linear_grpo_loss, linear_token_logprobs, token_logprobs
 from grpo_kernels.ops.linear_token_logprobs.rows import pack_rows, row_chunks
 from grpo_kernels.testing.calls import call, leaves, run
-from grpo_kernels.testing.cases import INPUT_CASES, LOSS_CASES, VOCABULARY_CASES, Case
+from grpo_kernels.testing.cases import FAMILY_CASES, INPUT_CASES, LOSS_CASES, VOCABULARY_CASES, Case
 from grpo_kernels.testing.inputs import Inputs, build
 
-CASES = {case.name: case for case in (*INPUT_CASES, *LOSS_CASES)}
+CASES = {case.name: case for case in (*INPUT_CASES, *LOSS_CASES, *FAMILY_CASES)}
 LINEAR = ("linear_token_logprobs", "linear_grpo_loss")
 BATCH, LENGTH, HIDDEN, VOCAB = 4, 6, 16, 96
 _GEMMS = ("aten::mm", "aten::addmm", "aten::addmm_")
@@ -210,6 +210,7 @@ OPTIONS = (
     {"max_logits_bytes": 1 << 30},
 )
 MEMORY_CASES = ("plain", "dirty_mask", "dirty_mask_sequence", "bias", "bias_sequence", "packed_sequence", "all_masked",
+                "exact_js", "exact-sequence",
                 "some_advantages", "zero_advantage", "strided")  # fmt: skip
 
 
@@ -239,6 +240,13 @@ def test_nothing_is_read_back_while_a_graph_is_captured(
     expected = run(op, inputs, "cpu")
     for module in ("linear_token_logprobs.rows", "linear_token_logprobs.op", "linear_grpo_loss.chunks"):
         monkeypatch.setattr(f"grpo_kernels.ops.{module}.is_capturing", lambda device: True)
+    made = torch.tensor
+
+    def made_on_the_host(data: Any, *arguments: Any, **options: Any) -> torch.Tensor:
+        assert "device" not in options, "on a GPU it waits for the copy"
+        return made(data, *arguments, **options)
+
+    monkeypatch.setattr(torch, "tensor", made_on_the_host)
     for options in ({}, {"workspace_bytes": 3 * ROW}, {"max_logits_bytes": 7 * ROW}):
         got = run(op, inputs, "cpu", **options)
         for key, value in expected.items():

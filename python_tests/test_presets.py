@@ -20,6 +20,7 @@ def _random(*shape: int) -> Tensor:
 
 OLD = -1 - _random(6, 5).abs()
 LOGPROBS, SAMPLING, REFERENCE = OLD + 0.4 * _random(6, 5), OLD + 0.5 * _random(6, 5), OLD + 0.4 * _random(6, 5)
+REFERENCE[0, :3] += torch.tensor([25.0, -25.0, 6.0])  # beyond the clamps
 ADVANTAGES, ENTROPY = _random(6), _random(6, 5).abs()
 MASK = (torch.arange(5) < torch.tensor([[5], [3], [1], [4], [2], [5]])).double()
 
@@ -38,9 +39,13 @@ def _inside(values: Tensor, low: float, high: float) -> Tensor:
     return ((values >= low) & (values <= high)).double()
 
 
-def _kl(logprobs: Tensor, estimator: str) -> Tensor:
-    d = logprobs - REFERENCE
-    return {"k1": d, "k2": d**2 / 2, "k3": (-d).exp() - 1 + d}[estimator].clamp(-10, 10)
+def _kl(logprobs: Tensor, estimator: str, bound: float, weighted: bool = False) -> Tensor:
+    """Clamped before and after; NeMo-RL's weight multiplies in between, and has no gradient beyond the first clamp."""
+    difference = logprobs - REFERENCE
+    d = difference.clamp(-bound, bound)
+    k = {"k1": d, "k2": d**2 / 2, "k3": (-d).exp() - 1 + d}[estimator]
+    weight = (logprobs - logprobs.detach()).exp()
+    return (k * torch.where(d == difference, weight, weight.detach()) if weighted else k).clamp(-10, 10)
 
 
 def _clipped(ratio: Tensor, low: float, high: float, dual: float | None) -> Tensor:
@@ -76,7 +81,7 @@ def _nemo_rl(logprobs: Tensor, options: dict[str, Any]) -> Tensor:
             weights = weights * _inside(_geometric(log_ratio), *bounds)
         loss = loss * weights
     beta = options.get("reference_policy_kl_penalty", 0.01)
-    kl = _kl(logprobs, options.get("reference_policy_kl_type", "k3")) * (logprobs - logprobs.detach()).exp()
+    kl = _kl(logprobs, options.get("reference_policy_kl_type", "k3"), 20, weighted=True)
     return _mean(loss, token_level) + (0 if options.get("use_kl_in_reward") else beta * _mean(kl, token_level))
 
 
@@ -112,7 +117,9 @@ def _openrlhf(logprobs: Tensor, options: dict[str, Any]) -> Tensor:
         loss = loss * kept[options.get("vllm_is_correction_type", "tis")]
     loss = _mean(loss, token_level)
     if options.get("use_kl_loss"):
-        loss = loss + options.get("init_kl_coef", 0.01) * _mean(_kl(logprobs, options["kl_estimator"]), token_level)
+        loss = loss + options.get("init_kl_coef", 0.01) * _mean(
+            _kl(logprobs, options["kl_estimator"], torch.inf), token_level
+        )
     return loss - options.get("entropy_loss_coef", 0.0) * _mean(ENTROPY, token_level)
 
 
@@ -156,6 +163,19 @@ def test_a_preset_is_the_frameworks_formula(name: str, formula: Any, options: di
         ("nemo_rl", {"use_cispo": True, "disable_ppo_ratio": True}, "use_cispo"),
         ("nemo_rl", {"use_cispo": True, "ratio_clip_c": 3.0}, "ratio_clip_c must be None"),
         ("nemo_rl", {"truncated_importance_sampling_type": "tis"}, "use_importance_sampling_correction"),
+        ("nemo_rl", _CORRECTED | {"truncated_importance_sampling_ratio": 2.0}, "truncated_importance_sampling_type"),
+        ("nemo_rl", _CORRECTED | {"truncated_importance_sampling_type": "tis"}, "sampling_ratio must be given"),
+        (
+            "nemo_rl",
+            _CORRECTED | {"truncated_importance_sampling_type": "icepop", "truncated_importance_sampling_ratio": 2.0},
+            "ratio_min must be given",
+        ),
+        (
+            "nemo_rl",
+            {"truncated_importance_sampling_type": "seq-mask-tis"} | _BOUNDS | _SEQUENCES,
+            "token-level ratios",
+        ),
+        ("nemo_rl", {"ratio_clip_c": 3.0, "disable_ppo_ratio": True}, "ratio_clip_c has no effect"),
         ("nemo_rl", {"truncated_importance_sampling_type": "clip"}, "truncated_importance_sampling_type must be one"),
         ("nemo_rl", {"ratio_clip_c": 1.1}, "ratio_clip_c must be greater than"),
         ("openrlhf", {"dual_clip": 1.0}, "dual_clip must be greater than"),

@@ -11,7 +11,7 @@ from drawn import configs
 from hypothesis import strategies as st
 
 from grpo_kernels import group_advantages
-from grpo_kernels.config import DIVERGENCES
+from grpo_kernels.options import DIVERGENCES
 from grpo_kernels.testing.assertions import assert_near_baseline
 from grpo_kernels.testing.calls import SOURCES, applies, run
 from grpo_kernels.testing.cases import Case

@@ -17,7 +17,7 @@ from grpo_kernels import (
     policy_loss,
     token_logprobs,
 )
-from grpo_kernels.config import Level
+from grpo_kernels.options import Level
 from grpo_kernels.testing.calls import BACKENDS, SOURCES, applies, call, leaves
 from grpo_kernels.testing.cases import FAMILY_CASES, INPUT_CASES, LOSS_CASES, VARIANT_CASES, Case
 from grpo_kernels.testing.inputs import Inputs, build

@@ -20,7 +20,7 @@ def test_a_completion_pays_for_all_its_tokens() -> None:
 
 
 def test_a_token_pays_for_itself() -> None:
-    rewards = torch.tensor([[0.0, 1.0, 0.0], [0.0, 0.0, 2.0]])
+    rewards = torch.tensor([[0.0, 1.0, math.nan], [0.0, 0.0, 2.0]])
     got = kl_penalized_rewards(rewards, LOGPROBS, REFERENCE, MASK, beta=0.1, kl_estimator="k2", kl_clamp=10.0)
     torch.testing.assert_close(got, torch.tensor([[-0.0125, 1 - 0.003125, 0.0], [0.0, -0.0125, 2 - 1.0]]))
 
@@ -46,6 +46,8 @@ def test_rewards_carry_no_gradient_and_stay_as_they_are() -> None:
     [
         ({"kl_estimator": "js"}, "kl_estimator must be one of"),
         ({"kl_clamp": 0.0}, "kl_clamp"),
+        ({"beta": -1.0}, "beta must be"),
+        ({"beta": math.nan}, "beta must be"),
         ({"rewards": torch.zeros(3)}, "rewards must have shape"),
         ({"ref_logprobs": REFERENCE[:1]}, "ref_logprobs must have shape"),
     ],
@@ -75,5 +77,6 @@ def test_packed_completions_are_masked_alike() -> None:
 
 
 def test_no_end_is_refused() -> None:
-    with pytest.raises(ValueError, match="eos_token_id"):
-        mask_truncated(IDS, KEPT, [])
+    for none in ([], None, 2.5, [2.5]):
+        with pytest.raises((ValueError, TypeError), match=r"eos_token_id|iterable"):
+            mask_truncated(IDS, KEPT, none)

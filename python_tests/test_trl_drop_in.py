@@ -200,8 +200,8 @@ def test_a_wrong_backward_is_caught(folder: Path, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("speculate", [True, False])
 def test_in_bf16(speculate: bool, folder: Path, tmp_path: Path) -> None:
-    """Autocast: the head's GEMMs take bf16 as TRL's do, but its logits stay fp32. Against a run in fp32 the error of all
-    parameters together is no larger than stock's, but for what one rounding otherwise makes of it."""
+    """Autocast: the head's GEMMs take bf16 as TRL's do, but its logits stay fp32. Against a run in fp32 the error of
+    all parameters together is no larger than stock's, but for what one rounding otherwise makes of it."""
     options = CONFIGURATIONS["dapo-beta_0.04-iterations_2"]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(trl, "GRPOConfig", lambda **given: _bf16_config(**given))

@@ -157,6 +157,13 @@ struct LogSoftmax {
   Vector<R> operator()(Vector<R> u) const { return (u - u_lse) * outer - rest; }
 };
 
+// The gradient of the sampled token's own y, its 1 - p from the log-probability: no digit is lost where p is near 1.
+inline double gradient_at_target(const RowGradient& g) {
+  const double policy = -std::expm1(g.logprob) * g.c;
+  if (g.c_h == 0) return policy;
+  return policy - g.c_h * std::exp(g.logprob) * (std::max(g.logprob, -1e4) + g.entropy);  // -inf * 0 is NaN
+}
+
 template <class T, bool kSoftcap, bool kEntropy>
 void gradient_of(const T* z, T* dz, int64_t vocab, const Transform& options, const RowGradient& g) {
   using R = Arithmetic<T>;
@@ -183,9 +190,7 @@ void gradient_of(const T* z, T* dz, int64_t vocab, const Transform& options, con
   Tail<T> tail(z + i, vocab - i);
   store(tail.values, derivative(load(tail.values)));
   std::copy(tail.values, tail.values + (vocab - i), dz + i);
-  // the target's 1 - p, from the log-probability: no digit is lost where p is near 1
-  double at_target = -std::expm1(g.logprob) * g.c;
-  if (kEntropy) at_target -= g.c_h * std::exp(g.logprob) * (g.logprob + g.entropy);
+  const double at_target = gradient_at_target(g);
   Tail<T> patch(z, 0);
   store(patch.values, splat<R>(static_cast<R>(at_target * slope[0])));
   dz[g.id] = patch.values[0];
@@ -226,8 +231,9 @@ template <class R>
 struct Divergence {
   using V = Vector<R>;
   R mixture;
+  bool is_forward, is_reverse;  // by the exact number: R may round others to 0 or 1
 
-  explicit Divergence(double m) : mixture(static_cast<R>(m)) {}
+  explicit Divergence(double m) : mixture(static_cast<R>(m)), is_forward(m == 0), is_reverse(m == 1) {}
 
   // Where a probability is 0 so is its term, whatever the logarithms.
   static V times(V probability, V log_ratio) { return probability > R(0) ? probability * log_ratio : V{}; }
@@ -243,9 +249,9 @@ struct Divergence {
   // the log-sum-exps, are rounded by: their errors count in second order alone.
   void add(V log_p, V log_q, V& value, V& centre) const {
     const V p = exp(log_p), q = exp(log_q), d = log_p - log_q;
-    if (mixture == 0) {
+    if (is_forward) {
       value += times(q, -d) + (p - q);
-    } else if (mixture == 1) {
+    } else if (is_reverse) {
       value += times(p, d) + (q - p);
     } else {
       const R own = R(1) - mixture;
@@ -259,9 +265,9 @@ struct Divergence {
   }
 
   V gradient(V log_p, V p, V log_q, R centre) const {
-    if (mixture == 0) return p - exp(log_q);
+    if (is_forward) return p - exp(log_q);
     const V d = log_p - log_q;
-    if (mixture == 1) return times(p, d - centre);
+    if (is_reverse) return times(p, d - centre);
     const V rest = -log(over_larger(d));
     return (R(1) - mixture) * times(p, (d > R(0) ? rest : rest + d) - centre);
   }
@@ -331,8 +337,7 @@ void divergence_gradient(const ComparedRow& p_row, const ComparedRow& q_row, voi
   Tail<T> tail(z + i, vocab - i);
   store(tail.values, derivative(load(tail.values), load(Tail<T>(zq + i, vocab - i).values)));
   std::copy(tail.values, tail.values + (vocab - i), dz + i);
-  double at_target = -std::expm1(g.logprob) * g.c;
-  if (c_h != 0) at_target -= g.c_h * std::exp(g.logprob) * (g.logprob + g.entropy);
+  double at_target = gradient_at_target(g);
   if (cd != 0) {
     const V log_p = splat<R>(static_cast<R>(p_row.logprob)), log_q = splat<R>(static_cast<R>(q_row.logprob));
     at_target += cd * divergence.gradient(log_p, exp(log_p), log_q, centre)[0];

@@ -67,15 +67,15 @@ def check_logits(logits: Tensor, ids: Tensor, ids_name: str = "ids") -> None:
     check_shape("logits", logits, *shapes)
 
 
-def check_transform(temperature: float, softcap: float | None, logit_scale: float) -> None:
+def check_transform(temperature: float, softcap: float | None, logit_scale: float, prefix: str = "") -> None:
     """Raises ValueError unless the temperature and the softcap, if there is one, are positive, the scale not 0, and
     all finite."""
     if not (temperature > 0 and math.isfinite(temperature)):
-        raise ValueError(f"temperature must be finite and greater than 0, got {temperature!r}")
+        raise ValueError(f"{prefix}temperature must be finite and greater than 0, got {temperature!r}")
     if softcap is not None and not (softcap > 0 and math.isfinite(softcap)):
-        raise ValueError(f"softcap must be None, or finite and greater than 0, got {softcap!r}")
+        raise ValueError(f"{prefix}softcap must be None, or finite and greater than 0, got {softcap!r}")
     if logit_scale == 0 or not math.isfinite(logit_scale):
-        raise ValueError(f"logit_scale must be finite and not 0, got {logit_scale!r}")
+        raise ValueError(f"{prefix}logit_scale must be finite and not 0, got {logit_scale!r}")
 
 
 def check_writable(name: str, tensor: Tensor, argument: str) -> None:

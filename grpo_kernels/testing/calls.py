@@ -109,7 +109,7 @@ def call(op: str, inputs: Inputs, leaf: dict[str, Tensor], backend: str, **optio
         return linear_token_divergence(leaf["hidden"], leaf["weight"], bias=leaf.get("bias"), **reference, **arguments)
     arguments = {
         "old_logprobs": inputs.old,
-        "ref_logprobs": inputs.ref,
+        "ref_logprobs": None if case.config.has_exact_divergence else inputs.ref,
         "sampling_logprobs": inputs.sampling,
         "rollout_is_weights": inputs.rollout,
         "num_items_in_batch": inputs.num_items,

@@ -5,7 +5,8 @@ from __future__ import annotations
 import itertools
 from dataclasses import dataclass, field, replace
 
-from grpo_kernels.config import DIVERGENCES, KL_ESTIMATORS, KL_GRADIENTS, ROLLOUT_CORRECTIONS, GRPOLossConfig
+from grpo_kernels.config import GRPOLossConfig
+from grpo_kernels.options import DIVERGENCES, KL_ESTIMATORS, KL_GRADIENTS, ROLLOUT_CORRECTIONS
 
 
 @dataclass(frozen=True)

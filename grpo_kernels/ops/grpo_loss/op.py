@@ -194,7 +194,7 @@ def grpo_loss(
     backend = registry.resolve("grpo_loss", backend, logits.device)
     dtype = accumulation_dtype(logits.dtype)
     check_group_rewards(advantages, rewards, num_generations, scale_rewards, completion_ids, cu_seqlens, debug)
-    check_reference(reference_logits is not None, config, "reference_logits")
+    check_reference(reference_logits is not None, ref_logprobs, config, "reference_logits")
     in_kernel = rewards is not None and rewards.dim() == 1 and config.is_token_local and backend != "torch"
     in_kernel = in_kernel and not config.has_exact_divergence
     if rewards is not None and not in_kernel:
@@ -285,8 +285,10 @@ def loss_of_tokens(
     return GRPOLossOutput(loss, tokens.logprobs.detach(), tokens.entropy.detach(), metrics)
 
 
-def check_reference(is_given: bool, config: GRPOLossConfig, name: str) -> None:
+def check_reference(is_given: bool, ref_logprobs: Tensor | None, config: GRPOLossConfig, name: str) -> None:
     """Raises ValueError unless a reference's distributions are given where the divergence is exact, and only there."""
+    if is_given and ref_logprobs is not None:
+        raise ValueError(f"ref_logprobs must be None beside {name.rstrip(',')}, got both")
     if is_given != config.has_exact_divergence:
         raise ValueError(
             f'{name} must be {"None" if is_given else "given"} with kl_estimator="{config.kl_estimator}" and '

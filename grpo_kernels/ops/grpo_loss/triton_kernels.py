@@ -9,7 +9,6 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from grpo_kernels.config import Level, Option
 from grpo_kernels.ops.device_values import first_bad
 from grpo_kernels.ops.group_advantages.triton_kernels import group_advantage
 from grpo_kernels.ops.policy_loss.triton_kernels import policy_arguments, policy_variant
@@ -44,6 +43,7 @@ from grpo_kernels.ops.token_logprobs.triton_rows import (
     transform_arguments,
     vector_of,
 )
+from grpo_kernels.options import Level, Option
 
 _GROUP_BLOCK, _OFFSET_BLOCK = tl.constexpr(64), tl.constexpr(256)
 _GIVEN = ["advantages_ptr", "policy_weights_ptr", "kl_weights_ptr", "entropy_weights_ptr", "old_logprobs_ptr",

@@ -7,7 +7,6 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from grpo_kernels.config import Param
 from grpo_kernels.ops.grpo_loss.op import grpo_loss_fwd
 from grpo_kernels.ops.library import KERNEL_BACKENDS, define
 from grpo_kernels.ops.linear_token_divergence.reference import (
@@ -21,8 +20,9 @@ from grpo_kernels.ops.linear_token_logprobs.op import HEAD_SCHEMA, gradient_fake
 from grpo_kernels.ops.linear_token_logprobs.rows import Rows, is_capturing, pack_rows, row_chunks
 from grpo_kernels.ops.policy_loss.inputs import FLAT_COUNT, FLAT_SCHEMA
 from grpo_kernels.ops.policy_loss.op import token_coefficients
-from grpo_kernels.ops.token_divergence.op import COMPARISON_SCHEMA, token_divergence_rows
+from grpo_kernels.ops.token_divergence.op import COMPARISON_SCHEMA, Comparison, token_divergence_rows
 from grpo_kernels.ops.token_logprobs.op import accumulation_dtype
+from grpo_kernels.options import Param
 
 #: A chunk with more dead rows than this is packed: below it moving the live ones costs more than their GEMMs save.
 _WORTH_PACKING = 1 / 8
@@ -36,11 +36,11 @@ def _fwd(  # type: ignore[no-untyped-def]
     code, params, *comparison = options[1 + FLAT_COUNT : -3]
     needs = options[-3:]
     head = make_head(backend, weight, bias, compute_dtype, logits_dtype)
-    others = ReferenceRows(reference, logits_dtype) if reference.is_given else None
-    row_bytes = head.row_bytes if others is None else 2 * head.row_bytes
     grads = HeadGradients(head, hidden, needs)
-    has_kl = params[Param.BETA] != 0 and (others is not None or per_token[-1] is not None)
+    has_kl = params[Param.BETA] != 0 and (reference.is_given or per_token[-1] is not None)
     rows = Rows.of(mask, _may_be_live(has_kl, *per_token) if any(needs) else torch.zeros_like(mask), ids)
+    others = ReferenceRows(reference, rows, logits_dtype) if reference.is_given else None
+    row_bytes = head.row_bytes + (0 if others is None else others.row_bytes)
     chunks = [
         chunk
         for begin, end in ((0, rows.live), (rows.live, rows.count))
@@ -60,9 +60,9 @@ def _fwd(  # type: ignore[no-untyped-def]
         tokens = [None if x is None else x[chunk] for x in (ids, row_mask, *per_token)]
         live = None
         if others is None:
-            *found, live = _rows_loss(backend, logits, tokens, code, params, comparison[1:4], dlogits)
+            *found, live = _rows_loss(backend, logits, tokens, code, params, Comparison(*comparison).transform, dlogits)
         else:
-            compared = others.logits(rows, chunk, other_workspace)
+            compared = others.logits(chunk, other_workspace)
             found = _compared_rows_loss(backend, logits, compared, tokens, code, params, comparison, dlogits)
         for whole, piece in zip(results, found, strict=True):
             whole[chunk] = piece

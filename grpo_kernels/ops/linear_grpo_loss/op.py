@@ -166,9 +166,11 @@ def linear_grpo_loss(
             logit_scale, debug: As for ``grpo_loss``.
         reference_logits, reference_hidden_states, reference_lm_head_weight, reference_bias: As for
             ``linear_token_divergence``, of the frozen reference policy, transformed as the policy's; for an exact
-            ``kl_estimator``, instead of ``ref_logprobs``. The reference is projected once: ``2 N H' V`` more.
+            ``kl_estimator``, instead of ``ref_logprobs``. The reference is projected as often as the policy: once where
+            one pass runs, ``2 N H' V`` operations more, else once more for the backward.
         bias, logits_dtype, workspace_bytes: As for ``linear_token_logprobs``.
-        max_logits_bytes: As for ``linear_token_logprobs``, where that is what runs; no effect where one pass does.
+        max_logits_bytes: As for ``linear_token_logprobs``, where that is what runs; no effect where one pass does, or
+            the divergence is exact.
         backend: "auto", or one of ``grpo_kernels.registry.BACKENDS``. "torch" forms the whole logits.
 
     Returns:
@@ -188,12 +190,17 @@ def linear_grpo_loss(
     transform = Transform.of(config.temperature, softcap, logit_scale)
     dtypes = head_dtypes(hidden_states, lm_head_weight, logits_dtype)
     workspace = check_workspace(
-        workspace_bytes, max_logits_bytes, lm_head_weight.shape[0], dtypes[1], hidden_states.device
+        workspace_bytes,
+        max_logits_bytes,
+        lm_head_weight.shape[0],
+        dtypes[1],
+        hidden_states.device,
+        models=2 if config.has_exact_divergence else 1,
     )
     backend = registry.resolve("linear_grpo_loss", backend, hidden_states.device)
     given = (reference_logits, reference_hidden_states, reference_lm_head_weight, reference_bias)
     is_compared = any(x is not None for x in given)
-    check_reference(is_compared, config, "reference_logits, or reference_hidden_states with their head,")
+    check_reference(is_compared, ref_logprobs, config, "reference_logits, or reference_hidden_states with their head,")
     vocab = lm_head_weight.shape[0]
     reference = Reference.of(completion_ids, vocab, *given) if is_compared else NO_REFERENCE
     check_group_rewards(advantages, rewards, num_generations, scale_rewards, completion_ids, cu_seqlens, debug)

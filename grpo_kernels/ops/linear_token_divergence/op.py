@@ -37,10 +37,10 @@ def _run(  # type: ignore[no-untyped-def]
     ids, mask, *upstream = options[:5]
     comparison, needs = options[5:-3], options[-3:]
     head = make_head(backend, weight, bias, compute_dtype, logits_dtype)
-    others = ReferenceRows(reference, logits_dtype)
     grads = HeadGradients(head, hidden, needs)
     rows = Rows.of(mask, None, ids)
-    chunks = [*row_chunks(0, rows.count, 2 * head.row_bytes, workspace_bytes, head.multiple)]
+    others = ReferenceRows(reference, rows, logits_dtype)
+    chunks = [*row_chunks(0, rows.count, head.row_bytes + others.row_bytes, workspace_bytes, head.multiple)]
     most = max((chunk.stop - chunk.start for chunk in chunks), default=0)
     workspace, other_workspace = head.workspace(most), others.workspace(most)
     ids, *upstream = (rows.take(x) for x in (held_ids(backend, ids, mask, head.vocab), *upstream))
@@ -53,7 +53,7 @@ def _run(  # type: ignore[no-untyped-def]
         dlogits = head.gradient(workspace, inputs.shape[0]) if any(needs) else None
         found = token_divergence_rows[backend](
             logits[None],
-            others.logits(rows, chunk, other_workspace)[None],
+            others.logits(chunk, other_workspace)[None],
             *(None if x is None else x[None, chunk] for x in (ids, row_mask, *upstream)),
             *comparison,
             None if dlogits is None else dlogits[None],
@@ -213,7 +213,7 @@ def linear_token_divergence(
     if debug:
         check_device_values(hidden_states.device)
     dtypes = head_dtypes(hidden_states, lm_head_weight, logits_dtype)
-    workspace = check_workspace(workspace_bytes, 0, vocab, dtypes[1], hidden_states.device)
+    workspace = check_workspace(workspace_bytes, 0, vocab, dtypes[1], hidden_states.device, models=2)
     backend = registry.resolve("linear_token_divergence", backend, hidden_states.device)
     if backend == "torch":
         logits = linear_reference.project(hidden_states, lm_head_weight, bias, mask, *dtypes)

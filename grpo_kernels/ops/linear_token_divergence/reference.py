@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from grpo_kernels.ops.linear_token_logprobs.head import Head
+from grpo_kernels.ops.linear_token_logprobs.head import Head, row_width
 from grpo_kernels.ops.linear_token_logprobs.inputs import check_head, head_dtypes
 from grpo_kernels.ops.linear_token_logprobs.reference import project
 from grpo_kernels.ops.linear_token_logprobs.rows import Rows
@@ -81,27 +81,48 @@ NO_REFERENCE = Reference(None, None, None, None, torch.float32)
 
 
 class ReferenceRows:
-    """A reference's logits, chunk by chunk.
+    """A reference's logits, chunk by chunk: where they lie, or in a workspace of their own.
 
     Args:
         reference: Where they come from.
+        rows: Which of them are wanted.
         logits_dtype: What they are rounded to.
     """
 
-    def __init__(self, reference: Reference, logits_dtype: torch.dtype) -> None:
-        self.given = reference.logits
-        self.hidden = reference.hidden
-        self.logits_dtype = logits_dtype
+    def __init__(self, reference: Reference, rows: Rows, logits_dtype: torch.dtype) -> None:
+        self.given, self.hidden, self.rows, self.dtype = reference.logits, reference.hidden, rows, logits_dtype
         self.head = None
         if reference.weight is not None:
             self.head = Head(reference.weight, reference.bias, reference.compute_dtype, logits_dtype, logits_dtype)
 
-    def workspace(self, rows: int) -> Tensor | None:
-        """Memory for so many rows of logits, where they are projected."""
-        return None if self.head is None else self.head.workspace(rows)
+    @property
+    def is_read_in_place(self) -> bool:
+        """Whether the logits given are read where they lie."""
+        given = self.given
+        is_dense = given is not None and (given.shape[1] == 1 or given.stride(1) == 1)
+        return is_dense and given.dtype == self.dtype and self.rows.index is None
 
-    def logits(self, rows: Rows, chunk: slice, workspace: Tensor | None) -> Tensor:  # -> [n, V]
+    @property
+    def row_bytes(self) -> int:
+        """Of one row of the workspace."""
+        return 0 if self.is_read_in_place else self._width * self.dtype.itemsize
+
+    @property
+    def _width(self) -> int:
+        like = self.given if self.head is None else self.head.parameter
+        vocab = like.shape[1] if self.head is None else like.shape[0]
+        return row_width(vocab, self.dtype, like.device)
+
+    def workspace(self, rows: int) -> Tensor:  # [rows, row_width]
+        """Memory for so many rows, none where they are read in place."""
+        like = self.given if self.head is None else self.hidden
+        return like.new_empty(0 if self.is_read_in_place else rows, self._width, dtype=self.dtype)
+
+    def logits(self, chunk: slice, workspace: Tensor) -> Tensor:  # -> [n, V]
         """The logits of a chunk of rows."""
-        if self.head is None:
-            return self.given[rows.part(chunk)].to(self.logits_dtype)
-        return self.head.logits(self.head.inputs(self.hidden, rows, chunk), workspace)
+        if self.head is not None:
+            return self.head.logits(self.head.inputs(self.hidden, self.rows, chunk), workspace)
+        if self.is_read_in_place:
+            return self.given[chunk]
+        out = workspace[: chunk.stop - chunk.start, : self.given.shape[1]]
+        return out.copy_(self.given[self.rows.part(chunk)])

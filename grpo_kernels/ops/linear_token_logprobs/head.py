@@ -27,16 +27,20 @@ def writes_fp32(device: torch.device) -> bool:
 def matmul(a: Tensor, b: Tensor, out: Tensor, *, add: bool = False) -> Tensor:  # [n, k], [k, m], [n, m]
     """Writes ``a b`` to ``out``, or adds it there, without a rounding in between: products are summed as ``out`` is.
 
-    Where no GEMM writes fp32 from half precision, the inputs are widened first: exact, but slow and in memory of its
-    own.
+    Where no GEMM writes ``out`` from these inputs they are widened first: exact, but slow and in memory of its own.
     """
     if a.dtype == b.dtype == out.dtype:
         return out.addmm_(a, b) if add else torch.mm(a, b, out=out)
-    if a.dtype == b.dtype and writes_fp32(out.device):
+    is_half = a.dtype in (torch.bfloat16, torch.float16) and out.dtype == torch.float32
+    if a.dtype == b.dtype and is_half and writes_fp32(out.device):
         if add:
             return torch.addmm(out, a, b, out_dtype=out.dtype, out=out)
         return torch.mm(a, b, out_dtype=out.dtype, out=out)
-    return matmul(a.to(out.dtype), b.to(out.dtype), out, add=add)
+    wide = torch.promote_types(torch.promote_types(a.dtype, b.dtype), out.dtype)
+    if wide == out.dtype:
+        return matmul(a.to(wide), b.to(wide), out, add=add)
+    product = torch.mm(a.to(wide), b.to(wide))
+    return out.add_(product) if add else out.copy_(product)
 
 
 _HOLD_IDS = {"triton": lazily("grpo_kernels.ops.token_logprobs.triton_kernels", "hold_ids")}

@@ -60,9 +60,14 @@ def check_head(
 
 
 def check_workspace(
-    workspace_bytes: int | None, max_logits_bytes: int, vocab: int, dtype: torch.dtype, device: torch.device
+    workspace_bytes: int | None,
+    max_logits_bytes: int,
+    vocab: int,
+    dtype: torch.dtype,
+    device: torch.device,
+    models: int = 1,
 ) -> int:
-    """The workspace's bound in bytes.
+    """The workspace's bound in bytes, with logits of one model or two.
 
     By default 1 GiB on a CPU. On a GPU 1.5 GB, and 1,024 rows at least: adding a chunk to ``dW`` moves ``8 V H`` bytes,
     which at that size is still under the time of its GEMM.
@@ -78,4 +83,4 @@ def check_workspace(
         return workspace_bytes
     if device.type == "cpu":
         return 1 << 30
-    return max(1_500_000_000, 1024 * row_width(vocab, dtype, device) * dtype.itemsize)
+    return max(1_500_000_000, models * 1024 * row_width(vocab, dtype, device) * dtype.itemsize)

@@ -7,11 +7,12 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from grpo_kernels.config import GRPOLossConfig, Level, Surrogate
+from grpo_kernels.config import GRPOLossConfig
 from grpo_kernels.ops.policy_loss.metrics import Partial
 from grpo_kernels.ops.policy_loss.weights import rollout_weights, token_weights
 from grpo_kernels.ops.sequences import Sequences
 from grpo_kernels.ops.validation import check_cu_seqlens, check_device, check_float, check_mask, check_shape
+from grpo_kernels.options import Level, Surrogate
 
 
 @dataclass(frozen=True)
@@ -107,8 +108,9 @@ class PolicyInputs:
         """Adds the penalty of an exact divergence to the loss, and its sum to what ``PolicyMetrics`` reads."""
         values = torch.where(self.mask, divergence.to(loss.dtype), 0)
         penalty = (torch.where(self.mask, self.kl_weights, 0) * values).sum()
-        place = torch.zeros_like(partials).index_fill_(0, torch.tensor([Partial.KL], device=loss.device), 1.0)
-        return loss + config.beta * penalty, partials + place * values.detach().sum()
+        partials = partials.clone()
+        partials[Partial.KL] += values.detach().sum()
+        return loss + config.beta * penalty, partials
 
     def token_local(self, config: GRPOLossConfig) -> tuple[PolicyInputs, GRPOLossConfig]:
         """The same loss with coefficients known token by token, where that is so; else unchanged.

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from grpo_kernels import registry
-from grpo_kernels.config import CLIPPED_LOSS_TYPES, GRPOLossConfig, PolicyLossCode
+from grpo_kernels.config import GRPOLossConfig, PolicyLossCode
 from grpo_kernels.ops.gradients import refuse_double_backward
 from grpo_kernels.ops.library import define, lazily
 from grpo_kernels.ops.policy_loss import reference
@@ -16,6 +16,7 @@ from grpo_kernels.ops.policy_loss.inputs import FLAT_SCHEMA, PolicyInputs
 from grpo_kernels.ops.policy_loss.metrics import CLIP_METRICS, KERNEL_PARTIALS, PolicyMetrics
 from grpo_kernels.ops.policy_loss.weights import settle
 from grpo_kernels.ops.validation import check_device, check_float, check_shape
+from grpo_kernels.options import CLIPPED_LOSS_TYPES
 
 
 class PolicyLossOutput(NamedTuple):
@@ -46,7 +47,7 @@ def token_coefficients(
     backend: str,
 ) -> Tensor:  # [n]
     """``dloss/dlogprobs`` of some of the tokens, of a loss that is token-local."""
-    offsets = torch.tensor([0, logprobs.shape[0]], device=logprobs.device)
+    offsets = torch.arange(2, device=logprobs.device) * logprobs.shape[0]
     return _FWD[backend](logprobs, entropy, *flat, offsets, *code)[1]
 
 
@@ -192,6 +193,8 @@ def policy_loss(
             f"and beta={config.beta}, got {'None' if divergence is None else 'a tensor'}"
         )
     if divergence is not None:
+        if ref_logprobs is not None:
+            raise ValueError("ref_logprobs must be None beside divergence, got both")
         check_float("divergence", divergence)
         check_shape("divergence", divergence, logprobs.shape)
         check_device(logprobs.device, [("divergence", divergence)])

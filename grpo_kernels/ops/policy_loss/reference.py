@@ -7,9 +7,10 @@ import math
 import torch
 from torch import Tensor
 
-from grpo_kernels.config import GRPOLossConfig, Level, Surrogate
+from grpo_kernels.config import GRPOLossConfig
 from grpo_kernels.ops.policy_loss.inputs import PolicyInputs
 from grpo_kernels.ops.policy_loss.weights import settle
+from grpo_kernels.options import Level, Surrogate
 
 _LARGEST_LOG_RATIO = 80.0  # whose exponential is finite in fp32
 

@@ -7,10 +7,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from grpo_kernels.config import KL_ESTIMATORS, Level, Option, Param, Surrogate
 from grpo_kernels.ops.policy_loss.metrics import KERNEL_PARTIALS, Partial
 from grpo_kernels.ops.policy_loss.triton_math import averaged_log_ratio, token_loss
 from grpo_kernels.ops.token_logprobs.triton_rows import arithmetic, as_bytes, check_tokens
+from grpo_kernels.options import KL_ESTIMATORS, Level, Option, Param, Surrogate
 
 _BLOCK = 1024  # tokens, or sequences, that a program holds at once
 _WARPS = 8

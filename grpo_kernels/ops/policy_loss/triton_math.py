@@ -8,8 +8,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from grpo_kernels.config import KL_ESTIMATORS, KL_GRADIENTS, Level, Surrogate
 from grpo_kernels.ops.token_logprobs.triton_math import expm1
+from grpo_kernels.options import KL_ESTIMATORS, KL_GRADIENTS, Level, Surrogate
 
 _CLIP, _CISPO, _SAPO = (tl.constexpr(int(s)) for s in (Surrogate.CLIP, Surrogate.CISPO, Surrogate.SAPO))
 _TOKEN, _GEOMETRIC = (tl.constexpr(int(level)) for level in (Level.TOKEN, Level.GEOMETRIC))

@@ -22,6 +22,7 @@ from grpo_kernels.ops.validation import (
     check_id_range,
     check_logits,
     check_shape,
+    check_transform,
     check_writable,
 )
 
@@ -37,6 +38,11 @@ class Comparison(NamedTuple):
     reference_softcap: float
     reference_logit_scale: float
 
+    @property
+    def transform(self) -> Transform:
+        """Of the policy's logits, for its log-probabilities."""
+        return Transform(self.temperature, self.softcap, self.logit_scale)
+
     @classmethod
     def of(
         cls,
@@ -46,12 +52,13 @@ class Comparison(NamedTuple):
         divergence_temperature: float | None,
         reference_softcap: float | None,
         reference_logit_scale: float,
+        prefix: str = "reference_",
     ) -> Comparison:
-        """Validates the arguments of a public function."""
+        """Validates the arguments of a public function; the reference's names begin with ``prefix``."""
         temperature = own.temperature if divergence_temperature is None else divergence_temperature
-        return cls(
-            mixture_of(divergence, mixture), *own, *Transform.of(temperature, reference_softcap, reference_logit_scale)
-        )
+        check_transform(temperature, None, 1.0, "divergence_" * (prefix == "reference_"))
+        reference = Transform.of(temperature, reference_softcap, reference_logit_scale, prefix)
+        return cls(mixture_of(divergence, mixture), *own, *reference)
 
 
 #: ``Comparison`` in the dispatcher's language.
@@ -154,7 +161,8 @@ def token_divergence(
         "js"          a KL(q || m) + (1 - a) KL(p || m)       dy = (1 - a) p (log p - log m - KL(p || m))
 
     where ``m = a q + (1 - a) p``: arXiv:2306.13649 eq. 1. Each pass reads both rows from memory once. Arithmetic is
-    fp32, or fp64 for fp64 logits, and so are the results.
+    fp32, or fp64 for fp64 logits, and so are the results. A KL is infinite where its first distribution has weight that
+    the second has not, and its gradient is then NaN, or infinite; "js" never is.
 
     Args:
         logits: Position ``t`` predicts token ``t``. With ``ids``, a ``T + 1``-th position is ignored, and its gradient
@@ -187,6 +195,8 @@ def token_divergence(
         tensor([[0.4338]])
     """
     check_float("logits", logits)
+    if logits.dim() not in (2, 3):
+        raise ValueError(f"logits must have shape [B, T, V] or, packed, [N, V], got {list(logits.shape)}")
     given_ids = ids
     if ids is None:
         ids = torch.zeros(logits.shape[:-1], dtype=torch.int64, device=logits.device)

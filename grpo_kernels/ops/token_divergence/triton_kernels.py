@@ -10,16 +10,19 @@ import triton.language as tl
 from torch import Tensor
 
 from grpo_kernels.ops.device_values import first_bad
+from grpo_kernels.ops.token_divergence.triton_math import (
+    BETWEEN,
+    divergence_gradient,
+    row_divergence,
+    row_divergence_gradient,
+    row_start,
+)
 from grpo_kernels.ops.token_logprobs.op import accumulation_dtype
 from grpo_kernels.ops.token_logprobs.triton_math import (
     base_of,
     block_columns,
     held_inside,
-    load_columns,
-    log_near_one,
-    over_block,
     row_results,
-    row_shift,
     row_statistics,
     slope_at,
     token_gradient,
@@ -42,161 +45,8 @@ from grpo_kernels.ops.token_logprobs.triton_rows import (
     vector_of,
 )
 
-#: By how the mixture lies, as ``grpo_kernels.config.DIVERGENCES`` names them.
-_FORWARD, _REVERSE, _BETWEEN = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
-_LN2 = tl.constexpr(0.6931471805599453)
-_FLOOR = tl.constexpr(-1e4)
 _TOKENS = ["logprobs_ptr", "entropy_ptr", "divergence_ptr", "dlogprobs_ptr", "dentropy_ptr", "ddivergence_ptr"]
 _REFERENCE = ["reference_batch_stride", "reference_row_stride"]
-
-
-@triton.jit
-def _over_larger(d, mixture):
-    """``m = a q + (1 - a) p`` over the larger of both, for ``d = log p - log q``: nothing overflows, and 1 at 0."""
-    w = tl.exp(-tl.abs(d))
-    return tl.where(d > 0, (1.0 - mixture) + mixture * w, mixture + (1.0 - mixture) * w)
-
-
-@triton.jit
-def _times(probability, log_ratio):
-    """``p log``; where a probability is 0 so is its term, whatever the logarithm."""
-    return tl.where(probability > 0, probability * log_ratio, 0.0)
-
-
-@triton.jit
-def _log_softmax(v, base, log_sum, rate):
-    return ((v - base) * rate - log_sum) * _LN2
-
-
-@triton.jit
-def _row_start(b, t, batch_stride, row_stride, ALIGNMENT: tl.constexpr, VECTOR: tl.constexpr):
-    return row_shift(b, t, batch_stride, row_stride, ALIGNMENT, VECTOR)[0]
-
-
-@triton.jit
-def _row_divergence(
-    row_ptr,
-    reference_ptr,
-    columns,
-    vocab,
-    base,
-    log_sum,
-    inner,
-    rate,
-    reference_base,
-    reference_log_sum,
-    reference_inner,
-    reference_rate,
-    mixture,
-    KIND: tl.constexpr,
-    CURVE: tl.constexpr,
-    REFERENCE_CURVE: tl.constexpr,
-    ACC: tl.constexpr,
-):
-    """The divergence, and the mean that its gradient is centred by."""
-    LANES: tl.constexpr = columns.shape[1]
-    BLOCK: tl.constexpr = LANES * columns.shape[0] * columns.shape[2]
-    lane_value = tl.zeros([LANES], ACC)
-    lane_centre = tl.zeros([LANES], ACC)
-    for start in range(0, vocab, BLOCK):
-        at = start + columns
-        v = load_columns(row_ptr, at, 0, vocab, inner, float("-inf"), CURVE, ACC)
-        u = load_columns(reference_ptr, at, 0, vocab, reference_inner, float("-inf"), REFERENCE_CURVE, ACC)
-        log_p = _log_softmax(v, base, log_sum, rate)
-        log_q = _log_softmax(u, reference_base, reference_log_sum, reference_rate)
-        p = tl.exp(log_p)
-        q = tl.exp(log_q)
-        d = log_p - log_q
-        # what is added beside a term p log sums to 0, and makes up for what its logarithm, or both of the log-sum-exps,
-        # are rounded by: their errors count in second order alone
-        if KIND == _FORWARD:
-            lane_value += over_block(_times(q, -d) + (p - q))
-        elif KIND == _REVERSE:
-            lane_value += over_block(_times(p, d) + (q - p))
-        else:
-            share = _over_larger(d, mixture)
-            rest = -log_near_one(share)
-            of_p = _times(p, rest + tl.where(d > 0, 0.0, d))
-            of_q = _times(q, rest - tl.where(d > 0, d, 0.0))
-            m = _times(tl.where(d > 0, p, q), share)
-            lane_centre += over_block(of_p)
-            mean = (1.0 - mixture) * p + mixture * q
-            lane_value += over_block((1.0 - mixture) * of_p + mixture * of_q + (m - mean))
-    value = tl.sum(lane_value, 0)
-    if KIND != _BETWEEN:
-        return value, value
-    return value, tl.sum(lane_centre, 0)
-
-
-@triton.jit
-def _divergence_gradient(log_p, p, log_q, centre, mixture, KIND: tl.constexpr):
-    """Of the divergence by ``y``."""
-    d = log_p - log_q
-    if KIND == _FORWARD:
-        return p - tl.exp(log_q)
-    elif KIND == _REVERSE:
-        return _times(p, d - centre)
-    else:
-        log_ratio = tl.where(d > 0, 0.0, d) - log_near_one(_over_larger(d, mixture))
-        return (1.0 - mixture) * _times(p, log_ratio - centre)
-
-
-@triton.jit
-def _row_gradient(
-    row_ptr,
-    reference_ptr,
-    drow_ptr,  # which may lie over the row
-    columns,
-    vocab,
-    base,  # of the log-probabilities
-    log_sum,
-    inner,
-    rate,
-    slope,
-    own_base,  # of the divergence
-    own_log_sum,
-    own_rate,
-    own_slope,
-    reference_base,
-    reference_log_sum,
-    reference_inner,
-    reference_rate,
-    entropy,
-    centre,
-    c,
-    c_h,
-    c_d,
-    mixture,
-    KIND: tl.constexpr,
-    IS_ONE: tl.constexpr,
-    IS_NARROWED: tl.constexpr,
-    CURVE: tl.constexpr,
-    REFERENCE_CURVE: tl.constexpr,
-    ACC: tl.constexpr,
-):
-    """Writes the gradient of every logit as if none were the token's, from the row's end, as token_logprobs does."""
-    BLOCK: tl.constexpr = columns.shape[0] * columns.shape[1] * columns.shape[2]
-    blocks = tl.cdiv(vocab, BLOCK)
-    for done in range(0, blocks):
-        at = (blocks - 1 - done) * BLOCK + columns
-        v = load_columns(row_ptr, at, 0, vocab, inner, float("-inf"), CURVE, ACC)
-        u = load_columns(reference_ptr, at, 0, vocab, reference_inner, float("-inf"), REFERENCE_CURVE, ACC)
-        log_policy = _log_softmax(v, base, log_sum, rate)
-        log_q = _log_softmax(u, reference_base, reference_log_sum, reference_rate)
-        policy = tl.exp(log_policy)
-        gradient = -policy * (c + c_h * (tl.maximum(log_policy, _FLOOR) + entropy)) * slope_at(v, slope, CURVE)
-        if IS_ONE:
-            log_p = log_policy
-            p = policy
-        else:
-            log_p = _log_softmax(v, own_base, own_log_sum, own_rate)
-            p = tl.exp(log_p)
-        of_divergence = c_d * _divergence_gradient(log_p, p, log_q, centre, mixture, KIND)
-        # without a weight no gradient, not even of an infinite divergence
-        gradient += tl.where(c_d != 0, of_divergence * slope_at(v, own_slope, CURVE), 0.0)
-        if IS_NARROWED:
-            tl.debug_barrier()
-        tl.store(drow_ptr + at, gradient.to(drow_ptr.dtype.element_ty), mask=at < vocab)
 
 
 @triton.jit(do_not_specialize=[*STRIDES, *_REFERENCE, *TOKENS, *_TOKENS, "rows", "rows_per_batch", "length"])
@@ -267,8 +117,8 @@ def _token_divergence_kernel(
         is_live = n < 0
         if unmasked:
             token = held_inside(tl.load(ids_ptr + n), n, vocab, first_bad_ptr)
-            start = _row_start(b, t, batch_stride, row_stride, ALIGNMENT, VECTOR)
-            reference_start = _row_start(b, t, reference_batch_stride, reference_row_stride, ALIGNMENT, VECTOR)
+            start = row_start(b, t, batch_stride, row_stride, ALIGNMENT, VECTOR)
+            reference_start = row_start(b, t, reference_batch_stride, reference_row_stride, ALIGNMENT, VECTOR)
             row_ptr = logits_ptr + start
             other_ptr = reference_ptr + reference_start
             target = transform(tl.load(row_ptr + token).to(ACC), inner_, CURVE)
@@ -290,7 +140,7 @@ def _token_divergence_kernel(
                 first, row_sum, weighted, other_target, wide_reference_rate, ACC
             )
             other_base, other_log_sum = base_of(lse, wide_reference_rate, ACC)
-            value, centre = _row_divergence(
+            value, centre = row_divergence(
                 row_ptr, other_ptr, columns, vocab, own_base, own_log_sum, inner_, own_rate_,
                 other_base, other_log_sum, reference_inner_, reference_rate_,
                 mixture_, KIND, CURVE, REFERENCE_CURVE, ACC,
@@ -308,16 +158,16 @@ def _token_divergence_kernel(
                 is_live = (c != 0) | (c_h != 0) | (c_d != 0)
                 if is_live:
                     tl.debug_barrier()  # every thread has read the token's logit before any writes over it
-                    dstart = _row_start(b, t, dbatch_stride, drow_stride, ALIGNMENT, VECTOR)
+                    dstart = row_start(b, t, dbatch_stride, drow_stride, ALIGNMENT, VECTOR)
                     drow_ptr = dlogits_ptr + dstart
-                    _row_gradient(
+                    row_divergence_gradient(
                         row_ptr, other_ptr, drow_ptr, columns, vocab, base, log_sum, inner_, rate_, slope_,
                         own_base, own_log_sum, own_rate_, own_slope_,
                         other_base, other_log_sum, reference_inner_, reference_rate_,
                         entropy, centre, c, c_h, c_d, mixture_, KIND, IS_ONE, IS_NARROWED, CURVE, REFERENCE_CURVE, ACC,
                     )  # fmt: skip
                     own = token_gradient(target, logprob, entropy, c, c_h, slope_, CURVE)
-                    own_divergence = _divergence_gradient(
+                    own_divergence = divergence_gradient(
                         own_logprob, tl.exp(own_logprob), other_logprob, centre, mixture_, KIND
                     )
                     own_divergence *= c_d * slope_at(target, own_slope_, CURVE)
@@ -330,7 +180,7 @@ def _token_divergence_kernel(
             tl.store(divergence_ptr + n, value)
         if dlogits_ptr is not None:  # noqa: SIM102  a constant
             if is_live == 0:
-                dstart = _row_start(b, t, dbatch_stride, drow_stride, ALIGNMENT, VECTOR)
+                dstart = row_start(b, t, dbatch_stride, drow_stride, ALIGNMENT, VECTOR)
                 zero_row(dlogits_ptr + dstart, columns, 0, vocab, ALIGNMENT)
 
 
@@ -400,7 +250,7 @@ def token_divergence(
             own_slope,
             reference_inner,
             reference_rate,
-            KIND=int(mixture) if mixture in (0.0, 1.0) else _BETWEEN.value,
+            KIND=int(mixture) if mixture in (0.0, 1.0) else BETWEEN.value,
             IS_ONE=divergence_temperature == temperature,
             IS_NARROWED=out is not None and out.element_size() < logits.element_size(),
             CURVE=curve_of(softcap, logit_scale),

@@ -15,9 +15,9 @@ class Transform(NamedTuple):
     logit_scale: float
 
     @classmethod
-    def of(cls, temperature: float, softcap: float | None, logit_scale: float) -> Transform:
-        """Validates the arguments of a public function."""
-        check_transform(temperature, softcap, logit_scale)
+    def of(cls, temperature: float, softcap: float | None, logit_scale: float, prefix: str = "") -> Transform:
+        """Validates the arguments of a public function, whose names begin with ``prefix``."""
+        check_transform(temperature, softcap, logit_scale, prefix)
         return cls(float(temperature), float(softcap or 0.0), float(logit_scale))
 
 
