@@ -1,5 +1,7 @@
 """Fused kernels for GRPO: from logits, or hidden states, to the loss and its gradient in one pass."""
 
+from typing import Any
+
 from grpo_kernels.adaptive_entropy import AdaptiveEntropy
 from grpo_kernels.config import GRPOLossConfig
 from grpo_kernels.modules import GRPOLoss, LinearGRPOLoss
@@ -29,6 +31,7 @@ __all__ = [
     "TokenDivergence",
     "TokenLogprobs",
     "__version__",
+    "apply_grpo_kernels_to_trl",
     "check_device_values",
     "distillation_loss",
     "dpo_loss",
@@ -46,3 +49,15 @@ __all__ = [
     "token_divergence",
     "token_logprobs",
 ]
+
+
+def apply_grpo_kernels_to_trl(**options: Any) -> Any:
+    """Runs TRL's heads through these kernels from now on: ``grpo_kernels.integrations.trl.apply``.
+
+    Raises:
+        ImportError: TRL is not installed, or has no fused head.
+        RuntimeError: TRL's head is not as expected.
+    """
+    from grpo_kernels.integrations.trl import apply  # which imports TRL
+
+    return apply(**options)

@@ -258,3 +258,101 @@ def test_the_presets_defaults_are_verls(verl: Any) -> None:
             assert getattr(owner, name) == parameter.default, name
     assert GRPOLossConfig.verl(loss_mode="cispo", clip_ratio_low=10.0).cispo_ratio_low is None
     assert GRPOLossConfig.verl(use_kl_loss=True, kl_loss_coef=0).beta == 0
+
+
+def _as_registered(
+    verl: Any, options: dict[str, Any], case: Case, counts: dict[str, Any], prefix: str
+) -> tuple[Any, ...]:
+    """Loss, gradient and metrics by the name in verl's own registry."""
+    core, actor = verl
+    inputs = build(case, torch.float64, "logprobs")
+    config = actor(strategy="fsdp", rollout_n=1, ppo_micro_batch_size_per_gpu=1)
+    for name in ("clip_cov_ratio", "clip_cov_lb", "kl_cov_ratio"):
+        object.__setattr__(
+            config.policy_loss, name, {"clip_cov_ratio": 1.0, "clip_cov_lb": 0.05, "kl_cov_ratio": 0.2}[name]
+        )
+    config.global_batch_info.update(counts)
+    leaf, mask = inputs.logprobs.detach().requires_grad_(), inputs.mask.double()
+    loss, metrics = core.get_policy_loss_fn(prefix + options["loss_mode"])(
+        old_log_prob=inputs.old, log_prob=leaf, advantages=inputs.advantages[:, None].expand(mask.shape),
+        response_mask=mask, loss_agg_mode=options["loss_agg_mode"], config=config, rollout_is_weights=None,
+    )  # fmt: skip
+    return loss, torch.autograd.grad(loss, leaf)[0], metrics
+
+
+@pytest.mark.parametrize(
+    "counts", [{}, {"dp_size": 2, "batch_num_tokens": 31, "global_batch_size": 9}], ids=["local", "two"]
+)
+@pytest.mark.parametrize("loss_agg_mode", MEANS)
+@pytest.mark.parametrize("loss_mode", MODES)
+def test_registered_losses_are_verls(verl: Any, loss_mode: str, loss_agg_mode: str, counts: dict[str, Any]) -> None:
+    """Over a global batch, by its counts, too. The geometric mean and sapo have means of their own."""
+    from grpo_kernels.integrations import verl as kernels
+
+    kernels.register()
+    options = {"loss_mode": loss_mode, "loss_agg_mode": loss_agg_mode}
+    case = Case(f"registered_{loss_mode}", batch=5, length=6, mask="first")
+    expected, got = (_as_registered(verl, options, case, counts, prefix) for prefix in ("", "grpo_kernels_"))
+    torch.testing.assert_close(got[0], expected[0], rtol=1e-7, atol=4e-8)
+    torch.testing.assert_close(got[1], expected[1], rtol=1e-7, atol=1e-8)
+    for name in set(got[2]) & set(expected[2]) & {"actor/pg_clipfrac", "actor/ppo_kl"}:
+        if loss_mode == "vanilla":
+            assert got[2][name] == pytest.approx(expected[2][name], rel=1e-6, abs=1e-9), name
+
+
+@pytest.mark.parametrize("name", ["grpo", "grpo_passk", "rloo", "opo", "gpg", "remax", "reinforce_plus_plus",
+                                  "reinforce_plus_plus_baseline"])  # fmt: skip
+def test_registered_estimators_are_verls(verl: Any, name: str) -> None:
+    """Groups of several sizes whose members lie anywhere, but where the whole batch is whitened."""
+    from grpo_kernels.integrations import verl as kernels
+
+    kernels.register()
+    kernels.register()  # again
+    core, _ = verl
+    rng = torch.Generator().manual_seed(0)
+    keys = np.array(
+        ["a", "b", "a", "c", "b", "a", "b", "b"] if "plus" not in name and name != "gpg" else [*"abcdabcd"], object
+    )
+    rewards, mask = torch.randn(8, generator=rng, dtype=torch.float64), (torch.rand(8, 5, generator=rng) < 0.8).double()
+    mask[:, 0] = 1
+    if name == "grpo_passk":  # which a group of one has not
+        keys = np.array([*"abababab"], object)
+    last = torch.arange(5) == 4 - mask.flip(-1).argmax(-1, keepdim=True)
+    given: dict[str, Any] = {"token_level_rewards": last * rewards[:, None]}
+    given |= {
+        "response_mask": mask,
+        "index": keys,
+        "reward_baselines": torch.randn(8, generator=rng, dtype=torch.float64),
+    }
+    given["config"] = SimpleNamespace(gamma=1.0, get=lambda key, default=None: default)
+    if name in ("reinforce_plus_plus", "remax"):
+        given.pop("index")
+    if name != "remax":
+        given.pop("reward_baselines")
+    expected, _ = core.get_adv_estimator_fn(name)(**given)
+    got, _ = core.get_adv_estimator_fn("grpo_kernels_" + name)(**given)
+    torch.testing.assert_close(got * mask, expected * mask, rtol=1e-6, atol=1e-8)
+
+
+def test_the_fused_hook_is_served(verl: Any) -> None:
+    """``linear_cross_entropy`` where verl's model forwards import it from, at each call."""
+    from grpo_kernels.integrations import verl as kernels
+
+    hidden, weight, labels = torch.randn(2, 3, 8), torch.randn(11, 8), torch.arange(6).view(2, 3)
+    logits = (hidden @ weight.T) / 0.7
+    log_p = logits.log_softmax(-1)
+    logprobs, entropy = kernels.linear_cross_entropy(hidden, weight, labels, 0.7, "none")
+    torch.testing.assert_close(logprobs, log_p.gather(-1, labels[..., None]).flatten())
+    torch.testing.assert_close(entropy, -(log_p.exp() * log_p).sum(-1).flatten())
+    with pytest.raises(ValueError, match="reduction"):
+        kernels.linear_cross_entropy(hidden, weight, labels, 0.7, "mean")
+    with pytest.raises(ValueError, match="dist_process_group"):
+        kernels.linear_cross_entropy(hidden, weight, labels, 0.7, "none", object())
+    module = kernels._kernel_module()
+    before = module.linear_cross_entropy
+    kernels.apply()
+    kernels.apply()
+    assert module.linear_cross_entropy is kernels.linear_cross_entropy
+    kernels.unapply()
+    kernels.unapply()
+    assert module.linear_cross_entropy is before

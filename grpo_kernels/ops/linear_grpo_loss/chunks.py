@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from functools import partial
 
 import torch
@@ -41,11 +42,7 @@ def _fwd(  # type: ignore[no-untyped-def]
     rows = Rows.of(mask, _may_be_live(has_kl, *per_token) if any(needs) else torch.zeros_like(mask), ids)
     others = ReferenceRows(reference, rows, logits_dtype) if reference.is_given else None
     row_bytes = head.row_bytes + (0 if others is None else others.row_bytes)
-    chunks = [
-        chunk
-        for begin, end in ((0, rows.live), (rows.live, rows.count))
-        for chunk in row_chunks(begin, end, row_bytes, workspace_bytes, head.multiple)
-    ]
+    chunks = [*row_chunks(0, rows.count, row_bytes, workspace_bytes, head.multiple)]
     most = max((c.stop - c.start for c in chunks), default=0)
     workspace, other_workspace = head.workspace(most), None if others is None else others.workspace(most)
     ids = held_ids(backend, ids, mask, head.vocab)
@@ -55,24 +52,34 @@ def _fwd(  # type: ignore[no-untyped-def]
     for chunk in chunks:
         inputs = head.inputs(hidden, rows, chunk)
         logits = head.logits(inputs, workspace)
-        has_gradient = any(needs) and chunk.start < rows.live
-        dlogits = head.gradient(workspace, inputs.shape[0]) if has_gradient else None
-        tokens = [None if x is None else x[chunk] for x in (ids, row_mask, *per_token)]
-        live = None
-        if others is None:
-            *found, live = _rows_loss(backend, logits, tokens, code, params, Comparison(*comparison).transform, dlogits)
-        else:
-            compared = others.logits(chunk, other_workspace)
-            found = _compared_rows_loss(backend, logits, compared, tokens, code, params, comparison, dlogits)
-        for whole, piece in zip(results, found, strict=True):
-            whole[chunk] = piece
-        if dlogits is not None:
-            _add_live(
-                grads, dlogits, inputs, live if _may_be_clipped(has_kl, params, *per_token) else None, rows.part(chunk)
-            )
+        compared = None if others is None else others.logits(chunk, other_workspace)
+        for part, has_gradient in _parts(chunk, rows.live if any(needs) else 0):
+            within = slice(part.start - chunk.start, part.stop - chunk.start)
+            dlogits = head.gradient(workspace, within.stop)[within] if has_gradient else None
+            tokens = [None if x is None else x[part] for x in (ids, row_mask, *per_token)]
+            live = None
+            if compared is None:
+                transform = Comparison(*comparison).transform
+                *found, live = _rows_loss(backend, logits[within], tokens, code, params, transform, dlogits)
+            else:
+                pair = (logits[within], compared[within])
+                found = _compared_rows_loss(backend, *pair, tokens, code, params, comparison, dlogits)
+            for whole, piece in zip(results, found, strict=True):
+                whole[part] = piece
+            if dlogits is not None:
+                live = live if _may_be_clipped(has_kl, params, *per_token) else None
+                _add_live(grads, dlogits, inputs[within], live, rows.part(part))
     whole = [rows.put_back(x, mask.shape[0]) for x in results]
     divergence = whole[2] if others is not None else hidden.new_empty(0, dtype=dtype)
     return (*whole[:2], divergence, *grads.results())
+
+
+def _parts(chunk: slice, live: int) -> Iterator[tuple[slice, bool]]:
+    """The rows of a chunk that may have a gradient, the first ``live`` of all, and the others; not the empty ones."""
+    end = min(max(live, chunk.start), chunk.stop)
+    for part, has_gradient in ((slice(chunk.start, end), True), (slice(end, chunk.stop), False)):
+        if part.start < part.stop:
+            yield part, has_gradient
 
 
 def _rows_loss(  # type: ignore[no-untyped-def]
