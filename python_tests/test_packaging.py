@@ -185,8 +185,30 @@ class _Output(NamedTuple):
     logits: torch.Tensor
 
 
-def _snippets():
-    return re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+def _snippets(section):
+    text = (ROOT / "README.md").read_text().split(f"\n## {section}\n")[1].split("\n## ")[0]
+    return re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+
+
+def test_readme_snippets_of_frameworks_run():
+    transformers = pytest.importorskip("transformers")
+    trl = pytest.importorskip("trl")
+    from grpo_kernels.integrations.trl import unapply
+
+    built = []
+    stock = trl.trainer.utils._ChunkedLogProbFunction
+    try:
+        exec(_snippets("In TRL")[0], dict.fromkeys(("model", "reward", "args", "dataset")) | {
+            "GRPOTrainer": lambda **_: built.append(trl.trainer.utils._ChunkedLogProbFunction)})  # fmt: skip
+    finally:
+        unapply()
+    assert built != [stock] and len(built) == 1 and trl.trainer.utils._ChunkedLogProbFunction is stock
+    config = transformers.Qwen2Config(vocab_size=11, hidden_size=8, intermediate_size=8, num_hidden_layers=1,
+                                      num_attention_heads=2, num_key_value_heads=1)  # fmt: skip
+    ids = torch.arange(5)[None]
+    names = {"model": transformers.Qwen2ForCausalLM(config), "input_ids": ids, "labels": ids}
+    exec(_snippets("In other frameworks")[1], names)
+    assert names["logprobs"].shape == (1, 4) and (names["logprobs"] < 0).all()
 
 
 def test_readme_snippet_of_an_exact_divergence_runs():
@@ -203,13 +225,13 @@ def test_readme_snippet_of_an_exact_divergence_runs():
         "completion_mask": torch.ones(2, 3),
         "advantages": torch.ones(2),
     }
-    exec(_snippets()[2], names)
+    exec(_snippets("Options of the loss")[0], names)
     names["output"].loss.backward()
     assert model.lm_head.weight.grad.abs().sum() > 0 and names["output"].metrics["kl"] > 0
 
 
 def test_readme_snippets_agree():
-    before, after, _ = _snippets()
+    before, after = _snippets("In a loop of your own")
     torch.manual_seed(0)
     batch, length, vocabulary = 4, 5, 11
     logits = torch.randn(batch, length + 1, vocabulary)
