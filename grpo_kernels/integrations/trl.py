@@ -127,22 +127,27 @@ def _install() -> None:
     """Puts dispatching functions where TRL looks its own up: without ``apply`` or a trainer of ours they are TRL's."""
     if _REPLACED:
         return
-    distillation = _distillation()
-    check_hooks(distillation)
+    divergence = _divergence_module()
+    check_hooks(divergence)
     for module, name, wrapper in (
         (trl_utils, "_ChunkedLogProbFunction", _Head),
-        (distillation, "ChunkedDivergenceFunction", _Divergence),
+        (divergence, "ChunkedDivergenceFunction", _Divergence),
     ):
         _replace(module, name, wrapper(getattr(module, name)))
-    for module in (trl_utils, distillation):
-        original = module._use_triton
-        _replace(module, "_use_triton", lambda device, original=original: _serves(device) or original(device))
+    for module in (trl_utils, divergence):
+        if module is trl_utils or module.__name__.endswith("distillation_trainer"):  # not the kernels' own question
+            original = getattr(module, "_use_triton", None)
+            if original is not None:  # TRL 1.15 scores the positions that count on every device
+                _replace(module, "_use_triton", lambda device, original=original: _serves(device) or original(device))
 
 
-def _distillation() -> ModuleType:
+def _divergence_module() -> ModuleType:
+    """Where distillation looks its divergence up: its trainer's module or, in TRL 1.15, the kernels'."""
+    from trl.kernels import chunked_divergence
     from trl.trainer import distillation_trainer
 
-    return distillation_trainer
+    is_imported = hasattr(distillation_trainer, "ChunkedDivergenceFunction")
+    return distillation_trainer if is_imported else chunked_divergence
 
 
 def _names_in(code: CodeType) -> set[str]:
@@ -153,7 +158,7 @@ def _names_in(code: CodeType) -> set[str]:
     return names
 
 
-def check_hooks(distillation: ModuleType) -> None:
+def check_hooks(divergence: ModuleType) -> None:
     """Raises RuntimeError unless TRL looks its head up where it is replaced, with the arguments that are served.
 
     Numbers are compared when a backend is known: ``check_numbers``.
@@ -161,7 +166,7 @@ def check_hooks(distillation: ModuleType) -> None:
     found = []
     for module, name, arguments in (
         (trl_utils, "_ChunkedLogProbFunction", _HEAD_ARGUMENTS),
-        (distillation, "ChunkedDivergenceFunction", _DIVERGENCE_ARGUMENTS),
+        (divergence, "ChunkedDivergenceFunction", _DIVERGENCE_ARGUMENTS),
     ):
         function = getattr(module, name, None)
         if function is None:
@@ -170,11 +175,11 @@ def check_hooks(distillation: ModuleType) -> None:
         got = tuple(inspect.signature(function.forward).parameters)[1:]
         if got != arguments:
             found.append(f"{name} takes {', '.join(got)}, not {', '.join(arguments)}")
-        if not hasattr(module, "_use_triton"):
-            found.append(f"{module.__name__} has no _use_triton")
-    for name in ("_ChunkedLogProbFunction", "_use_triton"):
-        if name not in _names_in(trl_utils.add_fused_lm_head.__code__):
-            found.append(f"add_fused_lm_head does not look {name} up")
+    names = _names_in(trl_utils.add_fused_lm_head.__code__)
+    if "_ChunkedLogProbFunction" not in names:
+        found.append("add_fused_lm_head does not look _ChunkedLogProbFunction up")
+    if hasattr(trl_utils, "_use_triton") and "_use_triton" not in names:
+        found.append("add_fused_lm_head does not look _use_triton up")
     if found:
         raise RuntimeError(f"TRL {trl.__version__} is not as expected (tested with {TESTED}): {'; '.join(found)}")
 
@@ -216,7 +221,13 @@ def _check_numbers(device: torch.device) -> None:
     results = []
     for function in (head.original, head):
         leaf = [x.clone().to(device).requires_grad_() for x in (hidden, weight, bias)]
-        found = function.apply(*leaf, targets.to(device), 0.7, 32768, 5.0, 0.5, outputs)
+        try:
+            found = function.apply(*leaf, targets.to(device), 0.7, 32768, 5.0, 0.5, outputs)
+        except Exception as error:
+            whose = "TRL's own head" if function is head.original else "this package's head"
+            raise RuntimeError(
+                f"{whose} does not run on {device} with TRL {trl.__version__}, so that nothing can be compared: {error}"
+            ) from error
         torch.autograd.backward([found[0], found[1]], [upstream.to(device), -upstream.to(device)])
         results.append([*found, *(x.grad for x in leaf)])
     names = (*outputs, "dhidden", "dweight", "dbias")
