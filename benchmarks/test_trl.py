@@ -62,7 +62,7 @@ def test_head(benchmark: BenchmarkFixture, report: list[Comparison], quick: bool
             config=GRPOLossConfig(), debug=False,
         )  # fmt: skip
         loss = ExpectedLoss.of(inputs, GRPOLossConfig(), torch.arange(counted))
-        return Expected(every[0] != 0, loss)
+        return Expected(every[0] != 0, None, loss)
 
     stock = trl_utils._ChunkedLogProbFunction
     with drop_in.apply() as applied:

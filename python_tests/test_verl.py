@@ -283,7 +283,7 @@ def _as_registered(
 @pytest.mark.parametrize(
     "counts", [{}, {"dp_size": 2, "batch_num_tokens": 31, "global_batch_size": 9}], ids=["local", "two"]
 )
-@pytest.mark.parametrize("loss_agg_mode", MEANS)
+@pytest.mark.parametrize("loss_agg_mode", [*MEANS, "token-sum"])
 @pytest.mark.parametrize("loss_mode", MODES)
 def test_registered_losses_are_verls(verl: Any, loss_mode: str, loss_agg_mode: str, counts: dict[str, Any]) -> None:
     """Over a global batch, by its counts, too. The geometric mean and sapo have means of their own."""
@@ -295,7 +295,7 @@ def test_registered_losses_are_verls(verl: Any, loss_mode: str, loss_agg_mode: s
     expected, got = (_as_registered(verl, options, case, counts, prefix) for prefix in ("", "grpo_kernels_"))
     torch.testing.assert_close(got[0], expected[0], rtol=1e-7, atol=4e-8)
     torch.testing.assert_close(got[1], expected[1], rtol=1e-7, atol=1e-8)
-    for name in set(got[2]) & set(expected[2]) & {"actor/pg_clipfrac", "actor/ppo_kl"}:
+    for name in set(got[2]) & set(expected[2]) & {"actor/pg_clipfrac", "actor/ppo_kl", "actor/pg_clipfrac_lower"}:
         if loss_mode == "vanilla":
             assert got[2][name] == pytest.approx(expected[2][name], rel=1e-6, abs=1e-9), name
 
@@ -356,3 +356,34 @@ def test_the_fused_hook_is_served(verl: Any) -> None:
     kernels.unapply()
     kernels.unapply()
     assert module.linear_cross_entropy is before
+
+
+def test_registered_estimators_know_their_options(verl: Any) -> None:
+    from grpo_kernels.integrations import verl as kernels
+
+    kernels.register()
+    core, actor = verl
+    rewards, mask = torch.tensor([1.0, 3.0, 2.0, 5.0]).double(), torch.ones(4, 3)
+    given = {"response_mask": mask, "index": np.array([*"abab"], object)}
+    given["token_level_rewards"] = torch.nn.functional.pad(rewards[:, None], (2, 0))
+    for name in ("grpo", "grpo_passk"):
+        for scaled in (True, False):
+            config = SimpleNamespace(gamma=1.0, get={"norm_adv_by_std_in_grpo": scaled}.get)
+            options = given | {"config": config} | ({"norm_adv_by_std_in_grpo": scaled} if name == "grpo" else {})
+            expected, got = (core.get_adv_estimator_fn(prefix + name)(**options)[0] for prefix in ("", "grpo_kernels_"))
+            torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-6)
+    estimate = core.get_adv_estimator_fn("grpo_kernels_reinforce_plus_plus")
+    config = SimpleNamespace(gamma=0.5, get=lambda key, default=None: default)
+    with pytest.raises(ValueError, match="gamma must be 1"):
+        estimate(**given, config=config)
+    config.gamma = 1.0
+    early = given | {"token_level_rewards": torch.nn.functional.pad(rewards[:, None], (0, 2))}
+    with pytest.raises(ValueError, match="last token"):
+        estimate(**early, config=config)
+    config = actor(strategy="fsdp", rollout_n=1, ppo_micro_batch_size_per_gpu=1)
+    config.global_batch_info["dp_size"] = 2
+    for mode in ("token-mean", "seq-mean-token-mean"):
+        with pytest.raises(ValueError, match="must be given when dp_size"):
+            core.get_policy_loss_fn("grpo_kernels_vanilla")(
+                torch.zeros(2, 3), torch.zeros(2, 3), torch.ones(2, 3), torch.ones(2, 3), mode, config
+            )

@@ -11,11 +11,11 @@ vision models, softcaps, logit scales, biases and metrics are TRL's own, since n
 from __future__ import annotations
 
 import functools
-import inspect
+import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
-from types import CodeType, ModuleType, TracebackType
+from types import ModuleType, TracebackType
 from typing import Any
 
 import torch
@@ -34,6 +34,7 @@ if not hasattr(trl_utils, "_ChunkedLogProbFunction") or not hasattr(trl_utils, "
     )
 
 from grpo_kernels import registry
+from grpo_kernels.integrations.trl_checks import TESTED, check_hooks
 from grpo_kernels.integrations.trl_head import (
     Counts,
     Expected,
@@ -41,20 +42,9 @@ from grpo_kernels.integrations.trl_head import (
     head_divergence,
     head_logprobs,
 )
-from grpo_kernels.integrations.trl_loss import expected_loss, scored_tokens
+from grpo_kernels.integrations.trl_loss import expected_loss, fill_of, scored_tokens
 
 __all__ = ["Applied", "Counts", "FusedGRPOTrainer", "Settings", "apply", "unapply"]
-
-TESTED = "1.16.0"
-_HEAD_ARGUMENTS = (
-    "hidden", "weight", "bias", "targets", "temperature", "chunk_size", "final_logit_softcapping", "logit_scale",
-    "outputs",
-)  # fmt: skip
-_DIVERGENCE_ARGUMENTS = (
-    "student_hidden", "student_weight", "student_bias", "teacher_hidden", "teacher_weight", "teacher_bias", "beta",
-    "temperature", "student_logit_scale", "student_final_logit_softcapping", "teacher_logit_scale",
-    "teacher_final_logit_softcapping",
-)  # fmt: skip
 
 #: Of this process, by ``apply``; and of what runs within a ``FusedGRPOTrainer``.
 _APPLIED: list[Settings] = []
@@ -77,6 +67,7 @@ class _Head:
     def __init__(self, original: Any) -> None:
         self.original = original
 
+    @torch.compiler.disable
     def apply(
         self, hidden: Any, weight: Any, bias: Any, targets: Any, temperature: Any, chunk_size: Any,
         softcap: Any = None, logit_scale: float = 1.0,
@@ -98,6 +89,7 @@ class _Divergence:
     def __init__(self, original: Any) -> None:
         self.original = original
 
+    @torch.compiler.disable
     def apply(
         self, student_hidden: Any, student_weight: Any, student_bias: Any, teacher_hidden: Any, teacher_weight: Any,
         teacher_bias: Any, beta: float, temperature: float = 1.0, student_logit_scale: float = 1.0,
@@ -114,12 +106,12 @@ class _Divergence:
         return head_divergence(settings, *arguments)
 
 
-#: What was replaced: module, name, TRL's own.
-_REPLACED: list[tuple[Any, str, Any]] = []
+#: What was replaced: module, name, what was there, and what is there now.
+_REPLACED: list[tuple[Any, str, Any, Any]] = []
 
 
 def _replace(owner: Any, name: str, value: Any) -> None:
-    _REPLACED.append((owner, name, getattr(owner, name)))
+    _REPLACED.append((owner, name, getattr(owner, name), value))
     setattr(owner, name, value)
 
 
@@ -150,40 +142,6 @@ def _divergence_module() -> ModuleType:
     return distillation_trainer if is_imported else chunked_divergence
 
 
-def _names_in(code: CodeType) -> set[str]:
-    names = set(code.co_names)
-    for constant in code.co_consts:
-        if isinstance(constant, CodeType):
-            names |= _names_in(constant)
-    return names
-
-
-def check_hooks(divergence: ModuleType) -> None:
-    """Raises RuntimeError unless TRL looks its head up where it is replaced, with the arguments that are served.
-
-    Numbers are compared when a backend is known: ``check_numbers``.
-    """
-    found = []
-    for module, name, arguments in (
-        (trl_utils, "_ChunkedLogProbFunction", _HEAD_ARGUMENTS),
-        (divergence, "ChunkedDivergenceFunction", _DIVERGENCE_ARGUMENTS),
-    ):
-        function = getattr(module, name, None)
-        if function is None:
-            found.append(f"{module.__name__} has no {name}")
-            continue
-        got = tuple(inspect.signature(function.forward).parameters)[1:]
-        if got != arguments:
-            found.append(f"{name} takes {', '.join(got)}, not {', '.join(arguments)}")
-    names = _names_in(trl_utils.add_fused_lm_head.__code__)
-    if "_ChunkedLogProbFunction" not in names:
-        found.append("add_fused_lm_head does not look _ChunkedLogProbFunction up")
-    if hasattr(trl_utils, "_use_triton") and "_use_triton" not in names:
-        found.append("add_fused_lm_head does not look _use_triton up")
-    if found:
-        raise RuntimeError(f"TRL {trl.__version__} is not as expected (tested with {TESTED}): {'; '.join(found)}")
-
-
 def _served_device() -> torch.device:
     """Where heads will run: a GPU that kernels serve, or the CPU.
 
@@ -204,31 +162,35 @@ def _served_device() -> torch.device:
 
 def check_numbers(settings: Settings) -> None:
     """Raises RuntimeError unless a small problem has TRL's results, its gradients among them, where heads will run."""
-    token = _WITHIN.set(settings)
+    token, precision = _WITHIN.set(settings), torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest")
     try:
-        _check_numbers(_served_device())
+        with torch.inference_mode(False), torch.enable_grad():
+            _check_numbers(_served_device())
     finally:
+        torch.set_float32_matmul_precision(precision)
         _WITHIN.reset(token)
 
 
 def _check_numbers(device: torch.device) -> None:
     outputs = ("log_probs", "entropy", "log_sum_sq_probs", "mean_logits", "is_top1")
-    generator = torch.Generator().manual_seed(0)
-    hidden, weight = (torch.randn(shape, generator=generator) for shape in ((8, 16), (37, 16)))
-    bias, upstream = (torch.randn(size, generator=generator) for size in (37, 8))
-    targets = torch.arange(8)
+    generator, fp32 = torch.Generator("cpu").manual_seed(0), {"dtype": torch.float32, "device": "cpu"}
+    hidden, weight, bias, upstream = (
+        torch.randn(shape, generator=generator, **fp32).to(device) for shape in ((8, 16), (37, 16), (37,), (8,))
+    )
+    targets = torch.arange(8, device=device)
     head = trl_utils._ChunkedLogProbFunction
     results = []
     for function in (head.original, head):
-        leaf = [x.clone().to(device).requires_grad_() for x in (hidden, weight, bias)]
+        leaf = [x.clone().requires_grad_() for x in (hidden, weight, bias)]
         try:
-            found = function.apply(*leaf, targets.to(device), 0.7, 32768, 5.0, 0.5, outputs)
+            found = function.apply(*leaf, targets, 0.7, 32768, 5.0, 0.5, outputs)
         except Exception as error:
             whose = "TRL's own head" if function is head.original else "this package's head"
             raise RuntimeError(
                 f"{whose} does not run on {device} with TRL {trl.__version__}, so that nothing can be compared: {error}"
             ) from error
-        torch.autograd.backward([found[0], found[1]], [upstream.to(device), -upstream.to(device)])
+        torch.autograd.backward([found[0], found[1]], [upstream, -upstream])
         results.append([*found, *(x.grad for x in leaf)])
     names = (*outputs, "dhidden", "dweight", "dbias")
     for name, theirs, ours in zip(names, *results, strict=True):
@@ -241,7 +203,7 @@ def _check_numbers(device: torch.device) -> None:
 
 
 class Applied:
-    """What ``apply`` returns: leaves TRL as it was at the end of a ``with`` block, and counts expected gradients."""
+    """What ``apply`` returns: ends with a ``with`` block, and counts expected gradients. Blocks may be nested."""
 
     def __init__(self, settings: Settings) -> None:
         self.settings = settings
@@ -257,7 +219,9 @@ class Applied:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        unapply()
+        _APPLIED[:] = [settings for settings in _APPLIED if settings is not self.settings]
+        if not _APPLIED:
+            unapply()
 
 
 def apply(
@@ -286,45 +250,59 @@ def apply(
     """
     settings = Settings(speculate, max_logits_bytes, workspace_bytes, backend)
     _install_and_check(settings)
-    if GRPOTrainer.compute_loss is not _publishing_compute_loss:
-        _replace(GRPOTrainer, "compute_loss", _publishing_compute_loss)
-    _APPLIED[:] = [settings]
+    if not any(name == "compute_loss" for _, name, _, _ in _REPLACED):
+        _replace(GRPOTrainer, "compute_loss", _publishing_before(GRPOTrainer.compute_loss))
+    _APPLIED.append(settings)
     return Applied(settings)
 
 
 def _install_and_check(settings: Settings) -> None:
     is_new = not _REPLACED
-    _install()
     try:
+        _install()
         check_numbers(settings)
-    except RuntimeError:
+    except BaseException:
         if is_new:
             unapply()
         raise
 
 
 def unapply() -> None:
-    """Leaves TRL as it was before ``apply``. A ``FusedGRPOTrainer`` that exists keeps its kernels until it is gone."""
+    """Ends every ``apply`` and leaves TRL as it was; what somebody else has replaced since stays.
+
+    A ``FusedGRPOTrainer`` installs the hooks again when it is next used, and they are inert for other trainers.
+    """
     _APPLIED.clear()
     while _REPLACED:
-        owner, name, original = _REPLACED.pop()
-        setattr(owner, name, original)
+        owner, name, original, ours = _REPLACED.pop()
+        if owner.__dict__.get(name) is ours:
+            setattr(owner, name, original)
 
 
-_compute_loss = GRPOTrainer.compute_loss
+def _publishing_before(compute_loss: Any) -> Any:
+    @functools.wraps(compute_loss)
+    def publishing(self: GRPOTrainer, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
+        settings = _settings()
+        if settings is None or _WITHIN.get() is not None:  # a trainer of ours has said it
+            return compute_loss(self, model, inputs, *args, **kwargs)
+        with _publishing(self, inputs, settings.speculate):
+            return compute_loss(self, model, inputs, *args, **kwargs)
+
+    return publishing
 
 
-@functools.wraps(_compute_loss)
-def _publishing_compute_loss(self: GRPOTrainer, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
-    settings = _settings()
-    if settings is None or _WITHIN.get() is not None:  # a trainer of ours has said it
-        return _compute_loss(self, model, inputs, *args, **kwargs)
-    with _publishing(self, inputs, settings.speculate):
-        return _compute_loss(self, model, inputs, *args, **kwargs)
+#: TRL's own, which say what is expected of a head; a trainer that has others says nothing.
+_TRLS = {name: getattr(GRPOTrainer, name) for name in ("_compute_loss", "_get_per_token_logps_and_entropies")}
 
 
 def _has_trls_loss(trainer: Any) -> bool:
-    return type(trainer)._compute_loss is GRPOTrainer._compute_loss
+    """Whether the loss, and what asks the head for its rows, are TRL's, for this very trainer."""
+    for name, original in _TRLS.items():
+        function = getattr(getattr(trainer, name), "__func__", None)
+        ours = FusedGRPOTrainer.__dict__.get(name, original)
+        if function not in (original, ours) or original.__module__ != GRPOTrainer.__module__:
+            return False
+    return True
 
 
 @contextmanager
@@ -333,13 +311,23 @@ def _publishing(trainer: Any, inputs: Any, speculate: bool) -> Iterator[None]:
     expected = None
     if torch.is_grad_enabled() and _has_trls_loss(trainer):
         mask, rows = scored_tokens(inputs)
-        loss = expected_loss(trainer, inputs, mask, rows) if speculate else None
-        expected = Expected(mask.flatten()[rows], loss)
+        loss = None
+        if speculate:
+            try:
+                loss = expected_loss(trainer, inputs, mask, rows)
+            except (AttributeError, KeyError, TypeError, ValueError) as error:  # TRL allows what is refused here
+                _say_once(f"gradients are not formed before they are asked for: {type(error).__name__}: {error}")
+        expected = Expected(mask.flatten()[rows], fill_of(inputs, rows), loss)
     token = _EXPECTED.set(expected)
     try:
         yield
     finally:
         _EXPECTED.reset(token)
+
+
+@functools.cache
+def _say_once(message: str) -> None:
+    logging.getLogger(__name__).warning(message)
 
 
 class FusedGRPOTrainer(GRPOTrainer):
@@ -351,12 +339,16 @@ class FusedGRPOTrainer(GRPOTrainer):
 
     Raises:
         RuntimeError: As for ``apply``.
+        TypeError: The head is quantised.
     """
 
     def __init__(self, *args: Any, kernels: Settings | None = None, **kwargs: Any) -> None:
         self.kernels = Settings() if kernels is None else kernels
         _install_and_check(self.kernels)
         super().__init__(*args, **kwargs)
+        weight = self.model.get_output_embeddings().weight
+        if not weight.is_floating_point():
+            raise TypeError(f"the head must be floating point, not quantised: got {weight.dtype}")
 
     def compute_loss(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
         """``GRPOTrainer.compute_loss``, unchanged."""

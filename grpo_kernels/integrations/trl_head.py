@@ -69,12 +69,20 @@ class Expected:
 
     Args:
         mask: Of the tokens that the head is asked for, which the loss reads, ``[N]``.
-        loss: What is expected of them, or None.
+        fill: What stands for the log-probability of the others, ``[N]``: TRL takes ratios there before it masks them.
+        loss: What is expected of the tokens, or None.
     """
 
     mask: Tensor
+    fill: Tensor | None
     loss: ExpectedLoss | None
     is_used: bool = False
+
+    def filled(self, logprobs: Tensor) -> Tensor:
+        """The log-probabilities, with ``fill`` where the loss reads none."""
+        mask = self.mask.to(logprobs.device)
+        fill = torch.zeros_like(logprobs) if self.fill is None else self.fill.to(logprobs.device, logprobs.dtype)
+        return torch.where(mask, logprobs, fill)
 
 
 def _gathering(function: type[torch.autograd.Function]) -> type[torch.autograd.Function]:
@@ -125,20 +133,23 @@ def head_logprobs(
     mask = None
     if any(needs) and expected is not None and not expected.is_used and expected.mask.shape == ids.shape:
         expected.is_used = True
-        if expected.loss is not None and _SPECULATED.issuperset(outputs):
+        # fp16 gradients would be rounded before a scaler's factor comes
+        may_underflow = torch.float16 in (dtypes[0], hidden.dtype, weight.dtype)
+        if expected.loss is not None and _SPECULATED.issuperset(outputs) and not may_underflow:
+            loss = expected.loss.to(device, accumulation_dtype(dtypes[0]))
             found = _SPECULATION.apply(
-                hidden, weight, bias, dtypes, workspace, ids, expected.loss, transform, needs, backend,
-                settings.counts.add,
-            )  # fmt: skip
-            return found[0], found[1] if "entropy" in wanted else None, None, None, None
-        mask = expected.mask
+                hidden, weight, bias, dtypes, workspace, ids, loss, transform, needs, backend, settings.counts.add
+            )
+            return expected.filled(found[0]), found[1] if "entropy" in wanted else None, None, None, None
+        mask = expected.mask.to(device)
     max_logits_bytes = settings.max_logits_bytes if any(needs) else 0
     found = _LOGPROBS.apply(
         hidden, weight, bias, dtypes, workspace, ids, mask, transform, outputs_code(wanted), max_logits_bytes,
         needs == (True, False, False) and max_logits_bytes == 0, backend,
     )  # fmt: skip
     names = ("entropy", "log_sum_sq_probs", "mean_logits", "is_top1")
-    return found[0], *(x if name in wanted else None for name, x in zip(names, found[1:], strict=True))
+    logprobs = found[0] if mask is None else expected.filled(found[0])  # type: ignore[union-attr]
+    return logprobs, *(x if name in wanted else None for name, x in zip(names, found[1:], strict=True))
 
 
 def head_divergence(

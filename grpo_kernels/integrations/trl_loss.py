@@ -55,6 +55,14 @@ def scored_tokens(inputs: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
     return mask, attended.flatten().nonzero()[:, 0]
 
 
+def fill_of(inputs: Mapping[str, Any], rows: Tensor) -> Tensor | None:
+    """What stands for the log-probabilities of tokens that the loss does not read: what it compares them with."""
+    for name in ("old_per_token_logps", "ref_per_token_logps"):
+        if inputs.get(name) is not None:
+            return inputs[name].flatten()[rows].detach()
+    return None
+
+
 def expected_loss(trainer: Any, inputs: Mapping[str, Any], mask: Tensor, rows: Tensor) -> ExpectedLoss | None:
     """The loss that ``_compute_loss`` takes of these inputs; None where a token's gradient waits for others.
 
@@ -76,10 +84,11 @@ def expected_loss(trainer: Any, inputs: Mapping[str, Any], mask: Tensor, rows: T
     rollout = None
     if trainer.use_vllm and trainer.vllm_importance_sampling_correction:
         rollout = inputs["importance_sampling_ratio"]
+    advantages = inputs["advantages"]
     policy = PolicyInputs.of(
         inputs["completion_ids"],
         torch.float32,
-        inputs["advantages"],
+        advantages[:, 0] if advantages.shape == (advantages.shape[0], 1) else advantages,
         mask,
         old_logprobs=inputs.get("old_per_token_logps"),
         ref_logprobs=inputs.get("ref_per_token_logps"),

@@ -9,6 +9,7 @@ in every worker, before it builds its model. Nothing of verl is replaced by ``re
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
@@ -84,8 +85,11 @@ def compute_policy_loss(
         loss_mode: One of ``LOSS_MODES``.
         backend: As for ``policy_loss``.
     """
-    loss_config = _loss_config(config, loss_mode, loss_agg_mode, response_mask.shape[-1])
-    num_items, scale = _normaliser(config.global_batch_info, loss_config, response_mask)
+    is_sum = loss_agg_mode == "token-sum"
+    mode = "token-mean" if is_sum else loss_agg_mode
+    loss_config = _loss_config(config, loss_mode, mode, response_mask.shape[-1])
+    counts = dict(config.global_batch_info) | ({"batch_num_tokens": 1} if is_sum else {})
+    num_items, scale = _normaliser(counts, loss_config, response_mask)
     # verl gives one value a token, also of what is one a completion
     per_completion = loss_config.loss_type == "gmpo"
     loss, metrics = policy_loss(
@@ -105,6 +109,9 @@ def compute_policy_loss(
         found = {"actor/ppo_kl": approx_kl}
         if "clip_ratio/region_mean" in metrics:
             found["actor/pg_clipfrac"] = metrics["clip_ratio/region_mean"]
+        if loss_config.delta is not None:
+            is_lower = kept & (advantages < 0) & (log_prob - old_log_prob > math.log(loss_config.delta))
+            found["actor/pg_clipfrac_lower"] = is_lower.sum() / kept.sum().clamp(min=1)
         return loss, {name: value.item() for name, value in found.items()}
 
 
@@ -135,7 +142,11 @@ def _normaliser(counts: Mapping[str, Any], config: GRPOLossConfig, mask: Tensor)
         if counts.get("batch_num_tokens") is None and processes > 1:
             raise ValueError("batch_num_tokens must be given when dp_size > 1, got None")
         return counts.get("batch_num_tokens"), float(processes)
-    if config.loss_agg_mode is None or counts.get("global_batch_size") is None:  # gmpo's mean is local, as verl's is
+    if config.loss_agg_mode is None:  # gmpo's mean is local, as verl's is
+        return None, 1.0
+    if counts.get("global_batch_size") is None:
+        if processes > 1:
+            raise ValueError("global_batch_size must be given when dp_size > 1, got None")
         return None, 1.0
     local = (mask.sum(-1) > 0).sum().item()
     return None, processes * local / counts["global_batch_size"]
@@ -146,9 +157,11 @@ def _estimate(name: str, token_level_rewards: Tensor, response_mask: Tensor, **g
     ours, eps = ESTIMATORS[name]
     scores = token_level_rewards.sum(-1)
     config = given.get("config")
-    if name == "grpo" and not _option(given, config, "norm_adv_by_std_in_grpo", True):
-        ours, eps = "dr_grpo", None
     options: dict[str, Any] = {} if eps is None else {"eps": given.get("epsilon", eps)}
+    if name in ("grpo", "grpo_passk") and not _option(given, config, "norm_adv_by_std_in_grpo", True):
+        options = {"scale_rewards": "none"}
+    if ours == "reinforce++" and (config is not None and config.gamma != 1):
+        raise ValueError(f"gamma must be 1 for this estimator, got {config.gamma!r}")
     lengths = response_mask.sum(-1)
     if ours in ("remax", "reinforce++"):
         _check_outcome(token_level_rewards, response_mask)
@@ -159,7 +172,7 @@ def _estimate(name: str, token_level_rewards: Tensor, response_mask: Tensor, **g
             extra["completion_lengths"] = lengths[rows]
         if ours == "remax":
             extra["baseline_rewards"] = given["reward_baselines"][rows][::size]
-        is_alone = size == 1 and ours in ("grpo", "dr_grpo", "rloo", "opo")  # to verl its advantage is its reward
+        is_alone = size == 1 and ours in ("grpo", "rloo", "opo")  # to verl its advantage is its reward
         found = scores[rows] if is_alone else group_advantages(scores[rows], size, estimator=ours, **extra)
         advantages[rows] = found.to(advantages.dtype)
     spread = advantages[:, None] * response_mask

@@ -43,6 +43,14 @@ class ExpectedLoss(NamedTuple):
             return None
         return cls(tuple(None if x is None else x[rows] for x in inputs.flat()), config.code())
 
+    def to(self, device: torch.device, dtype: torch.dtype) -> ExpectedLoss:
+        """The same where a head is, in the dtype of its arithmetic."""
+
+        def moved(x: Tensor | None) -> Tensor | None:
+            return x if x is None else x.to(device, dtype if x.is_floating_point() else x.dtype)
+
+        return self._replace(flat=tuple(map(moved, self.flat)))
+
     @property
     def mask(self) -> Tensor:
         return self.flat[0]  # type: ignore[return-value]
@@ -89,13 +97,13 @@ class SpeculatedLogprobs(torch.autograd.Function):
             return (None,) * 11
         hidden, weight, bias, ids, mask, coefficients, entropy_weights, *grads = ctx.saved_tensors
         dtypes, workspace_bytes, transform, needs, backend, report = ctx.options
-        scale = _common_factor(dlogprobs, coefficients, dentropy, entropy_weights, mask)
+        is_first = not getattr(ctx, "handed_over", False)  # a second backward finds nothing that is still its own
+        scale = _common_factor(dlogprobs, coefficients, dentropy, entropy_weights, mask) if is_first else None
         if report is not None:
             report(scale is not None)
         if scale is not None:
             return (*hand_over(ctx, scale, backend, grads), *(None,) * 8)
-        if any(x is not None and bool((x[~mask] != 0).any()) for x in (dlogprobs, dentropy)):
-            raise RuntimeError("a gradient reached tokens that the expected loss masks: they were not scored")
+        needs = tuple(need and asked for need, asked in zip(needs, ctx.needs_input_grad[:3], strict=True))
         head = (hidden.detach(), weight, bias, *dtypes, workspace_bytes, ids, mask)
         statistics = linear_token_logprobs_fwd[backend](*head, *transform, 0, 0, False)
         upstream = (None if x is None else x.contiguous() for x in (dlogprobs, dentropy))
@@ -138,6 +146,8 @@ def speculated_token_logprobs(
     report: Callable[[bool], None] | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Log-probabilities and entropies of rows that somebody is about to take the expected loss of; 0 where masked.
+
+    Gradients are formed at the expected scale: with fp16 inputs a scaler's factor would come too late for them.
 
     Args:
         hidden, weight, bias, ids: As for ``linear_token_logprobs``, packed and already validated.
