@@ -25,7 +25,8 @@ def fused_head(model: Any, *, temperature: float = 1.0, backend: str = "auto") -
     The backbone runs as ever, and the head through ``linear_token_logprobs``: logits never exist as a whole. ``labels``
     are ids like ``input_ids``, -100 where none is wanted; they are shifted as the model's own loss shifts them, so that
     the results are ``[B, T - 1]``, 0 where none was wanted. ``outputs=`` names statistics beside the log-probabilities.
-    Without ``return_logprobs`` the model's forward is the one it had. Call it before wrapping the model.
+    Without ``return_logprobs`` the model's forward is the one it had. Call it before wrapping the model; a head that
+    DeepSpeed's ZeRO-3 divides is not gathered here.
 
     Args:
         model: An ``AutoModelForCausalLM``. Softcap and scale of its logits are read from its configuration, and a few
@@ -65,12 +66,15 @@ def fused_head(model: Any, *, temperature: float = 1.0, backend: str = "auto") -
         if labels is None:
             raise ValueError("labels must be given with return_logprobs=True, got None")
         hidden = self.base_model(*args, **(kwargs | {"use_cache": False})).last_hidden_state[:, :-1]
-        projection, wanted = self.get_output_embeddings(), labels[:, 1:] != -100
+        projection = self.get_output_embeddings()
+        weight, bias = (_whole(x) for x in (projection.weight, projection.bias))
+        hidden, labels = hidden.to(weight.device), labels[:, 1:].to(weight.device)  # of a model over several devices
+        wanted = labels != -100
         return linear_token_logprobs(
             hidden,
-            projection.weight,
-            labels[:, 1:],
-            bias=projection.bias,
+            weight,
+            labels,
+            bias=bias,
             temperature=temperature,
             softcap=softcap,
             logit_scale=logit_scale,
@@ -86,6 +90,11 @@ def fused_head(model: Any, *, temperature: float = 1.0, backend: str = "auto") -
         model.forward = original
         raise
     return model
+
+
+def _whole(parameter: Tensor | None) -> Tensor | None:
+    """A parameter that FSDP2 has divided, gathered; its gradient is divided again by autograd."""
+    return parameter.full_tensor() if hasattr(parameter, "full_tensor") else parameter
 
 
 def _transform_of(config: Any) -> tuple[float | None, float]:
