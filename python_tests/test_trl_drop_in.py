@@ -148,6 +148,19 @@ def test_a_trainers_logs_and_parameters_are_stock(name: str, folder: Path, tmp_p
     assert any(not torch.equal(p, q) for p, q in zip(stock[1].values(), ours[1].values(), strict=True))
 
 
+def test_the_live_share_is_that_of_the_advantages(folder: Path, tmp_path: Path) -> None:
+    """One of four completions has an advantage here."""
+
+    def one_of_four(trainer: Any, inputs: dict[str, Any]) -> dict[str, Any]:
+        inputs["advantages"] = torch.tensor([1.0, 0.0, 0.0, 0.0])
+        inputs["completion_mask"] = torch.ones_like(inputs["completion_mask"])
+        return inputs
+
+    with apply() as applied:
+        _two_steps_of(trl.GRPOTrainer, folder, tmp_path, one_of_four)
+    assert applied.counts.live_share == 0.25
+
+
 def test_a_trainer_of_ours_changes_no_other(folder: Path, tmp_path: Path) -> None:
     options = CONFIGURATIONS["dapo-beta_0.04-iterations_2"]
     stock = _train(trl.GRPOTrainer, folder, tmp_path, **options)
@@ -245,6 +258,11 @@ def test_under_lora(options: dict[str, Any], beta: float, folder: Path, tmp_path
     assert applied.counts.hits > 0 == applied.counts.misses
 
 
+def test_an_adapter_on_the_head_is_trls_to_refuse(folder: Path, tmp_path: Path) -> None:
+    with apply(), pytest.raises(ValueError, match="lm_head"):
+        _train(trl.GRPOTrainer, folder, tmp_path, peft=_lora(target_modules=["q_proj", "lm_head"]))
+
+
 def _model_of(name: str) -> Any:
     import transformers
 
@@ -333,6 +351,16 @@ def test_an_unknown_head_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(RuntimeError, match="takes hidden, weight, labels, not hidden, weight, bias, targets"):
         apply()
     assert utils._ChunkedLogProbFunction is Other
+
+
+def test_a_release_without_the_head_is_refused_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    import runpy
+
+    from trl.trainer import utils
+
+    monkeypatch.delattr(utils, "_ChunkedLogProbFunction")
+    with pytest.raises(ImportError, match=r"TRL .* has no fused head to take over"):
+        runpy.run_path(drop_in.__file__)
 
 
 def test_a_head_of_other_numbers_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:

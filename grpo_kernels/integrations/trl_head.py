@@ -31,10 +31,21 @@ _SPECULATED = frozenset(("log_probs", "entropy"))
 
 @dataclass
 class Counts:
-    """What became of expected gradients: those that came, and those that did not."""
+    """What became of expected gradients: those that came, and those that did not; and of how many rows they were."""
 
     hits: int = 0
     misses: int = 0
+    rows: int = 0
+    live: Tensor | int = 0  # on the head's device: reading it waits
+
+    @property
+    def live_share(self) -> float:
+        """Share of the rows whose policy term was not known to be 0: what the head's backward is paid for. A sync."""
+        return float(self.live) / max(self.rows, 1)
+
+    def add_rows(self, is_live: Tensor) -> None:
+        self.rows += is_live.numel()
+        self.live = is_live.count_nonzero() + self.live
 
     def add(self, is_hit: bool) -> None:
         self.hits += is_hit
@@ -137,6 +148,7 @@ def head_logprobs(
         may_underflow = torch.float16 in (dtypes[0], hidden.dtype, weight.dtype)
         if expected.loss is not None and _SPECULATED.issuperset(outputs) and not may_underflow:
             loss = expected.loss.to(device, accumulation_dtype(dtypes[0]))
+            settings.counts.add_rows(loss.has_policy_term)
             found = _SPECULATION.apply(
                 hidden, weight, bias, dtypes, workspace, ids, loss, transform, needs, backend, settings.counts.add
             )

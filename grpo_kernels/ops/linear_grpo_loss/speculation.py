@@ -52,6 +52,11 @@ class ExpectedLoss(NamedTuple):
         return self._replace(flat=tuple(map(moved, self.flat)))
 
     @property
+    def has_policy_term(self) -> Tensor:
+        """Which rows have an advantage and a weight."""
+        return (self.flat[1] != 0) & (self.flat[2] != 0)  # type: ignore[operator]
+
+    @property
     def mask(self) -> Tensor:
         return self.flat[0]  # type: ignore[return-value]
 
