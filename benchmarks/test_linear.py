@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import math
+from functools import partial
 
 import torch
 from interleaved import Comparison, compare
-from naive import naive_grpo_loss
+from providers import PROVIDERS, Loss, checked
 from pytest_benchmark.fixture import BenchmarkFixture
 
 from grpo_kernels import distillation_loss, linear_grpo_loss, linear_token_logprobs
@@ -42,13 +43,20 @@ def test_linear_grpo_loss(benchmark: BenchmarkFixture, report: list[Comparison],
         loss.backward()
         return loss
 
-    def naive() -> torch.Tensor:
+    def theirs(loss_of: Loss) -> torch.Tensor:
         x, w = hidden.detach().requires_grad_(), weight.detach().requires_grad_()
-        loss = naive_grpo_loss(x @ w.t(), ids, advantages, mask, old)
+        loss = loss_of(x, w, ids, advantages, mask, old)
         loss.backward()
         return loss
 
-    torch.testing.assert_close(ours(advantages), naive(), rtol=1e-4, atol=1e-5)
+    rivals, not_timed = {}, []
+    for provider in PROVIDERS:
+        loss_of, why = checked(provider)
+        if loss_of is None:
+            not_timed.append(f"not timed: {why}")
+        else:
+            rivals[provider.name] = loss_of
+    torch.testing.assert_close(ours(advantages), theirs(rivals["naive PyTorch"]), rtol=1e-4, atol=1e-5)
     comparison = Comparison(
         f"hidden states to loss, dX and dW, N={batch * length} H={HIDDEN} V={VOCAB} float32",
         GEMMS,
@@ -59,7 +67,7 @@ def test_linear_grpo_loss(benchmark: BenchmarkFixture, report: list[Comparison],
         comparison,
         {
             GEMMS: gemms,
-            "naive PyTorch": naive,
+            **{name: partial(theirs, loss_of) for name, loss_of in rivals.items()},
             QUARTER: lambda: ours(quarter),
             EIGHTH: lambda: ours(advantages, workspace_bytes=logits_bytes // 8),
             FROZEN: lambda: ours(advantages, head_grad=False),
@@ -68,6 +76,7 @@ def test_linear_grpo_loss(benchmark: BenchmarkFixture, report: list[Comparison],
         {},
         rounds=2 if quick else 5,
     )
+    comparison.notes += not_timed
     report.append(comparison)
 
 
