@@ -131,7 +131,8 @@ def _common_factor(
     if got.numel() == 0:
         return torch.ones((), device=got.device)
     largest = expected.abs().argmax()
-    scale = torch.where(expected[largest] == 0, 1.0, got[largest] / expected[largest])
+    one, other = expected.take(largest), got.take(largest)  # an index would be read back
+    scale = torch.where(one == 0, 1.0, other / one)
     expected = scale * expected
     allowed = _RELATIVE * expected.abs() + _ABSOLUTE * expected.abs().amax()
     return scale if bool(((got - expected).abs() <= allowed).all()) else None
