@@ -26,14 +26,24 @@ def is_tested(op: str, backend: str, dtype: torch.dtype, case: Case) -> bool:
     if backend == "torch":
         return dtype == torch.float32 and not few_dtypes
     if backend == "triton" and "divergence" in op and dtype != torch.float32:  # two rows take twice as long
-        return dtype == torch.bfloat16 and case.name in ("plain", "vocab_prime", "softcap", "dirty_mask", "strided")
+        return dtype == torch.bfloat16 and case.name in FEW
     if backend == "triton":  # its interpreter takes half a second a case; fp64 is there to test formulas
         return dtype == torch.float32 or (not few_dtypes and dtype != torch.float64)
     return dtype in (torch.float32, torch.bfloat16) or not few_dtypes
 
 
+#: What fp16 adds to bf16 under the interpreter, where a case takes half a second: conversions, and these say enough.
+FEW = ("plain", "vocab_prime", "softcap", "dirty_mask", "strided", "logits_peaked")
+
+
+def _marks(backend: str, dtype: torch.dtype, case: Case) -> list[pytest.MarkDecorator]:
+    return [pytest.mark.slow] if backend == "triton" and dtype == torch.float16 and case.name not in FEW else []
+
+
 GRID = [
-    pytest.param(op, backend, dtype, case, id=f"{op}-{backend}-{str(dtype)[6:]}-{case}")
+    pytest.param(
+        op, backend, dtype, case, id=f"{op}-{backend}-{str(dtype)[6:]}-{case}", marks=_marks(backend, dtype, case)
+    )
     for op in SOURCES
     for case in ALL_CASES
     for dtype in DTYPES

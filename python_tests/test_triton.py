@@ -35,7 +35,7 @@ def passed(*arguments: str) -> int:
 @pytest.mark.parametrize("part", range(PARTS))
 def test_conformance(part: int) -> None:
     files = [f"{TESTS}/{name}.py" for name in ("test_conformance", "test_group_advantages")]
-    assert passed(*files, "-k", "triton", "--part", f"{part}/{PARTS}") > 150
+    assert passed(*files, "-k", "triton", "--part", f"{part}/{PARTS}") > 120
 
 
 def test_any_loss_is_trls() -> None:
@@ -43,12 +43,12 @@ def test_any_loss_is_trls() -> None:
     assert passed(f"{TESTS}/test_trl.py", "-k", "test_any_loss_is_trls") == 1
 
 
-def test_edges() -> None:
-    files = [
-        f"{TESTS}/{name}.py"
-        for name in ("test_edges", "test_interpreted", "test_gae", "test_loss_family", "test_divergence")
-    ]
-    assert passed(*files, "-k", "triton or interpreted") > 100
+@pytest.mark.parametrize(
+    ("names", "fewest"),
+    [(("test_edges", "test_interpreted"), 50), (("test_gae", "test_loss_family"), 50), (("test_divergence",), 40)],
+)
+def test_edges(names: tuple[str, ...], fewest: int) -> None:
+    assert passed(*(f"{TESTS}/{name}.py" for name in names), "-k", "triton or interpreted") >= fewest
 
 
 def _smoke(script: str, *arguments: str, interpret: bool = True) -> str:
