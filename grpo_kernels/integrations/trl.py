@@ -233,8 +233,9 @@ def apply(
 ) -> Applied:
     """Runs TRL's heads through these kernels, in this process, from now on: trainers built before included.
 
-    The numbers stay TRL's up to the rounding of fp32, and every option and metric stays TRL's own. Calling it again
-    replaces the options. As a context manager it ends with the block; ``unapply`` ends it too.
+    The numbers stay TRL's up to the rounding of fp32, and every option and metric stays TRL's own. Of several
+    calls the last one's options hold. As a context manager it ends with its block, and the options before it hold
+    again; ``unapply`` ends them all.
 
     Args:
         speculate: Form the head's gradients in the forward where ``GRPOTrainer``'s loss is known before it: a third of

@@ -186,7 +186,7 @@ def head_divergence(
     backend = settings.backend_on(device)
     own = Transform.of(temperature, student_softcap, student_logit_scale)
     comparison = Comparison(float(beta), *own, *Transform.of(temperature, teacher_softcap, teacher_logit_scale))
-    workspace = check_workspace(settings.workspace_bytes, 0, vocab, dtypes[1], device)
+    workspace = check_workspace(settings.workspace_bytes, 0, vocab, dtypes[1], device, models=2)
     teacher = (None, teacher_hidden, teacher_weight, teacher_bias)
     reference = Reference(*teacher, teacher_dtype)
     ids = torch.zeros(student_hidden.shape[0], dtype=torch.int64, device=device)

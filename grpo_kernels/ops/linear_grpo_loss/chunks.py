@@ -48,6 +48,7 @@ def _fwd(  # type: ignore[no-untyped-def]
     ids = held_ids(backend, ids, mask, head.vocab)
     ids, row_mask, *per_token = (rows.take(x) for x in (ids, mask, *per_token))
     dtype = accumulation_dtype(logits_dtype)
+    transform = Comparison(*comparison).transform
     results = [hidden.new_empty(rows.count, dtype=dtype) for _ in range(2 if others is None else 3)]
     for chunk in chunks:
         inputs = head.inputs(hidden, rows, chunk)
@@ -59,7 +60,6 @@ def _fwd(  # type: ignore[no-untyped-def]
             tokens = [None if x is None else x[part] for x in (ids, row_mask, *per_token)]
             live = None
             if compared is None:
-                transform = Comparison(*comparison).transform
                 *found, live = _rows_loss(backend, logits[within], tokens, code, params, transform, dlogits)
             else:
                 pair = (logits[within], compared[within])

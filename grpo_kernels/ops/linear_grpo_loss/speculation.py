@@ -136,39 +136,3 @@ def _common_factor(
     expected = scale * expected
     allowed = _RELATIVE * expected.abs() + _ABSOLUTE * expected.abs().amax()
     return scale if bool(((got - expected).abs() <= allowed).all()) else None
-
-
-def speculated_token_logprobs(
-    hidden: Tensor,  # [N, H]
-    weight: Tensor,  # [V, H]
-    bias: Tensor | None,  # [V]
-    ids: Tensor,  # [N]
-    expected: ExpectedLoss,
-    *,
-    dtypes: tuple[torch.dtype, torch.dtype],
-    workspace_bytes: int,
-    transform: Transform,
-    backend: str,
-    report: Callable[[bool], None] | None = None,
-) -> tuple[Tensor, Tensor]:
-    """Log-probabilities and entropies of rows that somebody is about to take the expected loss of; 0 where masked.
-
-    Gradients are formed at the expected scale: with fp16 inputs a scaler's factor would come too late for them.
-
-    Args:
-        hidden, weight, bias, ids: As for ``linear_token_logprobs``, packed and already validated.
-        expected: The loss.
-        dtypes: What is computed in, and what logits are rounded to.
-        workspace_bytes: Bound of the logits that exist at once.
-        transform: Of the logits.
-        backend: Already resolved; "torch" has no such form.
-        report: Called in the backward, with whether the gradient was the expected one.
-
-    Returns:
-        Both differentiable, once.
-    """
-    grad = torch.is_grad_enabled()
-    needs = tuple(grad and x is not None and x.requires_grad for x in (hidden, weight, bias))
-    return SpeculatedLogprobs.apply(
-        hidden, weight, bias, dtypes, workspace_bytes, ids, expected, transform, needs, backend, report
-    )
