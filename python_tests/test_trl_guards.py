@@ -122,7 +122,12 @@ def test_an_exception_within_leaves_trl_usable(folder: Path, tmp_path: Path, mon
 
 
 @pytest.mark.parametrize(
-    ("options", "words"), [({"max_logits_bytes": -1}, "max_logits_bytes"), ({"backend": "x"}, "got 'x'")]
+    ("options", "words"),
+    [
+        ({"max_logits_bytes": -1}, "max_logits_bytes"),
+        ({"workspace_bytes": 0}, "workspace_bytes"),
+        ({"backend": "x"}, "got 'x'"),
+    ],
 )
 def test_bad_options_are_refused(options: dict[str, Any], words: str) -> None:
     with pytest.raises(ValueError, match=words):

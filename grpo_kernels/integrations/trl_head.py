@@ -63,8 +63,7 @@ class Settings:
     counts: Counts = field(default_factory=Counts, compare=False)
 
     def __post_init__(self) -> None:
-        if self.max_logits_bytes < 0:
-            raise ValueError(f"max_logits_bytes must be at least 0, got {self.max_logits_bytes}")
+        check_workspace(self.workspace_bytes, self.max_logits_bytes, 1, torch.float32, torch.device("cpu"))
         if self.backend not in ("auto", *registry.BACKENDS):
             backends = ", ".join(map(repr, registry.BACKENDS))
             raise ValueError(f"backend must be 'auto' or one of {backends}, got {self.backend!r}")
