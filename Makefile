@@ -9,6 +9,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 GPU_PYTHON ?= python3
 RESULTS ?= benchmarks/results
+REVISION ?= main
 PIP_INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 INSTALL := $(PIP_INSTALL) --no-build-isolation --editable
 PYTEST := $(BIN)/python -m pytest --numprocesses auto --maxprocesses 8 --dist worksteal
@@ -16,13 +17,14 @@ PYTEST := $(BIN)/python -m pytest --numprocesses auto --maxprocesses 8 --dist wo
 # A change to one of these builds the package again; Python sources are used in place.
 BUILD_INPUTS := pyproject.toml setup.py CMakeLists.txt grpo_kernels/version.py $(shell find csrc -type f)
 
-.PHONY: demo test test-full bench bench-quick gpu tune lint format install check-portable clean help
+.PHONY: demo test test-full bench bench-quick bench-guard gpu tune lint format install check-portable clean help
 
 help:
 	@echo "make demo            train a small reasoning model on the CPU and watch the reward rise"
 	@echo "make test            lint and tests"
 	@echo "make test-full       lint and all tests, the slow ones too"
-	@echo "make bench           benchmarks;  make bench-quick: small shapes"
+	@echo "make bench           benchmarks against every peer, into benchmarks/results;  make bench-quick: small shapes"
+	@echo "make bench-guard     whether this checkout is slower than REVISION (main)"
 	@echo "make gpu             on a GPU: the checks that need one, and the benchmarks, into $(RESULTS)"
 	@echo "make tune            on a GPU: its rows of the table of block sizes"
 	@echo "make install         the package with its training extra, in .venv"
@@ -41,9 +43,13 @@ test-full: lint
 
 bench: $(VENV)/.bench
 	$(BIN)/python -m pytest benchmarks --benchmark-only
+	$(BIN)/grpo-kernels bench report --readme README.md
 
 bench-quick: $(VENV)/.bench
 	$(BIN)/python -m pytest benchmarks --benchmark-only --quick
+
+bench-guard: $(VENV)/.bench
+	$(BIN)/python benchmarks/guard.py $(REVISION)
 
 gpu:
 	PYTHONPATH=. $(GPU_PYTHON) benchmarks/gpu.py --results $(RESULTS)
@@ -77,7 +83,7 @@ $(VENV)/.train: $(VENV)/.torch $(BUILD_INPUTS)
 	$(INSTALL) ".[train]"
 	touch $@
 
-# verl's wheel alone: tests compare with its formulas, which need none of its dependencies.
+# verl's wheel alone: tests and benchmarks take parts of it that need none of its dependencies.
 $(VENV)/.test: $(VENV)/.torch $(BUILD_INPUTS)
 	$(INSTALL) ".[train,trl,test]"
 	$(PIP_INSTALL) --no-deps verl
@@ -85,4 +91,5 @@ $(VENV)/.test: $(VENV)/.torch $(BUILD_INPUTS)
 
 $(VENV)/.bench: $(VENV)/.torch $(BUILD_INPUTS)
 	$(INSTALL) ".[train,trl,test,bench]"
+	$(PIP_INSTALL) --no-deps verl
 	touch $@

@@ -1,44 +1,112 @@
-"""Options of the benchmarks, and their one table: every time over the floor measured in the same run."""
+"""Options of the benchmarks, the verdicts on all providers, and where the results go."""
 
 from __future__ import annotations
 
+import datetime
 import platform
+import re
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
 from interleaved import Comparison
+from qualify import Sizes, Verdicts, qualify
 
-_COMPARISONS = pytest.StashKey[list[Comparison]]()
+from grpo_kernels import registry
+from grpo_kernels.bench.results import Results
+from grpo_kernels.bench.tables import OURS, terminal_lines
+from grpo_kernels.version import __version__
+
+_STORE = pytest.StashKey["Store"]()
+CASES = [("logits", "float32"), ("logits", "bfloat16"), ("hidden", "float32"), ("logprobs", "float32"),
+         ("upstream", "float32")]  # fmt: skip
+
+
+class Store:
+    """The results so far, written after each work."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.results = Results(path.parent.name, datetime.date.today().isoformat(), versions())
+
+    def add(self, comparison: Comparison) -> None:
+        self.results.rows += comparison.rows()
+        if comparison.notes:
+            self.results.notes[comparison.title] = comparison.notes
+        self.results.save(self.path)
+
+
+def versions() -> dict[str, str]:
+    """Of what a figure depends on."""
+    compiler = subprocess.run(["c++", "--version"], capture_output=True, text=True).stdout.splitlines()
+    found = {"grpo_kernels": __version__, "torch": torch.__version__, "python": platform.python_version()}
+    found |= {"processor": processor(), "threads": str(torch.get_num_threads())}
+    return found | {"simd": registry.cpu_simd_level() or "none", "compiler": compiler[0] if compiler else "none"}
+
+
+def processor() -> str:
+    """As Linux names it, or the architecture."""
+    path = Path("/proc/cpuinfo")
+    names = re.findall(r"model name\s*: (.*)", path.read_text()) if path.exists() else []
+    return names[0] if names else platform.machine()
+
+
+def device_name() -> str:
+    """A folder's name for this machine."""
+    simd = registry.cpu_simd_level() or platform.machine()
+    return re.sub(r"[^a-z0-9]+", "-", f"{processor()} {simd} {torch.get_num_threads()} threads".lower()).strip("-")
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--quick", action="store_true", help="fewer tokens and rounds: shows that it runs, not how fast")
+    parser.addoption("--quick", action="store_true", help="small shapes, few rounds: shows that it runs, not how fast")
+    parser.addoption("--results", type=Path, help="folder of the result; by default that of this machine, where it is "
+                     "kept under date and version")  # fmt: skip
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    config.stash[_COMPARISONS] = []
+    default = Path(__file__).parent / "results" / device_name()
+    if config.getoption("--quick"):
+        default = Path(__file__).parents[1] / "build" / "bench-quick"
+    folder = config.getoption("--results") or default
+    config.stash[_STORE] = Store(folder / f"{datetime.date.today().isoformat()}-{__version__}.json")
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def quick(request: pytest.FixtureRequest) -> bool:
     return bool(request.config.getoption("--quick"))
 
 
+@pytest.fixture(scope="session")
+def sizes(quick: bool) -> Sizes:
+    """Of the problems that providers are checked on; memory and head are those of the works."""
+    return Sizes.quick() if quick else Sizes()
+
+
+@pytest.fixture(scope="session")
+def verdicts(sizes: Sizes) -> Verdicts:
+    """On every provider, before any is timed."""
+    return qualify(CASES, sizes)
+
+
 @pytest.fixture
-def report(request: pytest.FixtureRequest) -> list[Comparison]:
-    """Where a benchmark leaves its comparison for the table."""
-    return request.config.stash[_COMPARISONS]
+def report(request: pytest.FixtureRequest) -> Callable[[Comparison], None]:
+    """Where a benchmark leaves its comparison; it fails where our own could not be timed."""
+
+    def add(comparison: Comparison) -> None:
+        request.config.stash[_STORE].add(comparison)
+        for name, (status, reason) in comparison.refused.items():
+            assert not name.startswith(OURS) or status == "cannot run", f"{name}: {reason}"
+
+    return add
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
-    comparisons = config.stash[_COMPARISONS]
-    if not comparisons:
+    store = config.stash[_STORE]
+    if not store.results.rows:
         return
-    write = terminalreporter.write_line
     terminalreporter.section("medians of one interleaved run")
-    write(f"torch {torch.__version__}, {platform.machine()}, {torch.get_num_threads()} threads")
-    for comparison in comparisons:
-        write("")
-        write(f"{comparison.title}")
-        for line in comparison.lines():
-            write(f"  {line}")
+    for line in terminal_lines(store.results):
+        terminalreporter.write_line(line)
+    terminalreporter.write_line(f"\nwritten: {store.path}")

@@ -9,7 +9,6 @@ from __future__ import annotations
 import argparse
 import datetime
 import importlib.util
-import json
 import os
 import platform
 import re
@@ -24,10 +23,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from gpu_work import Sizes, accuracy, comparisons
-from interleaved import Comparison
+from gpu_work import CASES, Sizes, accuracy, comparisons
+from interleaved import Comparison, failure
+from providers import OURS, providers
+from qualify import Verdicts, qualify
 
 from grpo_kernels import registry
+from grpo_kernels.bench import tables
+from grpo_kernels.bench.results import Results
 from grpo_kernels.version import __version__
 
 ROOT = Path(__file__).parents[1]
@@ -73,21 +76,19 @@ def versions(device: torch.device) -> dict[str, str]:
     return found
 
 
-def markdown(report: dict[str, Any], done: list[Comparison]) -> str:
-    """The report for people."""
-    lines = [f"# {report['device']}, {report['date']}", ""]
-    lines += [", ".join(f"{name} {value}" for name, value in report["versions"].items()), ""]
-    check = report["checks"]
+def headed(results: Results) -> str:
+    """The report for people: checks and accuracy, then every table."""
+    extra = results.extra
+    check = extra["checks"]
     counts = ", ".join(f"{count} {word.lower()}" for word, count in check.get("counts", {}).items()) or "not run"
-    lines += [f"Checks: {counts} {check.get('ended', '')}".rstrip(), *check.get("lines", [])[:20], ""]
-    for comparison in done:
-        lines += [comparison.title, *(f"    {line}" for line in comparison.lines()), ""]
-    for row in report["accuracy"]:
+    lines = [f"# {tables.described(results)}", "", f"Checks: {counts} {check.get('ended', '')}".rstrip(), ""]
+    lines += [f"- {line}" for line in check.get("lines", [])[:20]] + [""]
+    for row in extra["accuracy"]:
         error = f"{row['error']:.3g}, of whole fp32 logits {row['reference']:.3g}"
-        lines.append(f"Error of {row['what']}: {error}, ratio {row['ratio']:.2f} (asked: at most {row['asked']})")
-    lines += [f"Left out: {what}" for what in report["left_out"]]
-    lines += [f"Failed: {what}" for what in report["failed"]]
-    return "\n".join(lines) + "\n"
+        lines.append(f"- Error of {row['what']}: {error}, ratio {row['ratio']:.2f} (asked: at most {row['asked']})")
+    lines += [f"- Left out: {what}" for what in extra["left_out"]]
+    lines += [f"- Failed: {what}" for what in extra["failed"]]
+    return "\n".join(lines) + "\n\n" + tables.markdown(results)
 
 
 def main() -> int:
@@ -108,53 +109,51 @@ def main() -> int:
         print(f"cannot run: {reason}")
         return 1
     name = "smoke" if options.smoke else re.sub(r"[^a-z0-9]+", "-", torch.cuda.get_device_name(device).lower())
-    report: dict[str, Any] = {"device": name, "date": datetime.date.today().isoformat(), "versions": versions(device)}
+    results = Results(name, datetime.date.today().isoformat(), versions(device))
     sizes = Sizes.smoke() if options.smoke else Sizes()
-    folder = options.results / name
-    folder.mkdir(parents=True, exist_ok=True)
-    path = folder / f"{report['date']}-{__version__}"
+    path = options.results / name / f"{results.date}-{__version__}.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
     log = path.with_suffix(".log")
-    report |= {
-        "checks": {} if options.no_checks else checks(0.6 * options.seconds, log),
-        "accuracy": [],
-        "left_out": [],
-        "failed": [],
-    }
-    done: list[Comparison] = []
+    failed: list[str] = []
+    left_out: list[str] = []
+    results.extra = {"accuracy": [], "left_out": left_out, "failed": failed}
+    results.extra["checks"] = {} if options.no_checks else checks(0.6 * options.seconds, log)
 
-    def attempt(what: str, function: Callable[[], None]) -> None:
+    def attempt(what: str, function: Callable[[], object]) -> None:
         if time.monotonic() - start > options.seconds - 15:
-            report["left_out"].append(f"{what}: no time was left")
-            return
-        try:
-            function()
-        except Exception as error:  # out of memory, a wrong result: said in the report, and the others still run
-            report["failed"].append(f"{what}: {type(error).__name__}: {error}")
-        path.with_suffix(".json").write_text(json.dumps({**report, "rows": _rows(done)}, indent=1) + "\n")
+            left_out.append(f"{what}: no time was left")
+        else:
+            try:
+                function()
+            except Exception as error:  # said in the report, and the others still run
+                failed.append(f"{what}: {': '.join(failure(error))}")
+            if device.type == "cuda":
+                torch.cuda.empty_cache()
+        results.save(path)
 
-    attempt("accuracy", lambda: report["accuracy"].extend(accuracy(sizes, device)))
-    for what, measure in comparisons(sizes, device):
-        attempt(what, lambda measure=measure: done.append(measure(options.rounds)))
-    text = markdown(report, done)
-    path.with_suffix(".md").write_text(text)
-    has_passed = report["checks"].get("passes", True)
+    verdicts: Verdicts = {}
+    among = [one for one in providers("triton") if one.name in ("naive PyTorch", OURS)] if options.smoke else None
+
+    def judge() -> None:
+        verdicts.update(qualify(CASES, sizes.checked, device.type, "triton", among, processes=4))
+
+    attempt("providers", judge)
+    attempt("accuracy", lambda: results.extra["accuracy"].extend(accuracy(sizes, device)))
+    for what, measure in comparisons(sizes, device, verdicts, options.rounds):
+        attempt(what, lambda measure=measure: _keep(results, measure()))
+    has_passed = results.extra["checks"].get("passes", True)
     if not has_passed:
         print(log.read_text()[-5000:])
+    text = headed(results)
+    path.with_suffix(".md").write_text(text)
     print(text)
-    return int(not has_passed or bool(report["failed"]))
+    return int(not has_passed or bool(failed))
 
 
-def _rows(done: list[Comparison]) -> list[dict[str, Any]]:
-    """One row a time, of one shape."""
-    rows = []
-    for comparison in done:
-        for name in comparison.times:
-            low, high = comparison.spread(name)
-            row = {"work": comparison.title, "contender": name, "p20_ms": low * 1e3, "p80_ms": high * 1e3}
-            row |= {"median_ms": comparison.median(name) * 1e3, "over_floor": comparison.over_floor(name)}
-            row |= {"asked": comparison.targets.get(name), "peak_bytes": comparison.peaks.get(name)}
-            rows.append(row | {"notes": comparison.notes, "rounds": len(comparison.times[name])})
-    return rows
+def _keep(results: Results, comparison: Comparison) -> None:
+    results.rows += comparison.rows()
+    if comparison.notes:
+        results.notes[comparison.title] = comparison.notes
 
 
 if __name__ == "__main__":

@@ -4,32 +4,62 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from typing import TYPE_CHECKING
+
+import torch
+
+from grpo_kernels.bench.results import Row
 
 if TYPE_CHECKING:
     from pytest_benchmark.fixture import BenchmarkFixture
 
+Step = Callable[[], object]
+
 
 @dataclass
 class Comparison:
-    """Times in seconds of several ways to do the same work.
+    """Several ways to do the same work, and what was measured of them.
 
     Args:
+        work: Its short name.
         title: The work, its shapes and dtype.
         floor: Which of the names is the floor that the others are held against.
+        shape: By letter.
+        dtype: Of the logits, or of hidden states and head.
+        live: Share of the rows that have a gradient.
+        operations, bytes: What the floor's work takes.
         targets: Highest share of the floor that a name is meant to reach.
+        contenders: What to time, by name, the floor first.
+        prepare: By name, what to do before each timing of it, untimed.
         notes: What else was measured.
+        times: In seconds.
         peaks: Most bytes that a name allocated beyond its inputs.
+        errors: What a name is off by.
+        versions: Of a name's package.
+        refused: Names that are not timed, with their status and the reason.
     """
 
+    work: str
     title: str
     floor: str
+    shape: dict[str, int] = field(default_factory=dict)
+    dtype: str = "float32"
+    live: float = 1.0
+    operations: float | None = None
+    bytes: float | None = None
     targets: dict[str, float] = field(default_factory=dict)
+    contenders: dict[str, Step] = field(default_factory=dict)
+    prepare: dict[str, Step] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
     times: dict[str, list[float]] = field(default_factory=dict)
     peaks: dict[str, int] = field(default_factory=dict)
+    errors: dict[str, dict[str, float]] = field(default_factory=dict)
+    versions: dict[str, str] = field(default_factory=dict)
+    refused: dict[str, tuple[str, str]] = field(default_factory=dict)
 
     def median(self, name: str) -> float:
         return statistics.median(self.times[name])
@@ -42,53 +72,118 @@ class Comparison:
         ordered = sorted(self.times[name])
         return ordered[len(ordered) // 5], ordered[-1 - len(ordered) // 5]
 
-    def lines(self) -> list[str]:
-        """A row per name: median, quantiles, share of the floor and of the target."""
+    def rows(self) -> list[Row]:
+        """One of each name, the refused ones last."""
+        common = {"work": self.work, "title": self.title, "shape": self.shape, "dtype": self.dtype}
+        common |= {"live": self.live, "floor": self.floor, "operations": self.operations, "bytes": self.bytes}
         rows = []
-        for name in self.times:
+        for name in (name for name in self.times if self.times[name]):
             low, high = self.spread(name)
-            target = f"  (target {self.targets[name]:.2f}x)" if name in self.targets else ""
-            peak = f"  {self.peaks[name] / 1e9:6.2f} GB" if name in self.peaks else ""
-            rows.append(
-                f"{name:38s} {self.median(name) * 1e3:9.2f} ms  p20 {low * 1e3:9.2f}  p80 {high * 1e3:9.2f}{peak}"
-                f"  {self.over_floor(name):6.2f}x the floor{target}"
-            )
-        return rows + self.notes
+            found = {"median_ms": self.median(name) * 1e3, "p20_ms": low * 1e3, "p80_ms": high * 1e3}
+            found |= {"rounds": len(self.times[name]), "over_floor": self.over_floor(name)}
+            found |= {"asked": self.targets.get(name), "peak_bytes": self.peaks.get(name)}
+            found |= {"errors": self.errors.get(name, {}), "version": self.versions.get(name, "")}
+            rows.append(Row(**common, provider=name, **found))
+        for name, (status, reason) in self.refused.items():
+            found = {"errors": self.errors.get(name, {}), "version": self.versions.get(name, "")}
+            rows.append(Row(**common, provider=name, status=status, reason=reason, **found))
+        return rows
 
 
-def compare(
-    benchmark: BenchmarkFixture,
-    comparison: Comparison,
-    contenders: dict[str, Callable[[], object]],
-    prepare: dict[str, Callable[[], object]],
-    rounds: int,
-) -> None:
-    """Times every contender once a round, in turns, after one warm round; the last is the one pytest-benchmark times.
+@contextmanager
+def in_turns(comparison: Comparison, device: torch.device) -> Iterator[Callable[[str], None]]:
+    """A function that times one name once, after all were warmed up by one run; a name that fails leaves the turns.
 
-    Args:
-        benchmark: pytest-benchmark's fixture.
-        comparison: Gets the times.
-        contenders: What to time.
-        prepare: By name, what to do before each timing of it, untimed.
-        rounds: How often.
+    On a GPU: by the device's clock, with the preparation queued before so that the host is ahead, and the cache
+    between one name and the next overwritten.
     """
-    *others, ours = contenders
-    comparison.times = {name: [] for name in contenders}
+    flush = torch.empty(_CACHE_BYTES, dtype=torch.uint8, device=device) if device.type == "cuda" else None
 
-    def timed(name: str) -> float:
-        prepare.get(name, lambda: None)()
+    def attempt(name: str, timed: Callable[[Step], float]) -> float | None:
+        if name in comparison.refused:
+            return None
+        try:
+            comparison.prepare.get(name, lambda: None)()
+            if flush is not None:
+                flush.zero_()
+            return timed(comparison.contenders[name])
+        except Exception as error:  # of whatever kind: it is this name's row, and the others go on
+            if name == comparison.floor:
+                raise
+            comparison.refused[name] = failure(error)
+            comparison.times.pop(name, None)
+            return None
+
+    def once(name: str) -> None:
+        found = attempt(name, partial(_timed, device=device))
+        if found is not None:
+            comparison.times.setdefault(name, []).append(found)
+
+    for name in comparison.contenders:
+        peak = attempt(name, partial(_peak, device=device))
+        if device.type == "cuda" and peak is not None:
+            comparison.peaks[name] = int(peak)
+    comparison.times = {}
+    yield once
+
+
+_CACHE_BYTES = 1 << 28  # more than a GPU's L2
+
+
+def failure(error: Exception) -> tuple[str, str]:
+    """A row's status and reason."""
+    is_memory = isinstance(error, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in str(error)
+    first_line = (str(error).strip() or "no message").splitlines()[0]
+    return "out of memory" if is_memory else "failed", f"{type(error).__name__}: {first_line}"[:300]
+
+
+def _timed(step: Step, device: torch.device) -> float:
+    if device.type != "cuda":
         start = time.perf_counter()
-        contenders[name]()
+        step()
         return time.perf_counter() - start
+    first, last = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    first.record()
+    step()
+    last.record()
+    last.synchronize()
+    return first.elapsed_time(last) / 1e3
 
-    for name in contenders:
-        timed(name)
 
-    def before_round() -> None:
-        for name in others:
-            comparison.times[name].append(timed(name))
-        prepare.get(ours, lambda: None)()
+def _peak(step: Step, device: torch.device) -> float:
+    """Runs it twice, the first to warm up; bytes of the CUDA allocator on a GPU, else 0."""
+    if device.type != "cuda":
+        step()
+        return 0
+    step()
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    step()
+    torch.cuda.synchronize()
+    return torch.cuda.max_memory_allocated() - before
 
-    benchmark.pedantic(contenders[ours], setup=before_round, rounds=rounds)
+
+def compare(benchmark: BenchmarkFixture, comparison: Comparison, rounds: int) -> None:
+    """Times every contender once a round on the CPU, in turns; the last is the one that pytest-benchmark times."""
+    *others, ours = comparison.contenders
+    with in_turns(comparison, torch.device("cpu")) as once:
+
+        def before_round() -> None:
+            for name in others:
+                once(name)
+            comparison.prepare.get(ours, lambda: None)()
+
+        benchmark.pedantic(comparison.contenders[ours], setup=before_round, rounds=rounds)
     comparison.times[ours] = list(benchmark.stats.stats.data)
-    benchmark.extra_info.update({f"{name} over floor": round(comparison.over_floor(name), 3) for name in contenders})
+    found = {f"{name} over floor": round(comparison.over_floor(name), 3) for name in comparison.times}
+    benchmark.extra_info.update(found)
+
+
+def time_in_turns(comparison: Comparison, rounds: int, device: torch.device) -> Comparison:
+    """The same without pytest-benchmark, on any device."""
+    with in_turns(comparison, device) as once:
+        for _ in range(rounds):
+            for name in comparison.contenders:
+                once(name)
+    return comparison

@@ -1,124 +1,283 @@
-"""Who else turns hidden states into the GRPO loss: by their own functions, at equal settings, checked before timed."""
+"""Who computes the GRPO loss or its log-probabilities: each by its own functions, at equal settings.
+
+A provider names, for each task of ``problems.py`` that it serves, a loader of a function from a problem to the loss
+(epsilon 0.2, averaged over tokens) or to log-probs. Where a package has log-probs alone, torch computes the loss.
+"""
 
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
+from importlib.metadata import version
+from pathlib import Path
 
 import torch
-from naive import naive_grpo_loss
+from naive import loss_of_logprobs, naive_logprobs
+from problems import Function, Problem
 from torch import Tensor
 
-#: Of hidden states [B, T, H], head [V, H], ids, advantages [B], mask and old log-probs [B, T].
-Loss = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor], Tensor]
-#: What a provider's loss and gradients may be off by, relative to their norms, on a small problem in fp32.
-TOLERANCE = 1e-4
+from grpo_kernels import grpo_loss, linear_grpo_loss, linear_token_logprobs, token_logprobs
+from grpo_kernels.bench.tables import OURS
+
+#: Log-probs [N] of hidden states [N, H], a head [V, H] and ids [N].
+Head = Callable[[Tensor, Tensor, Tensor], Tensor]
+#: Log-probs [N] of logits [N, V] and ids [N].
+Rows = Callable[[Tensor, Tensor], Tensor]
 
 
 @dataclass(frozen=True)
 class Provider:
-    """A way to the clipped loss at epsilon 0.2, averaged over tokens.
+    """A way to do some of the tasks.
 
     Args:
         name: As tables call it.
-        load: Gives the loss; raises where it is not installed or cannot run.
+        tasks: By task, what loads the function; it raises where it cannot run.
+        package: What must be installed.
+        device: "cuda" or "cpu" for one that runs there alone.
+        in_place: Whether it writes its gradient over the logits.
+        padded: Whether it takes logits [B, T + 1, V] and leaves the last position unread.
+        compiles: Whether the first call of a shape compiles.
     """
 
     name: str
-    load: Callable[[], Loss]
+    tasks: Mapping[str, Callable[[], Function]]
+    package: str | None = None
+    device: str | None = None
+    in_place: bool = False
+    padded: bool = False
+    compiles: bool = False
+
+    def missing(self, device: str) -> str:
+        """Why it cannot run on a kind of device; empty if it can."""
+        if self.package is not None and importlib.util.find_spec(self.package.replace("-", "_")) is None:
+            return f"{self.package} is not installed"
+        if self.device not in (None, device):
+            return f"it runs on {self.device} alone"
+        return ""
+
+    def version(self) -> str:
+        """Of its package; empty where torch is all it needs."""
+        return "" if self.package is None else version(_DISTRIBUTIONS.get(self.package, self.package))
 
 
-def _loss_of_logprobs(logprobs: Tensor, advantages: Tensor, mask: Tensor, old: Tensor) -> Tensor:
-    """What every provider of log-probabilities leaves to torch, as TRL's trainer has it."""
-    ratio = torch.exp(logprobs - old)
-    surrogate = torch.minimum(ratio * advantages[:, None], ratio.clamp(0.8, 1.2) * advantages[:, None])
-    return -(surrogate * mask).sum() / mask.sum()
+_DISTRIBUTIONS = {"quack": "quack-kernels", "liger_kernel": "liger-kernel"}
 
 
-def _naive() -> Loss:
-    return lambda x, w, ids, advantages, mask, old: naive_grpo_loss(x @ w.t(), ids, advantages, mask, old)
+def _of_head(load: Callable[[], Head]) -> dict[str, Callable[[], Function]]:
+    """The tasks of a head that gives log-probs."""
+
+    def logprobs() -> Function:
+        head = load()
+
+        def function(problem: Problem) -> Tensor:
+            found = head(problem.hidden.flatten(0, 1), problem.weight, problem.ids.flatten())
+            return found.view(problem.ids.shape)
+
+        return function
+
+    def loss() -> Function:
+        function = logprobs()
+        return lambda problem: loss_of_logprobs(function(problem), problem)
+
+    return {"hidden": loss, "logprobs": logprobs, "upstream": logprobs}
 
 
-def _torch() -> Loss:
+def _of_rows(load: Callable[[], Rows]) -> dict[str, Callable[[], Function]]:
+    """The task of a function from logits to log-probs."""
+
+    def loss() -> Function:
+        rows = load()
+
+        def function(problem: Problem) -> Tensor:
+            found = rows(problem.logits.flatten(0, 1), problem.ids.flatten())
+            return loss_of_logprobs(found.view(problem.ids.shape), problem)
+
+        return function
+
+    return {"logits": loss}
+
+
+def _naive_head() -> Head:
+    return lambda x, w, ids: naive_logprobs(x @ w.t(), ids)
+
+
+def _compiled_head() -> Head:
+    return torch.compile(_naive_head(), dynamic=False)
+
+
+def _compiled_rows() -> Rows:
+    return torch.compile(naive_logprobs, dynamic=False)
+
+
+def _torch_head() -> Head:
     function = torch.nn.functional.linear_cross_entropy  # torch 2.13 and newer
-
-    def loss(x: Tensor, w: Tensor, ids: Tensor, advantages: Tensor, mask: Tensor, old: Tensor) -> Tensor:
-        losses = function(x.flatten(0, 1), w, ids.flatten(), reduction="none")
-        return _loss_of_logprobs(-losses.view(ids.shape), advantages, mask, old)
-
-    return loss
+    return lambda x, w, ids: -function(x, w, ids, reduction="none")
 
 
-def _trl() -> Loss:
+def _trl_head() -> Head:
     from trl.kernels import ChunkedLogProbFunction
+    from trl.trainer.utils import _CHUNKED_LOGPROB_CHUNK_SIZE as CHUNK
 
-    def loss(x: Tensor, w: Tensor, ids: Tensor, advantages: Tensor, mask: Tensor, old: Tensor) -> Tensor:
-        found = ChunkedLogProbFunction.apply(
-            x.flatten(0, 1), w, None, ids.flatten(), 1.0, 32768, None, 1.0, ("log_probs", "entropy")
-        )
-        return _loss_of_logprobs(found[0].view(ids.shape), advantages, mask, old)
-
-    return loss
+    names = ("log_probs", "entropy")  # what its GRPO trainer asks for
+    return lambda x, w, ids: ChunkedLogProbFunction.apply(x, w, None, ids, 1.0, CHUNK, None, 1.0, names)[0]
 
 
-def _liger() -> Loss:
+def _trl_rows() -> Rows:
+    from trl.trainer.utils import selective_log_softmax
+
+    return selective_log_softmax
+
+
+def _trl_triton_rows() -> Rows:
+    from trl.kernels import selective_log_softmax_and_entropy
+
+    return lambda logits, ids: selective_log_softmax_and_entropy(logits, ids)[0]
+
+
+def _liger() -> Function:
     from liger_kernel.chunked_loss import LigerFusedLinearGRPOLoss
 
     module = LigerFusedLinearGRPOLoss(beta=0.0, compiled=False, use_ref_model=False, loss_type="bnpo")
 
-    def loss(x: Tensor, w: Tensor, ids: Tensor, advantages: Tensor, mask: Tensor, old: Tensor) -> Tensor:
-        return module(x, w, ids, mask, advantages, old_per_token_logps=old)[0]
+    def loss(problem: Problem) -> Tensor:
+        given = (problem.hidden, problem.weight, problem.ids, problem.mask, problem.advantages)
+        return module(*given, old_per_token_logps=problem.old)[0]
 
     return loss
 
 
-PROVIDERS = (
-    Provider("naive PyTorch", _naive),
-    Provider("torch linear_cross_entropy", _torch),
-    Provider("TRL 1.16's head", _trl),
-    Provider("Liger 0.8.5", _liger),
-)
-_NEEDS = {"TRL 1.16's head": "trl", "Liger 0.8.5": "liger_kernel"}
+def _liger_triton() -> Function:
+    from liger_kernel.transformers.grpo_loss import triton_grpo_loss
+
+    def loss(problem: Problem) -> Tensor:
+        return triton_grpo_loss(
+            problem.logits, problem.old, None, problem.ids, problem.advantages, problem.mask, temperature=1.0,
+            beta=0.0, eps_low=0.2, eps_high=0.2, inplace=True, loss_type="bnpo", reduce=True,
+        )[0]  # fmt: skip
+
+    return loss
 
 
-def checked(rival: Provider) -> tuple[Loss | None, str]:
-    """A provider's loss, or None and why: it is not installed, does not run, or is wrong, and by how much."""
-    module = _NEEDS.get(rival.name)
-    if module is not None and importlib.util.find_spec(module) is None:
-        return None, f"{rival.name}: {module} is not installed"
-    try:
-        loss = rival.load()
-        errors = _errors(loss)
-    except Exception as error:  # whatever another package raises is a row of the table
-        return None, f"{rival.name}: {type(error).__name__}: {error}"
-    wrong = {name: error for name, error in errors.items() if not error <= TOLERANCE}
-    if wrong:
-        return None, f"{rival.name} is wrong: " + ", ".join(
-            f"{name} off by {error:.2g}" for name, error in wrong.items()
-        )
-    return loss, ""
+def _verl_head() -> Head:
+    # the file alone: verl itself imports ray, a server's worth of packages, where this needs torch
+    path = Path(importlib.util.find_spec("verl").origin).parent / "utils" / "experimental" / "torch_functional.py"
+    spec = importlib.util.spec_from_file_location("verl_torch_functional", path)
+    loaded = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(loaded)
+    module = loaded.FusedLinearForPPO()
+    return lambda x, w, ids: module(x, w, ids)[0]
 
 
-def _errors(loss: Loss) -> dict[str, float]:
-    """Relative errors of the loss and its gradients against fp64, on a small problem with masked tokens."""
-    generator = torch.Generator().manual_seed(0)
-    hidden, weight = (torch.randn(shape, generator=generator) for shape in ((4, 6, 16), (997, 16)))
-    ids = torch.randint(997, (4, 6), generator=generator)
-    mask = (torch.arange(6) < torch.tensor([[6], [4], [1], [5]])).float()
-    advantages = torch.randn(4, generator=generator)
-    logprobs = (hidden @ weight.t()).log_softmax(-1).gather(-1, ids[..., None])[..., 0]
-    old = logprobs + 0.3 * torch.randn(4, 6, generator=generator)
+def _verl_triton_head() -> Head:
+    from verl.utils.kernel.linear_cross_entropy import linear_cross_entropy
 
-    def results(function: Loss, dtype: torch.dtype) -> dict[str, Tensor]:
-        x, w = (value.clone().to(dtype).requires_grad_() for value in (hidden, weight))
-        value = function(x, w, ids, advantages.to(dtype), mask.to(dtype), old.to(dtype))
-        value.backward()
-        return {"loss": value.detach(), "dX": x.grad, "dW": w.grad}
+    return lambda x, w, ids: linear_cross_entropy(x, w, ids, 1.0, "none")[0]
 
-    def exact(x: Tensor, w: Tensor, ids: Tensor, advantages: Tensor, mask: Tensor, old: Tensor) -> Tensor:
-        logprobs = (x @ w.t()).log_softmax(-1).gather(-1, ids[..., None])[..., 0]
-        return _loss_of_logprobs(logprobs, advantages, mask, old)
 
-    got, baseline = results(loss, torch.float32), results(exact, torch.float64)
-    return {name: ((got[name].double() - y).norm() / y.norm()).item() for name, y in baseline.items()}
+def _cce_head(**options: object) -> Head:
+    from cut_cross_entropy import linear_cross_entropy
+
+    return lambda x, w, ids: -linear_cross_entropy(x, w, ids, reduction="none", **options)
+
+
+def _quack_rows() -> Rows:
+    from quack.cross_entropy import cross_entropy
+
+    return lambda logits, ids: -cross_entropy(logits, ids, reduction="none", inplace_backward=True)
+
+
+def _flash_rows() -> Rows:
+    from flash_attn.ops.triton.cross_entropy import cross_entropy_loss
+
+    return lambda logits, ids: -cross_entropy_loss(logits, ids, inplace_backward=True)[0]
+
+
+def _ours_loss(backend: str, inplace: bool = True) -> Function:
+    def loss(problem: Problem) -> Tensor:
+        given = (problem.logits, problem.ids, problem.advantages, problem.mask)
+        return grpo_loss(*given, old_logprobs=problem.old, inplace=inplace, backend=backend).loss
+
+    return loss
+
+
+def _ours_linear(backend: str, workspace_share: float = 1.0, logits_dtype: torch.dtype | None = None) -> Function:
+    """``workspace_share``: of the logits' bytes that the workspace may take on a CPU."""
+
+    def loss(problem: Problem) -> Tensor:
+        given = (problem.hidden, problem.weight, problem.ids, problem.advantages, problem.mask)
+        bytes_ = int(workspace_share * problem.ids.numel() * problem.weight.shape[0] * 4)
+        options = {} if problem.hidden.device.type == "cuda" else {"workspace_bytes": bytes_}
+        options |= {"old_logprobs": problem.old, "logits_dtype": logits_dtype}
+        return linear_grpo_loss(*given, backend=backend, **options).loss
+
+    return loss
+
+
+def _ours_head(backend: str, retained: bool = False) -> Function:
+    def logprobs(problem: Problem) -> Tensor:
+        options = {"max_logits_bytes": problem.ids.numel() * problem.weight.shape[0] * 4} if retained else {}
+        return linear_token_logprobs(problem.hidden, problem.weight, problem.ids, backend=backend, **options).logprobs
+
+    return logprobs
+
+
+def _ours_rows(backend: str) -> Function:
+    def loss(problem: Problem) -> Tensor:
+        found = token_logprobs(problem.logits, problem.ids, inplace_backward=True, backend=backend).logprobs
+        return loss_of_logprobs(found, problem)
+
+    return loss
+
+
+def providers(backend: str = "auto") -> tuple[Provider, ...]:
+    """All of them, ours last; ``backend``: of ours."""
+    return (
+        Provider("naive PyTorch", _of_head(_naive_head) | _of_rows(lambda: naive_logprobs)),
+        Provider("torch.compile of naive", _of_head(_compiled_head) | _of_rows(_compiled_rows), compiles=True),
+        Provider("torch linear_cross_entropy", _of_head(_torch_head)),
+        Provider("TRL", _of_head(_trl_head) | _of_rows(_trl_rows), "trl"),
+        Provider("TRL, Triton", _of_rows(_trl_triton_rows), "trl", "cuda"),
+        Provider("Liger", {"hidden": _liger}, "liger_kernel"),
+        Provider("Liger, Triton", {"logits": _liger_triton}, "liger_kernel", "cuda", in_place=True, padded=True),
+        Provider("verl", _of_head(_verl_head), "verl"),
+        Provider("verl, Triton", _of_head(_verl_triton_head), "verl", "cuda"),
+        Provider("cut-cross-entropy", _of_head(partial(_cce_head, filter_eps=None)), "cut_cross_entropy", "cuda"),
+        Provider(
+            "cut-cross-entropy, compiled",
+            _of_head(partial(_cce_head, impl="torch_compile")),
+            "cut_cross_entropy",
+            "cpu",
+            compiles=True,
+        ),
+        Provider("quack", _of_rows(_quack_rows), "quack", "cuda", in_place=True),
+        Provider("flash-attn", _of_rows(_flash_rows), "flash_attn", "cuda", in_place=True),
+        Provider(
+            f"{OURS}, torch",
+            {
+                "hidden": partial(_ours_linear, "torch"),
+                "logprobs": partial(_ours_head, "torch"),
+                "upstream": partial(_ours_head, "torch"),
+            },
+        ),
+        Provider(f"{OURS}, fresh gradient", {"logits": partial(_ours_loss, backend, inplace=False)}),
+        Provider(f"{OURS}, token_logprobs", {"logits": partial(_ours_rows, backend)}, in_place=True),
+        Provider(
+            f"{OURS}, bf16 logits",
+            {"hidden": partial(_ours_linear, backend, logits_dtype=torch.bfloat16)},
+            device="cuda",
+        ),
+        Provider(f"{OURS}, 1/8 workspace", {"hidden": partial(_ours_linear, backend, 1 / 8)}, device="cpu"),
+        Provider(f"{OURS}, logits retained", {"upstream": partial(_ours_head, backend, retained=True)}),
+        Provider(
+            OURS,
+            {
+                "logits": partial(_ours_loss, backend),
+                "hidden": partial(_ours_linear, backend),
+                "logprobs": partial(_ours_head, backend),
+                "upstream": partial(_ours_head, backend),
+            },
+            in_place=True,
+        ),
+    )

@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 import tempfile
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from interleaved import Comparison, compare
+from problems import HEADS
 from pytest_benchmark.fixture import BenchmarkFixture
 from torch import Tensor
 
 pytest.importorskip("trl")
 
-from trl import GRPOConfig, GRPOTrainer
+import trl_trainer
 from trl.trainer import utils as trl_utils
 
 from grpo_kernels import GRPOLossConfig
@@ -23,16 +27,18 @@ from grpo_kernels.integrations.trl_head import Expected
 from grpo_kernels.ops.linear_grpo_loss.speculation import ExpectedLoss
 from grpo_kernels.ops.policy_loss.inputs import PolicyInputs
 
-HIDDEN, VOCAB = 896, 151936  # Qwen2.5-0.5B
-GEMMS = "three bare GEMMs on the counted rows"
+HIDDEN, VOCAB = HEADS["Qwen2.5-0.5B"]
+GEMMS, STOCK, OURS = "bare GEMMs on the counted rows", "stock TRL", "grpo_kernels"
+Report = Callable[[Comparison], None]
 
 
-def test_head(benchmark: BenchmarkFixture, report: list[Comparison], quick: bool) -> None:
+def test_head(benchmark: BenchmarkFixture, report: Report, quick: bool) -> None:
     torch.manual_seed(0)
     positions, counted, groups = (102, 40, 8) if quick else (510, 200, 8)
-    hidden = torch.randn(positions, HIDDEN) * 0.3
-    weight = torch.randn(VOCAB, HIDDEN) * 0.05
-    targets = torch.randint(0, VOCAB, (positions,))
+    hidden_size, vocab = (64, 4099) if quick else (HIDDEN, VOCAB)
+    hidden = torch.randn(positions, hidden_size) * 0.3
+    weight = torch.randn(vocab, hidden_size) * 0.05
+    targets = torch.randint(0, vocab, (positions,))
     mask = torch.zeros(positions, dtype=torch.bool)
     mask[torch.randperm(positions)[:counted]] = True
     rows = hidden[mask]
@@ -77,106 +83,89 @@ def test_head(benchmark: BenchmarkFixture, report: list[Comparison], quick: bool
                 drop_in._WITHIN.reset(token)
 
         comparison = Comparison(
-            f"TRL's head, forward and backward, {counted} of {positions} positions, H={HIDDEN} V={VOCAB} float32",
+            "trl_head",
+            f"TRL's head, forward and backward, {counted} of {positions} positions count, "
+            f"H={hidden_size} V={vocab} float32",
             GEMMS,
-            {} if quick else {"ours": 1.15, "ours, a quarter live": 0.75},
-        )
-        compare(
-            benchmark,
-            comparison,
-            {
+            {"N": positions, "counted": counted, "H": hidden_size, "V": vocab},
+            operations=6.0 * counted * hidden_size * vocab,
+            targets={} if quick else {OURS: 1.15, f"{OURS}, a quarter live": 0.75},
+            contenders={
                 GEMMS: gemms,
-                "stock TRL: every position": lambda: step(stock.apply, False, advantages),
+                STOCK: lambda: step(stock.apply, False, advantages),
                 "TRL's function, counted rows": lambda: step(stock.apply, True, advantages),
-                "ours, projected again": lambda: step(ours, True, advantages),
-                "ours, logits retained": lambda: step(retaining, True, advantages),
-                "ours": lambda: step(ours, True, advantages, expect=True),
-                "ours, a quarter live, projected again": lambda: step(ours, True, quarter),
-                "ours, a quarter live": lambda: step(ours, True, quarter, expect=True),
+                f"{OURS}, projected again": lambda: step(ours, True, advantages),
+                f"{OURS}, logits retained": lambda: step(retaining, True, advantages),
+                f"{OURS}, a quarter live, projected again": lambda: step(ours, True, quarter),
+                f"{OURS}, a quarter live": lambda: step(ours, True, quarter, expect=True),
+                OURS: lambda: step(ours, True, advantages, expect=True),
             },
-            {},
-            rounds=2 if quick else 5,
         )
+        compare(benchmark, comparison, rounds=2 if quick else 3)
         assert applied.counts.hits > 0 == applied.counts.misses
-    report.append(comparison)
+    report(comparison)
 
 
-def _trainer(folder: str, quick: bool) -> GRPOTrainer:
-    from datasets import Dataset
-    from tokenizers import Tokenizer, models
-    from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
-
-    torch.manual_seed(0)
-    sizes = {"hidden_size": 64, "num_hidden_layers": 1, "vocab_size": 4099} if quick else {
-        "hidden_size": HIDDEN, "num_hidden_layers": 4, "vocab_size": VOCAB}  # fmt: skip
-    config = Qwen2Config(
-        intermediate_size=4 * sizes["hidden_size"], num_attention_heads=8, num_key_value_heads=2,
-        max_position_embeddings=256, **sizes,
-    )  # fmt: skip
-    tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=Tokenizer(models.WordLevel({"<pad>": 0, "<eos>": 1, "a": 2}, unk_token="a")),
-        pad_token="<pad>",
-        eos_token="<eos>",
-    )
-    arguments = GRPOConfig(
-        output_dir=folder, use_cpu=True, bf16=False, report_to=[], per_device_train_batch_size=8, num_generations=8,
-        max_completion_length=64, gradient_accumulation_steps=1, steps_per_generation=1,
-    )  # fmt: skip
-    trainer = GRPOTrainer(
-        model=Qwen2ForCausalLM(config),
-        reward_funcs=lambda completions, **_: [0.0] * len(completions),
-        args=arguments,
-        train_dataset=Dataset.from_dict({"prompt": ["a"]}),
-        processing_class=tokenizer,
-    )
-    trainer.current_gradient_accumulation_steps = 1
-    trainer.model.train()
-    return trainer
-
-
-def test_compute_loss(benchmark: BenchmarkFixture, report: list[Comparison], quick: bool) -> None:
-    """``GRPOTrainer.compute_loss`` and its backward: prompts and completions of 64, a fifth of the latter masked."""
+def test_compute_loss(benchmark: BenchmarkFixture, report: Report, quick: bool) -> None:
+    layers, hidden_size, vocab = (1, 64, 4099) if quick else (4, HIDDEN, VOCAB)
     with tempfile.TemporaryDirectory() as folder:
-        trainer = _trainer(folder, quick)
-        vocab = trainer.model.config.vocab_size
-        batch, length = 8, 64
-        lengths = torch.tensor([64, 32, 58, 40, 64, 51, 60, 41])[:, None]  # four fifths of 8 x 64
-        inputs = {
-            "prompt_ids": torch.randint(2, vocab, (batch, length)),
-            "prompt_mask": torch.ones(batch, length, dtype=torch.int64),
-            "completion_ids": torch.randint(2, vocab, (batch, length)),
-            "completion_mask": (torch.arange(length) < lengths).to(torch.int64),
-            "num_items_in_batch": lengths.sum().float(),
-        }
-        dense = torch.randn(batch)
-        quarter = dense * (torch.arange(batch) < 2)
-
-        def step(advantages: Tensor) -> None:
-            trainer.model.zero_grad(set_to_none=True)
-            trainer.compute_loss(trainer.model, inputs | {"advantages": advantages}).backward()
-
-        def with_kernels(advantages: Tensor, **options: Any) -> None:
-            with drop_in.apply(**options):
-                step(advantages)
-
-        config = trainer.model.config
+        step = trl_trainer.LossStep(folder, trl_trainer.build_model(layers, hidden_size, vocab))
         comparison = Comparison(
-            f"GRPOTrainer.compute_loss and backward, 8 x (64 + 64) tokens, {config.num_hidden_layers} layers, "
-            f"H={config.hidden_size} V={vocab} float32",
-            "stock TRL",
-            {} if quick else {"ours": 1 / 1.8},
-        )
-        compare(
-            benchmark,
-            comparison,
-            {
-                "stock TRL": lambda: step(dense),
-                "ours, without speculation": lambda: with_kernels(dense, speculate=False),
-                "ours": lambda: with_kernels(dense),
-                "stock TRL, a quarter live": lambda: step(quarter),
-                "ours, a quarter live": lambda: with_kernels(quarter),
+            "trl_loss",
+            f"GRPOTrainer.compute_loss and backward, 8 x (64 + 64) tokens, {layers} layers, "
+            f"H={hidden_size} V={vocab} float32",
+            STOCK,
+            {"B": 8, "T": 64, "H": hidden_size, "V": vocab},
+            targets={} if quick else {OURS: 1 / 1.8},
+            contenders={
+                STOCK: lambda: step(step.dense),
+                f"{OURS}, without speculation": lambda: step.with_kernels(step.dense, speculate=False),
+                f"{OURS}, a quarter live": lambda: step.with_kernels(step.quarter),
+                OURS: lambda: step.with_kernels(step.dense),
             },
-            {},
-            rounds=2 if quick else 3,
         )
-        report.append(comparison)
+        compare(benchmark, comparison, rounds=2)
+    for name, options in ((STOCK, []), (OURS, ["--ours"])):
+        sizes = ["--model", *map(str, (layers, hidden_size, vocab))]
+        command = [sys.executable, str(Path(trl_trainer.__file__)), *options, *sizes]
+        done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=300)
+        comparison.peaks[name] = int(done.stdout.split()[-1])
+    report(comparison)
+
+
+def test_whole_step(benchmark: BenchmarkFixture, report: Report, quick: bool) -> None:
+    """A step of ``GRPOTrainer.train``, from sampling to AdamW, on the same model, data and seed."""
+    layers, hidden_size, vocab = (1, 64, 4099) if quick else (2, HIDDEN, VOCAB)
+    length = 4 if quick else 16
+    trainers: dict[str, Any] = {}
+    norms: dict[str, list[float]] = {}
+
+    with tempfile.TemporaryDirectory() as folder:
+
+        def build(name: str) -> None:
+            model = trl_trainer.build_model(layers, hidden_size, vocab, tied=True)
+            trainers[name] = trl_trainer.build_trainer(folder, model, length, max_steps=1)
+
+        def train(name: str) -> None:
+            trainers[name].train()
+            norms[name] = [log["grad_norm"] for log in trainers[name].state.log_history if "grad_norm" in log]
+
+        def train_ours() -> None:
+            with drop_in.apply() as applied:
+                train(OURS)
+            assert applied.counts.hits > 0 == applied.counts.misses
+
+        comparison = Comparison(
+            "trl_step",
+            f"a step of GRPOTrainer.train, 8 completions of {length} tokens sampled, {layers} layers, "
+            f"H={hidden_size} V={vocab} float32",
+            STOCK,
+            {"B": 8, "T": length, "H": hidden_size, "V": vocab},
+            contenders={STOCK: lambda: train(STOCK), OURS: train_ours},
+            prepare={name: lambda name=name: build(name) for name in (STOCK, OURS)},
+        )
+        compare(benchmark, comparison, rounds=2)
+    off = max(abs(a - b) / b for a, b in zip(norms[OURS], norms[STOCK], strict=True))
+    assert off < 1e-4, norms
+    comparison.errors[OURS] = {"gradient norm, against stock": off}
+    report(comparison)

@@ -19,8 +19,7 @@ from typing import Any
 from unittest import mock
 
 import torch
-from gpu_work import time_in_turns
-from interleaved import Comparison
+from interleaved import Comparison, time_in_turns
 
 from grpo_kernels import grpo_loss, registry, token_logprobs
 from grpo_kernels.ops.grpo_loss import triton_kernels as loss_kernels
@@ -70,10 +69,12 @@ def best(kernel: str, vocab: int, dtype: torch.dtype, tokens: int, rounds: int, 
     logits = torch.empty(1, tokens, vocab, dtype=dtype, device=device).normal_(0, 2)
     work, ids = torch.empty_like(logits), torch.randint(vocab, (1, tokens), device=device)
     tried = {str(asdict(blocks)): blocks for blocks in candidates(kernel, vocab)}
-    contenders: dict[str, Callable[[], object]] = {"copy": partial(work.copy_, logits)}
-    contenders |= {name: launch(kernel, work, ids, blocks) for name, blocks in tried.items()}
-    comparison = Comparison(f"{kernel} {dtype} {vocab}", "copy")
-    time_in_turns(comparison, contenders, dict.fromkeys(contenders, lambda: work.copy_(logits)), rounds, device)
+    comparison = Comparison("tune", f"{kernel} {dtype} {vocab}", "copy")
+    comparison.contenders = {"copy": partial(work.copy_, logits)}
+    comparison.contenders |= {name: launch(kernel, work, ids, blocks) for name, blocks in tried.items()}
+    comparison.prepare = dict.fromkeys(comparison.contenders, lambda: work.copy_(logits))
+    time_in_turns(comparison, rounds, device)
+    tried = {name: blocks for name, blocks in tried.items() if name in comparison.times}  # less what cannot launch
     winner = min(tried, key=comparison.median)
     print(f"{comparison.title}: {winner} {comparison.over_floor(winner):.3f}x a copy", flush=True)
     for name in sorted(tried, key=comparison.median):

@@ -19,12 +19,29 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     train.add_argument("--recipe", help='a recipe that ships with the package ("addition") or a YAML file')
     commands.add_parser("info", help="versions, backends and the compiled extension's build")
+    bench = commands.add_parser("bench", help="results of the benchmarks").add_subparsers(dest="what", required=True)
+    report = bench.add_parser("report", help="tables, charts and the README from the newest result of each device")
+    report.add_argument("results", type=Path, nargs="?", default=Path("benchmarks/results"))
+    report.add_argument("--readme", type=Path, help="whose blocks of results to fill")
     arguments, rest = parser.parse_known_args(argv)
     if arguments.command == "train":
         return _train(arguments.recipe, rest)
     if rest:
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
-    return _info()
+    return _report(arguments.results, arguments.readme) if arguments.command == "bench" else _info()
+
+
+def _report(results: Path, readme: Path | None) -> int:
+    try:
+        from grpo_kernels.bench.report import report
+
+        written = report(results, readme)
+    except ImportError as error:
+        return _fail(f"charts need the extra grpo-kernels[bench]: {error}")
+    except (FileNotFoundError, ValueError) as error:
+        return _fail(str(error))
+    print("\n".join(map(str, written)))
+    return 0
 
 
 def _info() -> int:

@@ -1,47 +1,173 @@
-"""What the benchmarks compare with is right, or is said to be wrong and not timed."""
+"""What the benchmarks compare with is right, or is said to be wrong, and whatever a provider does is a row."""
 
 from __future__ import annotations
 
+import itertools
+import signal
+import subprocess
 import sys
+import textwrap
+import time
 from collections.abc import Iterator
 from pathlib import Path
-from types import ModuleType
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 
-BENCHMARKS = str(Path(__file__).parents[1] / "benchmarks")
+from grpo_kernels.bench.results import Results
+
+BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
+CASES = [("logits", "float32"), ("hidden", "float32"), ("logprobs", "float32"), ("upstream", "float32")]
 
 
 @pytest.fixture
-def providers(monkeypatch: pytest.MonkeyPatch) -> Iterator[ModuleType]:
-    monkeypatch.syspath_prepend(BENCHMARKS)
+def bench(monkeypatch: pytest.MonkeyPatch) -> Iterator[SimpleNamespace]:
+    """The benchmarks' modules."""
+    before = set(sys.modules)
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    import guard
+    import interleaved
+    import problems
     import providers
+    import qualify
 
-    yield providers
-    for name in ("providers", "naive"):
-        sys.modules.pop(name, None)
-
-
-def test_every_provider_that_is_installed_is_right(providers: ModuleType) -> None:
-    for provider in providers.PROVIDERS:
-        loss, why = providers.checked(provider)
-        assert loss is not None or "is not installed" in why, why
-    assert providers.checked(providers.PROVIDERS[0])[1] == ""
+    yield SimpleNamespace(guard=guard, interleaved=interleaved, problems=problems, providers=providers, qualify=qualify)
+    for name in set(sys.modules) - before:
+        if str(getattr(sys.modules[name], "__file__", "")).startswith(str(BENCHMARKS)):
+            del sys.modules[name]
 
 
-def test_a_wrong_provider_is_not_timed(providers: ModuleType) -> None:
-    naive = providers.PROVIDERS[0].load()
-    loss, why = providers.checked(providers.Provider("one percent", lambda: lambda *given: 1.01 * naive(*given)))
-    assert loss is None and "one percent is wrong: loss off by 0.01" in why and "dW off by 0.01" in why
+def test_every_provider_that_runs_here_is_right(bench: SimpleNamespace) -> None:
+    sizes, asked = bench.qualify.Sizes.quick(), 0
+    for provider in bench.providers.providers():
+        if provider.compiles or provider.missing("cpu"):
+            continue
+        for case in CASES:
+            if case[0] in provider.tasks:
+                verdict = bench.qualify.judge(provider, case, sizes, "cpu")
+                assert verdict.status == "ok", (provider.name, case, verdict)
+                assert verdict.errors and all(error < 1e-5 for error in verdict.errors.values()), provider.name
+                assert verdict.peaks[sizes.of(case[0])[-1]] >= 0
+                asked += 1
+    assert asked >= 15
 
 
-def test_a_provider_that_fails_is_a_row(providers: ModuleType) -> None:
-    def fails(*_: Any) -> None:
-        raise MemoryError("too large")
+@pytest.mark.slow
+def test_every_compiled_provider_is_right(bench: SimpleNamespace) -> None:
+    for provider in bench.providers.providers():
+        for case in CASES:
+            if provider.compiles and not provider.missing("cpu") and case[0] in provider.tasks:
+                assert bench.qualify.judge(provider, case, bench.qualify.Sizes.quick(), "cpu").status == "ok"
 
-    assert providers.checked(providers.Provider("other", lambda: fails)) == (None, "other: MemoryError: too large")
-    missing = providers.Provider("Liger 0.8.5", lambda: pytest.fail("loaded"))
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(providers.importlib.util, "find_spec", lambda name: None)
-        assert providers.checked(missing) == (None, "Liger 0.8.5: liger_kernel is not installed")
+
+def test_a_wrong_provider_is_not_timed(bench: SimpleNamespace) -> None:
+    naive = bench.providers.providers()[0].tasks["hidden"]()
+    wrong = bench.providers.Provider("one percent", {"hidden": lambda: lambda problem: 1.01 * naive(problem)})
+    verdict = bench.qualify.judge(wrong, ("hidden", "float32"), bench.qualify.Sizes.quick(), "cpu")
+    assert verdict.status == "wrong"
+    assert "loss off by 0.01" in verdict.reason and "dW off by 0.01" in verdict.reason
+    nan = bench.providers.Provider("nan", {"hidden": lambda: lambda problem: naive(problem) * float("nan")})
+    assert bench.qualify.judge(nan, ("hidden", "float32"), bench.qualify.Sizes.quick(), "cpu").status == "wrong"
+
+
+def test_a_provider_that_is_missing_has_a_reason(bench: SimpleNamespace) -> None:
+    absent = bench.providers.Provider("absent", {"logits": pytest.fail}, package="no_such_package")
+    elsewhere = bench.providers.Provider("elsewhere", {"logits": pytest.fail}, device="cuda")
+    found = bench.qualify.qualify(CASES, bench.qualify.Sizes.quick(), among=[absent, elsewhere])
+    assert [(v.status, v.reason) for v in found.values()] == [
+        ("cannot run", "no_such_package is not installed"), ("cannot run", "it runs on cuda alone")
+    ]  # fmt: skip
+
+
+def test_a_provider_that_crashes_hangs_or_eats_memory_is_a_row(bench: SimpleNamespace, tmp_path: Path) -> None:
+    script = tmp_path / "script.py"
+    script.write_text(
+        textwrap.dedent(f"""
+        import os, sys, time
+        sys.path.insert(0, {str(BENCHMARKS)!r})
+        import torch, qualify
+        from providers import Provider, providers
+
+        fine = providers()[0].tasks
+        def crashes(problem):
+            os.abort()
+        def hangs(problem):
+            time.sleep(600)
+        def eats(problem):
+            return torch.empty(1 << 45, dtype=torch.int8).float().sum()
+        def exits(problem):
+            sys.exit("gone")
+        makers = dict(crashes=crashes, hangs=hangs, eats=eats, exits=exits)
+        qualify.providers = lambda backend: [
+            Provider(name, {{"logits": lambda f=f: f, "logprobs": fine["logprobs"]}}) for name, f in makers.items()
+        ]
+        if __name__ == "__main__":
+            qualify.main()
+    """)
+    )
+    tasks = dict.fromkeys(("logits", "logprobs"), pytest.fail)
+    among = [bench.providers.Provider(name, tasks) for name in ("crashes", "hangs", "eats", "exits")]
+    sizes = bench.qualify.Sizes.quick()
+    cases = [("logits", "float32"), ("logprobs", "float32")]
+    found = bench.qualify.qualify(cases, sizes, among=among, seconds=20, processes=4, script=script)
+    first, second = ({name: v for (name, case), v in found.items() if case == asked} for asked in cases)
+    assert {name: verdict.status for name, verdict in first.items()} == {
+        "crashes": "crashed", "hangs": "timed out", "eats": "out of memory", "exits": "crashed"
+    }  # fmt: skip
+    assert "SIGABRT" in first["crashes"].reason and first["hangs"].reason == "after 20 s"
+    assert "exit status 1; gone" in first["exits"].reason
+    assert {verdict.status for verdict in second.values()} == {"ok"}
+
+
+def test_what_fails_while_it_is_timed_leaves_the_turns(bench: SimpleNamespace) -> None:
+    calls = {"floor": 0, "late": 0, "ours": 0}
+
+    def counted(name: str, fails_at: int = 10**9) -> Any:
+        def step() -> None:
+            calls[name] += 1
+            if calls[name] >= fails_at:
+                raise torch.OutOfMemoryError("no more\nthan this")
+
+        return step
+
+    contenders = {"floor": counted("floor"), "late": counted("late", 3), "ours": counted("ours")}
+    comparison = bench.interleaved.Comparison("hidden", "a title", "floor", {"N": 8}, contenders=contenders)
+    bench.interleaved.time_in_turns(comparison, 5, torch.device("cpu"))
+    assert calls == {"floor": 6, "late": 3, "ours": 6}
+    rows = {row.provider: row for row in comparison.rows()}
+    assert rows["late"].status == "out of memory" and rows["late"].reason == "OutOfMemoryError: no more"
+    assert rows["ours"].rounds == 5 and rows["ours"].over_floor > 0 and rows["floor"].over_floor == 1
+
+
+def test_an_interrupted_run_leaves_what_finished(tmp_path: Path) -> None:
+    script = """
+        import sys
+        from pathlib import Path
+        from grpo_kernels.bench.results import Results, Row
+        results = Results("here", "2026-01-01", {})
+        for i in range(10**6):
+            results.rows.append(Row("hidden", f"title {i}", "ours", {"N": i}, "float32", median_ms=1.0, p20_ms=1.0,
+                                    p80_ms=1.0, rounds=1, over_floor=1.0, reason="x" * 2000))
+            results.save(Path(sys.argv[1]))
+            print(i, flush=True)
+    """
+    path = tmp_path / "results.json"
+    process = subprocess.Popen([sys.executable, "-c", textwrap.dedent(script), str(path)], stdout=subprocess.PIPE)
+    for _ in itertools.islice(process.stdout, 50):
+        pass
+    time.sleep(0.05)
+    process.send_signal(signal.SIGKILL)
+    last = int(process.stdout.read().split()[-1]) if process.wait() else 0
+    rows = Results.load(path).rows
+    assert len(rows) >= last + 1 and [row.shape["N"] for row in rows] == list(range(len(rows)))
+
+
+def test_the_guard_passes_and_fails_by_its_limit(bench: SimpleNamespace, capsys: pytest.CaptureFixture[str]) -> None:
+    root = BENCHMARKS.parent
+    assert bench.guard.guard(root, "itself", rounds=3, limit=1000.0, quick=True) == 0
+    printed = capsys.readouterr().out
+    assert printed.count("x  p20") == len(bench.guard.works(True)) and "not compared" not in printed
+    assert bench.guard.guard(root, "itself", rounds=3, limit=0.001, quick=True) == 1
+    assert capsys.readouterr().out.count("slower than") == len(bench.guard.works(True))

@@ -1,0 +1,190 @@
+"""What is timed, on a CPU and on a GPU alike: each work with its floor, all providers that may be timed, and ours."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection
+from dataclasses import replace
+from functools import partial
+
+import torch
+from interleaved import Comparison
+from naive import naive_policy_step
+from problems import COMPLETIONS, TASKS, Problem, buffer, head_problem, logits_problem, refill
+from providers import OURS, providers
+from qualify import Sizes, Verdict, Verdicts
+from torch import Tensor
+
+from grpo_kernels import GRPOLossConfig, group_advantages, policy_loss
+
+COPY = "copy into existing memory"
+GEMMS = "bare GEMMs"
+Head = tuple[int, int]
+#: Whom to hold against ours where all of them would take too long.
+FEW = ("naive PyTorch", "torch linear_cross_entropy", "TRL", OURS)
+
+
+def from_logits(
+    tokens: int, vocab: int, dtype: torch.dtype, device: torch.device, verdicts: Verdicts, backend: str = "auto"
+) -> Comparison:
+    """Logits to loss and gradient. Floor: one warm copy of the logits, 2 N V s bytes."""
+    problem = logits_problem(tokens, vocab, dtype, device)
+    target = torch.empty_like(problem.logits)
+    comparison = _titled("logits", "logits to loss and dlogits", {"N": tokens, "V": vocab}, dtype, COPY)
+    comparison.bytes = 2.0 * target.nbytes
+    comparison.contenders[COPY] = lambda: target.copy_(problem.logits)
+    _enter(comparison, "logits", problem, verdicts, backend, peaks_at=tokens)
+    return comparison
+
+
+def from_hidden(
+    tokens: int,
+    head: Head,
+    dtype: torch.dtype,
+    device: torch.device,
+    verdicts: Verdicts,
+    backend: str = "auto",
+    live: float = 1.0,
+    frozen: bool = False,
+    only: Collection[str] = (),
+    sizes: Sizes | None = None,
+) -> Comparison:
+    """Hidden states and head to loss, dX and dW. Floor: the GEMMs alone, 6 N H V operations; 4 with a frozen head."""
+    problem = replace(head_problem(tokens, *head, dtype, device).with_live(live), frozen=frozen)
+    what = "loss and dX, the head frozen" if frozen else "loss, dX and dW"
+    share = "" if live == 1 else f", {live:.0%} of the rows live"
+    name, shape = "frozen" if frozen else "hidden", _shape(tokens, head)
+    comparison = _titled(name, f"hidden states to {what}{share}", shape, dtype, GEMMS, live)
+    comparison.operations = (4.0 if frozen else 6.0) * tokens * head[0] * head[1]
+    comparison.contenders[GEMMS] = _gemms(problem, "dX" if frozen else "dX, dW")
+    whole = sizes is not None and head == sizes.head and live == 1 and not frozen
+    _enter(comparison, "hidden", problem, verdicts, backend, only, peaks_at=tokens if whole else None)
+    return comparison
+
+
+def logprobs_alone(
+    tokens: int, head: Head, dtype: torch.dtype, device: torch.device, verdicts: Verdicts, backend: str = "auto"
+) -> Comparison:
+    """Log-probs without a gradient, as for old and reference policies. Floor: one GEMM, 2 N H V operations."""
+    problem = head_problem(tokens, *head, dtype, device)
+    comparison = _titled("logprobs", "hidden states to log-probs", _shape(tokens, head), dtype, GEMMS)
+    comparison.operations = 2.0 * tokens * head[0] * head[1]
+    comparison.contenders[GEMMS] = _gemms(problem, "")
+    _enter(comparison, "logprobs", problem, verdicts, backend, peaks_at=tokens)
+    return comparison
+
+
+def under_upstream(
+    tokens: int,
+    head: Head,
+    dtype: torch.dtype,
+    device: torch.device,
+    verdicts: Verdicts,
+    backend: str = "auto",
+    live: float = 1.0,
+    only: Collection[str] = (),
+) -> Comparison:
+    """Log-probs, then dX and dW under a gradient nobody could know. Floor: three GEMMs, 6 N H V operations."""
+    problem = head_problem(tokens, *head, dtype, device).with_live(live)
+    share = "" if live == 1 else f", {live:.0%} of the rows with one"
+    title = f"hidden states to log-probs, dX and dW under any gradient{share}"
+    comparison = _titled("upstream", title, _shape(tokens, head), dtype, GEMMS, live)
+    comparison.operations = 6.0 * tokens * head[0] * head[1]
+    comparison.contenders[GEMMS] = _gemms(problem, "dX, dW")
+    _enter(comparison, "upstream", problem, verdicts, backend, only, peaks_at=tokens if live == 1 else None)
+    return comparison
+
+
+def policy(completions: int, length: int, device: torch.device, backend: str = "auto") -> Comparison:
+    """Rewards and log-probs [B, T] to loss, gradient and TRL's metrics. Floor: a copy of as many bytes.
+
+    Read: log-probs, old and reference log-probs, mask; written: the gradient.
+    """
+    config = GRPOLossConfig(beta=0.04, use_bias_correction_kl=False)
+    torch.manual_seed(0)
+    logprobs = torch.randn(completions, length, device=device) - 3
+    old, ref = (logprobs + 0.2 * torch.randn_like(logprobs) for _ in range(2))
+    mask = (torch.rand_like(logprobs) < 0.9).float()
+    rewards = torch.rand(completions, device=device)
+
+    def ours() -> Tensor:
+        leaf = logprobs.detach().requires_grad_()
+        advantages = group_advantages(rewards, COMPLETIONS, backend=backend)
+        given = {"old_logprobs": old, "ref_logprobs": ref, "config": config, "backend": backend}
+        loss = policy_loss(leaf, advantages, mask, **given).loss
+        loss.backward()
+        return torch.cat((loss.detach().view(1), leaf.grad.flatten()))
+
+    def naive(step: Callable[..., tuple[Tensor, dict[str, Tensor]]]) -> Tensor:
+        leaf = logprobs.detach().requires_grad_()
+        loss, _ = step(leaf, old, ref, mask, rewards, COMPLETIONS)
+        loss.backward()
+        return torch.cat((loss.detach().view(1), leaf.grad.flatten()))
+
+    values = torch.empty(5, completions, length, device=device)  # 20 B T bytes are moved: half are read, half written
+    source, target = values.flatten()[: values.numel() // 2], torch.empty_like(values.flatten()[: values.numel() // 2])
+    shape = {"B": completions, "T": length}
+    comparison = _titled("policy", "rewards and log-probs to loss and gradient", shape, torch.float32, COPY)
+    comparison.bytes = 20.0 * completions * length
+    comparison.contenders = {
+        COPY: lambda: target.copy_(source),
+        "naive PyTorch": partial(naive, naive_policy_step),
+        "torch.compile of naive": partial(naive, torch.compile(naive_policy_step, dynamic=False)),
+        OURS: ours,
+    }
+    y = naive(naive_policy_step)
+    comparison.errors[OURS] = {"gradient": ((ours() - y).norm() / y.norm()).item()}
+    torch.testing.assert_close(ours(), y, rtol=1e-4, atol=1e-7)
+    return comparison
+
+
+def _titled(work: str, title: str, shape: dict[str, int], dtype: torch.dtype, floor: str,
+            live: float = 1.0) -> Comparison:  # fmt: skip
+    letters = " ".join(f"{letter}={size}" for letter, size in shape.items())
+    name = str(dtype).removeprefix("torch.")
+    return Comparison(work, f"{title}, {letters} {name}", floor, shape, name, live)
+
+
+def _shape(tokens: int, head: Head) -> dict[str, int]:
+    return {"N": tokens, "H": head[0], "V": head[1]}
+
+
+def _gemms(problem: Problem, gradients: str) -> Callable[[], object]:
+    """The products that no provider can go without, by the library's own GEMM, into fresh memory."""
+    x, w = problem.hidden.flatten(0, 1), problem.weight
+
+    def run() -> object:
+        logits = x @ w.t()
+        dx = logits @ w if "dX" in gradients else None
+        return dx, logits.t() @ x if "dW" in gradients else None
+
+    return run
+
+
+def _enter(
+    comparison: Comparison,
+    task: str,
+    problem: Problem,
+    verdicts: Verdicts,
+    backend: str,
+    only: Collection[str] = (),
+    peaks_at: int | None = None,
+) -> None:
+    """Adds every provider that serves the task: to the contenders, or with the reason why it is not timed."""
+    for provider in providers(backend):
+        name = provider.name
+        if task not in provider.tasks or (only and name not in only):
+            continue
+        verdict = verdicts.get((name, (task, comparison.dtype)), Verdict("left out", "not asked"))
+        if verdict.status == "ok":
+            comparison.versions[name] = provider.version()
+        else:
+            comparison.refused[name] = (verdict.status, verdict.reason)
+            comparison.errors[name] = verdict.errors
+            continue
+        comparison.errors[name] = verdict.errors
+        if peaks_at in verdict.peaks:
+            comparison.peaks[name] = verdict.peaks[peaks_at]
+        work = buffer(problem, provider.padded) if provider.in_place else None
+        if work is not None:
+            comparison.prepare[name] = partial(refill, work, problem)
+        comparison.contenders[name] = partial(TASKS[task], provider.tasks[task](), problem, work)

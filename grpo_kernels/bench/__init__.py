@@ -1,0 +1,1 @@
+"""Results of the benchmarks: their rows, tables and charts."""

@@ -1,0 +1,48 @@
+"""The command behind ``grpo-kernels bench report``: tables, charts and the README, all from committed results."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from grpo_kernels.bench import charts, tables
+from grpo_kernels.bench.results import Results, newest
+
+
+def report(results_folder: Path, readme: Path | None) -> list[Path]:
+    """Writes ``report.md`` and the charts into the folder of each device, and fills the blocks of the README.
+
+    Args:
+        results_folder: Has a folder for each device, which has the results; of those the newest counts.
+        readme: What to fill, its blocks naming folders relative to it; None to leave it.
+
+    Returns:
+        What was written.
+
+    Raises:
+        FileNotFoundError: There is no result, or not in a folder that the README names.
+        ValueError: A result is of another schema.
+    """
+    folders = sorted({path.parent for path in results_folder.glob("*/*.json")})
+    if not folders:
+        raise FileNotFoundError(f"no results in {results_folder}")
+    written = []
+    for folder in folders:
+        results = Results.load(newest(folder))
+        written += [write(folder / "report.md", markdown_report(results)), *charts.draw(results, folder)]
+    if readme is not None:
+        written.append(write(readme, tables.with_results(readme.read_text(encoding="utf-8"), readme.parent)))
+    return written
+
+
+def markdown_report(results: Results) -> str:
+    """Every table of a result, with the run's versions."""
+    return f"# {tables.described(results)}\n\n{tables.markdown(results)}"
+
+
+def write(path: Path, text: str) -> Path:
+    """Replaces a file as a whole."""
+    unfinished = path.with_name(f".{path.name}")
+    unfinished.write_text(text, encoding="utf-8")
+    os.replace(unfinished, path)
+    return path
