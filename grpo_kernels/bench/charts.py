@@ -123,7 +123,7 @@ def _lines(axes: Axes, rows: Sequence[Row], x: Callable[[Row], float], y: Callab
     """A line for each provider: ours red, whole or in another pattern for each of its settings."""
     providers = list(dict.fromkeys(row.provider for row in rows))
     settings = [name for name in providers if name.startswith(f"{OURS},")]
-    colours = dict(zip((name for name in providers if not name.startswith(OURS)), itertools.cycle(_COLOURS)))  # noqa: B905
+    colours = dict(zip((name for name in providers if not name.startswith(OURS)), itertools.cycle(_COLOURS)))
     for provider in providers:
         points = sorted((x(row), y(row)) for row in rows if row.provider == provider)
         dashes = ("--", ":", "-.")[settings.index(provider) % 3] if provider in settings else "-"
