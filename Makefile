@@ -42,8 +42,8 @@ test-full: lint
 	$(PYTEST) -m "slow or not slow"
 
 bench: $(VENV)/.bench
-	$(BIN)/python -m pytest benchmarks --benchmark-only
-	$(BIN)/grpo-kernels bench report --readme README.md
+	$(BIN)/python -m pytest benchmarks --benchmark-only; status=$$?; \
+	$(BIN)/grpo-kernels bench report --readme README.md && exit $$status
 
 bench-quick: $(VENV)/.bench
 	$(BIN)/python -m pytest benchmarks --benchmark-only --quick
@@ -52,10 +52,10 @@ bench-guard: $(VENV)/.bench
 	$(BIN)/python benchmarks/guard.py $(REVISION)
 
 gpu:
-	PYTHONPATH=. $(GPU_PYTHON) benchmarks/gpu.py --results $(RESULTS)
+	PYTHONPATH=.:$(PYTHONPATH) $(GPU_PYTHON) benchmarks/gpu.py --results $(RESULTS)
 
 tune:
-	PYTHONPATH=. $(GPU_PYTHON) benchmarks/tune.py
+	PYTHONPATH=.:$(PYTHONPATH) $(GPU_PYTHON) benchmarks/tune.py
 
 lint: $(VENV)/.test
 	$(BIN)/ruff check .

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import datetime
+import faulthandler
 import platform
 import re
+import resource
 import subprocess
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from interleaved import Comparison
+from memory import available
 from qualify import Sizes, Verdicts, qualify
 
 from grpo_kernels import registry
@@ -20,22 +24,30 @@ from grpo_kernels.bench.tables import OURS, terminal_lines
 from grpo_kernels.version import __version__
 
 _STORE = pytest.StashKey["Store"]()
+_SECONDS = 900  # that one work may take, the verdicts included
 CASES = [("logits", "float32"), ("logits", "bfloat16"), ("hidden", "float32"), ("logprobs", "float32"),
          ("upstream", "float32")]  # fmt: skip
 
 
 class Store:
-    """The results so far, written after each work."""
+    """The results so far, written after each work; a work that is run again on the same day takes its rows' place."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
         self.results = Results(path.parent.name, datetime.date.today().isoformat(), versions())
+        self.titles: list[str] = []  # of this session
+        if path.exists():
+            found = Results.load(path)
+            self.results.rows, self.results.notes, self.results.extra = found.rows, found.notes, found.extra
 
     def add(self, comparison: Comparison) -> None:
-        self.results.rows += comparison.rows()
-        if comparison.notes:
-            self.results.notes[comparison.title] = comparison.notes
+        self.titles.append(comparison.title)
+        self.results.put(comparison.title, comparison.rows(), comparison.notes)
         self.results.save(self.path)
+
+    def of_this_session(self) -> Results:
+        rows = [row for row in self.results.rows if row.title in self.titles]
+        return replace(self.results, rows=rows)
 
 
 def versions() -> dict[str, str]:
@@ -70,7 +82,16 @@ def pytest_configure(config: pytest.Config) -> None:
     if config.getoption("--quick"):
         default = Path(__file__).parents[1] / "build" / "bench-quick"
     folder = config.getoption("--results") or default
+    resource.setrlimit(resource.RLIMIT_DATA, (available(),) * 2)  # beyond it an allocation raises
     config.stash[_STORE] = Store(folder / f"{datetime.date.today().isoformat()}-{__version__}.json")
+
+
+@pytest.fixture(autouse=True)
+def time_limit() -> Iterator[None]:
+    """Ends a run that hangs; what finished is kept."""
+    faulthandler.dump_traceback_later(_SECONDS, exit=True)
+    yield
+    faulthandler.cancel_dump_traceback_later()
 
 
 @pytest.fixture(scope="session")
@@ -85,8 +106,9 @@ def sizes(quick: bool) -> Sizes:
 
 
 @pytest.fixture(scope="session")
-def verdicts(sizes: Sizes) -> Verdicts:
+def verdicts(request: pytest.FixtureRequest, sizes: Sizes) -> Verdicts:
     """On every provider, before any is timed."""
+    request.config.stash[_STORE].results.extra["checked"] = sizes.told()
     return qualify(CASES, sizes)
 
 
@@ -104,9 +126,9 @@ def report(request: pytest.FixtureRequest) -> Callable[[Comparison], None]:
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
     store = config.stash[_STORE]
-    if not store.results.rows:
+    if not store.titles:
         return
     terminalreporter.section("medians of one interleaved run")
-    for line in terminal_lines(store.results):
+    for line in terminal_lines(store.of_this_session()):
         terminalreporter.write_line(line)
     terminalreporter.write_line(f"\nwritten: {store.path}")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+import math
 import statistics
 import time
 from collections.abc import Callable, Iterator
@@ -73,11 +75,11 @@ class Comparison:
         return ordered[len(ordered) // 5], ordered[-1 - len(ordered) // 5]
 
     def rows(self) -> list[Row]:
-        """One of each name, the refused ones last."""
+        """One of each name in the contenders' order, the refused ones last."""
         common = {"work": self.work, "title": self.title, "shape": self.shape, "dtype": self.dtype}
         common |= {"live": self.live, "floor": self.floor, "operations": self.operations, "bytes": self.bytes}
         rows = []
-        for name in (name for name in self.times if self.times[name]):
+        for name in (name for name in self.contenders if self.times.get(name)):
             low, high = self.spread(name)
             found = {"median_ms": self.median(name) * 1e3, "p20_ms": low * 1e3, "p80_ms": high * 1e3}
             found |= {"rounds": len(self.times[name]), "over_floor": self.over_floor(name)}
@@ -128,6 +130,7 @@ def in_turns(comparison: Comparison, device: torch.device) -> Iterator[Callable[
 
 
 _CACHE_BYTES = 1 << 28  # more than a GPU's L2
+_AHEAD_CYCLES = 2_000_000  # about a millisecond in which the host queues what is timed
 
 
 def failure(error: Exception) -> tuple[str, str]:
@@ -138,15 +141,20 @@ def failure(error: Exception) -> tuple[str, str]:
 
 
 def _timed(step: Step, device: torch.device) -> float:
+    """Of one run, whose results are freed after the clock stops."""
     if device.type != "cuda":
         start = time.perf_counter()
-        step()
-        return time.perf_counter() - start
+        results = step()
+        seconds = time.perf_counter() - start
+        del results
+        return seconds
     first, last = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    torch.cuda._sleep(_AHEAD_CYCLES)
     first.record()
-    step()
+    results = step()
     last.record()
     last.synchronize()
+    del results
     return first.elapsed_time(last) / 1e3
 
 
@@ -165,25 +173,29 @@ def _peak(step: Step, device: torch.device) -> float:
 
 
 def compare(benchmark: BenchmarkFixture, comparison: Comparison, rounds: int) -> None:
-    """Times every contender once a round on the CPU, in turns; the last is the one that pytest-benchmark times."""
+    """Times every contender once a round on the CPU, the order turned by one each time, pytest-benchmark the last."""
     *others, ours = comparison.contenders
+    turn = itertools.count()
     with in_turns(comparison, torch.device("cpu")) as once:
 
         def before_round() -> None:
-            for name in others:
+            first = next(turn) % len(others)
+            for name in others[first:] + others[:first]:
                 once(name)
-            comparison.prepare.get(ours, lambda: None)()
 
-        benchmark.pedantic(comparison.contenders[ours], setup=before_round, rounds=rounds)
-    comparison.times[ours] = list(benchmark.stats.stats.data)
+        benchmark.pedantic(lambda: once(ours), setup=before_round, rounds=rounds)
     found = {f"{name} over floor": round(comparison.over_floor(name), 3) for name in comparison.times}
     benchmark.extra_info.update(found)
 
 
-def time_in_turns(comparison: Comparison, rounds: int, device: torch.device) -> Comparison:
-    """The same without pytest-benchmark, on any device."""
+def time_in_turns(comparison: Comparison, rounds: int, device: torch.device, deadline: float = math.inf) -> Comparison:
+    """The same without pytest-benchmark, on any device; after ``deadline``, of ``time.monotonic``, no round begins."""
+    names = list(comparison.contenders)
     with in_turns(comparison, device) as once:
-        for _ in range(rounds):
-            for name in comparison.contenders:
+        for turn in range(rounds):
+            if turn and time.monotonic() > deadline:
+                break
+            first = turn % len(names)
+            for name in names[first:] + names[:first]:
                 once(name)
     return comparison

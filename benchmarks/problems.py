@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
@@ -71,14 +72,17 @@ def head_problem(
         vocab: V.
         dtype: Of hidden states and head.
         device: Where.
-        ragged: Masks the end of some completions, and moves old log-probs far enough that ratios are clipped.
+        ragged: To check on: the end of some completions is masked, and some ratios are clipped, all clear of a bound.
     """
     batch = _batch(tokens, vocab, device, ragged)
     hidden = torch.empty(*batch.ids.shape, hidden_size, dtype=dtype, device=device).normal_()
     weight = torch.empty(vocab, hidden_size, dtype=dtype, device=device).normal_(0, 2 / hidden_size**0.5)
-    targets = weight[batch.ids.flatten()].view(hidden.shape)
-    with torch.no_grad():  # of logits N(0, 2) the log-sum-exp is near log V + 2
-        logprobs = (hidden.float() * targets.float()).sum(-1) - torch.tensor(float(vocab)).log().item() - 2
+    if ragged:
+        logits = hidden.double() @ weight.double().t()
+        logprobs = logits.log_softmax(-1).gather(-1, batch.ids[..., None])[..., 0].float()
+    else:  # of logits N(0, 2) the log-sum-exp is near log V + 2
+        targets = weight[batch.ids.flatten()].view(hidden.shape)
+        logprobs = (hidden.float() * targets.float()).sum(-1) - math.log(vocab) - 2
     return replace(batch, old=logprobs + batch.old, hidden=hidden, weight=weight)
 
 
@@ -92,9 +96,9 @@ def logits_problem(
     """The same from logits; see ``head_problem``."""
     batch = _batch(tokens, vocab, device, ragged)
     logits = torch.empty(*batch.ids.shape, vocab, dtype=dtype, device=device).normal_(0, 2)
-    target = logits.gather(-1, batch.ids[..., None])[..., 0].float()
-    old = target - torch.tensor(float(vocab)).log().item() - 2 + batch.old
-    return replace(batch, old=old, logits=logits)
+    lse = logits.double().logsumexp(-1) if ragged else math.log(vocab) + 2
+    target = logits.gather(-1, batch.ids[..., None])[..., 0]
+    return replace(batch, old=(target.double() - lse).float() + batch.old, logits=logits)
 
 
 def _batch(tokens: int, vocab: int, device: torch.device | str, ragged: bool) -> Problem:
@@ -106,7 +110,7 @@ def _batch(tokens: int, vocab: int, device: torch.device | str, ragged: bool) ->
     if ragged:
         lengths = torch.randint(1, shape[1] + 1, (COMPLETIONS, 1), generator=generator)
         mask = (torch.arange(shape[1]) < lengths).float()
-    noise = (0.3 if ragged else 0.03) * torch.randn(shape, generator=generator)
+    noise = _clear_of_bounds(generator, shape) if ragged else 0.03 * torch.randn(shape, generator=generator)
     batch = (
         ids,
         mask,
@@ -115,6 +119,12 @@ def _batch(tokens: int, vocab: int, device: torch.device | str, ragged: bool) ->
         torch.randn(shape, generator=generator) / tokens,
     )
     return Problem(*(value.to(device) for value in batch))
+
+
+def _clear_of_bounds(generator: torch.Generator, shape: tuple[int, int]) -> Tensor:
+    """Differences of log-probs of which a third is clipped, none so near a bound that rounding could cross it."""
+    far = torch.tensor([-0.5, -0.1, 0.0, 0.08, 0.4])[torch.randint(5, shape, generator=generator)]
+    return far + 0.02 * (torch.rand(shape, generator=generator) - 0.5)
 
 
 #: From a problem with fresh leaves to a loss, or to log-probs [B, T].

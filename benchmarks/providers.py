@@ -10,7 +10,7 @@ import importlib.util
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import torch
@@ -39,6 +39,7 @@ class Provider:
         in_place: Whether it writes its gradient over the logits.
         padded: Whether it takes logits [B, T + 1, V] and leaves the last position unread.
         compiles: Whether the first call of a shape compiles.
+        needs_torch: A function of ``torch.nn.functional`` that not every torch has.
     """
 
     name: str
@@ -48,6 +49,7 @@ class Provider:
     in_place: bool = False
     padded: bool = False
     compiles: bool = False
+    needs_torch: str = ""
 
     def missing(self, device: str) -> str:
         """Why it cannot run on a kind of device; empty if it can."""
@@ -55,11 +57,16 @@ class Provider:
             return f"{self.package} is not installed"
         if self.device not in (None, device):
             return f"it runs on {self.device} alone"
+        if self.needs_torch and not hasattr(torch.nn.functional, self.needs_torch):
+            return f"torch {torch.__version__} has no {self.needs_torch}"
         return ""
 
     def version(self) -> str:
-        """Of its package; empty where torch is all it needs."""
-        return "" if self.package is None else version(_DISTRIBUTIONS.get(self.package, self.package))
+        """Of its package; empty where torch is all it needs, or a source tree does not say."""
+        try:
+            return "" if self.package is None else version(_DISTRIBUTIONS.get(self.package, self.package))
+        except PackageNotFoundError:
+            return ""
 
 
 _DISTRIBUTIONS = {"quack": "quack-kernels", "liger_kernel": "liger-kernel"}
@@ -139,7 +146,7 @@ def _trl_triton_rows() -> Rows:
 def _liger() -> Function:
     from liger_kernel.chunked_loss import LigerFusedLinearGRPOLoss
 
-    module = LigerFusedLinearGRPOLoss(beta=0.0, compiled=False, use_ref_model=False, loss_type="bnpo")
+    module = LigerFusedLinearGRPOLoss(beta=0.0, use_ref_model=False, loss_type="bnpo")
 
     def loss(problem: Problem) -> Tensor:
         given = (problem.hidden, problem.weight, problem.ids, problem.mask, problem.advantages)
@@ -236,14 +243,18 @@ def providers(backend: str = "auto") -> tuple[Provider, ...]:
     return (
         Provider("naive PyTorch", _of_head(_naive_head) | _of_rows(lambda: naive_logprobs)),
         Provider("torch.compile of naive", _of_head(_compiled_head) | _of_rows(_compiled_rows), compiles=True),
-        Provider("torch linear_cross_entropy", _of_head(_torch_head)),
-        Provider("TRL", _of_head(_trl_head) | _of_rows(_trl_rows), "trl"),
+        Provider("torch linear_cross_entropy", _of_head(_torch_head), needs_torch="linear_cross_entropy"),
+        Provider("TRL", _of_head(_trl_head), "trl"),
+        Provider("TRL, selective_log_softmax", _of_rows(_trl_rows), "trl", "cpu"),
         Provider("TRL, Triton", _of_rows(_trl_triton_rows), "trl", "cuda"),
-        Provider("Liger", {"hidden": _liger}, "liger_kernel"),
+        Provider("Liger", {"hidden": _liger}, "liger_kernel", compiles=True),
         Provider("Liger, Triton", {"logits": _liger_triton}, "liger_kernel", "cuda", in_place=True, padded=True),
         Provider("verl", _of_head(_verl_head), "verl"),
         Provider("verl, Triton", _of_head(_verl_triton_head), "verl", "cuda"),
-        Provider("cut-cross-entropy", _of_head(partial(_cce_head, filter_eps=None)), "cut_cross_entropy", "cuda"),
+        Provider("cut-cross-entropy", _of_head(_cce_head), "cut_cross_entropy", "cuda"),
+        Provider(
+            "cut-cross-entropy, unfiltered", _of_head(partial(_cce_head, filter_eps=None)), "cut_cross_entropy", "cuda"
+        ),
         Provider(
             "cut-cross-entropy, compiled",
             _of_head(partial(_cce_head, impl="torch_compile")),

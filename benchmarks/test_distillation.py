@@ -7,14 +7,15 @@ from collections.abc import Callable
 
 import torch
 from interleaved import Comparison, compare
+from providers import OURS
 from pytest_benchmark.fixture import BenchmarkFixture
 from qualify import Sizes
 from torch import Tensor
+from works import GEMMS
 
 from grpo_kernels import distillation_loss
 
-GEMMS = "bare GEMMs"
-KL, JS = "grpo_kernels, forward KL", "grpo_kernels, Jensen-Shannon"
+KL, JS = f"{OURS}, forward KL", f"{OURS}, Jensen-Shannon"
 
 
 def test_distillation(benchmark: BenchmarkFixture, report: Callable[[Comparison], None], sizes: Sizes) -> None:

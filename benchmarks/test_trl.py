@@ -13,6 +13,7 @@ import pytest
 import torch
 from interleaved import Comparison, compare
 from problems import HEADS
+from providers import OURS
 from pytest_benchmark.fixture import BenchmarkFixture
 from torch import Tensor
 
@@ -28,7 +29,7 @@ from grpo_kernels.ops.linear_grpo_loss.speculation import ExpectedLoss
 from grpo_kernels.ops.policy_loss.inputs import PolicyInputs
 
 HIDDEN, VOCAB = HEADS["Qwen2.5-0.5B"]
-GEMMS, STOCK, OURS = "bare GEMMs on the counted rows", "stock TRL", "grpo_kernels"
+GEMMS, STOCK = "bare GEMMs on the counted rows", "stock TRL"
 Report = Callable[[Comparison], None]
 
 
@@ -102,8 +103,8 @@ def test_head(benchmark: BenchmarkFixture, report: Report, quick: bool) -> None:
             },
         )
         compare(benchmark, comparison, rounds=2 if quick else 3)
-        assert applied.counts.hits > 0 == applied.counts.misses
     report(comparison)
+    assert applied.counts.hits > 0 == applied.counts.misses
 
 
 def test_compute_loss(benchmark: BenchmarkFixture, report: Report, quick: bool) -> None:
@@ -128,8 +129,11 @@ def test_compute_loss(benchmark: BenchmarkFixture, report: Report, quick: bool) 
     for name, options in ((STOCK, []), (OURS, ["--ours"])):
         sizes = ["--model", *map(str, (layers, hidden_size, vocab))]
         command = [sys.executable, str(Path(trl_trainer.__file__)), *options, *sizes]
-        done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=300)
-        comparison.peaks[name] = int(done.stdout.split()[-1])
+        done = subprocess.run(command, capture_output=True, text=True)
+        if done.returncode == 0:
+            comparison.peaks[name] = int(done.stdout.split()[-1])
+        else:
+            comparison.notes.append(f"memory of {name} not measured: {(done.stderr.splitlines() or [''])[-1]}")
     report(comparison)
 
 
@@ -166,6 +170,6 @@ def test_whole_step(benchmark: BenchmarkFixture, report: Report, quick: bool) ->
         )
         compare(benchmark, comparison, rounds=2)
     off = max(abs(a - b) / b for a, b in zip(norms[OURS], norms[STOCK], strict=True))
-    assert off < 1e-4, norms
     comparison.errors[OURS] = {"gradient norm, against stock": off}
     report(comparison)
+    assert off < 1e-4, norms

@@ -6,6 +6,7 @@ import hashlib
 import itertools
 import json
 import os
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -67,12 +68,13 @@ def _save(rows: Sequence[Row], plot: Callable[[Sequence[Row]], object], path: Pa
 
 
 def _largest(results: Results) -> list[Row]:
-    """Of each panel's work the rows at most tokens, dense, in fp32 where there is a choice."""
+    """Of each panel's work the title that most providers were timed for, dense, in fp32 where there is a choice."""
     chosen = []
     for work in _PANELS:
         rows = [row for row in results.rows if row.work == work and row.live == 1 and row.status == "ok"]
         if rows:
-            most = max(rows, key=lambda row: (row.shape["N"], row.dtype == "float32", row.shape["V"]))
+            titles = Counter(row.title for row in rows)
+            most = max(rows, key=lambda row: (titles[row.title], row.dtype == "float32", row.shape["N"]))
             chosen += [row for row in rows if row.title == most.title]
     return chosen
 

@@ -29,15 +29,18 @@ def report(results_folder: Path, readme: Path | None) -> list[Path]:
     written = []
     for folder in folders:
         results = Results.load(newest(folder))
-        written += [write(folder / "report.md", markdown_report(results)), *charts.draw(results, folder)]
+        written.append(write(folder / "report.md", markdown_report(results)))
+        if charts.stale(results, folder):  # another matplotlib would draw other bytes
+            written += charts.draw(results, folder)
     if readme is not None:
         written.append(write(readme, tables.with_results(readme.read_text(encoding="utf-8"), readme.parent)))
     return written
 
 
 def markdown_report(results: Results) -> str:
-    """Every table of a result, with the run's versions."""
-    return f"# {tables.described(results)}\n\n{tables.markdown(results)}"
+    """Every table of a result, with the run's versions and what its errors are of."""
+    parts = [f"# {tables.described(results)}", results.extra.get("checked", ""), tables.markdown(results)]
+    return "\n\n".join(part for part in parts if part)
 
 
 def write(path: Path, text: str) -> Path:

@@ -113,6 +113,13 @@ class Results:
         given = {name: found[name] for name in ("device", "date", "versions", "notes", "extra")}
         return cls(rows=[Row(**row) for row in found["rows"]], **given)
 
+    def put(self, title: str, rows: list[Row], notes: list[str]) -> None:
+        """Adds a work's rows and notes, in the place of those of its title."""
+        self.rows = [row for row in self.rows if row.title != title] + rows
+        self.notes.pop(title, None)
+        if notes:
+            self.notes[title] = notes
+
     def of(self, *works: str) -> list[list[Row]]:
         """The rows of some works, a list for each title."""
         titles = dict.fromkeys(row.title for row in self.rows if row.work in works)

@@ -56,7 +56,7 @@ def markdown(results: Results, works: Sequence[str] = ()) -> str:
 
 
 #: What a summary has, a line for each title; the rest is in the tables.
-_SUMMARY = ("logits", "hidden", "frozen", "logprobs", "upstream")
+_SUMMARY = ("logits", "hidden", "frozen", "logprobs", "upstream", "policy")
 
 
 def summary(results: Results) -> str:
@@ -97,7 +97,10 @@ def _table(group: Sequence[Row]) -> list[str]:
     columns: list[tuple[str, Callable[[Row], str]]] = [
         ("", lambda row: f"{row.provider} {row.version}".strip()),
         ("median", lambda row: _time(row.median_ms)),
-        ("p20 to p80", lambda row: f"{_time(row.p20_ms)} to {_time(row.p80_ms)}"),
+        (
+            "p20 to p80" if timed and timed[0].rounds >= 5 else "least to most",
+            lambda row: f"{_time(row.p20_ms)} to {_time(row.p80_ms)}",
+        ),
         (f"over {group[0].floor}", lambda row: f"{row.over_floor:.2f}x"),
         ("asked", lambda row: "" if row.asked is None else f"{row.asked:.2f}x"),
         ("peak memory", lambda row: "" if row.peak_bytes is None else f"{row.peak_bytes / 1e9:.2f} GB"),
