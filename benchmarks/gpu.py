@@ -127,8 +127,9 @@ def main() -> int:
     results.extra = {"accuracy": [], "left_out": left_out, "failed": failed, "checks": {}}
     results.extra["checked"] = sizes.checked.told()
     among = [one for one in providers("triton") if one.name in ("naive PyTorch", OURS)] if options.smoke else None
+    limits = {"seconds": 120 if options.smoke else 40, "processes": 4}
     with ThreadPoolExecutor() as pool:  # neither is timed, so they share the GPU
-        judged = pool.submit(qualify, CASES, sizes.checked, device.type, "triton", among, seconds=40, processes=4)
+        judged = pool.submit(qualify, CASES, sizes.checked, device.type, "triton", among, **limits)
         if not options.no_checks:
             results.extra["checks"] = checks(0.6 * options.seconds, log)
         verdicts = judged.result()

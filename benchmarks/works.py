@@ -11,7 +11,7 @@ from interleaved import Comparison
 from naive import naive_policy_step
 from problems import COMPLETIONS, TASKS, Problem, buffer, head_problem, logits_problem, refill
 from providers import OURS, providers
-from qualify import Sizes, Verdict, Verdicts
+from qualify import Sizes, Verdicts
 from torch import Tensor
 
 from grpo_kernels import GRPOLossConfig, group_advantages, policy_loss
@@ -174,7 +174,9 @@ def _enter(
         name = provider.name
         if task not in provider.tasks or (only and name not in only):
             continue
-        verdict = verdicts.get((name, (task, comparison.dtype)), Verdict("left out", "not asked"))
+        verdict = verdicts.get((name, (task, comparison.dtype)))
+        if verdict is None:  # not among those asked
+            continue
         if verdict.status == "ok":
             comparison.versions[name] = provider.version()
         else:
