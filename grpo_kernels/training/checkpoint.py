@@ -6,31 +6,79 @@ import os
 import re
 import shutil
 from pathlib import Path
+from typing import Any
 
+from safetensors import SafetensorError
+from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from grpo_kernels.training.policy import has_adapters
+from grpo_kernels.training.state import write_state
 
 _NAME = re.compile(r"checkpoint-(\d+)")
 
 
 def save_checkpoint(
-    output_dir: Path, step: int, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, *, keep: int
+    output_dir: Path,
+    step: int,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    keep: int,
+    loop: Any = None,
 ) -> Path:
     """Writes ``checkpoint-<step>``, loadable by ``from_pretrained``, and deletes all but the newest ``keep``.
 
     The folder appears under its name only when it is whole; an interrupted write leaves a hidden folder, which the
-    next one replaces.
+    next one replaces. ``checkpoint-0``, what GRPO started from, stays: it is the reference of a resumed run.
+
+    Args:
+        output_dir: The run's folder.
+        step: Optimizer steps so far.
+        model: What ``loop`` trains, not wrapped.
+        tokenizer: Saved beside it.
+        keep: How many to keep.
+        loop: Whose state to add, so that a run can go on from there; every process calls then.
     """
     final = output_dir / f"checkpoint-{step}"
     unfinished = output_dir / ".unfinished-checkpoint"
-    _remove(unfinished)
-    unfinished.mkdir(parents=True)
-    model.save_pretrained(unfinished)
-    tokenizer.save_pretrained(unfinished)
-    _remove(final)
-    os.replace(unfinished, final)
-    for old in list_checkpoints(output_dir)[:-keep]:
-        _remove(old)
+    is_main = loop is None or loop.accelerator.is_main_process
+    if is_main:
+        _remove(unfinished)
+        unfinished.mkdir(parents=True)
+    if loop is not None:
+        loop.accelerator.wait_for_everyone()
+        weights = loop.accelerator.get_state_dict(loop.policy.wrapped)
+        write_state(unfinished, loop)
+        loop.accelerator.wait_for_everyone()
+    if is_main:
+        model.save_pretrained(unfinished, **({} if loop is None else {"state_dict": weights}))
+        tokenizer.save_pretrained(unfinished)
+        _remove(final)
+        os.replace(unfinished, final)
+        for old in list_checkpoints(output_dir)[:-keep]:
+            if step_of(old) > 0:
+                _remove(old)
     return final
+
+
+def load_weights(folder: Path, loop: Any) -> None:
+    """Puts a checkpoint's weights, or those of its adapters, into the model of a loop; every process calls.
+
+    Raises:
+        ValueError: The checkpoint cannot be read, or is of another model.
+    """
+    try:
+        if has_adapters(loop.model):
+            from peft import load_peft_weights, set_peft_model_state_dict
+
+            set_peft_model_state_dict(loop.model, load_peft_weights(str(folder)))
+        else:
+            loaded = type(loop.model).from_pretrained(folder, dtype=loop.model.dtype)
+            whole = StateDictOptions(full_state_dict=True)
+            set_model_state_dict(loop.policy.wrapped, loaded.state_dict(), options=whole)
+    except (OSError, RuntimeError, SafetensorError) as error:
+        raise ValueError(f"checkpoint {folder} cannot be read, it may be cut short: {error}") from error
 
 
 def list_checkpoints(output_dir: Path) -> list[Path]:
@@ -39,12 +87,17 @@ def list_checkpoints(output_dir: Path) -> list[Path]:
     return [path for _, path in sorted(found)]
 
 
+def step_of(checkpoint: Path) -> int:
+    """The optimizer steps that a checkpoint's name says."""
+    return int(_NAME.fullmatch(checkpoint.name)[1])
+
+
 def clear_run(output_dir: Path) -> None:
     """Deletes what a run writes into ``output_dir``, and nothing else that stands there."""
     for path in list_checkpoints(output_dir):
         _remove(path)
     _remove(output_dir / ".unfinished-checkpoint")
-    for name in ("metrics.jsonl", "curves.png"):
+    for name in ("metrics.jsonl", "samples.jsonl", "curves.png", "report.html", "config.yaml", "versions.json"):
         (output_dir / name).unlink(missing_ok=True)
 
 

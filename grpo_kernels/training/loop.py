@@ -1,35 +1,31 @@
-"""The GRPO loop: sample groups, score them, take optimizer steps on them.
+"""The GRPO loop: sample groups, score them, take optimizer steps on them, in one process or many.
 
-What it leaves out, compared with TRL's trainer: several processes, adapters, an inference engine, tools. The model
-stays in eval mode (no dropout), so that recomputed log-probs agree with the sampled ones.
+What it leaves out, compared with TRL's trainer: tools, images, an inference engine in its own process. The model has
+no dropout, so that recomputed log-probs agree with the sampled ones.
 """
 
 from __future__ import annotations
 
-import copy
+import contextlib
+import math
 import random
 import time
 from collections.abc import Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
+from accelerate import Accelerator
+from accelerate.utils import gather_object
 from torch import Tensor
 from transformers import get_scheduler
 
-from grpo_kernels import check_device_values, group_advantages, grpo_loss
+from grpo_kernels import check_device_values, group_advantages
 from grpo_kernels.ops.policy_loss.metrics import PolicyMetrics
 from grpo_kernels.training.data import Row, Task, render_prompt
+from grpo_kernels.training.policy import Policy, has_adapters, training_mode
 from grpo_kernels.training.recipe import Recipe
 from grpo_kernels.training.rewards import score, total
-from grpo_kernels.training.rollout import (
-    Rollout,
-    completion_logits,
-    completion_logprobs,
-    completion_texts,
-    end_token_ids,
-    ends,
-    generate,
-)
+from grpo_kernels.training.rollout import Rollout, completion_texts, end_token_ids, ends, generate
 
 
 class Batch(NamedTuple):
@@ -54,6 +50,7 @@ class Sample(NamedTuple):
     prompt: str
     completion: str
     reward: float
+    advantage: float | None = None  # None where nothing was trained on it
 
 
 class Step(NamedTuple):
@@ -62,49 +59,84 @@ class Step(NamedTuple):
     number: int  # from 1
     metrics: dict[str, float]  # under TRL's names
     samples: list[Sample]
+    is_whole: bool = True  # whether it was the last on its generation: nothing sampled is left to train on
+
+
+class RowOrder:
+    """An endless shuffle of the rows, each epoch in another order, that knows how far it is.
+
+    Args:
+        rows: What to shuffle.
+        seed: Of the orders.
+    """
+
+    def __init__(self, rows: list[Row], seed: int) -> None:
+        self.drawn = 0
+        self._rows, self._rng, self._epoch = rows, random.Random(seed), []
+
+    def take(self, count: int) -> list[Row]:
+        """The next rows."""
+        return [self._next() for _ in range(count)]
+
+    def _next(self) -> Row:
+        if not self._epoch:
+            self._epoch = self._rng.sample(self._rows, len(self._rows))[::-1]
+        self.drawn += 1
+        return self._epoch.pop()
 
 
 class GRPOLoop:
     """Trains ``task.model`` in place.
 
     Args:
-        task: The model, its tokenizer, the rows and the reward functions.
-        recipe: The hyper-parameters.
+        task: The model, its tokenizer, the rows and the reward functions; the same in every process.
+        recipe: The hyper-parameters. Batch sizes are a process's own.
+        accelerator: Of the processes; by default one on the model's device.
     """
 
-    def __init__(self, task: Task, recipe: Recipe) -> None:
+    def __init__(self, task: Task, recipe: Recipe, accelerator: Accelerator | None = None) -> None:
         self.model, self.tokenizer, self.rows = task.model, task.tokenizer, task.train_rows
+        self.accelerator = accelerator or Accelerator(cpu=task.model.device.type == "cpu")
         self.recipe = recipe
         self.config = recipe.loss_config()
         self.reward_functions = task.reward_functions
-        self.reference = copy.deepcopy(self.model).requires_grad_(False) if recipe.beta else None
-        self.optimizer = torch.optim.AdamW(
-            self.model.parameters(),
+        self.policy = Policy(self.model, self.config, backend=recipe.backend, packing=recipe.packing,
+                             aux_loss_coef=recipe.router_aux_loss_coef)  # fmt: skip
+        self.reference = self.policy.reference
+        optimizer = torch.optim.AdamW(
+            [parameter for parameter in self.model.parameters() if parameter.requires_grad],
             lr=recipe.learning_rate,
             betas=(recipe.adam_beta1, recipe.adam_beta2),
             eps=recipe.adam_epsilon,
             weight_decay=recipe.weight_decay,
         )
+        self.policy.wrapped, self.optimizer = self.accelerator.prepare(self.model, optimizer)
+        if self.reference is not None and not has_adapters(self.model):
+            self.policy.reference = self.accelerator.prepare_model(self.reference, evaluation_mode=True)
         self.schedule = get_scheduler(recipe.lr_scheduler_type, self.optimizer, recipe.warmup_steps, recipe.max_steps)
-        self._row_order = _shuffled_forever(self.rows, recipe.seed)
+        self.row_order = RowOrder(self.rows, recipe.seed)
+        self.number = 0  # of the last optimizer step
 
     def run(self) -> Iterator[Step]:
         """Generations and their optimizer steps, until ``max_steps``."""
-        number = 0
-        while True:
+        while self.number < self.recipe.max_steps:
             start = time.perf_counter()
             batch, generation_metrics, samples = self.collect()
-            for micro_batches in self.optimizer_batches(batch):
-                number += 1
+            steps = list(self.optimizer_batches(batch))
+            for k, micro_batches in enumerate(steps, start=1):
+                self.number += 1
                 metrics = {**generation_metrics, **self.optimizer_step(micro_batches)}
                 metrics["step_time"] = time.perf_counter() - start
-                yield Step(number, metrics, samples)
-                if number == self.recipe.max_steps:
+                yield Step(self.number, metrics, samples, is_whole=k == len(steps))
+                if self.number == self.recipe.max_steps:
                     return
                 start = time.perf_counter()
 
     def collect(self) -> tuple[Batch, dict[str, float], list[Sample]]:
-        """Samples ``num_generations`` completions of each of the next prompts and scores them."""
+        """Samples ``num_generations`` completions of each of the next prompts and scores them.
+
+        The batch is this process's own; metrics and samples are of all.
+        """
         recipe = self.recipe
         rows = [row for row in self._next_rows() for _ in range(recipe.num_generations)]
         texts = [render_prompt(row, self.tokenizer, recipe.system_prompt) for row in rows]
@@ -114,16 +146,20 @@ class GRPOLoop:
             texts,
             max_completion_length=recipe.max_completion_length,
             temperature=recipe.temperature,
+            synced=self.accelerator.num_processes > 1,
         )
         completions = completion_texts(rollout, self.tokenizer)
         columns = {name: [row.get(name) for row in rows] for name in rows[0] if name not in ("prompt", "completion")}
         rewards = score(self.reward_functions, [row["prompt"] for row in rows], completions, columns)
         if recipe.shuffle_rewards:
             rewards = rewards[torch.randperm(len(rewards))]
-        totals = total(rewards, recipe.reward_weights)
-        metrics = self._reward_metrics(rewards, totals) | self._length_metrics(rollout)
-        samples = [Sample(*s) for s in zip(texts, completions, totals.tolist(), strict=True)]
-        return self._batch(rollout, rewards), metrics, samples
+        every = self._gathered(rewards)
+        totals = total(every, recipe.reward_weights)
+        metrics = self._reward_metrics(every, totals) | self._length_metrics(rollout)
+        batch = self._batch(rollout, every)
+        own = total(rewards, recipe.reward_weights).tolist()
+        samples = [Sample(*s) for s in zip(texts, completions, own, batch.advantages.tolist(), strict=True)]
+        return batch, metrics, self._gathered_objects(samples)
 
     def optimizer_batches(self, batch: Batch) -> Iterator[list[Batch]]:
         """The micro-batches of each optimizer step: every iteration is a new permutation of the generation."""
@@ -134,11 +170,18 @@ class GRPOLoop:
                 yield [batch.select(part) for part in indices.split(size)]
 
     def optimizer_step(self, micro_batches: list[Batch]) -> dict[str, float]:
-        """One step of AdamW on the micro-batches as if they were one batch."""
+        """One step of AdamW on the micro-batches of all processes as if they were one batch.
+
+        Raises:
+            RuntimeError: The gradient is not finite.
+        """
         metrics = self.accumulate_gradients(micro_batches)
         limit = self.recipe.max_grad_norm or float("inf")
-        norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), limit, error_if_nonfinite=True)
-        metrics |= {"grad_norm": norm.item(), "learning_rate": self.schedule.get_last_lr()[0]}
+        norm = self.accelerator.clip_grad_norm_(self.policy.wrapped.parameters(), limit)
+        norm = float(norm.full_tensor() if hasattr(norm, "full_tensor") else norm)
+        if not math.isfinite(norm):
+            raise RuntimeError(f"the gradient norm of step {self.number} is {norm}")
+        metrics |= {"grad_norm": norm, "learning_rate": self.schedule.get_last_lr()[0]}
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         self.schedule.step()
@@ -148,61 +191,72 @@ class GRPOLoop:
         """Adds the gradient of the loss over all micro-batches to the parameters; returns the loss and its metrics.
 
         Each micro-batch's mean counts by its share of the step's tokens, or of its sequences where the loss type
-        averages over those: the normaliser is global, however the step is cut.
+        averages over those: the normaliser is global, however the step is cut, over micro-batches or processes.
         """
         by_token = self.config.aggregation == "token-mean"
         sizes = [int(b.rollout.completion_mask.sum()) if by_token else len(b.advantages) for b in micro_batches]
-        loss, parts = 0.0, []
-        for batch, size in zip(micro_batches, sizes, strict=True):
-            output = grpo_loss(
-                completion_logits(self.model, batch.rollout),
-                batch.rollout.completion_ids,
-                batch.advantages,
-                batch.rollout.completion_mask,
-                old_logprobs=batch.old_logprobs,
-                ref_logprobs=batch.ref_logprobs,
-                loss_scale=size / max(sum(sizes), 1),
-                config=self.config,
-                inplace=True,
-                backend=self.recipe.backend,
-            )
-            output.loss.backward()
-            loss += output.loss.item()
-            parts.append(output.metrics)
+        processes = self.accelerator.num_processes
+        every = self.accelerator.reduce(torch.tensor(sum(sizes), device=self.model.device), "sum").item()
+        losses, parts, aux_losses = [], [], []
+        with training_mode(self.policy.wrapped, self.recipe.gradient_checkpointing):
+            for k, (batch, size) in enumerate(zip(micro_batches, sizes, strict=True), start=1):
+                is_last = k == len(micro_batches)
+                with contextlib.nullcontext() if is_last else self.accelerator.no_sync(self.policy.wrapped):
+                    loss, output, aux_loss = self.policy.loss(
+                        batch.rollout,
+                        batch.advantages,
+                        old_logprobs=batch.old_logprobs,
+                        ref_logprobs=batch.ref_logprobs,
+                        loss_scale=processes * size / max(every, 1),  # gradients are averaged over processes
+                    )
+                    self.accelerator.backward(loss)
+                losses.append(output.loss.detach())
+                parts.append(output.metrics)
+                aux_losses += [] if aux_loss is None else [aux_loss.detach()]
         check_device_values(self.model.device)
         metrics = PolicyMetrics.combined(parts)
-        return {"loss": loss, **{name: value.item() for name, value in metrics.items()}}
+        if processes > 1:
+            metrics = metrics.reduce()
+        found = {"loss": self.accelerator.reduce(torch.stack(losses).sum(), "mean")} | dict(metrics)
+        if aux_losses:
+            found["aux_loss"] = self.accelerator.reduce(torch.stack(aux_losses).mean(), "mean")
+        return {name: value.item() for name, value in found.items()}
 
-    def _batch(self, rollout: Rollout, rewards: Tensor) -> Batch:
+    def _batch(self, rollout: Rollout, every: Tensor) -> Batch:
+        """This process's part of the batch, with advantages from the rewards of all."""
         recipe = self.recipe
         device = self.model.device
         weights = None if recipe.reward_weights is None else torch.tensor(recipe.reward_weights, device=device)
         advantages = group_advantages(
-            rewards.to(device),
+            every.to(device),
             recipe.num_generations,
             scale_rewards=recipe.scale_rewards,
             reward_weights=weights,
             aggregation=recipe.multi_objective_aggregation,
             backend=recipe.backend,
         )
-        old_logprobs = None if recipe.is_on_policy else self._logprobs(self.model, rollout)
-        ref_logprobs = None if self.reference is None else self._logprobs(self.reference, rollout)
+        first = self.accelerator.process_index * len(rollout.completion_ids)
+        advantages = advantages[first : first + len(rollout.completion_ids)]
+        size = recipe.per_device_train_batch_size
+        old_logprobs = None if recipe.is_on_policy else self.policy.logprobs(rollout, size)
+        ref_logprobs = None if self.reference is None else self.policy.logprobs(rollout, size, reference=True)
         if recipe.mask_truncated_completions:
             ended = ends(rollout, end_token_ids(self.model, self.tokenizer))
             rollout = rollout._replace(completion_mask=rollout.completion_mask * ended[:, None])
         return Batch(rollout, advantages, old_logprobs, ref_logprobs)
 
-    def _logprobs(self, model: torch.nn.Module, rollout: Rollout) -> Tensor:  # [B, T]
-        return completion_logprobs(
-            model,
-            rollout,
-            temperature=self.recipe.temperature,
-            batch_size=self.recipe.per_device_train_batch_size,
-            backend=self.recipe.backend,
-        )
-
     def _next_rows(self) -> list[Row]:
-        return [next(self._row_order) for _ in range(self.recipe.prompts_per_generation)]
+        """This process's part of the next prompts; every process draws all of them."""
+        count = self.recipe.prompts_per_generation
+        rows = self.row_order.take(count * self.accelerator.num_processes)
+        return rows[self.accelerator.process_index * count :][:count]
+
+    def _gathered(self, values: Tensor) -> Tensor:
+        """Rows of all processes, in their order, on the host."""
+        return self.accelerator.gather(values.to(self.model.device)).cpu()
+
+    def _gathered_objects(self, values: list[Any]) -> list[Any]:
+        return values if self.accelerator.num_processes == 1 else gather_object(values)
 
     def _reward_metrics(self, rewards: Tensor, totals: Tensor) -> dict[str, float]:
         groups = totals.view(-1, self.recipe.num_generations)
@@ -217,20 +271,14 @@ class GRPOLoop:
         return metrics
 
     def _length_metrics(self, rollout: Rollout) -> dict[str, float]:
-        lengths = rollout.completion_mask.sum(dim=1).float()
-        ended = ends(rollout, end_token_ids(self.model, self.tokenizer))
+        ended = ends(rollout, end_token_ids(self.model, self.tokenizer)).float()
+        lengths = self._gathered(rollout.completion_mask.sum(dim=1).float())
         return {
             "completions/mean_length": lengths.mean().item(),
             "completions/min_length": lengths.min().item(),
             "completions/max_length": lengths.max().item(),
-            "completions/clipped_ratio": 1.0 - ended.float().mean().item(),
+            "completions/clipped_ratio": 1.0 - self._gathered(ended).mean().item(),
         }
-
-
-def _shuffled_forever(rows: list[Row], seed: int) -> Iterator[Row]:
-    rng = random.Random(seed)
-    while True:
-        yield from rng.sample(rows, len(rows))
 
 
 def _nanstd(values: Tensor) -> float:

@@ -43,6 +43,12 @@ class Recipe:
     num_eval_prompts: int = _option(200, "held-out problems; 0 turns the evaluation off")
     model_name_or_path: str | None = _option(None, "any AutoModelForCausalLM; by default the built-in task's own")
     dtype: Literal["float32", "bfloat16", "float16"] = _option("float32", "the dtype to load the model in")
+    attn_implementation: str | None = _option(None, "sdpa, eager, flash_attention_2; by default the last if it can run")
+    gradient_checkpointing: bool = _option(False, "recompute activations in the backward: less memory, more time")
+    use_peft: bool = _option(False, "train LoRA adapters; the model without them is the reference")
+    lora_r: int = _option(16, "rank of the adapters")
+    lora_alpha: int = _option(32, "their scale, over the rank")
+    lora_target_modules: list[str] = _option(["all-linear"], "modules to adapt, the head never")
     system_prompt: str | None = _option(None, "put before every prompt of a model that has a chat template")
     reward_funcs: list[str] = _option(["accuracy", "format"], 'reward functions: built-in names, or "module:function"')
     reward_weights: list[float] | None = _option(None, "one weight per reward function; by default 1")
@@ -73,6 +79,9 @@ class Recipe:
     )
     mask_truncated_completions: bool = _option(False, "leave completions without an end token out of the loss")
 
+    router_aux_loss_coef: float | None = _option(None, "weight of a mixture of experts' own loss; by default its own")
+    packing: bool = _option(False, "train on one row without padding; needs sdpa, eager or flash attention")
+
     # optimisation
     max_steps: int = _option(100, "optimizer steps")
     per_device_train_batch_size: int = _option(8, "completions in a micro-batch")
@@ -102,6 +111,7 @@ class Recipe:
     completions_steps: int = _option(20, "optimizer steps between printed completions; 0 turns them off")
     save_steps: int = _option(50, "optimizer steps between checkpoints; the last step is always saved")
     save_total_limit: int = _option(2, "checkpoints to keep")
+    resume: bool = _option(False, "go on from the newest checkpoint of output_dir, if there is one")
     eval_samples: int = _option(4, "completions per held-out problem at temperature 1")
     eval_batch_size: int = _option(256, "completions to sample at once in an evaluation")
     disable_tqdm: bool = _option(False, "no progress bar")
@@ -161,7 +171,7 @@ class Recipe:
 _AT_LEAST_ONE = (
     "max_steps", "per_device_train_batch_size", "gradient_accumulation_steps", "steps_per_generation", "num_iterations",
     "max_completion_length", "sft_batch_size", "logging_steps", "save_steps", "save_total_limit", "eval_samples",
-    "eval_batch_size",
+    "eval_batch_size", "lora_r", "lora_alpha",
 )  # fmt: skip
 _AT_LEAST_ZERO = (
     "learning_rate", "sft_learning_rate", "sft_steps", "warmup_steps", "weight_decay", "max_grad_norm",

@@ -41,6 +41,7 @@ def generate(
     *,
     max_completion_length: int,
     temperature: float,
+    synced: bool = False,
 ) -> Rollout:
     """Samples one completion per prompt from the whole distribution (no top-k, top-p or penalty), or the greedy one.
 
@@ -52,6 +53,7 @@ def generate(
         prompts: B texts. Repeat a prompt for a group.
         max_completion_length: Tokens at most.
         temperature: Divides the logits; 0 is greedy.
+        synced: Every process goes on until the last is done, as models whose parameters are divided need.
     """
     encoded = tokenizer(list(prompts), padding=True, padding_side="left", return_tensors="pt")
     prompt_ids, prompt_mask = encoded["input_ids"].to(model.device), encoded["attention_mask"].to(model.device)
@@ -64,7 +66,9 @@ def generate(
     model.generation_config = GenerationConfig()  # generate() fills what is unset from here
     try:
         with torch.no_grad():
-            sequences = model.generate(prompt_ids, attention_mask=prompt_mask, generation_config=config)
+            sequences = model.generate(
+                prompt_ids, attention_mask=prompt_mask, generation_config=config, synced_gpus=synced
+            )
     finally:
         model.generation_config = models_own
     completion_ids = sequences[:, prompt_ids.shape[1] :].contiguous()

@@ -2,23 +2,43 @@
 
 from __future__ import annotations
 
+import json
+import math
+import os
 import time
+from dataclasses import asdict
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
+import yaml
+from accelerate import Accelerator
 from tqdm import tqdm
 from transformers import set_seed
 from transformers.utils.logging import disable_progress_bar
 
 from grpo_kernels import registry
-from grpo_kernels.training.checkpoint import clear_run, list_checkpoints, save_checkpoint
+from grpo_kernels.training.checkpoint import clear_run, list_checkpoints, load_weights, save_checkpoint, step_of
 from grpo_kernels.training.cold_start import cold_start
 from grpo_kernels.training.data import Task, load_task
 from grpo_kernels.training.evaluation import evaluate
+from grpo_kernels.training.html_report import versions, write_report
 from grpo_kernels.training.loop import GRPOLoop, Step
+from grpo_kernels.training.models import prepared
+from grpo_kernels.training.policy import has_adapters
 from grpo_kernels.training.recipe import Recipe
-from grpo_kernels.training.reporting import MetricsFile, Table, plot_curves, read_metrics, sample_text
+from grpo_kernels.training.reporting import (
+    MetricsFile,
+    Progress,
+    SamplesFile,
+    Table,
+    plot_curves,
+    read_metrics,
+    show_samples,
+)
+from grpo_kernels.training.state import read_state
+
+METRICS, SAMPLES = "metrics.jsonl", "samples.jsonl"
 
 
 class Result(NamedTuple):
@@ -29,44 +49,154 @@ class Result(NamedTuple):
     after: dict[str, float]
 
 
-def train(recipe: Recipe) -> Result:
-    """Runs a recipe to its end; the same recipe gives the same curve.
+def train(recipe: Recipe, accelerator: Accelerator | None = None) -> Result:
+    """Runs a recipe to its end; the same recipe gives the same curve, interrupted and resumed or not.
 
-    Writes ``checkpoint-<step>`` folders, ``metrics.jsonl`` and ``curves.png`` into ``recipe.output_dir``. Whenever it
-    is interrupted, the checkpoints there are complete and the metrics readable.
+    Writes ``checkpoint-<step>`` folders, ``metrics.jsonl``, ``samples.jsonl``, ``config.yaml``, ``versions.json``,
+    ``curves.png`` and ``report.html`` into ``recipe.output_dir``. Whenever it
+    is interrupted, the checkpoints there are complete and the metrics readable; with ``resume`` it goes on from the
+    newest. Under ``accelerate launch`` every process calls it.
 
     Raises:
-        ValueError: The data does not fit the recipe, or a reward is infinite.
-        FileExistsError: ``output_dir`` holds another run, and the recipe does not say to replace it.
+        ValueError: The data does not fit the recipe, a reward is infinite, or the checkpoint is of another run.
+        FileExistsError: ``output_dir`` holds another run, and the recipe does not say to replace it or to go on.
         RuntimeError: The named backend cannot run here, or a gradient is not finite.
     """
     output_dir = Path(recipe.output_dir)
     if recipe.num_threads is not None:
         torch.set_num_threads(recipe.num_threads)
     disable_progress_bar()  # transformers' own, one for every file that it reads or writes
+    accelerator = accelerator or Accelerator(cpu=recipe.device == "cpu")
     set_seed(recipe.seed)
     task = load_task(recipe)
+    task = task._replace(model=prepared(task.model, recipe))
     backend = registry.resolve("grpo_loss", recipe.backend, task.model.device)
-    print(
-        f"{task.model.num_parameters() / 1e6:.2f} M parameters on {task.model.device}, loss by the {backend} backend, "
-        f"{len(task.train_rows)} training problems"
+    parameters = task.model.num_parameters()
+    accelerator.print(
+        f"{parameters / 1e6:.2f} M parameters on {accelerator.num_processes} x {task.model.device}, loss by the "
+        f"{backend} backend, {len(task.train_rows)} training problems"
     )
-    _prepare(output_dir, recipe.overwrite_output_dir)
-    metrics_file = MetricsFile(output_dir / "metrics.jsonl")
+    start = time.perf_counter()
+    run = _Run(recipe, output_dir, accelerator)
     try:
-        start = time.perf_counter()
-        _run_cold_start(task, recipe)
-        before = _evaluate(task, recipe, 0, metrics_file)
-        save_checkpoint(output_dir, 0, task.model, task.tokenizer, keep=recipe.save_total_limit)
-        set_seed(recipe.seed)
-        checkpoint = _run_grpo(task, recipe, output_dir, metrics_file)
-        after = _evaluate(task, recipe, recipe.max_steps, metrics_file)
-        seconds = time.perf_counter() - start
+        before, checkpoint, after = run.to_its_end(task)
     finally:
-        metrics_file.close()
-    plot_curves(read_metrics(output_dir / "metrics.jsonl"), output_dir / "curves.png")
-    _print_summary(before, after, seconds, checkpoint, output_dir)
+        run.metrics_file.close()
+        run.samples_file.close()
+    if accelerator.is_main_process:
+        plot_curves(read_metrics(output_dir / METRICS), output_dir / "curves.png")
+        write_report(output_dir)
+        _print_summary(before, after, time.perf_counter() - start, checkpoint, output_dir)
     return Result(checkpoint, before, after)
+
+
+class _Run:
+    """A run's folder: what is in it, and what goes on from there."""
+
+    def __init__(self, recipe: Recipe, output_dir: Path, accelerator: Accelerator) -> None:
+        self.recipe, self.output_dir, self.accelerator = recipe, output_dir, accelerator
+        self.checkpoints = list_checkpoints(output_dir) if recipe.resume else []
+        if accelerator.is_main_process:
+            if self.checkpoints:
+                for name in (METRICS, SAMPLES):
+                    _cut(output_dir / name, step_of(self.checkpoints[-1]))
+            else:
+                _prepare(output_dir, recipe.overwrite_output_dir or recipe.resume)
+        accelerator.wait_for_everyone()
+        folder = output_dir if accelerator.is_main_process else None
+        self.metrics_file = MetricsFile(folder / METRICS if folder else Path(os.devnull))
+        self.samples_file = SamplesFile(folder / SAMPLES if folder else Path(os.devnull))
+        if folder:
+            (folder / "config.yaml").write_text(yaml.safe_dump(asdict(recipe), sort_keys=False), encoding="utf-8")
+            (folder / "versions.json").write_text(json.dumps(versions(), indent=1), encoding="utf-8")
+
+    def to_its_end(self, task: Task) -> tuple[dict[str, float], Path, dict[str, float]]:
+        """Held-out accuracies before GRPO, the last checkpoint, and the accuracies after."""
+        recipe = self.recipe
+        if not self.checkpoints:
+            _run_cold_start(task, recipe)
+            before = self._evaluate(task, 0)
+            set_seed(recipe.seed + self.accelerator.process_index)  # each process samples other completions
+            loop = GRPOLoop(task, recipe, self.accelerator)
+            self._save(task, loop)
+        else:
+            records = read_metrics(self.output_dir / METRICS)
+            before = {name: value for r in records if r["step"] == 0 for name, value in r.items() if name != "step"}
+            loop = self._resumed(task)
+        checkpoint = self._run_grpo(task, loop)
+        return before, checkpoint, self._evaluate(task, recipe.max_steps)
+
+    def _resumed(self, task: Task) -> GRPOLoop:
+        """The loop as the newest checkpoint has it; its reference is what GRPO started from."""
+        first, newest = self.checkpoints[0], self.checkpoints[-1]
+        if step_of(first):
+            raise ValueError(f"{self.output_dir} has no checkpoint-0, the reference of its run: it cannot be resumed")
+        if not has_adapters(task.model):
+            copied = type(task.model).from_pretrained(first, dtype=task.model.dtype).state_dict()
+            task.model.load_state_dict(copied)
+        loop = GRPOLoop(task, self.recipe, self.accelerator)
+        load_weights(newest, loop)
+        read_state(newest, loop)
+        self.accelerator.print(f"resumed after step {loop.number}, from {newest}")
+        return loop
+
+    def _save(self, task: Task, loop: GRPOLoop) -> Path:
+        return save_checkpoint(
+            self.output_dir, loop.number, task.model, task.tokenizer, keep=self.recipe.save_total_limit, loop=loop
+        )
+
+    def _run_grpo(self, task: Task, loop: GRPOLoop) -> Path:
+        """Checkpoints are written where a generation ends, the first after each ``save_steps``."""
+        recipe, checkpoint = self.recipe, self.output_dir / f"checkpoint-{loop.number}"
+        saved, processes = loop.number, self.accelerator.num_processes
+        completions = recipe.per_device_train_batch_size * recipe.gradient_accumulation_steps * processes
+        is_hidden = recipe.disable_tqdm or not self.accelerator.is_main_process
+        with Progress(recipe.max_steps - loop.number, "GRPO", disable=True if is_hidden else None) as progress:
+            table = Table(progress.bar)
+            for step in loop.run():
+                self.metrics_file.write({"step": step.number, **step.metrics})
+                tokens = completions * step.metrics["completions/mean_length"]
+                progress.update(completions=completions, tokens=tokens, reward=step.metrics["reward"])
+                self._show(step, table)
+                is_due = step.number // recipe.save_steps > saved // recipe.save_steps
+                if (is_due and step.is_whole) or step.number == recipe.max_steps:
+                    checkpoint, saved = self._save(task, loop), step.number
+        return checkpoint
+
+    def _show(self, step: Step, table: Table) -> None:
+        recipe = self.recipe
+        if not self.accelerator.is_main_process:
+            return
+        if step.number % recipe.logging_steps == 0 or step.number == 1:
+            table.row({"step": step.number, **step.metrics})
+        if recipe.completions_steps and recipe.num_completions_to_print and step.number % recipe.completions_steps == 0:
+            stride = recipe.num_generations + 1  # each from another group
+            samples = step.samples[::stride][: recipe.num_completions_to_print]
+            self.samples_file.write(step.number, samples)
+            show_samples(step.number, samples, table.bar)
+
+    def _evaluate(self, task: Task, step: int) -> dict[str, float]:
+        if not task.eval_rows:
+            return {}
+        accuracies = evaluate(task.model, task.tokenizer, task.eval_rows, self.recipe)
+        self.metrics_file.write({"step": step, **accuracies})
+        self.accelerator.print(
+            f"held-out accuracy at step {step}: {accuracies['eval_accuracy']:.3f} at temperature 1, "
+            f"{accuracies['eval_accuracy_greedy']:.3f} greedy ({len(task.eval_rows)} problems)"
+        )
+        return accuracies
+
+
+def _cut(path: Path, step: int) -> None:
+    """Takes out what a run will write again from a checkpoint on, and a line that was cut by a kill."""
+    kept = []
+    for line in path.read_bytes().splitlines(keepends=True) if path.exists() else []:
+        record = json.loads(line) if line.endswith(b"\n") else {"step": math.inf}
+        if record["step"] == 0 or (record["step"] <= step and "eval_accuracy" not in record):
+            kept.append(line)
+    unfinished = path.with_name(f".{path.name}")
+    unfinished.write_bytes(b"".join(kept))
+    os.replace(unfinished, path)
 
 
 def _prepare(output_dir: Path, overwrite: bool) -> None:
@@ -92,42 +222,6 @@ def _run_cold_start(task: Task, recipe: Recipe) -> None:
         print(f"cold start: {len(losses)} supervised steps, loss {losses[0]:.3f} -> {losses[-1]:.3f} nats per token")
 
 
-def _run_grpo(task: Task, recipe: Recipe, output_dir: Path, metrics_file: MetricsFile) -> Path:
-    checkpoint = output_dir / "checkpoint-0"
-    with _bar(recipe, recipe.max_steps, "GRPO") as bar:
-        table = Table(bar)
-        for step in GRPOLoop(task, recipe).run():
-            metrics_file.write({"step": step.number, **step.metrics})
-            _show(step, recipe, table, bar)
-            if step.number % recipe.save_steps == 0 or step.number == recipe.max_steps:
-                checkpoint = save_checkpoint(
-                    output_dir, step.number, task.model, task.tokenizer, keep=recipe.save_total_limit
-                )
-    return checkpoint
-
-
-def _show(step: Step, recipe: Recipe, table: Table, bar: tqdm) -> None:
-    bar.update()
-    bar.set_postfix(reward=f"{step.metrics['reward']:.3f}", refresh=False)
-    if step.number % recipe.logging_steps == 0 or step.number == 1:
-        table.row({"step": step.number, **step.metrics})
-    if recipe.completions_steps and recipe.num_completions_to_print and step.number % recipe.completions_steps == 0:
-        stride = recipe.num_generations + 1  # each from another group
-        bar.write(sample_text(step.number, step.samples[::stride][: recipe.num_completions_to_print]) + "\n")
-
-
-def _evaluate(task: Task, recipe: Recipe, step: int, metrics_file: MetricsFile) -> dict[str, float]:
-    if not task.eval_rows:
-        return {}
-    accuracies = evaluate(task.model, task.tokenizer, task.eval_rows, recipe)
-    metrics_file.write({"step": step, **accuracies})
-    print(
-        f"held-out accuracy at step {step}: {accuracies['eval_accuracy']:.3f} at temperature 1, "
-        f"{accuracies['eval_accuracy_greedy']:.3f} greedy ({len(task.eval_rows)} problems)"
-    )
-    return accuracies
-
-
 def _print_summary(
     before: dict[str, float], after: dict[str, float], seconds: float, checkpoint: Path, output_dir: Path
 ) -> None:
@@ -137,3 +231,4 @@ def _print_summary(
             rise = after[key] - before[key]
             print(f"held-out accuracy {name}: {before[key]:.3f} -> {after[key]:.3f} ({rise:+.3f})")
     print(f"model: {checkpoint}\nmetrics: {output_dir / 'metrics.jsonl'}\ncurves: {output_dir / 'curves.png'}")
+    print(f"report: {output_dir / 'report.html'}")

@@ -1,0 +1,73 @@
+"""Loading the model of a run: any causal language model of Hugging Face's, with adapters where the recipe asks."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils import is_flash_attn_2_available
+
+from grpo_kernels.training.recipe import Recipe
+
+
+def load_pretrained(recipe: Recipe) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """The model that a recipe names, in eval mode on the CPU, and its tokenizer.
+
+    Its dropout is set to 0, so that log-probabilities can be recomputed. Code that comes with a model is not run.
+
+    Raises:
+        ValueError: The tokenizer has no token that ends a text.
+    """
+    name = recipe.model_name_or_path
+    tokenizer = AutoTokenizer.from_pretrained(name, padding_side="left", trust_remote_code=False)
+    config = without_dropout(AutoConfig.from_pretrained(name, trust_remote_code=False))
+    model = AutoModelForCausalLM.from_pretrained(
+        name,
+        config=config,
+        dtype=getattr(torch, recipe.dtype),
+        attn_implementation=_attention(recipe),
+        trust_remote_code=False,
+    )
+    if tokenizer.eos_token_id is None:
+        raise ValueError(f"the tokenizer of {name!r} must have an end-of-sequence token")
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return model.eval(), tokenizer
+
+
+def prepared(model: PreTrainedModel, recipe: Recipe) -> Any:
+    """The model with the recipe's adapters and gradient checkpointing, in eval mode."""
+    if recipe.gradient_checkpointing:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    if not recipe.use_peft:
+        return model.eval()
+    from peft import LoraConfig, get_peft_model  # only a run with adapters needs it
+
+    targets = recipe.lora_target_modules
+    config = LoraConfig(
+        r=recipe.lora_r,
+        lora_alpha=recipe.lora_alpha,
+        lora_dropout=0.0,
+        target_modules=targets[0] if targets == ["all-linear"] else targets,
+        task_type="CAUSAL_LM",
+    )
+    return get_peft_model(model, config).eval()
+
+
+def without_dropout(config: Any) -> Any:
+    """The configuration with every dropout rate at 0, nested ones too."""
+    for name, value in list(vars(config).items()):
+        if isinstance(value, float) and ("dropout" in name or "pdrop" in name):
+            setattr(config, name, 0.0)
+        elif hasattr(value, "model_type"):
+            without_dropout(value)
+    return config
+
+
+def _attention(recipe: Recipe) -> str:
+    """The recipe's, or flash-attention 2 where it is installed and can run, else sdpa."""
+    if recipe.attn_implementation is not None:
+        return recipe.attn_implementation
+    can_flash = torch.cuda.is_available() and recipe.dtype != "float32" and is_flash_attn_2_available()
+    return "flash_attention_2" if can_flash else "sdpa"

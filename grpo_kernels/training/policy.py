@@ -1,0 +1,212 @@
+"""The model as GRPO sees it: log-probabilities of completions, its reference's, and the loss, in its forward."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import inspect
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from grpo_kernels import GRPOLossConfig, linear_grpo_loss, linear_token_logprobs
+from grpo_kernels.model_head import Headed, Projection, open_head
+from grpo_kernels.ops.grpo_loss import GRPOLossOutput
+from grpo_kernels.training.rollout import Rollout
+
+
+class Reading(NamedTuple):
+    """How a rollout goes through a model, and what comes back of it."""
+
+    arguments: dict[str, Any]  # of the forward
+    length: int  # T, of the padded form; 0 packed
+    mask: Tensor  # [B, T] bool
+
+    def hidden(self, values: Tensor) -> Tensor:
+        """Those that predict a completion's token: ``[B, T, H]``, or packed ``[N, H]``."""
+        return values[:, -(self.length + 1) : -1] if self.length else values[0]
+
+    def of_tokens(self, values: Tensor | None) -> Tensor | None:
+        """``[B, T]`` as the hidden states are: packed ``[N]``."""
+        return values if values is None or self.length else values[self.mask]
+
+    def restored(self, values: Tensor) -> Tensor:
+        """``[B, T]`` of what came back, 0 where nothing was read."""
+        if self.length:
+            return values
+        return torch.zeros(self.mask.shape, dtype=values.dtype, device=values.device).masked_scatter(self.mask, values)
+
+    @property
+    def cu_seqlens(self) -> Tensor | None:
+        """Where each completion begins and ends among the packed tokens, ``[B + 1]``."""
+        if self.length:
+            return None
+        return nn.functional.pad(self.mask.sum(dim=1).cumsum(0), (1, 0))
+
+
+class Policy:
+    """A causal language model and the frozen one that it is held to.
+
+    Args:
+        model: Any ``AutoModelForCausalLM``, or one that peft has put adapters on, in eval mode.
+        config: The loss; its temperature is the one that log-probabilities are taken at.
+        backend: Of the kernels.
+        packing: One row without padding in the place of a padded batch; the attention must tell sequences apart by
+            their positions, as transformers' sdpa, eager and flash-attention do.
+        aux_loss_coef: Weight of a mixture of experts' auxiliary loss; None takes the model's own.
+
+    Raises:
+        ValueError: The model has no output embeddings, or its forward takes no ``logits_to_keep`` to pack by.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        config: GRPOLossConfig,
+        *,
+        backend: str = "auto",
+        packing: bool = False,
+        aux_loss_coef: float | None = None,
+    ) -> None:
+        self.model = self.wrapped = model
+        self.config, self.backend, self.packing = config, backend, packing
+        base = base_model(model)
+        self.reference = None
+        if config.beta:
+            self.reference = model if has_adapters(model) else copy.deepcopy(base).requires_grad_(False)
+        open_head(base)
+        if self.reference is not None and self.reference is not model:
+            open_head(self.reference)
+        self._known = inspect.signature(base.forward).parameters
+        if packing and not {"logits_to_keep", "position_ids"} <= self._known.keys():
+            raise ValueError(f"{type(base).__name__} takes no logits_to_keep and position_ids: packing must be False")
+        self.aux_loss_coef = _aux_loss_coef(base, aux_loss_coef)
+
+    def loss(
+        self,
+        rollout: Rollout,
+        advantages: Tensor,  # [B]
+        *,
+        old_logprobs: Tensor | None = None,  # [B, T]
+        ref_logprobs: Tensor | None = None,  # [B, T]
+        sampling_logprobs: Tensor | None = None,  # [B, T]
+        loss_scale: float = 1.0,
+    ) -> tuple[Tensor, GRPOLossOutput, Tensor | None]:
+        """What to differentiate, the GRPO loss in it, and a mixture's auxiliary loss, unweighted, where it counts."""
+        reading = self._reading(rollout)
+
+        def head(hidden: Tensor, projection: Projection) -> GRPOLossOutput:
+            return linear_grpo_loss(
+                reading.hidden(hidden),
+                projection.weight,
+                reading.of_tokens(rollout.completion_ids),
+                advantages,
+                reading.of_tokens(rollout.completion_mask),
+                bias=projection.bias,
+                old_logprobs=reading.of_tokens(old_logprobs),
+                ref_logprobs=reading.of_tokens(ref_logprobs),
+                sampling_logprobs=reading.of_tokens(sampling_logprobs),
+                cu_seqlens=reading.cu_seqlens,
+                loss_scale=loss_scale,
+                softcap=projection.softcap,
+                logit_scale=projection.logit_scale,
+                config=self.config,
+                backend=self.backend,
+            )
+
+        asked = {"output_router_logits": True} if self.aux_loss_coef else {}
+        headed: Headed = self.wrapped(**reading.arguments, **asked, head=head)
+        output: GRPOLossOutput = headed.result
+        if not self.aux_loss_coef:
+            return output.loss, output, None
+        return output.loss + self.aux_loss_coef * loss_scale * headed.aux_loss, output, headed.aux_loss
+
+    @torch.no_grad()
+    def logprobs(self, rollout: Rollout, batch_size: int, reference: bool = False) -> Tensor:  # [B, T]
+        """Log-probabilities, in nats, of the sampled tokens at the loss's temperature; 0 on padding.
+
+        Args:
+            rollout: B completions.
+            batch_size: How many go through the model at once.
+            reference: Of the frozen model.
+        """
+        model = self.reference if reference else self.wrapped
+        dtype = torch.float64 if self.model.dtype == torch.float64 else torch.float32
+        found = torch.zeros(rollout.completion_ids.shape, dtype=dtype, device=rollout.completion_ids.device)
+        with self._without_adapters() if reference else contextlib.nullcontext():
+            for indices in torch.arange(len(found), device=found.device).split(batch_size):
+                values = self._logprobs_of(model, rollout.select(indices))
+                found[indices, : values.shape[1]] = values
+        return found
+
+    def _logprobs_of(self, model: Any, rollout: Rollout) -> Tensor:
+        reading = self._reading(rollout)
+
+        def head(hidden: Tensor, projection: Projection) -> Tensor:
+            return linear_token_logprobs(
+                reading.hidden(hidden),
+                projection.weight,
+                reading.of_tokens(rollout.completion_ids),
+                bias=projection.bias,
+                temperature=self.config.temperature,
+                softcap=projection.softcap,
+                logit_scale=projection.logit_scale,
+                mask=reading.of_tokens(rollout.completion_mask),
+                backend=self.backend,
+            ).logprobs
+
+        return reading.restored(model(**reading.arguments, head=head).result)
+
+    def _without_adapters(self) -> Any:
+        return self.model.disable_adapter() if has_adapters(self.model) else contextlib.nullcontext()
+
+    def _reading(self, rollout: Rollout) -> Reading:
+        ids = torch.cat([rollout.prompt_ids, rollout.completion_ids], dim=1)
+        kept = torch.cat([rollout.prompt_mask, rollout.completion_mask], dim=1)
+        mask, positions = rollout.completion_mask.bool(), (kept.cumsum(dim=1) - 1).clamp(min=0)
+        if self.packing:
+            kept, is_completion = kept.bool(), nn.functional.pad(mask, (rollout.prompt_ids.shape[1], 0))
+            predicting = is_completion[kept].nonzero()[:, 0] - 1
+            arguments = {"input_ids": ids[kept][None], "position_ids": positions[kept][None], "use_cache": False,
+                         "logits_to_keep": predicting}  # fmt: skip
+            return Reading(arguments, 0, mask)
+        length = mask.shape[1]
+        arguments = {"input_ids": ids, "attention_mask": kept, "use_cache": False}
+        if "position_ids" in self._known:
+            arguments["position_ids"] = positions
+        if "logits_to_keep" in self._known:
+            arguments["logits_to_keep"] = length + 1
+        return Reading(arguments, length, mask)
+
+
+def base_model(model: Any) -> Any:
+    """The model under its adapters, or itself."""
+    return model.get_base_model() if has_adapters(model) else model
+
+
+def has_adapters(model: Any) -> bool:
+    """Whether peft has put adapters on it."""
+    return hasattr(model, "disable_adapter")
+
+
+def _aux_loss_coef(base: Any, given: float | None) -> float:
+    config = base.config.get_text_config()
+    if not hasattr(config, "output_router_logits"):
+        if given:
+            raise ValueError(
+                f"router_aux_loss_coef is {given}, but {type(base).__name__} is no mixture of experts with one"
+            )
+        return 0.0
+    return float(getattr(config, "router_aux_loss_coef", 0.0) if given is None else given)
+
+
+@contextlib.contextmanager
+def training_mode(model: Any, active: bool) -> Iterator[None]:
+    """Train mode inside, which gradient checkpointing waits for; the models have no dropout."""
+    model.train(active)
+    try:
+        yield
+    finally:
+        model.eval()

@@ -1,0 +1,137 @@
+"""The state of a run beside its model: optimizer, schedule, random states and place in the data, without pickle.
+
+A checkpoint is a folder of ``from_pretrained`` with four things more:
+
+    optimizer.safetensors   the optimizer's tensors by parameter
+    trainer_state.json      step, schedule, parameter groups, rows drawn, the recipe
+    random-<rank>.safetensors, random-<rank>.json   of each process
+"""
+
+from __future__ import annotations
+
+import json
+import random
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_optimizer_state_dict,
+    set_optimizer_state_dict,
+)
+
+from grpo_kernels.training.recipe import Recipe
+
+STATE = "trainer_state.json"
+OPTIMIZER = "optimizer.safetensors"
+#: What may differ between the run that wrote a checkpoint and the one that goes on from it.
+MAY_DIFFER = frozenset({
+    "output_dir", "overwrite_output_dir", "resume", "logging_steps", "num_completions_to_print", "completions_steps",
+    "save_steps", "save_total_limit", "disable_tqdm", "device", "num_threads",
+})  # fmt: skip
+_SEPARATOR = "|"  # in no name of a parameter
+
+
+def write_state(folder: Path, loop: Any) -> None:
+    """Adds a loop's state to a checkpoint's folder; every process calls it, at the same step."""
+    rank = loop.accelerator.process_index
+    state = get_optimizer_state_dict(loop.policy.wrapped, loop.optimizer.optimizer, options=_WHOLE)
+    if loop.accelerator.is_main_process:
+        tensors, groups = _split(state)
+        save_file(tensors, folder / OPTIMIZER)
+        written = {"step": loop.number, "rows_drawn": loop.row_order.drawn, "schedule": loop.schedule.state_dict()}
+        written |= {"param_groups": groups, "recipe": asdict(loop.recipe), "processes": loop.accelerator.num_processes}
+        (folder / STATE).write_text(json.dumps(written, indent=1), encoding="utf-8")
+    tensors, values = _random_state()
+    save_file(tensors, folder / f"random-{rank}.safetensors")
+    (folder / f"random-{rank}.json").write_text(json.dumps(values), encoding="utf-8")
+
+
+def read_state(folder: Path, loop: Any) -> None:
+    """Puts a loop where the one that wrote the checkpoint was; its model is loaded before.
+
+    Raises:
+        ValueError: The checkpoint is cut short, of another recipe, or of another number of processes.
+    """
+    try:
+        state = json.loads((folder / STATE).read_text(encoding="utf-8"))
+        tensors = load_file(folder / OPTIMIZER)
+        rank = loop.accelerator.process_index
+        check_recipe(state, loop.recipe, loop.accelerator.num_processes, folder)
+        random_tensors = load_file(folder / f"random-{rank}.safetensors")
+        values = json.loads((folder / f"random-{rank}.json").read_text(encoding="utf-8"))
+    except (OSError, json.JSONDecodeError, SafetensorError) as error:
+        raise ValueError(f"checkpoint {folder} cannot be read, it may be cut short: {error}") from error
+    optimizer_state = _joined(tensors, state["param_groups"])
+    set_optimizer_state_dict(loop.policy.wrapped, loop.optimizer.optimizer, optimizer_state, options=_WHOLE)
+    loop.schedule.load_state_dict(state["schedule"])
+    loop.row_order.take(state["rows_drawn"])
+    loop.number = state["step"]
+    _set_random_state(random_tensors, values)
+
+
+def check_recipe(state: dict[str, Any], recipe: Recipe, processes: int, folder: Path) -> None:
+    """Raises where a checkpoint's recipe would give another run.
+
+    Raises:
+        ValueError: It names what differs.
+    """
+    now = json.loads(json.dumps(asdict(recipe)))
+    differing = {
+        name: (state["recipe"].get(name), value)
+        for name, value in now.items()
+        if name not in MAY_DIFFER and state["recipe"].get(name) != value
+    }
+    if state["processes"] != processes:
+        differing["processes"] = (state["processes"], processes)
+    if differing:
+        listed = ", ".join(f"{name} {old!r}, now {new!r}" for name, (old, new) in differing.items())
+        raise ValueError(f"checkpoint {folder} is of another run: {listed}")
+
+
+_WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)
+
+
+def _split(state: dict[str, Any]) -> tuple[dict[str, Tensor], list[dict[str, Any]]]:
+    """An optimizer's state as named tensors, and its groups as what JSON can hold."""
+    tensors = {
+        f"{parameter}{_SEPARATOR}{name}": torch.as_tensor(value).clone().contiguous()
+        for parameter, values in state["state"].items()
+        for name, value in values.items()
+    }
+    return tensors, [{**group, "params": list(group["params"])} for group in state["param_groups"]]
+
+
+def _joined(tensors: dict[str, Tensor], groups: list[dict[str, Any]]) -> dict[str, Any]:
+    state: dict[str, dict[str, Tensor]] = {}
+    for key, tensor in tensors.items():
+        parameter, name = key.split(_SEPARATOR)
+        state.setdefault(parameter, {})[name] = tensor
+    return {"state": state, "param_groups": groups}
+
+
+def _random_state() -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Of torch on every device, Python and numpy."""
+    tensors = {"cpu": torch.get_rng_state()}
+    if torch.cuda.is_available():
+        tensors |= {f"cuda:{k}": state for k, state in enumerate(torch.cuda.get_rng_state_all())}
+    version, keys, gauss = random.getstate()
+    name, numpy_keys, place, has_gauss, cached = np.random.get_state()
+    values = {"python": [version, list(keys), gauss]}
+    return tensors, values | {"numpy": [name, numpy_keys.tolist(), place, has_gauss, cached]}
+
+
+def _set_random_state(tensors: dict[str, Tensor], values: dict[str, Any]) -> None:
+    torch.set_rng_state(tensors["cpu"])
+    for name, state in tensors.items():
+        if name.startswith("cuda:"):
+            torch.cuda.set_rng_state(state, name)
+    version, keys, gauss = values["python"]
+    random.setstate((version, tuple(keys), gauss))
+    np.random.set_state((values["numpy"][0], np.array(values["numpy"][1], dtype=np.uint32), *values["numpy"][2:]))
