@@ -30,13 +30,13 @@ CASES = [("logits", "float32"), ("logits", "bfloat16"), ("hidden", "float32"), (
 
 
 class Store:
-    """The results so far, written after each work; a work that is run again on the same day takes its rows' place."""
+    """The results so far, written after each work; of a part that is run again on the same day, in its rows' place."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, is_part: bool) -> None:
         self.path = path
         self.results = Results(path.parent.name, datetime.date.today().isoformat(), versions())
         self.titles: list[str] = []  # of this session
-        if path.exists():
+        if is_part and path.exists():
             found = Results.load(path)
             self.results.rows, self.results.notes, self.results.extra = found.rows, found.notes, found.extra
 
@@ -83,7 +83,9 @@ def pytest_configure(config: pytest.Config) -> None:
         default = Path(__file__).parents[1] / "build" / "bench-quick"
     folder = config.getoption("--results") or default
     resource.setrlimit(resource.RLIMIT_DATA, (available(),) * 2)  # beyond it an allocation raises
-    config.stash[_STORE] = Store(folder / f"{datetime.date.today().isoformat()}-{__version__}.json")
+    is_part = bool(config.getoption("keyword")) or any("::" in argument for argument in config.args)
+    path = folder / f"{datetime.date.today().isoformat()}-{__version__}.json"
+    config.stash[_STORE] = Store(path, is_part)
 
 
 @pytest.fixture(autouse=True)

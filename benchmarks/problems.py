@@ -204,6 +204,8 @@ def errors(function: Function, task: str, problem: Problem, padded: bool = False
         difference = value.double() - y
         if name == "logprobs":
             found[name] = difference[mask].abs().max().item()
+        elif name == "loss":  # its terms may cancel, and what is left says nothing of their errors
+            found[name] = (difference.abs() / y.abs().clamp(min=problem.advantages.abs().mean().item())).item()
         else:
             found[name] = (difference.norm() / y.norm()).item()
     return found

@@ -57,7 +57,8 @@ class Sizes:
         n, h, v = self.exact
         return (
             f"Errors are the largest against fp64 on problems of N={n} H={h} V={v}, some tokens masked and some ratios "
-            "clipped: log-probs in nats, the rest relative to its norm; where live rows and frozen heads are timed, "
+            "clipped: log-probs in nats, the loss over the mean advantage, gradients relative to their norm; where "
+            "live rows and frozen heads are timed, "
             "also on those. Memory is a process's resident peak beyond the inputs, on one thread."
         )
 

@@ -31,7 +31,7 @@ def from_logits(
     target = torch.empty_like(problem.logits)
     comparison = _titled("logits", "logits to loss and dlogits", {"N": tokens, "V": vocab}, dtype, COPY)
     comparison.bytes = 2.0 * target.nbytes
-    comparison.contenders[COPY] = lambda: target.copy_(problem.logits)
+    comparison.contenders[COPY] = comparison.prepare[COPY] = lambda: target.copy_(problem.logits)
     _enter(comparison, "logits", problem, verdicts, backend, peaks_at=tokens)
     return comparison
 
