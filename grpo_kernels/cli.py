@@ -18,6 +18,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         "train", add_help=False, allow_abbrev=False, help="train by a recipe; train --help lists every option"
     )
     train.add_argument("--recipe", help='a recipe that ships with the package ("addition") or a YAML file')
+    stages = commands.add_parser("recipe", add_help=False, allow_abbrev=False, help="run a recipe of several stages")
+    stages.add_argument(
+        "name", help='a recipe that ships ("r1-mini") or a YAML file; --key value holds for every stage'
+    )
+    page = commands.add_parser("report", help="an HTML page of a run: curves, samples, configuration")
+    page.add_argument("run", type=Path, help="its output_dir")
     commands.add_parser("info", help="versions, backends and the compiled extension's build")
     bench = commands.add_parser("bench", help="results of the benchmarks").add_subparsers(dest="what", required=True)
     report = bench.add_parser("report", help="tables, charts and the README from the newest result of each device")
@@ -26,9 +32,40 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments, rest = parser.parse_known_args(argv)
     if arguments.command == "train":
         return _train(arguments.recipe, rest)
+    if arguments.command == "recipe":
+        return _stages(arguments.name, rest)
     if rest:
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    if arguments.command == "report":
+        return _page(arguments.run)
     return _report(arguments.results, arguments.readme) if arguments.command == "bench" else _info()
+
+
+def _stages(name: str, overrides: Sequence[str]) -> int:
+    try:
+        from grpo_kernels.training.stages import load_stages, run_stages
+
+        run_stages(*load_stages(name, overrides))
+    except ImportError as error:
+        return _fail(f"training needs the extra grpo-kernels[train]: {error}")
+    except (ValueError, FileNotFoundError, FileExistsError) as error:
+        return _fail(str(error))
+    except KeyboardInterrupt:
+        print("\ninterrupted; the same command goes on from here", file=sys.stderr)
+        return INTERRUPTED
+    return 0
+
+
+def _page(run: Path) -> int:
+    try:
+        from grpo_kernels.training.html_report import write_report
+
+        print(write_report(run))
+    except ImportError as error:
+        return _fail(f"reports need the extra grpo-kernels[train]: {error}")
+    except (ValueError, FileNotFoundError) as error:
+        return _fail(str(error))
+    return 0
 
 
 def _report(results: Path, readme: Path | None) -> int:

@@ -1,4 +1,4 @@
-"""What the tests of ops share."""
+"""What the tests share."""
 
 from __future__ import annotations
 
@@ -39,3 +39,13 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
+
+
+@pytest.fixture
+def isolated() -> None:
+    """Skips, with the reason, where the machine has no sandbox for untrusted programs."""
+    from grpo_kernels.training import sandbox  # what runs on a GPU machine needs none of training
+
+    reason = sandbox.unavailable()
+    if reason:
+        pytest.skip(reason)

@@ -9,9 +9,10 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from grpo_kernels import token_logprobs
-from grpo_kernels.training.data import Row, render_prompt
+from grpo_kernels.training.data import Row
 from grpo_kernels.training.recipe import Recipe
 from grpo_kernels.training.rollout import Rollout, completion_logits, teacher_forced
+from grpo_kernels.training.templates import render_prompt
 
 
 def cold_start(
@@ -37,7 +38,7 @@ def cold_start(
         chosen = rng.choices(examples, k=recipe.sft_batch_size)
         batch = teacher_forced(
             tokenizer,
-            [render_prompt(row, tokenizer, recipe.system_prompt) for row in chosen],
+            [render_prompt(row, tokenizer, recipe.prompt_template, recipe.system_prompt) for row in chosen],
             [row["completion"] for row in chosen],
         )
         batch = Rollout(*(tensor.to(model.device) for tensor in batch))

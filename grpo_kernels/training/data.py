@@ -1,20 +1,25 @@
-"""The task of a run: model, tokenizer, training and held-out rows, from a dataset or the built-in addition."""
+"""The task of a run: model, tokenizer, training and held-out rows, from a dataset or a built-in task."""
 
 from __future__ import annotations
 
 import json
 import random
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from grpo_kernels.training import addition
+from grpo_kernels.training import templates
+from grpo_kernels.training.augmentation import prompt_key
+from grpo_kernels.training.gsm8k import with_solutions
+from grpo_kernels.training.models import load_pretrained
 from grpo_kernels.training.recipe import Recipe
 from grpo_kernels.training.rewards import RewardFunction, resolve
+from grpo_kernels.training.tasks import TASKS, Row, build_model
 
-Row = dict[str, Any]
+_FILE_FORMATS = {".parquet": "parquet", ".csv": "csv", ".json": "json"}
+_GSM8K = ("openai/gsm8k", "gsm8k")
 
 
 class Task(NamedTuple):
@@ -31,11 +36,11 @@ def load_task(recipe: Recipe) -> Task:
     """Loads or builds everything a recipe names.
 
     Raises:
-        ValueError: A column is missing, there are too few rows, a reward function is unknown, or no model is named for
-            a dataset that has none.
+        ValueError: The dataset cannot be found, a column is missing, there are too few rows, a reward function is
+            unknown, or no model is named for a dataset that has none.
     """
-    if recipe.dataset_name == "addition":
-        train_rows, eval_rows = addition.build_rows(recipe.seed, recipe.num_eval_prompts)
+    if recipe.dataset_name in TASKS:
+        train_rows, eval_rows = TASKS[recipe.dataset_name].build_rows(recipe.seed, recipe.num_eval_prompts)
     else:
         train_rows, eval_rows = _load_splits(recipe)
     if len(train_rows) < recipe.prompts_per_generation:
@@ -51,17 +56,12 @@ def load_task(recipe: Recipe) -> Task:
 def load_model(recipe: Recipe) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """The model on its device, in eval mode (no dropout, so that log-probs can be recomputed), and its tokenizer."""
     if recipe.model_name_or_path is not None:
-        tokenizer = AutoTokenizer.from_pretrained(recipe.model_name_or_path, padding_side="left")
-        model = AutoModelForCausalLM.from_pretrained(recipe.model_name_or_path, dtype=getattr(torch, recipe.dtype))
-    elif recipe.dataset_name == "addition":
-        tokenizer = addition.build_tokenizer()
-        model = addition.build_model(tokenizer, recipe.seed).to(getattr(torch, recipe.dtype))
+        model, tokenizer = load_pretrained(recipe)
+    elif recipe.dataset_name in TASKS:
+        tokenizer = TASKS[recipe.dataset_name].build_tokenizer()
+        model = build_model(tokenizer, recipe.seed, hidden_size=recipe.hidden_size).to(getattr(torch, recipe.dtype))
     else:
         raise ValueError(f"model_name_or_path must be given for dataset {recipe.dataset_name!r}, got None")
-    if tokenizer.eos_token_id is None:
-        raise ValueError(f"the tokenizer of {recipe.model_name_or_path!r} must have an end-of-sequence token")
-    if tokenizer.pad_token_id is None:
-        tokenizer.pad_token = tokenizer.eos_token
     return model.to(pick_device(recipe.device)).eval(), tokenizer
 
 
@@ -73,17 +73,42 @@ def pick_device(name: str) -> torch.device:
 
 
 def render_prompt(row: Row, tokenizer: PreTrainedTokenizerBase, system_prompt: str | None) -> str:
-    """The text a row's completion continues: a string as it is, chat messages through the chat template.
+    """``templates.render_prompt`` where no template is named: a string as it is, messages by the chat template."""
+    return templates.render_prompt(row, tokenizer, None, system_prompt)
 
-    With a ``system_prompt``, a string too becomes a user message.
+
+def load_rows(
+    dataset_name: str,
+    *,
+    config: str | None = None,
+    split: str = "train",
+    prompt_column: str | None = None,
+    answer_column: str | None = None,
+) -> list[Row]:
+    """The rows of a dataset, with the columns ``prompt`` and ``answer`` whatever it calls them.
+
+    Answers that end in a line ``#### 42``, as GSM8K's do, become the result alone. The worked text is kept in the
+    column ``solution`` and, in the form of a completion, in ``completion``, for a cold start. Code that comes with a
+    dataset is never run.
+
+    Args:
+        dataset_name: A file (.jsonl, .json, .csv, .parquet), a folder that ``save_to_disk`` wrote, a folder of data
+            files, or a name on the Hub.
+        config: The configuration of a dataset that has several; GSM8K's is "main" unless another is named.
+        split: Which split of a dataset that has several; a file or a saved single dataset has one, and gives it.
+        prompt_column: What the dataset calls ``prompt``; by default that, or ``question`` where there is none.
+        answer_column: What it calls ``answer``; by default that.
+
+    Raises:
+        ValueError: The dataset cannot be found, has no such split, or lacks a column or a value.
     """
-    prompt = row["prompt"]
-    if isinstance(prompt, str) and system_prompt is None:
-        return prompt
-    messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt)
-    if system_prompt is not None:
-        messages = [{"role": "system", "content": system_prompt}, *messages]
-    return tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+    rows = _read(dataset_name, config, split)
+    if prompt_column is None:
+        is_question = bool(rows) and "prompt" not in rows[0] and "question" in rows[0]
+        prompt_column = "question" if is_question else "prompt"
+    names = {"prompt": prompt_column, "answer": answer_column or "answer"}
+    renamed = [_renamed(row, names, f"dataset {dataset_name!r}: row {number}") for number, row in enumerate(rows)]
+    return with_solutions(renamed, f"dataset {dataset_name!r}")
 
 
 def read_jsonl(path: Path) -> list[Row]:
@@ -93,7 +118,8 @@ def read_jsonl(path: Path) -> list[Row]:
         ValueError: A line is not a JSON object; the message names it.
     """
     rows = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
+    # by newlines alone: splitlines() would also cut at separators that may stand inside a JSON string
+    for number, line in enumerate(path.read_text(encoding="utf-8").split("\n"), start=1):
         if not line.strip():
             continue
         try:
@@ -107,31 +133,68 @@ def read_jsonl(path: Path) -> list[Row]:
 
 
 def _load_splits(recipe: Recipe) -> tuple[list[Row], list[Row]]:
-    train_rows = _load_rows(recipe, recipe.dataset_split)
-    if recipe.eval_dataset_split is not None:
-        return train_rows, _load_rows(recipe, recipe.eval_dataset_split)[: recipe.num_eval_prompts]
-    random.Random(recipe.seed).shuffle(train_rows)
-    return train_rows[recipe.num_eval_prompts :], train_rows[: recipe.num_eval_prompts]
+    """Training and held-out rows: two splits as they are, or one cut in two, no question on both sides of the cut."""
+    name, held_out_split = recipe.dataset_name, recipe.eval_dataset_split
+    if held_out_split is not None and _is_single(Path(name)):
+        raise ValueError(f"eval_dataset_split must be None for {name!r}, which has one split, got {held_out_split!r}")
+    columns = {"prompt_column": recipe.prompt_column, "answer_column": recipe.answer_column}
+    rows = load_rows(name, config=recipe.dataset_config, split=recipe.dataset_split, **columns)
+    if held_out_split is not None:
+        held_out = load_rows(name, config=recipe.dataset_config, split=held_out_split, **columns)
+        return rows, held_out[: recipe.num_eval_prompts]
+    random.Random(recipe.seed).shuffle(rows)
+    eval_rows = rows[: recipe.num_eval_prompts]
+    asked = {prompt_key(row) for row in eval_rows}
+    return [row for row in rows[recipe.num_eval_prompts :] if prompt_key(row) not in asked], eval_rows
 
 
-def _load_rows(recipe: Recipe, split: str) -> list[Row]:
-    path = Path(recipe.dataset_name)
+def _is_single(path: Path) -> bool:
+    """Whether a dataset has no splits: one file, or a single dataset saved to a folder."""
+    return path.suffix in (".jsonl", *_FILE_FORMATS) or (path / "state.json").is_file()
+
+
+def _read(dataset_name: str, config: str | None, split: str) -> list[Row]:
+    path = Path(dataset_name)
     if path.suffix == ".jsonl":
-        rows = read_jsonl(path)
-    else:
-        import datasets  # only a run on a folder or a Hub name needs it
+        return read_jsonl(path)
+    import datasets  # seconds of import that only a run on a folder or a Hub name needs
 
-        if (path / "dataset_dict.json").is_file():
-            rows = datasets.load_from_disk(str(path))[split].to_list()
-        elif (path / "state.json").is_file():
-            rows = datasets.load_from_disk(str(path)).to_list()
-        else:
-            rows = datasets.load_dataset(recipe.dataset_name, recipe.dataset_config, split=split).to_list()
-    for number, row in enumerate(rows):
-        missing = sorted({"prompt", "answer"} - row.keys())
-        if missing:
-            raise ValueError(
-                f"dataset {recipe.dataset_name!r}: row {number} must have columns prompt and answer; "
-                f"it lacks {', '.join(missing)} and has {', '.join(sorted(row))}"
-            )
-    return rows
+    if (path / "dataset_dict.json").is_file():
+        splits = datasets.load_from_disk(str(path))
+        if split not in splits:
+            raise ValueError(f"dataset {dataset_name!r} has no split {split!r}; it has {', '.join(splits)}")
+        return splits[split].to_list()
+    if (path / "state.json").is_file():
+        return datasets.load_from_disk(str(path)).to_list()
+    if path.suffix in _FILE_FORMATS:
+        return datasets.load_dataset(_FILE_FORMATS[path.suffix], data_files=str(path), split="train").to_list()
+    if config is None and dataset_name in _GSM8K:
+        config = "main"
+    try:
+        return datasets.load_dataset(dataset_name, config, split=split).to_list()
+    except OSError as error:  # not found, or no connection
+        raise ValueError(
+            f"dataset_name must be a built-in task ({', '.join(TASKS)}), a file, a folder or a name on the Hub, "
+            f"got {dataset_name!r}: {error}"
+        ) from error
+
+
+def _renamed(row: Row, names: dict[str, str], where: str) -> Row:
+    """The row with ``prompt`` and ``answer`` under these names.
+
+    Args:
+        row: As the dataset has it.
+        names: From our names to the dataset's.
+        where: Names the row in an error.
+    """
+    missing = sorted(set(names.values()) - row.keys())
+    if missing:
+        raise ValueError(
+            f"{where} must have columns {' and '.join(names.values())}; it lacks {', '.join(missing)} and has "
+            f"{', '.join(sorted(row))} (prompt_column and answer_column name others)"
+        )
+    for name in names.values():
+        if row[name] is None:
+            raise ValueError(f"{where} must have a value in column {name}, got None")
+    rest = {column: value for column, value in row.items() if column not in names.values()}
+    return {**rest, **{name: row[column] for name, column in names.items()}}

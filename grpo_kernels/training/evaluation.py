@@ -8,11 +8,12 @@ from typing import NamedTuple
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from grpo_kernels.training.data import Row, render_prompt
+from grpo_kernels.training.data import Row
 from grpo_kernels.training.recipe import Recipe
 from grpo_kernels.training.rewards import RewardFunction, accuracy_reward, extract_answer, score
 from grpo_kernels.training.rollout import completion_texts, generate
 from grpo_kernels.training.scores import Score, cons_at_k, pass_at_k, pass_rates
+from grpo_kernels.training.templates import render_prompt
 
 
 class EvalSample(NamedTuple):
@@ -125,7 +126,9 @@ class _Sampler(NamedTuple):
         return [sample for batch in batches for sample in batch]
 
     def _batch(self, rows: Sequence[Row], temperature: float) -> list[EvalSample]:
-        prompts = [render_prompt(row, self.tokenizer, self.recipe.system_prompt) for row in rows]
+        prompts = [
+            render_prompt(row, self.tokenizer, self.recipe.prompt_template, self.recipe.system_prompt) for row in rows
+        ]
         rollout = generate(
             self.model,
             self.tokenizer,

@@ -21,11 +21,19 @@ from transformers import get_scheduler
 
 from grpo_kernels import check_device_values, group_advantages
 from grpo_kernels.ops.policy_loss.metrics import PolicyMetrics
-from grpo_kernels.training.data import Row, Task, render_prompt
+from grpo_kernels.training.data import Row, Task
 from grpo_kernels.training.policy import Policy, has_adapters, training_mode
 from grpo_kernels.training.recipe import Recipe
 from grpo_kernels.training.rewards import score, total
-from grpo_kernels.training.rollout import Rollout, completion_texts, end_token_ids, ends, generate
+from grpo_kernels.training.rollout import (
+    Rollout,
+    completion_texts,
+    completion_tokens,
+    end_token_ids,
+    ends,
+    generate,
+)
+from grpo_kernels.training.templates import render_prompt
 
 
 class Batch(NamedTuple):
@@ -139,7 +147,7 @@ class GRPOLoop:
         """
         recipe = self.recipe
         rows = [row for row in self._next_rows() for _ in range(recipe.num_generations)]
-        texts = [render_prompt(row, self.tokenizer, recipe.system_prompt) for row in rows]
+        texts = [render_prompt(row, self.tokenizer, recipe.prompt_template, recipe.system_prompt) for row in rows]
         rollout = generate(
             self.model,
             self.tokenizer,
@@ -150,6 +158,7 @@ class GRPOLoop:
         )
         completions = completion_texts(rollout, self.tokenizer)
         columns = {name: [row.get(name) for row in rows] for name in rows[0] if name not in ("prompt", "completion")}
+        columns["completion_ids"] = completion_tokens(rollout)
         rewards = score(self.reward_functions, [row["prompt"] for row in rows], completions, columns)
         if recipe.shuffle_rewards:
             rewards = rewards[torch.randperm(len(rewards))]

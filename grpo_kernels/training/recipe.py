@@ -36,11 +36,17 @@ class Recipe:
     """
 
     # the task
-    dataset_name: str = _option("addition", '"addition" (built in), a .jsonl file, a folder, or a name on the Hub')
+    dataset_name: str = _option(
+        "addition",
+        "a built-in task (addition, subtraction, comparison, logic), a .jsonl file, a folder, or a name on the Hub",
+    )
     dataset_config: str | None = _option(None, "the configuration of a dataset that has several")
     dataset_split: str = _option("train", "the split to train on")
     eval_dataset_split: str | None = _option(None, "the held-out split; by default rows taken out of dataset_split")
     num_eval_prompts: int = _option(200, "held-out problems; 0 turns the evaluation off")
+    prompt_column: str | None = _option(None, "what the dataset calls prompt; by default that, or question")
+    answer_column: str | None = _option(None, "what it calls answer")
+    hidden_size: int = _option(96, "of a built-in task's own model")
     model_name_or_path: str | None = _option(None, "any AutoModelForCausalLM; by default the built-in task's own")
     dtype: Literal["float32", "bfloat16", "float16"] = _option("float32", "the dtype to load the model in")
     attn_implementation: str | None = _option(None, "sdpa, eager, flash_attention_2; by default the last if it can run")
@@ -49,6 +55,7 @@ class Recipe:
     lora_r: int = _option(16, "rank of the adapters")
     lora_alpha: int = _option(32, "their scale, over the rank")
     lora_target_modules: list[str] = _option(["all-linear"], "modules to adapt, the head never")
+    prompt_template: str | None = _option(None, 'none, r1_zero, chat, or a text with "{prompt}" in it')
     system_prompt: str | None = _option(None, "put before every prompt of a model that has a chat template")
     reward_funcs: list[str] = _option(["accuracy", "format"], 'reward functions: built-in names, or "module:function"')
     reward_weights: list[float] | None = _option(None, "one weight per reward function; by default 1")
@@ -217,7 +224,15 @@ def load_recipe(name: str | None, overrides: Sequence[str] = ()) -> Recipe:
         FileNotFoundError: There is no such recipe.
         ValueError: A key is unknown (the message names the nearest known one) or a value does not fit.
     """
-    arguments = [] if name is None else _file_arguments(recipe_path(name))
+    return _parsed([] if name is None else _file_arguments(recipe_path(name)), overrides)
+
+
+def with_overrides(where: str, content: dict[str, Any], overrides: Sequence[str] = ()) -> Recipe:
+    """A recipe of keys and values, and command-line overrides; ``where`` names it in errors, as for ``load_recipe``."""
+    return _parsed(_arguments(where, content), overrides)
+
+
+def _parsed(arguments: list[str], overrides: Sequence[str]) -> Recipe:
     parser = HfArgumentParser(
         Recipe,
         usage="grpo-kernels train [--recipe NAME_OR_FILE] [--key value ...]",
@@ -241,13 +256,17 @@ def _file_arguments(path: Path) -> list[str]:
     content = yaml.safe_load(path.read_text(encoding="utf-8"))
     if not isinstance(content, dict):
         raise ValueError(f"{path}: expected a mapping of keys to values, got {type(content).__name__}")
+    return _arguments(str(path), content)
+
+
+def _arguments(where: str, content: dict[str, Any]) -> list[str]:
     known = {f.name for f in fields(Recipe)}
     arguments: list[str] = []
     for key, value in content.items():
         if key not in known:
-            raise ValueError(f"{path}: {_unknown_key(str(key))}")
+            raise ValueError(f"{where}: {_unknown_key(str(key))}")
         if isinstance(value, dict):
-            raise ValueError(f"{path}: {key} must be a single value or a list, got a mapping")
+            raise ValueError(f"{where}: {key} must be a single value or a list, got a mapping")
         if isinstance(value, list):
             arguments += [f"--{key}", *map(str, value)]
         elif value is not None:

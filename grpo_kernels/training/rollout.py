@@ -98,9 +98,13 @@ def ends(rollout: Rollout, end_ids: Sequence[int]) -> Tensor:  # [B]
 
 def completion_texts(rollout: Rollout, tokenizer: PreTrainedTokenizerBase) -> list[str]:
     """The decoded completions without special tokens."""
+    return tokenizer.batch_decode(completion_tokens(rollout), skip_special_tokens=True)
+
+
+def completion_tokens(rollout: Rollout) -> list[list[int]]:
+    """The ids of each completion, without padding."""
     lengths = rollout.completion_mask.sum(dim=1).tolist()
-    ids = [row[:n] for row, n in zip(rollout.completion_ids.tolist(), lengths, strict=True)]
-    return tokenizer.batch_decode(ids, skip_special_tokens=True)
+    return [row[:n] for row, n in zip(rollout.completion_ids.tolist(), lengths, strict=True)]
 
 
 def completion_logits(model: PreTrainedModel, rollout: Rollout) -> Tensor:  # [B, T+1, V]

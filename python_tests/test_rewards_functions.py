@@ -1,0 +1,350 @@
+"""The rewards that ship, against numbers worked by hand."""
+
+from __future__ import annotations
+
+import math
+import sys
+import threading
+
+import pytest
+
+from grpo_kernels.training import rewards, sandbox
+from grpo_kernels.training.rewards import (
+    CodeReward,
+    CosineLengthReward,
+    LanguageConsistencyReward,
+    LengthReward,
+    OverlongReward,
+    RepetitionReward,
+)
+from grpo_kernels.training.rewards.length import token_counts
+
+
+def called(reward, *completions, **columns):
+    """A reward on completions of one prompt; a column that is no list is the same for each."""
+    full = {name: value if isinstance(value, list) else [value] * len(completions) for name, value in columns.items()}
+    return reward(["p"] * len(completions), list(completions), **full)
+
+
+# Answers
+
+
+def test_exact_match_wants_the_whole_completion():
+    got = called(rewards.exact_match_reward, " 4\n", "4.", "a 4", "4 0", answer=["4", "4", "4", "4 0"])
+    assert got == [1.0, 0.0, 0.0, 1.0]
+    assert called(rewards.exact_match_reward, "4", answer=4) == [1.0]
+
+
+@pytest.mark.parametrize("answer", ["42", 42, 42.0, r"\frac{84}{2}", "$42$", r"\boxed{42}", "First 6 x 7.\n#### 42"])
+def test_math_accuracy_reads_every_kind_of_gold(answer):
+    got = called(rewards.math_accuracy_reward, "<answer>42</answer>", r"so \boxed{42}", "\\boxed{43}", answer=answer)
+    assert got == [1.0, 1.0, 0.0]
+
+
+@pytest.mark.parametrize(
+    ("completion", "answer", "expected"),
+    [
+        ("<answer>1/2</answer>", r"\frac12", 1.0),
+        ("<answer>0.5</answer>", r"\frac{1}{2}", 1.0),
+        ("<answer>50%</answer>", "0.5", 1.0),
+        ("<answer>x^2+2x+1</answer>", "(x+1)^2", 1.0),
+        (r"<answer>3\sqrt{2}</answer>", r"\sqrt{18}", 1.0),
+        (r"<answer>\{1, 2\}</answer>", r"\{2, 1\}", 1.0),
+        ("<answer>(1, 2)</answer>", "(2, 1)", 0.0),
+        ("<answer>-3</answer>", "3", 0.0),
+        ("<answer>42 apples</answer>", "42", 1.0),
+        ("<answer>$18</answer>", "#### $18", 1.0),
+        ("<answer>1,234</answer>", "#### 1,234", 1.0),
+        ("and so\n#### 1,234\n", "1234", 1.0),
+        ("#### 4\n#### 5", "4", 0.0),
+        ("<answer>4</answer> <answer>5</answer>", "5", 1.0),
+        (r"<think>\boxed{42}</think> no", "42", 0.0),
+        (r"<think>\boxed{1}</think> \boxed{42}", "42", 1.0),
+        (r"\boxed{41} \boxed{42}", "42", 0.0),
+        ("first $3$, then $42$.", "42", 1.0),
+        ("the answer is 42", "42", 0.0),
+        ("<answer>{{{ \\frac{1}{</answer>", "42", 0.0),
+        ("<answer></answer>", "42", 0.0),
+    ],
+)
+def test_math_accuracy_compares_mathematics(completion, answer, expected):
+    assert called(rewards.math_accuracy_reward, completion, answer=answer) == [expected]
+
+
+def test_math_accuracy_abstains_without_a_gold():
+    got = called(rewards.math_accuracy_reward, *["<answer>42</answer>"] * 4, answer=["no idea", "", None, "####"])
+    assert got == [None] * 4
+
+
+def test_math_accuracy_works_outside_the_main_thread():
+    got = []
+    worker = threading.Thread(
+        target=lambda: got.extend(called(rewards.math_accuracy_reward, r"\boxed{1/2}", r"\boxed{2}", answer="0.5"))
+    )
+    worker.start()
+    worker.join()
+    assert got == [1.0, 0.0]
+
+
+def test_math_accuracy_gives_up_on_what_takes_too_long(monkeypatch):
+    monkeypatch.setattr("grpo_kernels.training.rewards.answers._SECONDS", 1)
+    assert called(rewards.math_accuracy_reward, "<answer>9^{9^{9^9}}</answer>", answer="42") == [0.0]
+
+
+def test_math_accuracy_says_what_to_install(monkeypatch):
+    monkeypatch.setitem(sys.modules, "math_verify", None)
+    with pytest.raises(ImportError, match="math_accuracy needs math-verify: pip install math-verify"):
+        called(rewards.math_accuracy_reward, "42", answer="42")
+
+
+# Form
+
+
+def test_each_tag_that_occurs_once_earns_a_quarter():
+    completions = [
+        "<think>a</think><answer>b</answer>",
+        "<think>a</think>",
+        "<think>a<think>b</think><answer>c</answer>",
+        "</answer>",
+        "think answer",
+    ]
+    assert called(rewards.tag_count_reward, *completions) == [1.0, 0.5, 0.75, 0.25, 0.0]
+
+
+def test_repetition_counts_what_recurs():
+    # 6 words have 5 pairs, "a b" three times and "b a" twice: 2 different ones; and 4 triples of 2 kinds.
+    assert called(RepetitionReward(n=2), "a b A b a B") == pytest.approx([-0.6])
+    assert called(RepetitionReward(max_penalty=-2.0), "a b a b a b", "a b c d", "a b") == [-1.0, 0.0, 0.0]
+    assert called(RepetitionReward(n=1), "x " * 10) == pytest.approx([-0.9])
+    assert math.copysign(1, called(RepetitionReward(), "a b c d")[0]) == 1
+
+
+# Length
+
+
+def test_length_compares_the_answers_to_one_prompt():
+    prompts = ["p", "p", "p", "q", "q", [{"role": "user", "content": "r"}]]
+    completions = ["42", "42  ", "4100", "42", "4" * 9, "42"]
+    judge = LengthReward(judge="exact_match")
+    # "p": lengths 2, 4 and 4: 0.5, -0.5 and min(0, -0.5); "q": 2 and 9: 0.5 and min(0, -0.5); "r": one length
+    assert judge(prompts, completions, answer=["42"] * 6) == [0.5, -0.5, -0.5, 0.5, -0.5, 0.0]
+    short_and_wrong = judge(["p"] * 3, ["4", "42", "42 "], answer=["42"] * 3)
+    assert short_and_wrong == [0.0, 0.0, -0.5]
+
+
+def test_cosine_length_goes_from_end_to_end():
+    reward = CosineLengthReward(judge=lambda prompts, completions, *, right, **columns: right, max_len=8)
+    lengths = [0, 2, 4, 8, 12]
+    completions = ["x" * n for n in lengths]
+    half = math.sqrt(0.5) / 2  # of the cosine at a quarter of the way: (1 + cos(pi / 4)) / 2 = 0.5 + half
+    right = called(reward, *completions, right=1.0)
+    assert right == pytest.approx([1.0, 0.5 + 0.5 * (0.5 + half), 0.75, 0.5, 0.5])
+    wrong = called(reward, *completions, right=0.0)
+    assert wrong == pytest.approx([-1.0, -0.5 - 0.5 * (0.5 + half), -0.75, -0.5, -0.5])
+    assert called(reward, "x", "x", right=[None, 0.5]) == [None, pytest.approx(called(reward, "x", right=0.0)[0])]
+
+
+def test_cosine_length_is_trls_on_tokens():
+    from trl.rewards import get_cosine_scaled_reward
+
+    texts = [r"\boxed{3}", r"\boxed{4}", r"\boxed{3}", r"\boxed{4}"]
+    ids = [[0] * 30, [0] * 70, [0] * 100, [0] * 140]
+    bounds = {"min_value_wrong": -2.0, "max_value_wrong": -0.25, "min_value_correct": 0.25, "max_value_correct": 3.0}
+    trl = get_cosine_scaled_reward(max_len=100, **bounds)
+    expected = trl([[{"content": text}] for text in texts], solution=["3"] * 4, completion_ids=ids)
+    ours = CosineLengthReward(judge="math_accuracy", unit="tokens", max_len=100, **bounds)
+    assert called(ours, *texts, answer="3", completion_ids=ids) == pytest.approx(expected)
+
+
+def test_length_may_be_counted_by_a_tokenizer():
+    def words(text, add_special_tokens):
+        assert add_special_tokens is False
+        return {"input_ids": text.split()}
+
+    reward = CosineLengthReward(
+        judge=lambda prompts, completions, **columns: [1.0] * len(completions), tokenizer=words, max_len=4
+    )
+    assert called(reward, "several long words here", "two words") == pytest.approx([0.5, 0.75])
+
+
+def test_a_tokenizer_is_loaded_by_its_name(tmp_path):
+    from grpo_kernels.training import addition
+
+    tokenizer = addition.build_tokenizer()
+    tokenizer.save_pretrained(tmp_path)
+    reward = rewards.resolve(f"cosine_length(tokenizer={str(tmp_path)!r}, max_len=6)")
+    text = "1 + 2"
+    assert len(tokenizer(text, add_special_tokens=False)["input_ids"]) == 3
+    assert called(reward, text, answer="3") == pytest.approx([-0.75])
+
+
+def test_overlong_is_daposs_equation_13():
+    reward = OverlongReward(max_completion_len=100, soft_punish_cache=20)
+    lengths = [0, 80, 81, 90, 100, 101, 500]
+    got = called(reward, *["c"] * 7, completion_ids=[[7] * n for n in lengths])
+    assert got == pytest.approx([0.0, 0.0, -0.05, -0.5, -1.0, -1.0, -1.0])
+    sharp = OverlongReward(max_completion_len=100, soft_punish_cache=0)
+    assert called(sharp, "c", "c", completion_ids=[[7] * 100, [7] * 101]) == [0.0, -1.0]
+
+
+def test_a_reward_on_tokens_needs_them():
+    with pytest.raises(ValueError, match=r"overlong needs the column completion_ids, .*; it has answer"):
+        called(OverlongReward(10, 2), "c", answer="4")
+    with pytest.raises(ValueError, match="CosineLengthReward needs the column completion_ids"):
+        called(CosineLengthReward(unit="tokens"), "c", answer="4")
+    with pytest.raises(ValueError, match="it has none"):
+        token_counts("mine", {})
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (
+            lambda: LengthReward(judge="guess"),
+            "judge must be a reward function or one of accuracy, exact_match, math_a",
+        ),
+        (lambda: LengthReward(unit="words"), "unit must be one of characters, tokens, got 'words'"),
+        (lambda: CosineLengthReward(max_len=0), "max_len must be an integer of at least 1, got 0"),
+        (lambda: CosineLengthReward(min_value_wrong=0.0), r"max_value_wrong must be in \[0.0, inf\], got -0.5"),
+        (lambda: CosineLengthReward(max_value_correct=math.nan), "max_value_correct must be a finite number, got nan"),
+        (lambda: OverlongReward(0, 0), "max_completion_len must be an integer of at least 1, got 0"),
+        (lambda: OverlongReward(4, 5), r"soft_punish_cache must be at most max_completion_len \(4\), got 5"),
+        (lambda: LanguageConsistencyReward("tlh"), "language must be one of ar, de, .* or have words, got 'tlh'"),
+        (lambda: LanguageConsistencyReward(words="the of"), "words must be a list of words, got 'the of'"),
+        (lambda: LanguageConsistencyReward(vocabulary=[]), r"vocabulary must be a list of words, got \[\]"),
+        (lambda: LanguageConsistencyReward(vocabulary=3), "vocabulary must be a list of words, got 3"),
+        (lambda: LanguageConsistencyReward(words=["a"], vocabulary=["a"]), "exclude each other"),
+        (lambda: CodeReward(seconds=0), r"seconds must be in \[0.1, inf\], got 0"),
+        (lambda: CodeReward(workers=0), "workers must be an integer of at least 1, got 0"),
+    ],
+)
+def test_parameters_out_of_range_are_named(make, message):
+    with pytest.raises(ValueError, match=message):
+        make()
+
+
+# Language
+
+SENTENCES = {
+    "en": "We know that there are two cases, so the answer must be smaller than this one.",
+    "de": "Wir wissen, dass es zwei Fälle gibt, und die Antwort ist nicht größer als das.",
+    "fr": "Nous savons que les deux cas sont possibles, donc la réponse est dans cette liste.",
+    "es": "Sabemos que hay dos casos, entonces la respuesta está en los números, pero no es todo.",
+    "it": "Sappiamo che ci sono due casi, quindi la risposta è nella lista, ma non è questo.",
+    "pt": "Sabemos que são dois casos, então a resposta não está na lista, mas isso também é muito.",
+    "ru": "Мы знаем, что есть два случая, поэтому ответ не так прост.",
+    "uk": "Ми знаємо, що є два випадки, тому відповідь не така проста, якщо це так.",
+    "el": "Ξέρουμε ότι υπάρχουν δύο περιπτώσεις.",
+    "ar": "نعلم أن هناك حالتين",
+    "he": "אנחנו יודעים שיש שני מקרים",
+    "hi": "हम जानते हैं कि दो मामले हैं",
+    "ko": "우리는 두 가지 경우가 있음을 압니다",
+    "th": "เรารู้ว่ามีสองกรณี",
+    "zh": "我们知道有两种情况，所以答案更小。",
+    "ja": "二つの場合があることを知っています。",
+}
+
+
+@pytest.mark.parametrize("language", SENTENCES)
+def test_a_sentence_is_in_its_own_language_and_in_no_other(language):
+    for spoken, sentence in SENTENCES.items():
+        share = called(LanguageConsistencyReward(language), f"<think>{sentence}</think><answer>7</answer>")[0]
+        if spoken == language:
+            assert share == 1.0
+        elif (language, spoken) == ("zh", "ja"):  # Japanese has Chinese characters: here 4 of 17
+            assert share == pytest.approx(4 / 17)
+        else:
+            assert share == 0.0
+
+
+def test_language_is_counted_in_words():
+    reward = LanguageConsistencyReward("en")
+    # 3 of 4 words are Latin; then, of the words that are in lists, "then" is English alone and "donc", "alors" French
+    assert called(reward, "check then равно seven") == [0.75]
+    assert called(reward, "then donc alors seven") == pytest.approx([1 / 3])
+    assert called(reward, "then donc alors это") == pytest.approx([3 / 4 * 1 / 3])
+    assert called(reward, "x = 5, y = π, 12 34", "", "<think></think><answer>yes</answer>") == [0.0, 0.0, 0.0]
+    # each Chinese character is a word, a run of Latin letters one, wherever they meet
+    assert called(LanguageConsistencyReward("zh"), "用Python写") == pytest.approx([2 / 3])
+
+
+def test_only_the_reasoning_is_looked_at_and_only_its_prose():
+    reward = LanguageConsistencyReward("en")
+    assert called(reward, "это <think>seven words</think> это <answer>это</answer>") == [1.0]
+    assert called(reward, "seven words</think> это", "seven words <answer>это") == [1.0, 1.0]
+    assert called(reward, "<think>seven $это$ words \\(это\\) \\[это\\] $$это$$\n```\nэто\n``` here") == [1.0]
+    assert called(reward, "ｓｅｖｅｎ ﬁne café cafe\u0301") == [1.0]  # other ways to write Latin letters
+    assert rewards.reasoning_of("a<think>b<think>c</think>d</think>") == "b<think>c"
+
+
+def test_a_vocabulary_or_words_of_ones_own_say_what_the_language_is():
+    assert called(LanguageConsistencyReward(vocabulary={"1", "+", "="}), "1 + 1 = two .", "") == [
+        pytest.approx(4 / 6),
+        0.0,
+    ]
+    latin = LanguageConsistencyReward("la", words=["et", "est", "non"])
+    assert called(latin, "Gallia est omnis divisa", "это слово", "we know that") == [1.0, 0.0, 0.0]
+
+
+# Code
+
+FENCE = "Here:\n```python\n{}\n```\nDone."
+DOUBLE = FENCE.format("def double(x):\n    return 2 * x")
+
+
+def test_the_program_is_the_last_fence_or_answer():
+    assert rewards.extract_program("```python\na\n``` ```python\nb = 1\n\nc\n```") == "b = 1\n\nc"
+    assert rewards.extract_program("<answer>a</answer><answer>\n  b\n</answer>") == "  b"
+    assert rewards.extract_program("<answer>```py\nx\n```</answer>") == "x"
+    assert rewards.extract_program("```\nx\n```") is None
+    assert rewards.extract_program("<answer> </answer>") is None
+
+
+def test_code_earns_the_share_of_assertions_that_hold(isolated):
+    tests = ["assert double(2) == 4", "assert double(2) == 5", "assert triple(1) == 3", "x = double(3)\nassert x == 6"]
+    broken = FENCE.format("def double(x) return 2 * x")
+    assert called(CodeReward(), DOUBLE, broken, "no code", tests=[tests] * 3) == [0.5, 0.0, 0.0]
+
+
+def test_code_earns_the_share_of_outputs_that_agree(isolated):
+    program = FENCE.format("a, b = map(int, input().split())\nprint(a + b, ' ')\nprint()")
+    tests = [{"input": "1 2\n", "output": "3"}, {"input": "2 2\n", "output": "4\n\n"}, {"input": "1", "output": "1"}]
+    assert called(CodeReward(), program, tests=[tests]) == pytest.approx([2 / 3])
+
+
+def test_a_guarded_main_runs_for_input_alone(isolated):
+    program = FENCE.format("def f(): return 1\nif __name__ == '__main__':\n    print(input())")
+    tests = [["assert f() == 1"], [{"input": "7", "output": "7"}]]
+    assert called(CodeReward(), program, program, tests=tests) == [1.0, 1.0]
+
+
+@pytest.mark.parametrize(
+    "program",
+    [
+        "import sys; sys.exit(0)",
+        "import os; print('ok', flush=True); os._exit(0)",
+        "import sys; print(open('/program.py').read()); print(sys.stdin.read(), flush=True)",
+        "import builtins; builtins.AssertionError = KeyboardInterrupt",
+        "while True: pass",
+        "x = [0] * 10**9",
+    ],
+)
+def test_a_program_without_the_answer_earns_nothing(isolated, program):
+    reward = CodeReward(seconds=20.0, cpu_seconds=1, memory_bytes=2**28)
+    assert called(reward, FENCE.format(program), tests=[["assert double(2) == 4"]]) == [0.0]
+
+
+def test_code_abstains_without_tests():
+    assert called(CodeReward(), DOUBLE, DOUBLE, "", tests=[[], None, []]) == [None, None, None]
+
+
+@pytest.mark.parametrize("tests", ["assert True", [3], [{"input": "1"}], [{"input": "1", "output": 1}], {"input": "1"}])
+def test_bad_tests_are_refused(tests):
+    with pytest.raises(ValueError, match=r"tests must be lists of assertions or of .*, got .* for completion 1"):
+        called(CodeReward(), "", "", tests=[["assert True"], tests])
+
+
+def test_code_is_not_run_without_a_sandbox(monkeypatch):
+    monkeypatch.setattr(sandbox, "unavailable", lambda: "no user namespaces")
+    with pytest.raises(RuntimeError, match=r"'code' failed on 1 completions: .*no user namespaces"):
+        rewards.score({"code": CodeReward()}, ["p"], [DOUBLE], {"tests": [["assert double(1) == 2"]]})
