@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from grpo_kernels import cli
 from grpo_kernels.training import addition
 from grpo_kernels.training.checkpoint import clear_run, list_checkpoints, save_checkpoint
+from grpo_kernels.training.models import load_tokenizer
 from grpo_kernels.training.reporting import MetricsFile, heading, plot_curves, read_metrics
 
 
@@ -34,6 +35,15 @@ def test_a_checkpoint_loads_with_the_auto_classes(tmp_path, model, tokenizer):
     loaded = AutoModelForCausalLM.from_pretrained(path)
     assert all(torch.equal(p, q) for p, q in zip(model.parameters(), loaded.parameters(), strict=True))
     assert AutoTokenizer.from_pretrained(path)("1 + 1")["input_ids"] == tokenizer("1 + 1")["input_ids"]
+
+
+def test_a_checkpoints_words_are_those_it_was_saved_with(tmp_path, model, tokenizer):
+    """AutoTokenizer takes the class of the model's family, which joins words without spaces."""
+    path = save_checkpoint(tmp_path, 3, model, tokenizer, keep=2)
+    text = "<think> units 7 + 8 = 5 carry 1 </think>"
+    loaded = load_tokenizer(str(path))
+    assert loaded(text)["input_ids"] == tokenizer(text)["input_ids"]
+    assert loaded.decode(tokenizer(text)["input_ids"]) == text and loaded.padding_side == "left"
 
 
 def test_an_interrupted_write_leaves_the_earlier_checkpoint(tmp_path, model, tokenizer, monkeypatch):

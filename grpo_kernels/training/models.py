@@ -5,7 +5,15 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    PreTrainedTokenizerFast,
+)
+from transformers.models.auto.tokenization_auto import get_tokenizer_config
 from transformers.utils import is_flash_attn_2_available
 
 from grpo_kernels.training.recipe import Recipe
@@ -20,7 +28,7 @@ def load_pretrained(recipe: Recipe) -> tuple[PreTrainedModel, PreTrainedTokenize
         ValueError: The tokenizer has no token that ends a text.
     """
     name = recipe.model_name_or_path
-    tokenizer = AutoTokenizer.from_pretrained(name, padding_side="left", trust_remote_code=False)
+    tokenizer = load_tokenizer(name)
     config = without_dropout(AutoConfig.from_pretrained(name, trust_remote_code=False))
     model = AutoModelForCausalLM.from_pretrained(
         name,
@@ -34,6 +42,16 @@ def load_pretrained(recipe: Recipe) -> tuple[PreTrainedModel, PreTrainedTokenize
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     return model.eval(), tokenizer
+
+
+def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
+    """A model's tokenizer, padding on the left; one that was saved without a class of its own is what its file says.
+
+    ``AutoTokenizer`` would take the class of the model's family for it, which splits and joins words in its own way.
+    """
+    saved = get_tokenizer_config(name).get("tokenizer_class")
+    kind = PreTrainedTokenizerFast if saved in ("TokenizersBackend", "PreTrainedTokenizerFast") else AutoTokenizer
+    return kind.from_pretrained(name, padding_side="left", trust_remote_code=False)
 
 
 def prepared(model: PreTrainedModel, recipe: Recipe) -> Any:
