@@ -8,9 +8,12 @@ import datasets
 import pytest
 import torch
 
-from grpo_kernels.training import addition, data, gsm8k, rewards, templates
+from grpo_kernels.training import addition, cold_start, data, gsm8k, rewards, templates
+from grpo_kernels.training.evaluation import evaluate_samples
 from grpo_kernels.training.filtering import informative_groups, pass_rate_filter
+from grpo_kernels.training.loop import GRPOLoop
 from grpo_kernels.training.recipe import Recipe
+from grpo_kernels.training.rollout import teacher_forced
 
 CLIPS = (
     "Natalia sold 48/2 = <<48/2=24>>24 clips in May.\n"
@@ -206,14 +209,10 @@ def test_without_a_template_prompts_are_rendered_as_ever():
     tokenizer = addition.build_tokenizer()
     tokenizer.chat_template = CHAT
     messages = {"prompt": [{"role": "user", "content": "1 + 1"}]}
-    for render in (
-        lambda row, system: data.render_prompt(row, tokenizer, system),
-        lambda row, system: templates.render_prompt(row, tokenizer, None, system),
-    ):
-        assert render({"prompt": "1 + 1 "}, None) == "1 + 1 "
-        assert render({"prompt": "1 + 1"}, "Add.") == "[system]Add.[user]1 + 1[go]"
-        assert render(messages, None) == "[user]1 + 1[go]"
-        assert render(messages, "Add.") == "[system]Add.[user]1 + 1[go]"
+    assert templates.render_prompt({"prompt": "1 + 1 "}, tokenizer) == "1 + 1 "
+    assert templates.render_prompt({"prompt": "1 + 1"}, tokenizer, None, "Add.") == "[system]Add.[user]1 + 1[go]"
+    assert templates.render_prompt(messages, tokenizer) == "[user]1 + 1[go]"
+    assert templates.render_prompt(messages, tokenizer, None, "Add.") == "[system]Add.[user]1 + 1[go]"
 
 
 def test_templates_by_name_and_by_text():
@@ -265,8 +264,10 @@ def test_a_cold_start_does_not_teach_what_the_prompt_opens():
     opened = templates.render_prompt(row, tokenizer, "{prompt} <think>")
     assert opened + templates.remaining_completion(row, opened, worked) == f"1 + 1 = {worked}"
     assert templates.remaining_completion(row, "1 + 1 =", worked) == worked
-    started = {"prompt": "1 + 1 = <think>", "completion_prefix": "<think>"}
-    assert templates.remaining_completion(started, "1 + 1 = <think>", " <think> 1") == " <think> 1"
+    prefix = "<think> 1 + 1"
+    started = {"prompt": f"1 + 1 = {prefix}", "completion_prefix": prefix}
+    for given in (worked, worked.removeprefix(prefix)):
+        assert templates.remaining_completion(started, started["prompt"], given) == " = 2 </think> <answer> 2 </answer>"
 
 
 def test_a_row_in_the_middle_of_its_solution_goes_on_in_the_assistants_turn():
@@ -310,3 +311,52 @@ def test_groups_are_informative_where_rewards_differ():
         informative_groups(torch.tensor(groups), 3)
     with pytest.raises(TypeError, match=r"rewards must be floating point, got torch\.int64"):
         informative_groups(torch.tensor([0, 1, 1]), 3)
+
+
+def test_a_recipe_names_columns_and_template(tmp_path, model_settings):
+    path = tmp_path / "rows.jsonl"
+    path.write_text("\n".join(json.dumps({"problem": f"{i} + 1 =", "label": i + 1}) for i in range(6)))
+    columns = {"prompt_column": "problem", "answer_column": "label"}
+    task = data.load_task(Recipe(dataset_name=str(path), **columns, **model_settings))
+    assert {row["answer"] for row in [*task.train_rows, *task.eval_rows]} == set(range(1, 7))
+    chat = data.load_task(Recipe(prompt_template="chat", device="cpu"))
+    assert templates.render_prompt(chat.train_rows[0], chat.tokenizer, "chat").endswith("= <assistant>")
+    assert chat.model.config.vocab_size == len(chat.tokenizer)
+
+
+def test_a_recipe_with_an_unknown_template_is_refused():
+    with pytest.raises(
+        ValueError, match=r"prompt_template must be one of none, r1_zero, chat, or a text .* got 'zero'"
+    ):
+        Recipe(prompt_template="zero")
+
+
+def test_the_loop_and_the_evaluation_reward_the_whole_completion():
+    seen = []
+
+    def collected(prompts, completions, **columns):
+        seen.extend(completions)
+        return [0.0] * len(completions)
+
+    settings = {"max_completion_length": 3, "num_eval_prompts": 2, "device": "cpu", "max_steps": 1}
+    recipe = Recipe(prompt_template="{prompt} <think>", **settings)
+    task = data.load_task(recipe)
+    next(GRPOLoop(task._replace(reward_functions={"collected": collected}), recipe).run())
+    evaluate_samples(task.model, task.tokenizer, task.eval_rows, recipe, check=collected)
+    assert len(seen) == recipe.generation_batch_size + 2 * recipe.eval_samples + 2
+    assert all(completion.startswith("<think>") for completion in seen)
+
+
+def test_the_cold_start_teaches_what_the_prompt_leaves(monkeypatch):
+    texts = []
+
+    def recorded(tokenizer, prompts, completions):
+        texts.extend(prompt + completion for prompt, completion in zip(prompts, completions, strict=True))
+        return teacher_forced(tokenizer, prompts, completions)
+
+    monkeypatch.setattr(cold_start, "teacher_forced", recorded)
+    recipe = Recipe(prompt_template="{prompt} <think>", sft_steps=2, device="cpu")
+    task = data.load_task(recipe)
+    assert len(list(cold_start.cold_start(task.model, task.tokenizer, task.train_rows, recipe))) == 2
+    assert len(texts) == 64
+    assert all(text.count("<think>") == 1 for text in texts)

@@ -204,12 +204,3 @@ def test_a_dataset_without_a_model_is_refused(tmp_path):
         data.load_task(Recipe(dataset_name=str(path), num_eval_prompts=0))
     with pytest.raises(ValueError, match=r"at least 1 training rows .* got 0"):
         data.load_task(Recipe(dataset_name=str(path), num_eval_prompts=4))
-
-
-def test_chat_prompts_go_through_the_template():
-    tokenizer = addition.build_tokenizer()
-    tokenizer.chat_template = "{% for m in messages %}[{{ m.role }}]{{ m.content }}{% endfor %}[go]"
-    chat = {"prompt": [{"role": "user", "content": "1 + 1"}]}
-    assert data.render_prompt(chat, tokenizer, None) == "[user]1 + 1[go]"
-    assert data.render_prompt({"prompt": "1 + 1"}, tokenizer, "Add.") == "[system]Add.[user]1 + 1[go]"
-    assert data.render_prompt({"prompt": "1 + 1"}, tokenizer, None) == "1 + 1"

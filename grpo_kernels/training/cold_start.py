@@ -12,7 +12,7 @@ from grpo_kernels import token_logprobs
 from grpo_kernels.training.data import Row
 from grpo_kernels.training.recipe import Recipe
 from grpo_kernels.training.rollout import Rollout, completion_logits, teacher_forced
-from grpo_kernels.training.templates import render_prompt
+from grpo_kernels.training.templates import remaining_completion, render_prompt
 
 
 def cold_start(
@@ -36,11 +36,10 @@ def cold_start(
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 - step / recipe.sft_steps)
     for _ in range(recipe.sft_steps):
         chosen = rng.choices(examples, k=recipe.sft_batch_size)
-        batch = teacher_forced(
-            tokenizer,
-            [render_prompt(row, tokenizer, recipe.prompt_template, recipe.system_prompt) for row in chosen],
-            [row["completion"] for row in chosen],
-        )
+        prompts = [render_prompt(row, tokenizer, recipe.prompt_template, recipe.system_prompt) for row in chosen]
+        pairs = zip(chosen, prompts, strict=True)
+        rest = [remaining_completion(row, prompt, row["completion"]) for row, prompt in pairs]
+        batch = teacher_forced(tokenizer, prompts, rest)
         batch = Rollout(*(tensor.to(model.device) for tensor in batch))
         logprobs = token_logprobs(  # by the reference, so that GRPO starts from one model whatever its backend
             completion_logits(model, batch), batch.completion_ids, mask=batch.completion_mask, backend="torch"

@@ -10,7 +10,6 @@ from typing import NamedTuple
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from grpo_kernels.training import templates
 from grpo_kernels.training.augmentation import prompt_key
 from grpo_kernels.training.gsm8k import with_solutions
 from grpo_kernels.training.models import load_pretrained
@@ -58,7 +57,7 @@ def load_model(recipe: Recipe) -> tuple[PreTrainedModel, PreTrainedTokenizerBase
     if recipe.model_name_or_path is not None:
         model, tokenizer = load_pretrained(recipe)
     elif recipe.dataset_name in TASKS:
-        tokenizer = TASKS[recipe.dataset_name].build_tokenizer()
+        tokenizer = TASKS[recipe.dataset_name].build_tokenizer(chat=recipe.prompt_template == "chat")
         model = build_model(tokenizer, recipe.seed, hidden_size=recipe.hidden_size).to(getattr(torch, recipe.dtype))
     else:
         raise ValueError(f"model_name_or_path must be given for dataset {recipe.dataset_name!r}, got None")
@@ -70,11 +69,6 @@ def pick_device(name: str) -> torch.device:
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     return torch.device(name)
-
-
-def render_prompt(row: Row, tokenizer: PreTrainedTokenizerBase, system_prompt: str | None) -> str:
-    """``templates.render_prompt`` where no template is named: a string as it is, messages by the chat template."""
-    return templates.render_prompt(row, tokenizer, None, system_prompt)
 
 
 def load_rows(

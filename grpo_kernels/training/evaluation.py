@@ -13,7 +13,7 @@ from grpo_kernels.training.recipe import Recipe
 from grpo_kernels.training.rewards import RewardFunction, accuracy_reward, extract_answer, score
 from grpo_kernels.training.rollout import completion_texts, generate
 from grpo_kernels.training.scores import Score, cons_at_k, pass_at_k, pass_rates
-from grpo_kernels.training.templates import render_prompt
+from grpo_kernels.training.templates import render_prompt, whole_completion
 
 
 class EvalSample(NamedTuple):
@@ -136,7 +136,8 @@ class _Sampler(NamedTuple):
             max_completion_length=self.recipe.max_completion_length,
             temperature=temperature,
         )
-        completions = completion_texts(rollout, self.tokenizer)
+        sampled = completion_texts(rollout, self.tokenizer)
+        completions = [whole_completion(*found) for found in zip(rows, prompts, sampled, strict=True)]
         names = {name for row in rows for name in row} - {"prompt", "completion"}
         columns = {name: [row.get(name) for row in rows] for name in names}
         rewards = score({"check": self.check}, [row["prompt"] for row in rows], completions, columns)

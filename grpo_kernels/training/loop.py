@@ -33,7 +33,7 @@ from grpo_kernels.training.rollout import (
     ends,
     generate,
 )
-from grpo_kernels.training.templates import render_prompt
+from grpo_kernels.training.templates import render_prompt, whole_completion
 
 
 class Batch(NamedTuple):
@@ -156,7 +156,8 @@ class GRPOLoop:
             temperature=recipe.temperature,
             synced=self.accelerator.num_processes > 1,
         )
-        completions = completion_texts(rollout, self.tokenizer)
+        sampled = completion_texts(rollout, self.tokenizer)
+        completions = [whole_completion(*found) for found in zip(rows, texts, sampled, strict=True)]
         columns = {name: [row.get(name) for row in rows] for name in rows[0] if name not in ("prompt", "completion")}
         columns["completion_ids"] = completion_tokens(rollout)
         rewards = score(self.reward_functions, [row["prompt"] for row in rows], completions, columns)

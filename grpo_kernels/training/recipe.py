@@ -16,6 +16,7 @@ from transformers import HfArgumentParser
 
 from grpo_kernels.config import GRPOLossConfig
 from grpo_kernels.registry import BACKENDS
+from grpo_kernels.training.templates import check_template
 
 
 def _option(default: Any, help_text: str) -> Any:
@@ -142,6 +143,7 @@ class Recipe:
             )
         if self.backend not in ("auto", *BACKENDS):
             raise ValueError(f"backend must be one of auto, {', '.join(BACKENDS)}, got {self.backend!r}")
+        check_template(self.prompt_template)
         self.loss_config()
 
     @property

@@ -37,7 +37,7 @@ from grpo_kernels.training.rewards import resolve, score
 from grpo_kernels.training.rollout import completion_texts, generate
 from grpo_kernels.training.run import train
 from grpo_kernels.training.tasks import Row
-from grpo_kernels.training.templates import render_prompt
+from grpo_kernels.training.templates import render_prompt, whole_completion
 
 KINDS = ("sft", "grpo", "sample")
 DONE, ROWS, SUMMARY = "done.json", "rows.jsonl", "summary.jsonl"
@@ -247,7 +247,8 @@ def _scored(task: Task, recipe: Recipe, rows: list[Row], functions: dict[str, An
     rollout = generate(
         task.model, task.tokenizer, prompts, max_completion_length=recipe.max_completion_length, temperature=1.0
     )
-    completions = completion_texts(rollout, task.tokenizer)
+    sampled = completion_texts(rollout, task.tokenizer)
+    completions = [whole_completion(*found) for found in zip(rows, prompts, sampled, strict=True)]
     columns = {name: [row.get(name) for row in rows] for name in rows[0] if name not in ("prompt", "completion")}
     return completions, score(functions, [row["prompt"] for row in rows], completions, columns)
 

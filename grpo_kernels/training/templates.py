@@ -97,13 +97,8 @@ def whole_completion(row: Row, rendered_prompt: str, completion: str) -> str:
 
 
 def remaining_completion(row: Row, rendered_prompt: str, completion: str) -> str:
-    """A worked completion without the ``<think>`` that its rendered prompt ends in already: what a cold start teaches.
-
-    The completion of a row with a ``completion_prefix`` is the rest of one, and stays as it is.
-    """
-    if row.get("completion_prefix") or not _opens_reasoning(rendered_prompt):
-        return completion
-    return completion.removeprefix(OPENING_TAG)
+    """A worked completion without its opening, if it has one that its rendered prompt has too: what to teach."""
+    return completion.removeprefix(completion_opening(row, rendered_prompt))
 
 
 def _opens_reasoning(rendered_prompt: str) -> bool:
