@@ -13,7 +13,8 @@ from grpo_kernels.training.stages import Stage, load_stages, run_stages
 SMALL = """
 common: {dataset_name: addition-mixed, num_eval_prompts: 4, eval_samples: 2, sft_batch_size: 4, sft_steps: 2,
          num_generations: 4, per_device_train_batch_size: 4, max_completion_length: 12, device: cpu, num_threads: 1,
-         disable_tqdm: true, reward_funcs: [accuracy, format, language_consistency]}
+         disable_tqdm: true, reward_funcs: [accuracy, format, language_consistency,
+                                              "overlong(max_completion_len=12, soft_punish_cache=4)"]}
 stages:
   cold-start: {kind: sft, sft_steps: 30, sft_learning_rate: 3e-3}
   grpo: {kind: grpo, model: cold-start, max_steps: 2, learning_rate: 1e-4}

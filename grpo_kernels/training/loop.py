@@ -24,7 +24,7 @@ from grpo_kernels.ops.policy_loss.metrics import PolicyMetrics
 from grpo_kernels.training.data import Row, Task
 from grpo_kernels.training.policy import Policy, has_adapters, training_mode
 from grpo_kernels.training.recipe import Recipe
-from grpo_kernels.training.rewards import score, total
+from grpo_kernels.training.rewards import columns_of, score, total
 from grpo_kernels.training.rollout import (
     Rollout,
     completion_texts,
@@ -158,8 +158,7 @@ class GRPOLoop:
         )
         sampled = completion_texts(rollout, self.tokenizer)
         completions = [whole_completion(*found) for found in zip(rows, texts, sampled, strict=True)]
-        columns = {name: [row.get(name) for row in rows] for name in rows[0] if name not in ("prompt", "completion")}
-        columns["completion_ids"] = completion_tokens(rollout)
+        columns = columns_of(rows, completion_tokens(rollout))
         rewards = score(self.reward_functions, [row["prompt"] for row in rows], completions, columns)
         if recipe.shuffle_rewards:
             rewards = rewards[torch.randperm(len(rewards))]

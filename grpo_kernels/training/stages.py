@@ -33,8 +33,8 @@ from grpo_kernels.training.data import Task, load_task, read_jsonl
 from grpo_kernels.training.evaluation import evaluate_samples
 from grpo_kernels.training.recipe import Recipe, recipe_path, with_overrides
 from grpo_kernels.training.reporting import MetricsFile, Progress
-from grpo_kernels.training.rewards import resolve, score
-from grpo_kernels.training.rollout import completion_texts, generate
+from grpo_kernels.training.rewards import columns_of, resolve, score
+from grpo_kernels.training.rollout import completion_texts, completion_tokens, generate
 from grpo_kernels.training.run import train
 from grpo_kernels.training.tasks import Row
 from grpo_kernels.training.templates import render_prompt, whole_completion
@@ -235,7 +235,7 @@ def _scores(task: Task, recipe: Recipe) -> dict[str, Any]:
     found = {name: round(value, 4) for name, value in report.metrics().items()}
     rows = [row for row in task.eval_rows for _ in range(recipe.eval_samples)]
     completions = [sample.completion for group in report.samples for sample in group]
-    columns = {name: [row.get(name) for row in rows] for name in rows[0] if name not in ("prompt", "completion")}
+    columns = columns_of(rows, task.tokenizer(completions, add_special_tokens=False)["input_ids"])
     rewards = score(task.reward_functions, [row["prompt"] for row in rows], completions, columns)
     return found | {f"eval_{name}": round(rewards[:, k].nanmean().item(), 4)
                     for k, name in enumerate(task.reward_functions) if name != "accuracy"}  # fmt: skip
@@ -249,7 +249,7 @@ def _scored(task: Task, recipe: Recipe, rows: list[Row], functions: dict[str, An
     )
     sampled = completion_texts(rollout, task.tokenizer)
     completions = [whole_completion(*found) for found in zip(rows, prompts, sampled, strict=True)]
-    columns = {name: [row.get(name) for row in rows] for name in rows[0] if name not in ("prompt", "completion")}
+    columns = columns_of(rows, completion_tokens(rollout))
     return completions, score(functions, [row["prompt"] for row in rows], completions, columns)
 
 

@@ -13,7 +13,7 @@ from grpo_kernels.training.rewards.code import CodeReward, extract_program
 from grpo_kernels.training.rewards.language import LanguageConsistencyReward, reasoning_of
 from grpo_kernels.training.rewards.length import CosineLengthReward, LengthReward, OverlongReward
 from grpo_kernels.training.rewards.registry import BUILT_IN, resolve
-from grpo_kernels.training.rewards.scoring import RewardFunction, score, total
+from grpo_kernels.training.rewards.scoring import RewardFunction, columns_of, score, total
 from grpo_kernels.training.rewards.text import RepetitionReward, format_reward, tag_count_reward
 
 __all__ = [
@@ -26,6 +26,7 @@ __all__ = [
     "RepetitionReward",
     "RewardFunction",
     "accuracy_reward",
+    "columns_of",
     "exact_match_reward",
     "extract_answer",
     "extract_program",

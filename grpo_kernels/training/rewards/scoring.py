@@ -128,3 +128,9 @@ def _number(name: str, index: int, value: Any) -> float:
             f"reward function {name!r} must return finite rewards, got nan for completion {index}; None abstains"
         )
     return number
+
+
+def columns_of(rows: Sequence[dict[str, Any]], completion_ids: list[list[int]]) -> dict[str, list[Any]]:
+    """What reward functions are given beside prompts and completions: the rows' other columns, and the tokens."""
+    columns = {name: [row.get(name) for row in rows] for name in rows[0] if name not in ("prompt", "completion")}
+    return columns | {"completion_ids": completion_ids}
