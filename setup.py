@@ -1,14 +1,17 @@
 """Builds the C++ parts with CMake and ninja; everything else stands in pyproject.toml.
 
-Environment: MAX_JOBS (compiler processes, default: the cores), GRPO_KERNELS_WITH_LINEINFO=1 (line tables for
-profilers), CXX (compiler). GRPO_KERNELS_CUDA_ARCHS and GRPO_KERNELS_SKIP_CUDA belong to the CUDA backend, which is
-to come. Nothing here asks the network or a GPU.
+Environment: GRPO_KERNELS_CUDA_ARCHS="80;90;100" (the GPUs that the CUDA library is built for; unset or empty: it is
+left out), GRPO_KERNELS_SKIP_CUDA=1 (leaves it out whatever is set), MAX_JOBS (compiler processes, default: the cores),
+GRPO_KERNELS_WITH_LINEINFO=1 (line tables for profilers), CXX and CUDACXX (compilers). Nothing here asks the network or
+a GPU.
 """
 
 import hashlib
 import importlib.metadata
 import importlib.util
 import os
+import re
+import runpy
 import shutil
 import subprocess
 import sys
@@ -24,9 +27,9 @@ ROOT = Path(__file__).parent.resolve()
 PACKAGE = "grpo_kernels"
 
 
-def find_tool(name: str, *candidates: str) -> str:
-    """Path of the first candidate found in this Python's scripts folder, then on PATH."""
-    path = os.pathsep.join([sysconfig.get_path("scripts"), os.environ.get("PATH", os.defpath)])
+def find_tool(name: str, *candidates: str, folders: tuple[str, ...] = ()) -> str:
+    """Path of the first candidate found in this Python's scripts folder, then on PATH, then in ``folders``."""
+    path = os.pathsep.join([sysconfig.get_path("scripts"), os.environ.get("PATH", os.defpath), *folders])
     for candidate in candidates:
         if found := shutil.which(candidate, path=path):
             return found
@@ -42,8 +45,38 @@ def package_dir(name: str) -> Path | None:
     return Path(spec.origin).parent if spec and spec.origin else None
 
 
+def cuda_archs() -> list[str]:
+    """The GPUs to build for, rising, as "90"; empty where the CUDA library is left out."""
+    if os.environ.get("GRPO_KERNELS_SKIP_CUDA", "0") not in ("", "0"):
+        return []
+    asked = [arch for arch in re.split(r"[;, ]+", os.environ.get("GRPO_KERNELS_CUDA_ARCHS", "")) if arch]
+    for arch in asked:
+        if not re.fullmatch(r"[1-9]\d{1,2}", arch):
+            raise PlatformError(f"GRPO_KERNELS_CUDA_ARCHS must be like '80;90;100', got {arch!r} in it")
+    return sorted(set(asked), key=int)
+
+
+def find_nvcc() -> str:
+    homes = [os.environ[name] for name in ("CUDA_HOME", "CUDA_PATH") if name in os.environ]
+    folders = tuple(os.path.join(home, "bin") for home in [*homes, "/usr/local/cuda"])
+    return find_tool("CUDA compiler", os.environ.get("CUDACXX", "nvcc"), folders=folders)
+
+
+def package_version() -> str:
+    """The version; of a build with CUDA with its release and the GPUs, as 0.1.0+cu130.sm80.sm90."""
+    version = runpy.run_path(str(ROOT / PACKAGE / "version.py"))["__version__"]
+    archs = cuda_archs()
+    if not archs:
+        return version
+    told = subprocess.run([find_nvcc(), "--version"], capture_output=True, text=True, check=True).stdout
+    release = re.search(r"release (\d+)\.(\d+)", told)
+    if release is None:
+        raise PlatformError(f"grpo_kernels: nvcc --version tells no release: {told}")
+    return f"{version}+cu{''.join(release.groups())}" + "".join(f".sm{arch}" for arch in archs)
+
+
 class CMakeBuild(build_ext):
-    """Runs CMake once for all extensions: `_cpu.so` and the optional `_build_info`."""
+    """Runs CMake once for all extensions: `_cpu.so`, `_cuda.so` if asked for, and the optional `_build_info`."""
 
     def run(self) -> None:
         package = ROOT if self.inplace or self.editable_mode else Path(self.build_lib).resolve()
@@ -62,6 +95,8 @@ class CMakeBuild(build_ext):
                 subprocess.run(command, check=True)
             except subprocess.CalledProcessError as error:
                 raise ExecError(f"grpo_kernels: {' '.join(command)} failed; its output above says why") from error
+        if not cuda_archs():  # what an earlier build in place left would be loaded
+            (package / PACKAGE / "_cuda.so").unlink(missing_ok=True)
 
     def cmake_arguments(self) -> list[str]:
         find_tool("C++ compiler", *os.environ.get("CXX", "c++ g++ clang++").split())
@@ -76,6 +111,8 @@ class CMakeBuild(build_ext):
             "GRPO_KERNELS_TORCH_VERSION": importlib.metadata.version("torch"),
             "GRPO_KERNELS_WITH_LINEINFO": os.environ.get("GRPO_KERNELS_WITH_LINEINFO", "0"),
         }
+        if archs := cuda_archs():
+            arguments |= {"GRPO_KERNELS_CUDA_ARCHS": ";".join(archs), "CMAKE_CUDA_COMPILER": find_nvcc()}
         if pybind11 := package_dir("pybind11"):
             arguments |= {
                 "pybind11_DIR": pybind11 / "share" / "cmake" / "pybind11",
@@ -91,13 +128,14 @@ class CMakeBuild(build_ext):
 
 
 class PlatformWheel(bdist_wheel):
-    """One wheel per platform for every Python: the library has no Python symbols, `_build_info` is optional."""
+    """One wheel per platform for every Python: the libraries have no Python symbols, `_build_info` is optional."""
 
     def get_tag(self) -> tuple[str, str, str]:
         return "py3", "none", super().get_tag()[2]
 
 
 setup(
+    version=package_version(),
     ext_modules=[Extension(f"{PACKAGE}._cpu", sources=[])],
     cmdclass={"build_ext": CMakeBuild, "bdist_wheel": PlatformWheel},
 )

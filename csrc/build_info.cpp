@@ -18,7 +18,8 @@ py::dict build_info() {
   info["torch_version"] = GRPO_TORCH_VERSION;
   info["torch_stable_abi"] = GRPO_TORCH_STABLE_ABI;
   info["simd_levels"] = words(GRPO_SIMD_LEVELS);
-  info["cuda_archs"] = py::list();
+  info["cuda_version"] = GRPO_CUDA_VERSION;  // empty where the CUDA library was left out
+  info["cuda_archs"] = words(GRPO_CUDA_ARCHS);
   return info;
 }
 
@@ -27,5 +28,5 @@ py::dict build_info() {
 PYBIND11_MODULE(_build_info, m) {
   m.doc() = "How this copy of grpo_kernels was built.";
   m.def("build_info", &build_info,
-        "Versions, compiler, C++ standard, oldest torch served, SIMD levels and CUDA architectures.");
+        "Versions, compilers, C++ standard, oldest torch served, SIMD levels and CUDA architectures.");
 }

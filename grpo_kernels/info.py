@@ -12,11 +12,21 @@ from grpo_kernels import registry
 from grpo_kernels.version import __version__
 
 
-def report(device: torch.device | str = "cpu") -> str:
-    """Versions, how the C++ parts were built, and which backend runs which op on ``device``."""
-    device = torch.device(device)
-    sections = [_versions(), _build(), _backends(device)]
+def report(device: torch.device | str | None = None) -> str:
+    """Versions, how the C++ parts were built, and which backend runs which op on ``device``.
+
+    Args:
+        device: None means the CPU, and the GPU where torch sees one.
+    """
+    devices = _devices() if device is None else [torch.device(device)]
+    sections = [_versions(), _build(), *map(_backends, devices)]
     return "\n\n".join("\n".join(lines) for lines in sections)
+
+
+def _devices() -> list[torch.device]:
+    gpu = torch.accelerator.current_accelerator(check_available=True)
+    served = gpu is not None and gpu.type in registry.PREFERENCE
+    return [torch.device("cpu"), torch.device(gpu.type, 0)] if served else [torch.device("cpu")]
 
 
 def _versions() -> list[str]:
@@ -27,6 +37,8 @@ def _versions() -> list[str]:
     ]
     rows += [(name, _installed(name)) for name in ("transformers", "trl", "triton")]
     rows.append(("simd level", registry.cpu_simd_level() or "none: the C++ kernels are not loaded"))
+    architectures = ", ".join(f"sm_{arch}" for arch in registry.cuda_architectures())
+    rows.append(("cuda", f"torch's {torch.version.cuda or 'none'}, kernels {architectures or 'not loaded'}"))
     return _table(rows)
 
 
@@ -47,7 +59,7 @@ def _build() -> list[str]:
 
 
 def _value(value: object) -> str:
-    return (", ".join(map(str, value)) or "none") if isinstance(value, list) else str(value)
+    return (", ".join(map(str, value)) if isinstance(value, list) else str(value)) or "none"
 
 
 def _backends(device: torch.device) -> list[str]:

@@ -220,7 +220,7 @@ def distillation_loss(
         debug=debug,
     )
     check_id_range("completion_ids", completion_ids, inputs.mask, lm_head_weight.shape[0], debug)
-    backend = registry.resolve("linear_grpo_loss", backend, hidden_states.device)
+    backend = registry.resolve("linear_token_divergence", backend, hidden_states.device)
     found = one_pass_loss(
         hidden_states,
         lm_head_weight,

@@ -22,9 +22,16 @@ OPS = (
     "grpo_loss",
     "linear_grpo_loss",
 )
-BACKENDS = ("cpu", "torch", "triton")
-#: What "auto" takes by device type, the first that can run; elsewhere "torch", the reference, which runs everywhere.
-PREFERENCE = {"cpu": ("cpu", "torch"), "cuda": ("triton", "torch"), "xpu": ("triton", "torch")}
+BACKENDS = ("cpu", "torch", "triton", "cuda")
+#: What "auto" takes by device type and op, the first that can run; elsewhere "torch", the reference, which runs
+#: everywhere. No results of a GPU are committed that put "cuda" before "triton": an op's entry changes with such.
+PREFERENCE = {
+    "cpu": dict.fromkeys(OPS, ("cpu", "torch")),
+    "cuda": dict.fromkeys(OPS, ("triton", "cuda", "torch")),
+    "xpu": dict.fromkeys(OPS, ("triton", "torch")),
+}
+#: Ops for which the CUDA library has no kernels.
+_NOT_IN_CUDA = ("gae", "token_divergence", "linear_token_divergence")
 #: Releases that compile these kernels; torch 2.11 comes with the first.
 _OLDEST_TRITON = (3, 6)
 _LOG = logging.getLogger(__name__)
@@ -49,6 +56,61 @@ def _cpu_reason(device: torch.device) -> str | None:
     if device.type != "cpu":
         return f"its tensors must be on the CPU, got {device}"
     return _EXTENSION_ERROR
+
+
+def _built_for(architecture: int) -> str:
+    """The command that builds the CUDA library for an architecture."""
+    command = f"GRPO_KERNELS_CUDA_ARCHS={architecture} pip install --no-build-isolation ."
+    return f"{command!r} in a checkout builds it for sm_{architecture}"
+
+
+def _load_cuda_extension(path: Path) -> str | None:
+    if not path.exists() and torch.version.hip is None:
+        return f"the CUDA extension is not built ({path.name} is not beside the package): {_built_for(90)}"
+    if torch.version.cuda is None:
+        return f"torch {torch.__version__} is built without CUDA"
+    return _load_extension(path)
+
+
+_CUDA_ERROR = _load_cuda_extension(Path(__file__).with_name("_cuda.so"))
+
+
+def _cuda_reason(device: torch.device) -> str | None:
+    if _CUDA_ERROR is not None:
+        return _CUDA_ERROR
+    if device.type != "cuda":
+        return f"its tensors must be on an NVIDIA GPU, got {device}"
+    return _cuda_failure(device)
+
+
+def missing_architecture(built: tuple[int, ...], capability: int) -> str | None:
+    """Why a library built for these architectures, rising, does not run on a GPU of this compute capability, or None.
+
+    One of the GPU's own generation runs that is no newer than it; the newest, as PTX, also on what is newer.
+    """
+    if capability >= built[-1] or any(arch // 10 == capability // 10 and arch <= capability for arch in built):
+        return None
+    archs = ", ".join(f"sm_{arch}" for arch in built)
+    return f"the CUDA extension is built for {archs}, and this GPU is sm_{capability}: {_built_for(capability)}"
+
+
+@torch.compiler.assume_constant_result
+@cache
+def _cuda_failure(device: torch.device) -> str | None:
+    """Why the CUDA kernels do not run on this GPU, tried once with the least of them, or None."""
+    try:
+        from grpo_kernels.ops.device_values import first_bad
+
+        ones = torch.ones(1, device=device)
+        major, minor = torch.cuda.get_device_capability(ones.device)
+        reason = missing_architecture(cuda_architectures(), 10 * major + minor)
+        if reason is not None:
+            return reason
+        torch.ops.grpo_kernels.cuda_keep_first_bad(first_bad(ones.device))  # of "cuda" too, the current one's
+        torch.ops.grpo_kernels.scale_cuda(ones, torch.zeros((), device=ones.device))
+    except Exception as error:  # whatever a driver or the runtime may raise is the reason
+        return f"CUDA kernels do not run here: {type(error).__name__}: {error}"
+    return None
 
 
 # facts of the process, like the above; Triton itself is imported when a GPU asks for it
@@ -90,8 +152,9 @@ _REASONS: dict[str, Callable[[torch.device], str | None]] = {
     "cpu": _cpu_reason,
     "torch": lambda device: None,
     "triton": _triton_reason,
+    "cuda": _cuda_reason,
 }
-_TABLE = {(op, backend) for op in OPS for backend in BACKENDS}
+_TABLE = {(op, backend) for op in OPS for backend in BACKENDS if backend != "cuda" or op not in _NOT_IN_CUDA}
 
 
 def unsupported_reason(op: str, backend: str, device: torch.device) -> str | None:
@@ -105,7 +168,8 @@ def unsupported_reason(op: str, backend: str, device: torch.device) -> str | Non
     if backend not in BACKENDS:
         raise ValueError(f"backend must be 'auto' or one of {', '.join(map(repr, BACKENDS))}, got {backend!r}")
     if (op, backend) not in _TABLE:
-        return f"{op} has no {backend} implementation"
+        others = ", ".join(repr(other) for other in BACKENDS if (op, other) in _TABLE)
+        return f"it has no {backend} kernels; it runs on {others}"
     return _REASONS[backend](device)
 
 
@@ -131,17 +195,19 @@ def resolve(op: str, backend: str, device: torch.device) -> str:
 
 @torch.compiler.assume_constant_result
 def _automatic(op: str, device: torch.device) -> str:
-    for name in PREFERENCE.get(device.type, ("torch",)):
+    if device.type == "cuda" and _CUDA_ERROR is None and (reason := _cuda_reason(device)) is not None:
+        _say_once("cuda", device, reason)  # also where another is preferred: it was installed to run
+    for name in PREFERENCE[device.type][op] if device.type in PREFERENCE else ("torch",):
         reason = unsupported_reason(op, name, device)
         if reason is None:
             return name
-        _say_once(f"backend {name!r} cannot run on {device}, another does: {reason}")
+        _say_once(name, device, reason)
     raise AssertionError('"torch" runs everywhere')
 
 
 @cache
-def _say_once(message: str) -> None:
-    _LOG.warning(message)
+def _say_once(name: str, device: torch.device, reason: str) -> None:
+    _LOG.warning(f"backend {name!r} cannot run on {device}, another does: {reason}")
 
 
 def cpu_simd_level() -> str | None:
@@ -149,3 +215,8 @@ def cpu_simd_level() -> str | None:
     if _EXTENSION_ERROR is not None:
         return None
     return ("baseline", "avx2", "avx512")[torch.ops.grpo_kernels.cpu_simd_level()]
+
+
+def cuda_architectures() -> tuple[int, ...]:
+    """What the loaded CUDA library was built for, rising, as 90 for 9.0; empty without it."""
+    return () if _CUDA_ERROR is not None else tuple(torch.ops.grpo_kernels.cuda_architectures())

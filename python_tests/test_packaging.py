@@ -105,7 +105,9 @@ def test_build_info_says_what_was_built():
     from grpo_kernels import _build_info
 
     built = _build_info.build_info()
-    assert built["version"] == grpo_kernels.__version__
+    assert built["version"].split("+")[0] == grpo_kernels.__version__
+    assert built["cuda_archs"] == re.findall(r"\.sm(\d+)", built["version"])
+    assert bool(built["cuda_version"]) == bool(built["cuda_archs"]) == (PACKAGE / "_cuda.so").exists()
     assert PYPROJECT["project"]["dependencies"] == [f"torch>={built['torch_stable_abi']}"]
     x86 = platform.machine() == "x86_64"
     assert built["simd_levels"] == (["baseline", "avx2", "avx512"] if x86 else ["baseline"])
@@ -165,7 +167,12 @@ def test_console_script_reports():
     assert torch.__version__ in printed
     assert f"simd level    {registry.cpu_simd_level()}" in printed
     for op in registry.OPS:
-        assert re.search(rf"^{op} +yes +yes +(yes|no)$", printed, re.MULTILINE), printed
+        assert re.search(rf"^{op} +yes +yes +(yes|no) +no$", printed, re.MULTILINE), printed
+    assert f"cuda          torch's {torch.version.cuda or 'none'}, kernels " in printed
+    assert re.search(
+        r"^cuda: (the CUDA extension is not built|torch .* is built without CUDA|its tensors must)", printed, re.M
+    )
+    assert "cuda: it has no cuda kernels; it runs on 'cpu', 'torch', 'triton' (gae, token_divergence, " in printed
 
 
 def test_report_gives_the_reason(monkeypatch):
@@ -174,7 +181,7 @@ def test_report_gives_the_reason(monkeypatch):
 
     monkeypatch.setattr(registry, "unsupported_reason", reason)
     printed = info.report("meta")
-    assert re.search(r"^grpo_loss +no +yes +yes$", printed, re.MULTILINE), printed
+    assert re.search(r"^grpo_loss +no +yes +yes +yes$", printed, re.MULTILINE), printed
     assert "cpu: not on meta (grpo_loss)" in printed
 
 
@@ -263,7 +270,7 @@ def test_readme_snippets_agree():
 
 
 def test_version_is_the_same_everywhere():
-    assert metadata.version("grpo-kernels") == grpo_kernels.__version__
+    assert metadata.version("grpo-kernels").split("+")[0] == grpo_kernels.__version__
     assert f"## [{grpo_kernels.__version__}]" in (ROOT / "CHANGELOG.md").read_text()
 
 
@@ -282,15 +289,32 @@ def test_a_missing_compiler_is_named(tmp_path):
     result = subprocess.run(command, cwd=checkout, env=environment, capture_output=True, text=True)
     assert result.returncode != 0
     assert "no C++ compiler found (looked for no-such-compiler)" in result.stderr
+    environment |= {"GRPO_KERNELS_CUDA_ARCHS": "90", "CUDACXX": "no-such-nvcc"}
+    result = subprocess.run(command, cwd=checkout, env=environment, capture_output=True, text=True)
+    assert result.returncode != 0
+    assert "no CUDA compiler found (looked for no-such-nvcc)" in result.stderr
 
 
 @pytest.mark.slow
 def test_wheel_from_the_sdist(tmp_path):
     checkout = copy_of_checkout(tmp_path)
-    output_of(sys.executable, "setup.py", "--quiet", "sdist", "--dist-dir", tmp_path, cwd=checkout)
+    without_cuda = dict(os.environ, GRPO_KERNELS_SKIP_CUDA="1")
+    command = [sys.executable, "setup.py", "--quiet", "sdist", "--dist-dir", tmp_path]
+    output_of(*command, cwd=checkout, env=without_cuda)
     shutil.rmtree(checkout)
     [sdist] = tmp_path.glob("*.tar.gz")
-    output_of(sys.executable, "-m", "pip", "wheel", "--no-build-isolation", "--no-deps", "-w", tmp_path, sdist)
+    command = [
+        sys.executable,
+        "-m",
+        "pip",
+        "wheel",
+        "--no-build-isolation",
+        "--no-deps",
+        "--no-cache-dir",
+        "-w",
+        tmp_path,
+    ]
+    output_of(*command, sdist, env=without_cuda)
     [wheel] = tmp_path.glob("*.whl")
     assert "-py3-none-" in wheel.name  # one build for every Python
 

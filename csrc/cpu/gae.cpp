@@ -1,5 +1,5 @@
 // gae: generalised advantage estimation, each completion scanned from its end.
-#include "tensors.h"
+#include "parallel.h"
 
 namespace grpo {
 namespace {

@@ -5,8 +5,9 @@
 #include <vector>
 
 #include "group_advantages.h"
+#include "parallel.h"
 #include "policy_math.h"
-#include "tensors.h"
+#include "row_kernels.h"
 
 namespace grpo {
 namespace {
@@ -102,7 +103,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> grpo_loss_fwd(
   const ScalarType type = arithmetic_type(logits);
   const Tensor logprobs = empty_like(ids, type), entropy = empty_like(ids, type);
   const Tensor live = empty_like(ids, ScalarType::Bool);
-  const Tensor given = empty({rewards ? ids.numel() : 0}, type);
+  const Tensor given = empty({rewards ? ids.numel() : 0}, type, logits);
   STD_TORCH_CHECK(advantages.has_value() != rewards.has_value(), "expected either advantages or rewards");
   const auto run = [&]<class R>(R) {
     const Rows from(logits);

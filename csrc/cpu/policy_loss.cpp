@@ -3,8 +3,8 @@
 #include <tuple>
 #include <vector>
 
+#include "parallel.h"
 #include "policy_math.h"
-#include "tensors.h"
 
 namespace grpo {
 namespace {
@@ -109,7 +109,8 @@ std::tuple<Tensor, Tensor, Tensor> policy_loss_fwd(
     const Tensor& offsets,  // [S + 1]
     std::vector<int64_t> options, std::vector<double> params) {
   const ScalarType type = arithmetic_type(logprobs);
-  const Tensor loss = empty({}, type), dlogprobs = empty_like(logprobs, type), partials = empty({kPartialCount}, type);
+  const Tensor loss = empty({}, type, logprobs), dlogprobs = empty_like(logprobs, type);
+  const Tensor partials = empty({kPartialCount}, type, logprobs);
   const auto run = [&]<class R>(R) {
     const int64_t count = offsets.size(0) - 1, tokens = logprobs.numel();
     const Inputs<R> in{data<R>(logprobs, tokens),

@@ -1,5 +1,6 @@
 // scale: a gradient times a scalar, in its own memory; nothing is read or written where the scalar is 1.
-#include "tensors.h"
+#include "parallel.h"
+#include "row_kernels.h"
 
 namespace grpo {
 

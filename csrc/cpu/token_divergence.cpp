@@ -3,7 +3,8 @@
 #include <cstring>
 #include <tuple>
 
-#include "tensors.h"
+#include "parallel.h"
+#include "row_kernels.h"
 
 namespace grpo {
 namespace {

@@ -2,7 +2,8 @@
 #include <cstring>
 #include <tuple>
 
-#include "tensors.h"
+#include "parallel.h"
+#include "row_kernels.h"
 
 namespace grpo {
 namespace {
@@ -56,7 +57,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> token_logprobs_fwd(
     double temperature, double softcap, double logit_scale, int64_t outputs) {
   const ScalarType type = arithmetic_type(logits);
   const auto optional = [&](int64_t bit, ScalarType dtype) {
-    return outputs & bit ? empty_like(ids, dtype) : empty({0}, dtype);
+    return outputs & bit ? empty_like(ids, dtype) : empty({0}, dtype, ids);
   };
   const Tensor logprobs = empty_like(ids, type), entropy = empty_like(ids, type);
   const Tensor lse = empty_like(ids, ScalarType::Double);

@@ -191,7 +191,8 @@ def grpo_loss(
     transform = Transform.of(config.temperature, softcap, logit_scale)
     if inplace:
         check_writable("logits", logits, "inplace=True")
-    backend = registry.resolve("grpo_loss", backend, logits.device)
+    op = "grpo_loss" if reference_logits is None else "token_divergence"
+    backend = registry.resolve(op, backend, logits.device)
     dtype = accumulation_dtype(logits.dtype)
     check_group_rewards(advantages, rewards, num_generations, scale_rewards, completion_ids, cu_seqlens, debug)
     check_reference(reference_logits is not None, ref_logprobs, config, "reference_logits")

@@ -197,9 +197,10 @@ def linear_grpo_loss(
         hidden_states.device,
         models=2 if config.has_exact_divergence else 1,
     )
-    backend = registry.resolve("linear_grpo_loss", backend, hidden_states.device)
     given = (reference_logits, reference_hidden_states, reference_lm_head_weight, reference_bias)
     is_compared = any(x is not None for x in given)
+    op = "linear_token_divergence" if is_compared else "linear_grpo_loss"
+    backend = registry.resolve(op, backend, hidden_states.device)
     check_reference(is_compared, ref_logprobs, config, "reference_logits, or reference_hidden_states with their head,")
     vocab = lm_head_weight.shape[0]
     reference = Reference.of(completion_ids, vocab, *given) if is_compared else NO_REFERENCE

@@ -16,6 +16,7 @@ from grpo_kernels.ops.linear_token_logprobs.rows import Rows
 from grpo_kernels.ops.token_logprobs.op import accumulation_dtype
 
 _FEWEST_ROWS = 4  # below which a GEMM on a CPU may sum the vocabulary in sequence
+_PADDED_ROWS_A_THREAD = 16  # above which a thread's share is many rows, and a copy of all of them dear
 _GPU_MULTIPLE = 128  # of rows in a chunk, and of bytes between rows
 
 
@@ -43,7 +44,11 @@ def matmul(a: Tensor, b: Tensor, out: Tensor, *, add: bool = False) -> Tensor:  
     return out.add_(product) if add else out.copy_(product)
 
 
-_HOLD_IDS = {"triton": lazily("grpo_kernels.ops.token_logprobs.triton_kernels", "hold_ids")}
+_HOLD_IDS = {
+    "triton": lazily("grpo_kernels.ops.token_logprobs.triton_kernels", "hold_ids"),
+    "cuda": lambda ids, mask, vocab: torch.ops.grpo_kernels.hold_ids_cuda(ids, mask, vocab),
+}
+_NARROWING = ("triton", "cuda")  # backends whose row kernels write a gradient narrower than its logits
 
 
 def held_ids(backend: str, ids: Tensor, mask: Tensor | None, vocab: int) -> Tensor:  # [N] -> [N]
@@ -55,7 +60,7 @@ def make_head(
     backend: str, weight: Tensor, bias: Tensor | None, compute_dtype: torch.dtype, logits_dtype: torch.dtype
 ) -> Head:
     """The head as the row kernels of ``backend`` want it: C++ writes gradients as wide as the logits."""
-    return Head(weight, bias, compute_dtype, logits_dtype, compute_dtype if backend == "triton" else logits_dtype)
+    return Head(weight, bias, compute_dtype, logits_dtype, compute_dtype if backend in _NARROWING else logits_dtype)
 
 
 class Head:
@@ -182,11 +187,14 @@ def project_back(dlogits: Tensor, weight: Tensor, dtype: torch.dtype) -> Tensor:
     """``dlogits W``, in ``dtype`` where a GEMM can write it.
 
     A GEMM even for few rows: the kernels that libraries keep for fewer than four sum the vocabulary in sequence. That
-    is 80 times the error over 129280 columns: seen for one row on Intel, for up to three on AMD.
+    is 80 times the error over 129280 columns: seen for one row on Intel, for up to three on AMD. Threads share rows by
+    fours, and the last one may be left with so few: of 10 rows two threads take 8 and 2.
     """
     rows = dlogits.shape[0]
-    if rows < _FEWEST_ROWS:
-        dlogits = torch.nn.functional.pad(dlogits, (0, 0, 0, _FEWEST_ROWS - rows))
+    missing = -rows % _FEWEST_ROWS
+    threads = torch.get_num_threads() if weight.device.type == "cpu" else 1
+    if missing and rows < (_FEWEST_ROWS if threads == 1 else threads * _PADDED_ROWS_A_THREAD):
+        dlogits = torch.nn.functional.pad(dlogits, (0, 0, 0, missing))
     if not writes_fp32(weight.device):
         dtype = torch.promote_types(dlogits.dtype, weight.dtype)
     out = torch.empty(dlogits.shape[0], weight.shape[1], dtype=dtype, device=weight.device)

@@ -1,15 +1,15 @@
-// Tensors of torch's stable ABI as pointers, rows and dtypes. Tensor types stop in the files that include this.
+// Tensors of torch's stable ABI as pointers, rows and dtypes, on any device. Tensor types stop in the files that
+// include this.
 #pragma once
 
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
-#include <algorithm>
 #include <cstdint>
 #include <optional>
 
-#include "row_kernels.h"
+#include "dtypes.h"
 
 namespace grpo {
 
@@ -36,11 +36,16 @@ inline ScalarType arithmetic_type(const Tensor& t) {
   return t.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
 }
 
-inline Tensor empty(std::initializer_list<int64_t> sizes, ScalarType dtype) {
-  return torch::stable::empty(torch::headeronly::IntHeaderOnlyArrayRef(sizes.begin(), sizes.size()), dtype);
+inline Tensor on_device_of(const Tensor& like, torch::headeronly::IntHeaderOnlyArrayRef sizes, ScalarType dtype) {
+  return torch::stable::empty(sizes, dtype, std::nullopt, like.device());
 }
 
-inline Tensor empty_like(const Tensor& t, ScalarType dtype) { return torch::stable::empty(t.sizes(), dtype); }
+// Uninitialised, on the device of `like`.
+inline Tensor empty(std::initializer_list<int64_t> sizes, ScalarType dtype, const Tensor& like) {
+  return on_device_of(like, {sizes.begin(), sizes.size()}, dtype);
+}
+
+inline Tensor empty_like(const Tensor& t, ScalarType dtype) { return on_device_of(t, t.sizes(), dtype); }
 
 template <class T>
 constexpr ScalarType kTypeOf = ScalarType::Undefined;
@@ -67,6 +72,7 @@ template <class T>
 const T* data(const std::optional<Tensor>& t, int64_t count) {
   return t.has_value() ? data<T>(*t, count) : nullptr;
 }
+
 template <class T>
 T* mutable_data(const Tensor& t) {
   return static_cast<T*>(t.mutable_data_ptr());
@@ -108,38 +114,5 @@ struct Rows {
 
   char* row(int64_t b, int64_t t) const { return base + b * batch_stride + t * row_stride; }
 };
-
-// Refuses an unmasked id outside the vocabulary, before any row is read.
-inline void check_ids(const int64_t* ids, const bool* mask, int64_t count, int64_t vocab) {
-  for (int64_t n = 0; n < count; ++n) {
-    if (mask && !mask[n]) continue;
-    STD_TORCH_CHECK(ids[n] >= 0 && ids[n] < vocab, "id ", ids[n], " is outside the vocabulary of ", vocab);
-  }
-}
-
-// Refuses completions that do not lie end to end.
-inline void check_offsets(const int64_t* offset, int64_t count, int64_t tokens) {
-  for (int64_t s = 0; s < count; ++s) {
-    STD_TORCH_CHECK(offset[s] >= 0 && offset[s] <= offset[s + 1] && offset[s + 1] <= tokens,
-                    "cu_seqlens must rise from 0 to ", tokens);
-  }
-  STD_TORCH_CHECK(count >= 0 && offset[0] == 0 && offset[count] == tokens, "cu_seqlens must rise from 0 to ", tokens);
-}
-
-// Calls body(n) for rows 0..count in parallel, by torch's own threads; each row counts as `width` elements.
-//
-// The threads take rows in turns: masked rows lie together, at the end of a completion, and cost nothing.
-template <class Body>
-void parallel_rows(int64_t count, int64_t width, const Body& body) {
-  const int64_t grain = std::max<int64_t>(1, (int64_t(1) << 15) / std::max<int64_t>(1, width));
-  const int64_t threads = std::max<int64_t>(1, torch::stable::get_num_threads());
-  const int64_t turns = (count + threads - 1) / threads;
-  torch::stable::parallel_for(0, turns * threads, grain, [&](int64_t begin, int64_t end) {
-    for (int64_t i = begin; i < end; ++i) {
-      const int64_t n = i % turns * threads + i / turns;
-      if (n < count) body(n);
-    }
-  });
-}
 
 }  // namespace grpo

@@ -1,0 +1,110 @@
+// group_advantages: rewards normalised within their group, a block a group; NaN marks a missing reward.
+#include <cmath>
+
+#include "device.h"
+#include "rewards.h"
+
+namespace grpo::cuda {
+namespace {
+
+constexpr int kRewardThreads = 128;
+constexpr int kRewardWarps = kRewardThreads / kWarp;
+
+// Rewards [batch, functions], of which `summed` columns make one.
+template <class R>
+struct RewardTable {
+  const R* values;
+  const R* weights;  // [functions] or null
+  int64_t batch, functions, summed;
+
+  __device__ __forceinline__ R at(int64_t row, int64_t column) const {
+    return weighted_sum(values + row * functions + column * summed, weights, summed);
+  }
+};
+
+// What the block's threads have, joined in one order; every thread gets it.
+template <class T, class Join>
+__device__ __forceinline__ T over_block(T own, const Join& join) {
+  for (int lanes = 1; lanes < kWarp; lanes *= 2) own = join(own, shuffle_xor(own, lanes));
+  T* const parts = static_cast<T*>(dynamic_shared());
+  __syncthreads();  // an earlier call's parts have been read
+  if (threadIdx.x % kWarp == 0) parts[threadIdx.x / kWarp] = own;
+  __syncthreads();
+  own = parts[0];
+  for (int warp = 1; warp < kRewardWarps; ++warp) own = join(own, parts[warp]);
+  return own;
+}
+
+template <class R>
+__device__ Moments moments_of(const RewardTable<R>& table, int64_t begin, int64_t size, int64_t column) {
+  RewardSums sums;
+  for (int64_t i = threadIdx.x; i < size; i += kRewardThreads) sums.add(table.at(begin + i, column));
+  sums = over_block(sums, [](RewardSums a, const RewardSums& b) {
+    a.merge(b);
+    return a;
+  });
+  double squares = 0;
+  for (int64_t i = threadIdx.x; i < size; i += kRewardThreads) {
+    squares += squared_deviation(table.at(begin + i, column), sums.mean());
+  }
+  return Moments(sums, over_block(squares, [](double a, double b) { return a + b; }));
+}
+
+template <class R>
+__global__ void __launch_bounds__(kRewardThreads)
+normalize_kernel(RewardTable<R> table, int64_t size, int64_t scale_rewards, double eps, bool zeroes_missing, R* out,
+                 int64_t* first_bad) {
+  const int64_t columns = table.functions / table.summed;
+  const int64_t column = blockIdx.x % columns, begin = blockIdx.x / columns * size;
+  const Moments group = moments_of(table, begin, size, column);
+  const double std = scale_rewards == kBatch ? moments_of(table, 0, table.batch, column).std : group.std;
+  const double divisor = scale_rewards == kNone ? 1 : std + eps;
+  for (int64_t row = begin + threadIdx.x; row < begin + size; row += kRewardThreads) {
+    const R reward = table.at(row, column);
+    if (std::isinf(reward)) flag(first_bad, kBadReward, row);
+    const R advantage = static_cast<R>(group.normalized(reward, divisor));
+    out[row * columns + column] = zeroes_missing ? zero_if_missing(advantage) : advantage;
+  }
+}
+
+template <class R>
+void run(const Place& place, const R* rewards, const R* weights, int64_t batch, int64_t functions, int64_t size,
+         int64_t scale_rewards, int64_t aggregation, double eps, const Tensor& normalized, R* out) {
+  const auto normalize = [&](const RewardTable<R>& table, int64_t size, int64_t scale, bool zeroes_missing, R* to) {
+    const Grid grid{batch / size * (functions / table.summed), kRewardThreads, kRewardWarps * int{sizeof(RewardSums)}};
+    launch(place, "group_advantages", {batch, functions}, grid, normalize_kernel<R>, table, size, scale, eps,
+           zeroes_missing, to, place.first_bad());
+  };
+  if (aggregation == kNormalizeThenSum) {
+    R* const each = mutable_data<R>(normalized);
+    normalize({rewards, nullptr, batch, functions, 1}, size, kGroup, false, each);
+    normalize({each, weights, batch, functions, functions}, batch, kGroup, true, out);
+  } else {
+    normalize({rewards, weights, batch, functions, functions}, size, scale_rewards, true, out);
+  }
+}
+
+}  // namespace
+
+Tensor group_advantages(const Tensor& rewards,  // [B, K]
+                        const Tensor& weights,  // [K]
+                        int64_t num_generations, int64_t scale_rewards, int64_t aggregation, double eps) {
+  const int64_t batch = rewards.size(0), functions = rewards.size(1);
+  STD_TORCH_CHECK(num_generations > 0 && batch % num_generations == 0, num_generations, " must divide ", batch);
+  const Place place(rewards);
+  const ScalarType type = rewards.scalar_type();
+  const Tensor out = empty({batch}, type, rewards);
+  const Tensor normalized = empty({aggregation == kNormalizeThenSum ? batch * functions : 0}, type, rewards);
+  const auto typed = [&]<class R>(R) {
+    run<R>(place, data<R>(rewards, batch * functions), data<R>(weights, functions), batch, functions, num_generations,
+           scale_rewards, aggregation, eps, normalized, mutable_data<R>(out));
+  };
+  type == ScalarType::Double ? typed(double()) : typed(float());
+  return out;
+}
+
+}  // namespace grpo::cuda
+
+STABLE_TORCH_LIBRARY_IMPL(grpo_kernels, GRPO_DEVICE_KEY, m) {
+  m.impl("group_advantages_cuda", TORCH_BOX(&grpo::cuda::group_advantages));
+}

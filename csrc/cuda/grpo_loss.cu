@@ -1,0 +1,339 @@
+// grpo_loss: statistics of every row, its coefficient and its gradient.
+//
+// Where a cluster's shared memory holds a row, the logits are read once and their gradient is written once, whatever
+// the cache does. Elsewhere a block reads its row twice, the second time from the cache while it fits.
+#include <tuple>
+#include <vector>
+
+#include "policy_math.h"
+#include "rewards.h"
+#include "row_launch.h"
+#include "statistics.h"
+
+namespace grpo::cuda {
+namespace {
+
+// What a launch is given; [B, T] flattened where it is a token's.
+template <class R>
+struct Loss {
+  RowSpace space;
+  RowMemory logits, dlogits;
+  RowTransform<R> transform;
+  PolicyOptions<R> options;
+  const int64_t* ids;
+  const bool* mask;
+  const R *advantages, *policy_weights, *kl_weights, *entropy_weights, *old_logprobs, *ref_logprobs;
+  R *logprobs, *entropy;
+  bool* live;
+  int64_t* first_bad;
+};
+
+// What one thread reads of a token before its row's statistics are there, and keeps in shared memory until they are.
+template <class R>
+struct TokenInputs {
+  int id;
+  R target;  // v of its logit
+  R advantage, policy_weight, kl_weight, entropy_weight, old_logprob, ref_logprob;
+};
+
+template <class T>
+__device__ __forceinline__ TokenInputs<Arithmetic<T>> read_inputs(const Loss<Arithmetic<T>>& loss, const T* row,
+                                                                  int n) {
+  using R = Arithmetic<T>;
+  const int id = held_inside(loss.ids[n], n, loss.space.vocab, loss.first_bad);
+  return {id,
+          curved<false>(element(row[id]), loss.transform),
+          loss.advantages[n],
+          loss.policy_weights[n],
+          loss.kl_weights[n],
+          loss.entropy_weights ? loss.entropy_weights[n] : R(0),
+          loss.old_logprobs ? loss.old_logprobs[n] : R(0),
+          loss.ref_logprobs ? loss.ref_logprobs[n] : R(0)};
+}
+
+// A row's gradient once its statistics are known, and whether there is one.
+template <class R>
+struct RowPlan {
+  GradientWeights<R> weights;
+  int id;
+  bool is_live;
+};
+
+template <class R>
+__device__ __forceinline__ RowPlan<R> plan_row(const Loss<R>& loss, const TokenInputs<R>& in,
+                                               const RowResult<R>& result) {
+  const R log_ratio = result.logprob - (loss.old_logprobs ? in.old_logprob : result.logprob);  // or a NaN's NaN
+  const TokenLoss<R> token =
+      token_loss(result.logprob, log_ratio, log_ratio, loss.ref_logprobs ? &in.ref_logprob : nullptr, in.advantage,
+                 in.policy_weight, in.kl_weight, loss.options);
+  const R c = token.dlog_ratio + token.dlogprob, c_h = -in.entropy_weight;
+  const R own_slope = slope_at<false>(in.target, loss.transform);
+  return {gradient_weights(result.offset, result.log_sum, result.logprob, result.entropy, c, c_h, own_slope,
+                           loss.transform.slope),
+          in.id, c != 0 || c_h != 0};
+}
+
+template <class R>
+__device__ __forceinline__ void write_token(const Loss<R>& loss, int n, R logprob, R entropy, bool is_live) {
+  loss.logprobs[n] = logprob;
+  loss.entropy[n] = entropy;
+  loss.live[n] = is_live;
+}
+
+// ---- a row in a cluster's shared memory
+
+template <class R>
+struct ClusterShared {
+  Barrier loaded;
+  TokenInputs<R> inputs;
+  RowPlan<R> plan;
+  Softmax<R> states[2];  // of this block's part, of even and of odd rows: who reads the one cannot be overtaken twice
+  Softmax<R> parts[kThreads / kWarp];
+};
+
+// Three blocks on a multiprocessor: the load of one's row covers the arithmetic of another's.
+template <class T, class Out, bool kPlain>
+__global__ void __launch_bounds__(kThreads, kPlain ? 3 : 2) loss_on_chip(const __grid_constant__ Loss<Arithmetic<T>> loss) {
+#if defined(GRPO_EMULATED) || GRPO_HAS_CLUSTERS
+  using R = Arithmetic<T>;
+  constexpr int kCount = kWidth<T, Access::kVector>;
+  auto& shared = *static_cast<ClusterShared<R>*>(dynamic_shared());
+  static_assert(sizeof(shared) <= kRowAt);
+  auto* const part = reinterpret_cast<Packet<T, kCount>*>(static_cast<char*>(dynamic_shared()) + kRowAt);
+  const int blocks = cluster_size(), rank = cluster_rank();
+  const int whole = loss.space.vocab / kCount, most = (whole + blocks - 1) / blocks;
+  const int first = rank * most, left = whole - first, packets = left < 0 ? 0 : left < most ? left : most;
+  const bool is_leader = threadIdx.x == 0;
+  if (is_leader) make_barrier(&shared.loaded);
+  __syncthreads();
+  const auto is_unmasked = [&](int row) {
+    if (row >= loss.space.rows) return false;
+    const Token token(row, loss.space);
+    return token.is_token && loss.mask[token.n];
+  };
+  const auto start_load = [&](int row) {  // by the leader
+    const Token token(row, loss.space);
+    const auto* from = loss.logits.template row<Packet<T, kCount>>(token.batch, token.position) + first;
+    if (packets > 0) load_bulk(part, from, static_cast<unsigned>(packets * 16), &shared.loaded);
+  };
+  int row = cluster_index();
+  bool is_row = is_unmasked(row);
+  if (is_leader && is_row) start_load(row);
+  for (unsigned loads = 0; row < loss.space.rows; row += cluster_count()) {
+    const Token token(row, loss.space);
+    const int next = row + cluster_count();
+    const bool is_next = is_unmasked(next);
+    auto* const drow = loss.dlogits.template row<Packet<Out, kCount>>(token.batch, token.position);
+    if (is_row) {
+      if (is_leader) shared.inputs = read_inputs(loss, loss.logits.template row<T>(token.batch, token.position), token.n);
+      if (packets > 0) wait_for(&shared.loaded, loads % 2);
+      const auto join = [&](Softmax<R>& a, const Softmax<R>& b) { a.merge(b, loss.transform.rate); };
+      Softmax<R> state = over_block(thread_softmax<kPlain>(part, packets, loss.transform), shared.parts, join);
+      if (blocks > 1) {
+        Softmax<R>& shown = shared.states[loads % 2];
+        if (is_leader) shown = state;
+        sync_cluster();
+        if (threadIdx.x < kWarp) {
+          const int lane = static_cast<int>(threadIdx.x);
+          state = over_warp<8>(*in_block(&shown, lane < blocks ? lane : 0), join, blocks);
+        }
+      }
+      if (is_leader) {
+        const RowResult<R> result = row_result(state, shared.inputs.target, loss.transform.rate);
+        shared.plan = plan_row(loss, shared.inputs, result);
+        if (rank == 0) write_token(loss, token.n, result.logprob, result.entropy, shared.plan.is_live);
+      }
+      __syncthreads();
+      ++loads;
+    } else if (is_leader && rank == 0 && token.is_token) {
+      write_token(loss, token.n, R(0), R(0), false);
+    }
+    const bool is_live = is_row && shared.plan.is_live;
+    if (is_live) {
+      const GradientWeights<R> weights = shared.plan.weights;
+      write_gradient_of_shared<kPlain>(part, drow + first, packets, weights, loss.transform);
+    } else {
+      write_zeros(drow + first, packets);
+    }
+    __syncthreads();
+    if (is_leader) {
+      const int id = shared.plan.id - first * kCount;
+      if (is_live && id >= 0 && id < packets * kCount) {  // over what another thread wrote
+        reinterpret_cast<Out*>(drow)[shared.plan.id] = rounded<Out>(shared.plan.weights.own);
+      }
+      if (is_next) start_load(next);
+    }
+    is_row = is_next;
+  }
+  if (blocks > 1) sync_cluster();  // none leaves while another reads its state
+#endif
+}
+
+// ---- a row read twice
+
+template <class R>
+struct BlockShared {
+  TokenInputs<R> inputs;
+  RowPlan<R> plan;
+  Softmax<R> parts[kThreads / kWarp];
+};
+
+template <class T, class Out, Access kAccess, bool kPlain>
+__global__ void __launch_bounds__(kThreads, sizeof(T) == 8 ? 1 : kPlain ? 3 : 2)
+loss_in_two_passes(const __grid_constant__ Loss<Arithmetic<T>> loss) {
+  using R = Arithmetic<T>;
+  constexpr int kCount = kWidth<T, kAccess>;
+  auto& shared = *static_cast<BlockShared<R>*>(dynamic_shared());
+  const int packets = loss.space.vocab / kCount;
+  const bool is_leader = threadIdx.x == 0;
+  for (int row = static_cast<int>(blockIdx.x); row < loss.space.rows; row += static_cast<int>(gridDim.x)) {
+    const Token token(row, loss.space);
+    const auto* const from = loss.logits.template row<Packet<T, kCount>>(token.batch, token.position);
+    auto* const to = loss.dlogits.template row<Packet<Out, kCount>>(token.batch, token.position);
+    const bool is_row = token.is_token && loss.mask[token.n];
+    if (is_row) {
+      if (is_leader) shared.inputs = read_inputs(loss, reinterpret_cast<const T*>(from), token.n);
+      const auto join = [&](Softmax<R>& a, const Softmax<R>& b) { a.merge(b, loss.transform.rate); };
+      const Softmax<R> state = over_block(thread_softmax<kPlain>(from, packets, loss.transform), shared.parts, join);
+      if (is_leader) {
+        const RowResult<R> result = row_result(state, shared.inputs.target, loss.transform.rate);
+        shared.plan = plan_row(loss, shared.inputs, result);
+        write_token(loss, token.n, result.logprob, result.entropy, shared.plan.is_live);
+      }
+      __syncthreads();
+    } else if (is_leader && token.is_token) {
+      write_token(loss, token.n, R(0), R(0), false);
+    }
+    const bool is_live = is_row && shared.plan.is_live;
+    if (is_live) {
+      const GradientWeights<R> weights = shared.plan.weights;
+      write_gradient<kPlain>(from, to, packets, weights, loss.transform);
+    } else {
+      write_zeros(to, packets);
+    }
+    __syncthreads();
+    if (is_leader && is_live) {
+      reinterpret_cast<Out*>(to)[shared.plan.id] = rounded<Out>(shared.plan.weights.own);
+    }
+  }
+}
+
+// ---- advantages
+
+// Of each token, from the rewards of its completion's group; one thread a token.
+template <class R>
+__global__ void spread_advantages(const R* rewards, const int64_t* offsets, int64_t count, int64_t num_generations,
+                                  bool is_scaled, double eps, int64_t tokens, R* advantages, int64_t* first_bad) {
+  const int64_t n = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x;
+  if (n >= tokens) return;
+  int64_t s = 0;
+  if (offsets == nullptr) {
+    s = n / (tokens / count);
+  } else {  // the last completion that begins at n or before
+    int64_t end = count;
+    while (s + 1 < end) {
+      const int64_t middle = (s + end) / 2;
+      offsets[middle] <= n ? s = middle : end = middle;
+    }
+  }
+  const R reward = rewards[s];
+  if (std::isinf(reward)) flag(first_bad, kBadReward, s);
+  const Moments m = moments(rewards + s / num_generations * num_generations, num_generations, 1);
+  advantages[n] = zero_if_missing(static_cast<R>(m.normalized(reward, is_scaled ? m.std + eps : 1.0)));
+}
+
+// ---- launches
+
+template <class T, class Out>
+void launch_loss(const Place& place, Loss<Arithmetic<T>> loss, const Rows& from, const Rows& to) {
+  const int64_t batch = from.batch, length = from.length, vocab = from.width;
+  const bool vectors = has_gradient_vectors<T, Out>(from, to);
+  if constexpr (sizeof(T) < 8) {
+    Grid grid = cluster_grid(place, vocab * static_cast<int64_t>(sizeof(T)));
+    if (vectors && grid.cluster > 0) {
+      const auto kernel = loss.transform.curve == Curve::kPlain ? loss_on_chip<T, Out, true> : loss_on_chip<T, Out, false>;
+      grid.blocks = grid.cluster * std::min<int64_t>(loss.space.rows, resident_clusters(place, grid, kernel));
+      return launch(place, "grpo_loss on chip", {batch, length, vocab}, grid, kernel, loss);
+    }
+  }
+  with_form<T>(vectors, loss.transform.curve, [&](auto access, auto plain) {
+    const auto kernel = loss_in_two_passes<T, Out, access.value, plain.value>;
+    const Grid grid = row_grid(place, loss.space.rows, sizeof(BlockShared<Arithmetic<T>>), kernel);
+    launch(place, "grpo_loss in two passes", {batch, length, vocab}, grid, kernel, loss);
+  });
+}
+
+}  // namespace
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> grpo_loss_fwd(
+    const Tensor& logits,  // [B, T or T + 1, V]
+    const Tensor& ids,     // [B, T]
+    const Tensor& mask, const std::optional<Tensor>& advantages, const Tensor& policy_weights, const Tensor& kl_weights,
+    const std::optional<Tensor>& entropy_weights, const std::optional<Tensor>& old_logprobs,
+    const std::optional<Tensor>& ref_logprobs,
+    const std::optional<Tensor>& rewards,  // [S], instead of advantages
+    const std::optional<Tensor>& offsets,  // [S + 1] where packed
+    int64_t num_generations, bool is_scaled, double eps, std::vector<int64_t> options, std::vector<double> params,
+    double temperature, double softcap, double logit_scale, const std::optional<Tensor>& dlogits) {
+  const ScalarType type = arithmetic_type(logits);
+  const Tensor logprobs = empty_like(ids, type), entropy = empty_like(ids, type);
+  const Tensor live = empty_like(ids, ScalarType::Bool);
+  const Tensor given = empty({rewards ? ids.numel() : 0}, type, ids);
+  STD_TORCH_CHECK(advantages.has_value() != rewards.has_value(), "expected either advantages or rewards");
+  const Place place(logits);
+  const Rows from(logits);
+  from.check_ids_fit(ids);
+  const int64_t n = ids.numel(), count = rewards ? rewards->numel() : 0;
+  if (rewards) {
+    STD_TORCH_CHECK(num_generations > 0 && count % num_generations == 0, num_generations, " must divide ", count);
+    STD_TORCH_CHECK(offsets || (count > 0 && n % count == 0), "expected the rewards of whole completions");
+  }
+  const auto run = [&]<class R>(R) {
+    const PolicyOptions<R> decoded = PolicyOptions<R>::decode(options, params);
+    STD_TORCH_CHECK(decoded.level == Level::kToken, "a sequence-level ratio needs every token's statistics first");
+    if (rewards && n > 0) {
+      const Grid grid{(n + 255) / 256, 256};
+      launch(place, "advantages of rewards", {count, n}, grid, spread_advantages<R>, data<R>(*rewards, count),
+             data<int64_t>(offsets, count + 1), count, num_generations, is_scaled, eps, n, mutable_data<R>(given),
+             place.first_bad());
+    }
+    const Loss<R> loss{row_space(from, ids.size(1)),
+                       row_memory(from),
+                       dlogits ? row_memory(Rows(*dlogits)) : RowMemory{},
+                       row_transform<R>(temperature, softcap, logit_scale),
+                       decoded,
+                       data<int64_t>(ids, n),
+                       data<bool>(mask, n),
+                       data<R>(rewards ? given : *advantages, n),
+                       data<R>(policy_weights, n),
+                       data<R>(kl_weights, n),
+                       data<R>(entropy_weights, n),
+                       data<R>(old_logprobs, n),
+                       data<R>(ref_logprobs, n),
+                       mutable_data<R>(logprobs),
+                       mutable_data<R>(entropy),
+                       mutable_data<bool>(live),
+                       place.first_bad()};
+    if (!dlogits) {
+      launch_statistics<R>(place, logits, from,
+                           {loss.space, loss.logits, loss.transform, loss.ids, loss.mask, loss.logprobs, nullptr,
+                            loss.entropy, nullptr, nullptr, nullptr, loss.live, loss.first_bad});
+      return;
+    }
+    const Rows to(*dlogits);
+    check_gradient(to, from, *dlogits, logits);
+    with_storages(dtype_of(logits), dtype_of(*dlogits), [&](auto t, auto out) {
+      if constexpr (std::is_same_v<Arithmetic<decltype(t)>, R>) {
+        launch_loss<decltype(t), decltype(out)>(place, loss, from, to);
+      }
+    });
+  };
+  type == ScalarType::Double ? run(double()) : run(float());
+  return {logprobs, entropy, live, given};
+}
+
+}  // namespace grpo::cuda
+
+STABLE_TORCH_LIBRARY_IMPL(grpo_kernels, GRPO_DEVICE_KEY, m) {
+  m.impl("grpo_loss_fwd_cuda", TORCH_BOX(&grpo::cuda::grpo_loss_fwd));
+}

@@ -1,0 +1,24 @@
+// What tests tell the emulated device: where its flags are, and which of the paths that depend on a device it takes.
+#include "emulation/cuda.h"
+
+namespace grpo::cuda {
+
+void keep_first_bad(const Tensor& first_bad) { kept_flags = mutable_data<int64_t>(first_bad); }
+
+void become(int64_t capability, int64_t shared_bytes, int64_t processors) {
+  emulated.capability = static_cast<int>(capability);
+  emulated.shared_bytes = static_cast<int>(shared_bytes);
+  emulated.processor_bytes = 3 * static_cast<int>(shared_bytes + 1024);
+  emulated.processors = static_cast<int>(processors);
+}
+
+}  // namespace grpo::cuda
+
+STABLE_TORCH_LIBRARY_FRAGMENT(grpo_kernels, m) {
+  m.def("emulated_keep_first_bad(Tensor first_bad) -> ()");
+  m.def("emulated_become(int capability, int shared_bytes, int processors) -> ()");
+}
+STABLE_TORCH_LIBRARY_IMPL(grpo_kernels, CompositeExplicitAutograd, m) {
+  m.impl("emulated_keep_first_bad", TORCH_BOX(&grpo::cuda::keep_first_bad));
+  m.impl("emulated_become", TORCH_BOX(&grpo::cuda::become));
+}
