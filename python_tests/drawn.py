@@ -1,12 +1,15 @@
-"""Configurations by hypothesis: every option that a loss type has, none that it refuses."""
+"""Configurations by hypothesis: every option that a loss type has, none that it refuses; and what rounding decides."""
 
 from __future__ import annotations
 
 from typing import Any
 
+import torch
 from hypothesis import strategies as st
+from torch import Tensor
 
 from grpo_kernels import GRPOLossConfig
+from grpo_kernels.ops.sequences import Sequences
 from grpo_kernels.options import (
     CLIPPED_LOSS_TYPES,
     DIVERGENCES,
@@ -15,6 +18,7 @@ from grpo_kernels.options import (
     LOSS_AGG_MODES,
     LOSS_TYPES,
 )
+from grpo_kernels.testing.inputs import Inputs
 
 TRL_LOSS_TYPES = ("grpo", "bnpo", "dr_grpo", "dapo", "luspo", "cispo", "sapo", "vespo")
 _WITHOUT_LEVEL = ("vespo", "gmpo", "reinforce", "clip_cov", "kl_cov")
@@ -65,3 +69,28 @@ def configs(draw: st.DrawFn, loss_types: tuple[str, ...] = LOSS_TYPES, only_trls
     if options.get("importance_sampling_level") == "token" and not only_trls:
         options["log_ratio_clamp"] = one_of(None, 0.213)
     return GRPOLossConfig(**options)
+
+
+def are_top_covariances_settled(inputs: Inputs, logprobs: Tensor, error: float) -> bool:
+    """Whether "kl_cov" penalises the same tokens in fp32 and in fp64; two tokens' covariances are always equal.
+
+    A covariance is a product of two centred numbers, each off by what it is computed from and by the sum of its mean.
+
+    Args:
+        inputs: A case's.
+        logprobs: In fp64.
+        error: How far those of an implementation may be from them.
+    """
+    config, mask = inputs.case.config, inputs.mask != 0
+    count = int(mask.sum())
+    if config.loss_type != "kl_cov" or count < 2:
+        return True
+    advantages = Sequences.of(mask, inputs.cu_seqlens).per_token(inputs.advantages.double())[mask]
+    of_tokens = logprobs.double()[mask]
+    a, b = advantages - advantages.mean(), of_tokens - of_tokens.mean()
+    rounding = (count + 1) * torch.finfo(torch.float32).eps
+    off_a, off_b = rounding * advantages.abs().max(), rounding * of_tokens.abs().max() + 2 * error
+    off = a.abs().max() * off_b + b.abs().max() * off_a + off_a * off_b
+    covariances = (a * b).sort(descending=True).values
+    chosen = max(1, int(count * config.kl_cov_ratio))
+    return bool(covariances[chosen - 1] - covariances[chosen] > 2 * off)

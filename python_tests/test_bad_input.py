@@ -320,9 +320,11 @@ def test_a_gpu_without_triton_says_so_once(monkeypatch: pytest.MonkeyPatch, capl
             registry.resolve("grpo_loss", "triton", device)
     finally:
         registry._triton_failure.cache_clear()
+    of_cuda = registry.unsupported_reason("grpo_loss", "cuda", device)
     assert [record.getMessage() for record in caplog.records] == [
         "backend 'triton' cannot run on cuda:7, another does: Triton cannot compile here: RuntimeError: "
-        "0 active drivers ([]). There should only be one."
+        "0 active drivers ([]). There should only be one.",
+        f"backend 'cuda' cannot run on cuda:7, another does: {of_cuda}",
     ]
 
 

@@ -180,3 +180,19 @@ def test_a_gradient_is_scaled_where_it_lies(dtype: torch.dtype) -> None:
         OPS.scale_cuda(rows, torch.tensor(1.0))
         OPS.scale_cuda(rows, torch.tensor(-0.375))
         assert torch.equal(rows, expected)
+
+
+@pytest.mark.parametrize("rows", [1, 63, 64, 200])
+@pytest.mark.parametrize("share", [0.0, 0.1, 0.9, 1.0])
+@pytest.mark.parametrize(("vocab", "width"), [(64, 64), (37, 40)])
+def test_live_rows_are_packed_where_they_lie(rows: int, share: float, vocab: int, width: int) -> None:
+    generator = torch.Generator().manual_seed(rows)
+    live = torch.rand(rows, generator=generator) < share
+    memory = torch.randn(rows, width, generator=generator)
+    values = memory[:, :vocab].masked_fill_(~live[:, None], 0)
+    before, beside = values.clone(), memory[:, vocab:].clone()
+    order, count = OPS.pack_rows_cuda(values, live)
+    assert count == live.sum() and sorted(order.tolist()) == list(range(rows)) and live[order[:count]].all()
+    assert torch.equal(values, before[order]) and torch.equal(memory[:, vocab:], beside)
+    stayed = (order[:count] == torch.arange(int(count))).sum()
+    assert stayed == live[: int(count)].sum(), "none moves that need not"

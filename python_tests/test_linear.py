@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -12,6 +13,7 @@ from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
 from grpo_kernels import GRPOLossConfig, grpo_loss, linear_grpo_loss, linear_token_logprobs, token_logprobs
+from grpo_kernels.ops.linear_token_logprobs.head import project_back
 from grpo_kernels.ops.linear_token_logprobs.rows import pack_rows, row_chunks
 from grpo_kernels.testing.calls import call, leaves, run
 from grpo_kernels.testing.cases import FAMILY_CASES, INPUT_CASES, LOSS_CASES, VOCABULARY_CASES, Case
@@ -29,10 +31,22 @@ def _profiled(function: Callable[[], Any]) -> list[Any]:
     return list(profiler.events())
 
 
+@contextlib.contextmanager
+def _threads(count: int) -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
 def _gemm_rows(function: Callable[[], Any]) -> float:
-    """Multiply-adds of all GEMMs, in units of one token through the head."""
+    """Multiply-adds of all GEMMs, in units of one token through the head; by one thread, for which no row is added."""
     total = 0
-    for event in _profiled(function):
+    with _threads(1):
+        events = _profiled(function)
+    for event in events:
         if event.name in _GEMMS:
             first = 1 if "addmm" in event.name else 0
             a, b = event.input_shapes[first : first + 2]
@@ -389,17 +403,45 @@ def test_from_hidden_states_as_from_logits() -> None:
     torch.testing.assert_close(a.loss, b.loss, rtol=1e-12, atol=0)
 
 
-@pytest.mark.parametrize("rows", [1, 2, 3, 4])
-def test_few_rows_lose_no_more_digits_than_many(rows: int) -> None:
-    """Libraries sum the vocabulary in sequence for very few rows: one on Intel, up to three on AMD."""
+@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize("rows", [1, 2, 3, 5, 7, 10, 13])
+def test_few_rows_lose_no_more_digits_than_many(rows: int, threads: int) -> None:
+    """Libraries sum the vocabulary in sequence for very few rows: one on Intel, up to three on AMD, or in a thread.
 
-    def error(count: int) -> float:
-        case = Case("rows", batch=1, length=count, vocab=129280, hidden=16, mask="ones", ref=False)
-        inputs = build(case, torch.float32, "hidden")
-        off = (
-            run("linear_grpo_loss", inputs, "cpu")["dhidden"]
-            - run("linear_grpo_loss", inputs.double(), "torch")["dhidden"]
-        )
-        return (off.norm(dim=-1) / off.shape[-1] ** 0.5).max().item()
+    The same rows alone and among others, each by its own size: what is not the sum's is then alike.
+    """
+    torch.manual_seed(0)
+    hidden, weight = torch.randn(16, 16), 0.02 * torch.randn(129280, 16)
+    dlogits = (hidden @ weight.mT).softmax(-1)
+    exact = dlogits.double() @ weight.double()
 
-    assert error(rows) <= 4 * error(16)
+    def error(count: int) -> Tensor:  # [count]
+        off = project_back(dlogits[:count], weight, torch.float32).double() - exact[:count]
+        return off.norm(dim=-1) / exact[:count].norm(dim=-1)
+
+    with _threads(threads):
+        assert error(rows).max() <= 4 * error(16).max()
+
+
+@pytest.mark.parametrize("bound", [6, 7, 12, 100])
+def test_a_bound_on_live_rows_changes_nothing(bound: int) -> None:
+    """Masked, dead and clipped rows among them; in one chunk and in many."""
+    case = Case("bound", batch=3, length=4, vocab=31, mask="holes", advantages="some", ref=False)
+    inputs = build(case, torch.float32).double()
+    live = int(((inputs.mask != 0) & (inputs.advantages != 0)[:, None]).sum())
+    assert 0 < live <= 6
+    expected = run("linear_grpo_loss", inputs, "cpu")
+    for workspace in (None, 31 * 8 * 5):
+        got = run("linear_grpo_loss", inputs, "cpu", max_live_rows=bound, workspace_bytes=workspace)
+        for name, value in expected.items():
+            torch.testing.assert_close(got[name], value, rtol=1e-12, atol=1e-14, msg=lambda m, n=name: f"{n}: {m}")
+    with pytest.raises(ValueError, match=f"max_live_rows must be at least {live}, the rows that may be live, got 1"):
+        run("linear_grpo_loss", inputs, "cpu", max_live_rows=1)
+
+
+def test_a_bound_on_live_rows_needs_a_loss_token_by_token() -> None:
+    inputs = build(Case("bound", config=GRPOLossConfig(importance_sampling_level="sequence")), torch.float32)
+    with pytest.raises(ValueError, match="max_live_rows must be None where a ratio waits for its sequence, got 3"):
+        run("linear_grpo_loss", inputs, "cpu", max_live_rows=3)
+    with pytest.raises(ValueError, match="max_live_rows must be at least 0, got -1"):
+        run("linear_grpo_loss", inputs, "cpu", max_live_rows=-1)

@@ -1,4 +1,4 @@
-// What Python asks of the CUDA library before any kernel runs: what it was built for, and where kernels flag bad values.
+// What Python asks of the CUDA library before any kernel runs: what it was built for; where kernels flag bad values.
 #include <cstdint>
 
 #include "launch.h"

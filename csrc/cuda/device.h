@@ -42,6 +42,11 @@ __device__ __forceinline__ T shuffle_xor(const T& value, int lanes) {
   return other;
 }
 
+// That of the thread whose lane is `lanes` before; its own in the first ones.
+__device__ __forceinline__ int shuffle_up(int value, int lanes) {
+  return __shfl_up_sync(0xffffffffu, value, static_cast<unsigned>(lanes));
+}
+
 // ---- clusters and bulk copies: sm_90 and later; elsewhere a cluster is a block, and kernels that copy are not launched
 
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900

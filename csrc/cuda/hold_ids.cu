@@ -31,5 +31,9 @@ Tensor hold_ids(const Tensor& ids,                  // [N]
 
 }  // namespace grpo::cuda
 
-STABLE_TORCH_LIBRARY_FRAGMENT(grpo_kernels, m) { m.def("hold_ids_cuda(Tensor ids, Tensor? mask, int vocab) -> Tensor"); }
-STABLE_TORCH_LIBRARY_IMPL(grpo_kernels, GRPO_DEVICE_KEY, m) { m.impl("hold_ids_cuda", TORCH_BOX(&grpo::cuda::hold_ids)); }
+STABLE_TORCH_LIBRARY_FRAGMENT(grpo_kernels, m) {
+  m.def("hold_ids_cuda(Tensor ids, Tensor? mask, int vocab) -> Tensor");
+}
+STABLE_TORCH_LIBRARY_IMPL(grpo_kernels, GRPO_DEVICE_KEY, m) {
+  m.impl("hold_ids_cuda", TORCH_BOX(&grpo::cuda::hold_ids));
+}

@@ -160,9 +160,10 @@ inline void* dynamic_shared() {
   return reinterpret_cast<void*>((address + 127) / 128 * 128);
 }
 
-// Of two exchanges in a row each has its slots: who reads the first cannot be overtaken twice.
-template <class T>
-T shuffle_xor(const T& value, int lanes) {
+// The value of the lane that `from` gives. Of two exchanges in a row each has its slots: who reads the first cannot be
+// overtaken twice.
+template <class T, class From>
+T exchange(const T& value, const From& from) {
   static_assert(sizeof(T) <= 64 && std::is_trivially_copyable_v<T>);
   emulation::Warp& warp = emulation::warp();
   const int lane = static_cast<int>(threadIdx.x) % kWarp;
@@ -170,8 +171,17 @@ T shuffle_xor(const T& value, int lanes) {
   std::memcpy(slots[lane], &value, sizeof(T));
   __syncwarp();
   T other;
-  std::memcpy(&other, slots[lane ^ lanes], sizeof(T));
+  std::memcpy(&other, slots[from(lane)], sizeof(T));
   return other;
+}
+
+template <class T>
+T shuffle_xor(const T& value, int lanes) {
+  return exchange(value, [&](int lane) { return lane ^ lanes; });
+}
+
+inline int shuffle_up(int value, int lanes) {
+  return exchange(value, [&](int lane) { return lane < lanes ? lane : lane - lanes; });
 }
 
 inline int cluster_size() { return static_cast<int>(emulation::cluster.blocks.size()); }
@@ -254,7 +264,7 @@ uint32_t max_of_two(uint32_t a, uint32_t b) {
 
 // ---- flags and launches
 
-enum BadValue { kBadId, kBadReward, kBadValueCount };
+enum BadValue { kBadId, kBadReward, kBadLiveRows, kBadValueCount };
 inline int64_t* kept_flags = nullptr;
 
 inline void flag(int64_t* first_bad, BadValue kind, int64_t index) {

@@ -8,17 +8,29 @@ import torch
 from torch import Tensor
 
 _NONE = 2**63 - 1
-#: What is kept, in this order: the least flat index of each.
+#: What is kept, in this order: the least flat index of each, or the least number.
 _KINDS = (
-    "an id outside the vocabulary where unmasked",
-    "an infinite reward",
+    "an id outside the vocabulary where unmasked, at {}",
+    "an infinite reward, at {}",
+    "{} rows that may have a gradient, more than max_live_rows",
 )
+_LIVE_ROWS = 2
 
 
 @cache
-def first_bad(device: torch.device) -> Tensor:  # [2] int64
-    """The least index of each bad value since ``check_device_values`` was last called."""
+def first_bad(device: torch.device) -> Tensor:  # [3] int64
+    """The least of each bad value since ``check_device_values`` was last called."""
     return torch.full((len(_KINDS),), _NONE, dtype=torch.int64, device=device)
+
+
+def note_live_rows(count: Tensor, bound: int) -> None:
+    """Keeps a number of rows that passes its bound; on a CPU, where reading it costs nothing, refuses it at once."""
+    if count.device.type == "cpu":
+        if count > bound:
+            raise ValueError(f"max_live_rows must be at least {count.item()}, the rows that may be live, got {bound}")
+        return
+    kept = first_bad(count.device)[_LIVE_ROWS]
+    kept.copy_(torch.where(count > bound, torch.minimum(kept, count), kept))
 
 
 def check_device_values(device: torch.device) -> None:
@@ -39,5 +51,5 @@ def check_device_values(device: torch.device) -> None:
     if found:
         kept.fill_(_NONE)
         raise ValueError(
-            "; ".join(f"an earlier call on {device} was given {kind}, at {index}" for kind, index in found)
+            "; ".join(f"an earlier call on {device} was given {kind.format(index)}" for kind, index in found)
         )

@@ -174,7 +174,9 @@ def _reference(case: Case, logits: Tensor, rng: torch.Generator) -> dict[str, Te
     width = case.hidden // 2 + 1
     reference = logits.double() + _normal(tuple(logits.shape), rng) - 30
     if case.logits == "holes":  # not all where the policy has them
-        reference = torch.where(torch.rand(logits.shape, generator=rng) < 0.3, -math.inf, reference.clamp(min=-40))
+        is_hole = torch.rand(logits.shape, generator=rng) < 0.3
+        is_hole[..., -1] = False  # a distribution is somewhere
+        reference = torch.where(is_hole, -math.inf, reference.clamp(min=-40))
     return {
         "reference_logits": reference.to(logits.dtype),
         "reference_hidden": _normal((*tokens, width), rng).to(logits.dtype),

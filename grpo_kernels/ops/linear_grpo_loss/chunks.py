@@ -18,15 +18,12 @@ from grpo_kernels.ops.linear_token_divergence.reference import (
 )
 from grpo_kernels.ops.linear_token_logprobs.head import HeadGradients, held_ids, make_head
 from grpo_kernels.ops.linear_token_logprobs.op import HEAD_SCHEMA, gradient_fakes
-from grpo_kernels.ops.linear_token_logprobs.rows import Rows, is_capturing, pack_rows, row_chunks
+from grpo_kernels.ops.linear_token_logprobs.rows import Rows, is_capturing, pack_live, row_chunks
 from grpo_kernels.ops.policy_loss.inputs import FLAT_COUNT, FLAT_SCHEMA
 from grpo_kernels.ops.policy_loss.op import token_coefficients
 from grpo_kernels.ops.token_divergence.op import COMPARISON_SCHEMA, Comparison, token_divergence_rows
 from grpo_kernels.ops.token_logprobs.op import accumulation_dtype
 from grpo_kernels.options import Param
-
-#: A chunk with more dead rows than this is packed: below it moving the live ones costs more than their GEMMs save.
-_WORTH_PACKING = 1 / 8
 
 
 def _fwd(  # type: ignore[no-untyped-def]
@@ -34,12 +31,13 @@ def _fwd(  # type: ignore[no-untyped-def]
 ) -> tuple[Tensor, ...]:
     reference, options = Reference(*options[:REFERENCE_COUNT]), options[REFERENCE_COUNT:]
     ids, mask, *per_token = options[: 1 + FLAT_COUNT]
-    code, params, *comparison = options[1 + FLAT_COUNT : -3]
-    needs = options[-3:]
+    code, params, *comparison = options[1 + FLAT_COUNT : -4]
+    *needs, max_live_rows = options[-4:]
     head = make_head(backend, weight, bias, compute_dtype, logits_dtype)
     grads = HeadGradients(head, hidden, needs)
     has_kl = params[Param.BETA] != 0 and (reference.is_given or per_token[-1] is not None)
-    rows = Rows.of(mask, _may_be_live(has_kl, *per_token) if any(needs) else torch.zeros_like(mask), ids)
+    may_be_live = _may_be_live(has_kl, *per_token) if any(needs) else torch.zeros_like(mask)
+    rows = Rows.of(mask, may_be_live, ids, max_live_rows)
     others = ReferenceRows(reference, rows, logits_dtype) if reference.is_given else None
     row_bytes = head.row_bytes + (0 if others is None else others.row_bytes)
     chunks = [*row_chunks(0, rows.count, row_bytes, workspace_bytes, head.multiple)]
@@ -67,8 +65,8 @@ def _fwd(  # type: ignore[no-untyped-def]
             for whole, piece in zip(results, found, strict=True):
                 whole[part] = piece
             if dlogits is not None:
-                live = live if _may_be_clipped(has_kl, params, *per_token) else None
-                _add_live(grads, dlogits, inputs[within], live, rows.part(part))
+                is_asked = max_live_rows is None and _may_be_clipped(has_kl, params, *per_token)
+                _add_live(backend, grads, dlogits, inputs[within], live if is_asked else None, rows.part(part))
     whole = [rows.put_back(x, mask.shape[0]) for x in results]
     divergence = whole[2] if others is not None else hidden.new_empty(0, dtype=dtype)
     return (*whole[:2], divergence, *grads.results())
@@ -140,16 +138,19 @@ def _may_be_clipped(  # type: ignore[no-untyped-def]
     return is_off_policy and not has_kl and entropy_weights is None and not is_capturing(advantages.device)
 
 
-def _add_live(
-    grads: HeadGradients, dlogits: Tensor, inputs: Tensor, live: Tensor | None, which: Tensor | slice
+def _add_live(  # type: ignore[no-untyped-def]
+    backend, grads, dlogits, inputs, live, which
 ) -> None:
-    """Adds a chunk, without its dead rows if they are known and many."""
-    index = None if live is None else live.nonzero()[:, 0]
-    if index is None or index.shape[0] >= (1 - _WORTH_PACKING) * inputs.shape[0]:
+    """Adds a chunk, without its dead rows if they are known."""
+    if live is None:
+        grads.add(dlogits, inputs, which)
+        return
+    packed, index = pack_live(backend, dlogits, live)
+    if packed.shape[0] == inputs.shape[0]:
         grads.add(dlogits, inputs, which)
         return
     rows = index + which.start if isinstance(which, slice) else which[index]
-    grads.add(pack_rows(dlogits, index), inputs[index], rows)
+    grads.add(packed, inputs[index], rows)
 
 
 def _fake(hidden, weight, bias, compute_dtype, logits_dtype, workspace_bytes, *options):  # type: ignore[no-untyped-def]
@@ -157,13 +158,13 @@ def _fake(hidden, weight, bias, compute_dtype, logits_dtype, workspace_bytes, *o
     rows = hidden.shape[0]
     counts = (rows, rows, rows if Reference(*options[:REFERENCE_COUNT]).is_given else 0)
     statistics = (hidden.new_empty(count, dtype=dtype) for count in counts)
-    return (*statistics, *gradient_fakes(hidden, weight, bias, options[-3:]))
+    return (*statistics, *gradient_fakes(hidden, weight, bias, options[-4:-1]))
 
 
 linear_grpo_loss_fwd = define(
     "linear_grpo_loss_fwd",
     f"({HEAD_SCHEMA}, {REFERENCE_SCHEMA}, Tensor ids, {FLAT_SCHEMA}, int[] options, float[] params, "
-    f"{COMPARISON_SCHEMA}, bool need_dhidden, bool need_dweight, bool need_dbias) -> "
+    f"{COMPARISON_SCHEMA}, bool need_dhidden, bool need_dweight, bool need_dbias, int? max_live_rows) -> "
     "(Tensor logprobs, Tensor entropy, Tensor divergence, Tensor dhidden, Tensor dweight, Tensor dbias)",
     _fake,
     {backend: partial(_fwd, backend) for backend in KERNEL_BACKENDS},

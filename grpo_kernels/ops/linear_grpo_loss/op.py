@@ -49,6 +49,7 @@ class _LinearGRPOLoss(torch.autograd.Function):
         config: GRPOLossConfig,
         comparison: Comparison,
         needs: tuple[bool, bool, bool],
+        max_live_rows: int | None,
         backend: str,
     ) -> tuple[Tensor, ...]:
         code = config.code()
@@ -65,6 +66,7 @@ class _LinearGRPOLoss(torch.autograd.Function):
             code.params,
             *comparison,
             *needs,
+            max_live_rows,
         )
         loss, _, partials = policy_loss_fwd(logprobs, entropy, inputs, code, backend)
         if reference.is_given:
@@ -80,11 +82,11 @@ class _LinearGRPOLoss(torch.autograd.Function):
     def backward(ctx: Any, dloss: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         refuse_double_backward()
         if dloss is None:
-            return (None,) * 12
+            return (None,) * 13
         shape, backend = ctx.options
         grads = hand_over(ctx, dloss, backend)
         dhidden = None if grads[0] is None else grads[0].view(shape)
-        return (dhidden, *grads[1:], *(None,) * 9)
+        return (dhidden, *grads[1:], *(None,) * 10)
 
 
 def one_pass_loss(
@@ -99,6 +101,7 @@ def one_pass_loss(
     config: GRPOLossConfig,
     comparison: Comparison,
     backend: str,
+    max_live_rows: int | None = None,
 ) -> GRPOLossOutput:
     """A token-local loss of inputs that are already validated, its gradient formed in the forward."""
     if backend == "torch":
@@ -112,8 +115,9 @@ def one_pass_loss(
     grad = torch.is_grad_enabled()
     needs = tuple(grad and x is not None and x.requires_grad for x in (hidden, weight, bias))
     loss, logprobs, entropy, partials = _LinearGRPOLoss.apply(
-        hidden, weight, bias, dtypes, workspace_bytes, reference, ids, inputs, config, comparison, needs, backend
-    )
+        hidden, weight, bias, dtypes, workspace_bytes, reference, ids, inputs, config, comparison, needs,
+        max_live_rows, backend,
+    )  # fmt: skip
     return GRPOLossOutput(loss, logprobs, entropy, policy_metrics(partials, config, True))
 
 
@@ -146,6 +150,7 @@ def linear_grpo_loss(
     logits_dtype: torch.dtype | None = None,
     max_logits_bytes: int = 0,
     workspace_bytes: int | None = None,
+    max_live_rows: int | None = None,
     debug: bool = False,
     backend: str = "auto",
 ) -> GRPOLossOutput:
@@ -171,6 +176,10 @@ def linear_grpo_loss(
         bias, logits_dtype, workspace_bytes: As for ``linear_token_logprobs``.
         max_logits_bytes: As for ``linear_token_logprobs``, where that is what runs; no effect where one pass does, or
             the divergence is exact.
+        max_live_rows: At most so many rows may have a gradient: unmasked, with an advantage and a weight that are not
+            0, a KL term or an entropy bonus. Nothing is then read back, where otherwise their number is, and the
+            backward is of so many rows; masked rows are projected as others are. None reads the number. More than
+            these are told by ``check_device_values``, on a CPU at once. No effect for the "torch" backend.
         backend: "auto", or one of ``grpo_kernels.registry.BACKENDS``. "torch" forms the whole logits.
 
     Returns:
@@ -224,6 +233,8 @@ def linear_grpo_loss(
         debug=debug,
     )
     check_id_range("completion_ids", completion_ids, inputs.mask, vocab, debug)
+    if max_live_rows is not None and max_live_rows < 0:
+        raise ValueError(f"max_live_rows must be at least 0, got {max_live_rows}")
     if debug:
         check_device_values(hidden_states.device)
     if backend != "torch":
@@ -243,7 +254,10 @@ def linear_grpo_loss(
             config,
             comparison,
             backend,
+            max_live_rows,
         )
+    if max_live_rows is not None:
+        raise ValueError(f"max_live_rows must be None where a ratio waits for its sequence, got {max_live_rows}")
     common = {
         "bias": bias,
         "temperature": config.temperature,

@@ -85,7 +85,7 @@ class SpeculatedLogprobs(torch.autograd.Function):
         code = (expected.code.options, expected.code.params)
         logprobs, entropy, _, *grads = linear_grpo_loss_fwd[backend](
             hidden.detach(), weight, bias, *dtypes, workspace_bytes, *NO_REFERENCE, ids, *expected.flat, *code,
-            *comparison, *needs,
+            *comparison, *needs, None,
         )  # fmt: skip
         coefficients = token_coefficients(logprobs, entropy, expected.flat, code, backend)
         mask, entropy_weights = expected.mask, expected.entropy_weights

@@ -8,6 +8,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from grpo_kernels.ops.device_values import note_live_rows
+
+#: A chunk with more dead rows than this is packed: below it moving the live ones costs more than their GEMMs save.
+_WORTH_PACKING = 1 / 8
+
 
 @dataclass(frozen=True)
 class Rows:
@@ -28,20 +33,25 @@ class Rows:
     mask: Tensor | None = None  # [N]
 
     @classmethod
-    def of(cls, mask: Tensor | None, live: Tensor | None, like: Tensor) -> Rows:
+    def of(cls, mask: Tensor | None, live: Tensor | None, like: Tensor, max_live: int | None = None) -> Rows:
         """The rows of ``like [N, ...]``. One sync, and none where a CUDA graph is captured: then all are taken.
 
         Args:
             mask: ``[N]`` bool; None where none is masked.
             live: ``[N]`` bool, which may have a gradient; None means all.
             like: Gives the number of rows and the device.
+            max_live: At most so many may have one: no sync, and masked rows stay among the others, last.
         """
         rows = like.shape[0]
-        if (mask is None and live is None) or is_capturing(like.device):
+        if (mask is None and live is None) or (max_live is None and is_capturing(like.device)):
             return cls(None, rows, rows, like.device, mask)
         # 2 live, 1 dead, 0 masked
         unmasked = torch.ones(rows, dtype=torch.bool, device=like.device) if mask is None else mask
         kind = unmasked.to(torch.uint8) + (unmasked if live is None else unmasked & live)
+        if max_live is not None:
+            note_live_rows((kind == 2).sum(), max_live)
+            order = kind.argsort(descending=True, stable=True)
+            return cls(order, min(max_live, rows), rows, like.device, unmasked[order])
         n_live, count = torch.stack([(kind == 2).sum(), (kind > 0).sum()]).tolist()
         if n_live == rows:
             return cls(None, rows, rows, like.device)
@@ -88,6 +98,21 @@ def row_chunks(begin: int, end: int, row_bytes: int, workspace_bytes: int, multi
     size = -(-(end - begin) // (count * multiple)) * multiple
     for start in range(begin, end, size):
         yield slice(start, min(start + size, end))
+
+
+def pack_live(backend: str, values: Tensor, live: Tensor) -> tuple[Tensor, Tensor]:  # [n, V], [n] -> [m, V], [m]
+    """The live rows of ``values``, in its memory, and which rows they were. One sync, for their number.
+
+    "cuda" moves no more rows than there are dead ones, in whatever order that makes; elsewhere the order is kept.
+    """
+    if backend == "cuda":
+        order, count = torch.ops.grpo_kernels.pack_rows_cuda(values, live)
+        number = int(count)
+        return values[:number], order[:number]
+    index = live.nonzero()[:, 0]
+    if index.shape[0] >= (1 - _WORTH_PACKING) * live.shape[0]:
+        return values, torch.arange(live.shape[0], device=live.device)
+    return pack_rows(values, index), index
 
 
 def pack_rows(values: Tensor, index: Tensor) -> Tensor:  # [n, V], [m] -> [m, V]
