@@ -29,11 +29,11 @@ class Projection(NamedTuple):
 class Headed(NamedTuple):
     """What a forward with a ``head`` returns."""
 
-    result: Any  # the function's
+    result: Any  # the function's: a tensor, or tensors in a tuple
     aux_loss: Tensor | None  # of a mixture of experts that was asked for it, unweighted
 
 
-#: From hidden states ``[B, T, H]`` and the projection to whatever the caller wants.
+#: From hidden states ``[B, T, H]`` and the projection to a tensor, or a tuple with tensors in it.
 Head = Callable[[Tensor, Projection], Any]
 
 
@@ -54,13 +54,18 @@ def open_head(model: Any) -> Any:
     Raises:
         TypeError: The head is quantised.
         RuntimeError: The model's own logits are others: its head does something more.
-        ValueError: The model has no output embeddings.
+        ValueError: The model has no output embeddings, or is divided already.
     """
     head = model.get_output_embeddings()
     if head is None:
         raise ValueError(f"{type(model).__name__} has no output embeddings")
     if not head.weight.is_floating_point():
         raise TypeError(f"the head must be floating point, not quantised: got {head.weight.dtype}")
+    if not head.weight.numel():
+        raise ValueError(
+            "the head's weight is not in this process: under ZeRO-3 load the model whole, after "
+            "transformers.integrations.unset_hf_deepspeed_config(), and open its head before it is divided"
+        )
     transform = _transform_of(model.config.get_text_config())
     original = model.forward
 
@@ -73,14 +78,14 @@ def open_head(model: Any) -> Any:
         def project(hidden: Tensor) -> Tensor:
             weight, bias = (_whole(x) for x in (projection.weight, projection.bias))
             results.append(head(hidden.to(weight.device), Projection(weight, bias, *transform)))
-            return hidden[..., :1]  # for what the forward does to its logits
+            return hidden[..., :1].clone()  # for what the forward does to its logits
 
         projection.forward = project
         try:
             outputs = original(*args, **(kwargs | {"use_cache": False}))
         finally:
             del projection.forward
-        return Headed(results[0], getattr(outputs, "aux_loss", None))
+        return Headed(_after(outputs.logits, results[0]), getattr(outputs, "aux_loss", None))
 
     model.forward = types.MethodType(forward, model)
     try:
@@ -89,6 +94,31 @@ def open_head(model: Any) -> Any:
         model.forward = original
         raise
     return model
+
+
+class _After(torch.autograd.Function):
+    """A value whose gradient, on its way back, passes the head module's output first.
+
+    There the hooks wait that gather the module's weight again, which its forward let go. They get no gradient, and
+    the nodes behind them do no work. The engine takes the node that was made last, and the output was made after
+    the value.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, value: Tensor, output: Tensor) -> Tensor:
+        return value.clone()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return grad, None
+
+
+def _after(output: Tensor, result: Any) -> Any:
+    """The result with ``_After`` on what has a gradient in it."""
+    if isinstance(result, tuple):
+        values = [_after(output, value) for value in result]
+        return type(result)(*values) if hasattr(result, "_fields") else tuple(values)
+    return _After.apply(result, output) if isinstance(result, Tensor) and result.requires_grad else result
 
 
 def _whole(parameter: Tensor | None) -> Tensor | None:

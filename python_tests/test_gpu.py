@@ -1,6 +1,6 @@
-"""The Triton backend on a GPU: at real sizes, past 2^31 elements, captured, twice over, within its memory.
+"""The Triton and CUDA backends on a GPU: at real sizes, past 2^31 elements, captured, twice over, within its memory.
 
-Under Triton's interpreter the same checks run at small sizes, but for those that only a GPU can fail.
+Under Triton's interpreter the same checks of Triton run at small sizes, but for those that only a GPU can fail.
 """
 
 from __future__ import annotations
@@ -11,11 +11,13 @@ import signal
 import subprocess
 import sys
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import nullcontext
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+import cuda_resources
 import pytest
 import torch
 from test_conformance import is_tested
@@ -29,14 +31,17 @@ from grpo_kernels.testing.inputs import Inputs, build
 
 ON_GPU = torch.cuda.is_available()
 DEVICE = torch.device("cuda" if ON_GPU else "cpu")
-_REASON = registry.unsupported_reason("grpo_loss", "triton", DEVICE)
-if _REASON is not None:
-    pytest.skip(f"needs a GPU, or Triton's interpreter: {_REASON}", allow_module_level=True)
+_REASONS = {name: registry.unsupported_reason("grpo_loss", name, DEVICE) for name in ("triton", "cuda")}
+#: Whose kernels run here.
+BACKENDS = tuple(name for name, reason in _REASONS.items() if reason is None)
+if not BACKENDS:
+    pytest.skip(f"needs a GPU, or Triton's interpreter: {_REASONS}", allow_module_level=True)
 
 HALF, SINGLE = torch.bfloat16, torch.float32
 DTYPES = (SINGLE, HALF, torch.float16)
 # Llama 3, DeepSeek V3, Qwen2.5, and a prime
 VOCABULARIES = (128256, 129280, 151936, 131071) if ON_GPU else (256, 514, 131)
+WIDE = 40960  # the least that a cluster of several blocks holds a row of, of either width
 KL = GRPOLossConfig(beta=0.1, epsilon_high=0.28, entropy_coef=0.01)
 
 
@@ -56,16 +61,40 @@ def poisoned_memory() -> Iterator[None]:
     check_device_values(DEVICE)
 
 
-def _assert_conforms(op: str, case: Case, dtype: torch.dtype, **options: Any) -> None:
+def on_each_backend(ops: Iterable[str]) -> pytest.MarkDecorator:
+    """Every op on every backend that has kernels for it."""
+    pairs = [(op, backend) for op in ops for backend in BACKENDS if registry.supports(op, backend, DEVICE)]
+    return pytest.mark.parametrize(("op", "backend"), pairs)
+
+
+def _is_run(op: str, backend: str, dtype: torch.dtype, case: Case) -> bool:
+    """Whether the conformance suite has it for Triton and the backend has the kernels that it takes."""
+    needed = {"logits": "token_divergence", "hidden": "linear_token_divergence"}
+    ops = [op, needed.get(SOURCES[op], op)] if case.config.has_exact_divergence else [op]
+    return is_tested(op, "triton", dtype, case) and all(registry.supports(each, backend, DEVICE) for each in ops)
+
+
+@lru_cache(maxsize=1)  # the next test asks the other backend for the same
+def _expected(op: str, case: Case, dtype: torch.dtype) -> tuple[Inputs, dict[str, Tensor], dict[str, Tensor]]:
     inputs = build(case, dtype, SOURCES[op]).to(DEVICE)
     with nullcontext() if dtype == SINGLE else rounded_dlogits(dtype):
         reference = run(op, inputs, "torch")
-    assert_near_baseline(run(op, inputs, "triton", **options), reference, run(op, inputs.double(), "torch"), dtype)
+    return inputs, reference, run(op, inputs.double(), "torch")
+
+
+def _assert_conforms(op: str, backend: str, case: Case, dtype: torch.dtype) -> None:
+    inputs, reference, baseline = _expected(op, case, dtype)
+    assert_near_baseline(run(op, inputs, backend), reference, baseline, dtype)
+
+
+#: As the sanitizer names our kernels: Triton's by their ending, of CUDA's all that the build has.
+KERNELS = ("_kernel", *{name.split("<")[0] for name in cuda_resources.recorded()[1]})
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("tool", ["memcheck", "racecheck"])
-def test_compute_sanitizer(tool: str) -> None:
+def test_compute_sanitizer(tool: str, backend: str) -> None:
     sanitizer = shutil.which("compute-sanitizer", path=os.environ.get("PATH", "") + ":/usr/local/cuda/bin")
     if sanitizer is None:
         pytest.skip("compute-sanitizer is not installed")
@@ -75,7 +104,7 @@ def test_compute_sanitizer(tool: str) -> None:
     command += [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "no:xdist", __file__]
     environment = dict(os.environ, PYTORCH_NO_CUDA_MEMORY_CACHING="1")
     with subprocess.Popen(
-        [*command, "-k", "test_small_shapes"], cwd=Path(__file__).parents[1], env=environment, text=True,
+        [*command, "-k", f"test_small_shapes and {backend}"], cwd=Path(__file__).parents[1], env=environment, text=True,
         stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True,
     ) as run:  # fmt: skip
         try:
@@ -86,44 +115,47 @@ def test_compute_sanitizer(tool: str) -> None:
             pytest.fail(f"{tool} took over 240 s: {output[-2000:]}")
     if "Device not supported" in output:
         pytest.skip("compute-sanitizer does not support this device")
-    ours = [line for line in output.splitlines() if "=========" in line and "_kernel" in line]
+    told = [line for line in output.splitlines() if "=========" in line]
+    ours = [line for line in told if any(name in line for name in KERNELS)]
     assert run.returncode == 0 or not ours, output[-4000:]
     assert " passed" in output, output[-4000:]
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize(
-    ("op", "dtype", "case"),
+    ("op", "backend", "dtype", "case"),
     [
-        pytest.param(op, dtype, case, id=f"{op}-{str(dtype)[6:]}-{case}")
+        pytest.param(op, backend, dtype, case, id=f"{op}-{backend}-{str(dtype)[6:]}-{case}")
         for op in SOURCES
         for case in ALL_CASES
         for dtype in DTYPES
-        if is_tested(op, "triton", dtype, case)
+        for backend in BACKENDS
+        if _is_run(op, backend, dtype, case)
     ],
 )
-def test_conformance_suite(op: str, dtype: torch.dtype, case: Case) -> None:
-    _assert_conforms(op, case, dtype)
+def test_conformance_suite(op: str, backend: str, dtype: torch.dtype, case: Case) -> None:
+    _assert_conforms(op, backend, case, dtype)
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("vocab", VOCABULARIES)
 @pytest.mark.parametrize("op", ["token_logprobs", "grpo_loss", "linear_token_logprobs", "linear_grpo_loss"])
-def test_real_vocabularies(op: str, vocab: int, dtype: torch.dtype) -> None:
+def test_real_vocabularies(op: str, vocab: int, dtype: torch.dtype, backend: str) -> None:
     size = {"batch": 8, "length": 32, "hidden": 256} if ON_GPU else {"batch": 2, "length": 3}
-    _assert_conforms(op, Case(f"real_{vocab}", vocab=vocab, mask="holes", config=KL, **size), dtype)
+    _assert_conforms(op, backend, Case(f"real_{vocab}", vocab=vocab, mask="holes", config=KL, **size), dtype)
 
 
-@pytest.mark.parametrize("op", ["policy_loss", "grpo_loss", "token_logprobs"])
-def test_long_completions(op: str) -> None:
+@on_each_backend(["policy_loss", "grpo_loss", "token_logprobs"])
+def test_long_completions(op: str, backend: str) -> None:
     """70,000 tokens: more than a grid's second dimension takes."""
     size = {"length": 70_000, "vocab": 521} if ON_GPU else {"length": 70, "vocab": 23}
-    _assert_conforms(op, Case("long", batch=2, config=KL, **size), SINGLE)
+    _assert_conforms(op, backend, Case("long", batch=2, config=KL, **size), SINGLE)
 
 
 def _ends_of_a_huge_batch(logits: Tensor, ids: Tensor, op: str, backend: str, ends: list[int]) -> dict[str, Tensor]:
-    """What ``op`` makes of the rows ``ends``; in place where it is "triton"."""
-    leaf, inplace = logits.requires_grad_(), backend == "triton"
+    """What ``op`` makes of the rows ``ends``; in place but for "torch"."""
+    leaf, inplace = logits.requires_grad_(), backend != "torch"
     if op == "grpo_loss":  # each token weighs the same however many there are
         mask, advantages = torch.ones(ids.shape, device=DEVICE), torch.ones(1, device=DEVICE)
         out = grpo_loss(leaf, ids, advantages, mask, num_items_in_batch=4.0, inplace=inplace, backend=backend)
@@ -137,8 +169,8 @@ def _ends_of_a_huge_batch(logits: Tensor, ids: Tensor, op: str, backend: str, en
 
 
 @pytest.mark.parametrize("vocab", [151936, 131071] if ON_GPU else [64, 61])
-@pytest.mark.parametrize("op", ["grpo_loss", "token_logprobs"])
-def test_more_than_2_to_the_31_logits(op: str, vocab: int) -> None:
+@on_each_backend(["grpo_loss", "token_logprobs"])
+def test_more_than_2_to_the_31_logits(op: str, backend: str, vocab: int) -> None:
     """The first rows and the last, 2^31 elements apart, against the reference's of those rows alone."""
     rows = 2**31 // vocab + 3 if ON_GPU else 9
     generator = torch.Generator(DEVICE).manual_seed(0)
@@ -146,7 +178,7 @@ def test_more_than_2_to_the_31_logits(op: str, vocab: int) -> None:
     ids = torch.randint(vocab, (1, rows), generator=generator, device=DEVICE)
     ends = [0, 1, rows - 2, rows - 1]
     few, few_ids = logits[:, ends].clone(), ids[:, ends]
-    got = _ends_of_a_huge_batch(logits, ids, op, "triton", ends)
+    got = _ends_of_a_huge_batch(logits, ids, op, backend, ends)
     reference, baseline = (
         _ends_of_a_huge_batch(values, few_ids, op, "torch", [0, 1, 2, 3]) for values in (few.clone(), few.double())
     )
@@ -158,29 +190,30 @@ def _real(op: str, dtype: torch.dtype = HALF, vocab: int = VOCABULARIES[2], **op
     return build(Case("real", vocab=vocab, **({"config": KL} | size | options)), dtype, SOURCES[op]).to(DEVICE)
 
 
-@pytest.mark.parametrize("op", SOURCES)
-def test_runs_are_bit_equal(op: str) -> None:
+@on_each_backend(SOURCES)
+def test_runs_are_bit_equal(op: str, backend: str) -> None:
     inputs = _real(op)
-    first, second = run(op, inputs, "triton"), run(op, inputs, "triton")
+    first, second = run(op, inputs, backend), run(op, inputs, backend)
     assert all(torch.equal(first[name], second[name]) for name in first)
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("level", ["token", "sequence"])
-@pytest.mark.parametrize("op", SOURCES)
-def test_captured_graphs_replay(op: str, level: str) -> None:
+@pytest.mark.parametrize("vocab", [4099, WIDE] if ON_GPU else [4099])
+@on_each_backend(SOURCES)
+def test_captured_graphs_replay(op: str, backend: str, vocab: int, level: str) -> None:
     """Forward and backward, on values that were not there when they were captured."""
     config = GRPOLossConfig(beta=0.1, importance_sampling_level=level)
-    size = {"batch": 8, "length": 24, "vocab": 4099, "mask": "holes", "config": config}
+    size = {"batch": 8, "length": 24, "vocab": vocab, "mask": "holes", "config": config}
     static, other = (build(Case(name, **size), HALF, SOURCES[op]).to(DEVICE) for name in ("captured", "replayed"))
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
-        run(op, static, "triton")
+        run(op, static, backend)
     torch.cuda.current_stream().wait_stream(stream)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        captured = run(op, static, "triton")
+        captured = run(op, static, backend)
     for name, values in static.tensors().items():
         values.copy_(other.tensors()[name])
     graph.replay()
@@ -195,6 +228,7 @@ BONUS, PLAIN = GRPOLossConfig(entropy_coef=0.01), GRPOLossConfig()
 #: Waits of the host: for the count of unmasked rows and of those that may be live; of those with a gradient; and, in
 #: each chunk where rows may turn out to be clipped, for which are not.
 @pytest.mark.gpu
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize(
     ("op", "config", "advantages", "waits"),
     [
@@ -207,15 +241,17 @@ BONUS, PLAIN = GRPOLossConfig(entropy_coef=0.01), GRPOLossConfig()
         ("linear_grpo_loss", PLAIN, "sequence", 2),
     ],
 )
-def test_the_host_waits_for_counts_of_rows_alone(op: str, config: GRPOLossConfig, advantages: str, waits: int) -> None:
+def test_the_host_waits_for_counts_of_rows_alone(
+    op: str, config: GRPOLossConfig, advantages: str, waits: int, backend: str
+) -> None:
     inputs = _real(op, config=config, advantages=advantages)
-    run(op, inputs, "triton")
+    run(op, inputs, backend)
     torch.cuda.synchronize()
     torch.cuda.set_sync_debug_mode("warn")
     try:
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
-            run(op, inputs, "triton")
+            run(op, inputs, backend)
     finally:
         torch.cuda.set_sync_debug_mode("default")
     syncs = [str(warning.message) for warning in caught if "synchroniz" in str(warning.message)]
@@ -236,23 +272,27 @@ _SLACK = 64 << 20  # what the allocator rounds up, and temporaries of [N]
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("inplace", [True, False])
-def test_memory_of_grpo_loss_is_its_gradient(inplace: bool) -> None:
+def test_memory_of_grpo_loss_is_its_gradient(inplace: bool, backend: str) -> None:
     torch.utils.deterministic.fill_uninitialized_memory = False
     logits = torch.randn(1, 8192, VOCABULARIES[0], device=DEVICE, dtype=HALF)
     ids, mask = torch.zeros(1, 8192, dtype=torch.long, device=DEVICE), torch.ones(1, 8192, device=DEVICE)
 
     def step() -> None:
         leaf = logits.detach().requires_grad_()
-        grpo_loss(leaf, ids, mask[:, 0], mask, inplace=inplace, backend="triton").loss.backward()
+        grpo_loss(leaf, ids, mask[:, 0], mask, inplace=inplace, backend=backend).loss.backward()
 
     assert _peak(step) <= (0 if inplace else logits.nbytes) + _SLACK
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("live", [1.0, 0.25])
 @pytest.mark.parametrize("logits_dtype", [SINGLE, HALF], ids=str)
-def test_memory_of_linear_grpo_loss_is_its_workspace_and_gradients(logits_dtype: torch.dtype, live: float) -> None:
+def test_memory_of_linear_grpo_loss_is_its_workspace_and_gradients(
+    logits_dtype: torch.dtype, live: float, backend: str
+) -> None:
     torch.utils.deterministic.fill_uninitialized_memory = False
     tokens, width, vocab = 16384, 1024, VOCABULARIES[0]
     hidden = torch.randn(16, tokens // 16, width, device=DEVICE, dtype=HALF, requires_grad=True)
@@ -267,7 +307,7 @@ def test_memory_of_linear_grpo_loss_is_its_workspace_and_gradients(logits_dtype:
     def step() -> None:
         hidden.grad = weight.grad = None
         out = linear_grpo_loss(hidden, weight, ids, advantages, mask, old_logprobs=old, logits_dtype=logits_dtype,
-                               backend="triton")  # fmt: skip
+                               backend=backend)  # fmt: skip
         out.loss.backward()
         hidden.grad = weight.grad = None
 
@@ -277,21 +317,23 @@ def test_memory_of_linear_grpo_loss_is_its_workspace_and_gradients(logits_dtype:
 
 
 @pytest.mark.gpu
-def test_ids_outside_the_vocabulary_are_told_later() -> None:
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_ids_outside_the_vocabulary_are_told_later(backend: str) -> None:
     logits, ids = torch.randn(2, 3, 1000, device=DEVICE), torch.zeros(2, 3, dtype=torch.long, device=DEVICE)
     ids[1, 1] = 2**40
-    loss = grpo_loss(logits, ids, torch.ones(2, device=DEVICE), torch.ones(2, 3, device=DEVICE)).loss
+    given = (logits, ids, torch.ones(2, device=DEVICE), torch.ones(2, 3, device=DEVICE))
+    loss = grpo_loss(*given, backend=backend).loss
     assert loss.isfinite()
     with pytest.raises(ValueError, match="an id outside the vocabulary where unmasked, at 4"):
         check_device_values(DEVICE)
     with pytest.raises(ValueError, match="completion_ids must lie in"):
-        grpo_loss(logits, ids, torch.ones(2, device=DEVICE), torch.ones(2, 3, device=DEVICE), debug=True)
+        grpo_loss(*given, debug=True, backend=backend)
 
 
-@pytest.mark.parametrize("vocab", [1, 67, 1031, 4096])
+@pytest.mark.parametrize("vocab", [1, 67, 1031, 4096, WIDE] if ON_GPU else [1, 67, 1031, 4096])
 @pytest.mark.parametrize("dtype", [SINGLE, HALF], ids=str)
-@pytest.mark.parametrize("op", SOURCES)
-def test_small_shapes(op: str, dtype: torch.dtype, vocab: int) -> None:
+@on_each_backend(SOURCES)
+def test_small_shapes(op: str, backend: str, dtype: torch.dtype, vocab: int) -> None:
     """What the sanitizer runs."""
-    results = run(op, _real(op, dtype, vocab, batch=2, length=3, mask="holes"), "triton")
+    results = run(op, _real(op, dtype, vocab, batch=2, length=3, mask="holes"), backend)
     assert all(values.isfinite().all() for values in results.values())

@@ -2,19 +2,25 @@
 
 from __future__ import annotations
 
+import errno
+import io
 import json
+import os
 import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 import torch
+from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from grpo_kernels import cli
+from grpo_kernels.files import replace_text, replacing
 from grpo_kernels.training import addition
-from grpo_kernels.training.checkpoint import clear_run, list_checkpoints, save_checkpoint
+from grpo_kernels.training.checkpoint import clear_run, list_checkpoints, save_checkpoint, standing
 from grpo_kernels.training.models import load_tokenizer
 from grpo_kernels.training.reporting import MetricsFile, heading, plot_curves, read_metrics
 
@@ -92,6 +98,65 @@ def test_metrics_can_be_read_while_the_file_is_open(tmp_path):
     file.write({"step": 2, "reward": 0.75})
     assert read_metrics(tmp_path / "metrics.jsonl") == [{"step": 1, "reward": 0.5}, {"step": 2, "reward": 0.75}]
     file.close()
+
+
+class FullDisk(io.FileIO):
+    """Has room for so many bytes, of the last write a part, as the disk of an operating system."""
+
+    room = 60
+
+    def write(self, data):
+        if not self.room:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        written = super().write(bytes(data)[: self.room])
+        self.room -= written
+        return written
+
+
+def test_a_record_that_a_full_disk_has_no_room_for_is_not_there_in_part(tmp_path):
+    file = MetricsFile(tmp_path / "metrics.jsonl")
+    file._file = FullDisk(tmp_path / "metrics.jsonl", "ab")
+    file.write({"step": 1, "reward": 0.5})
+    for _ in range(2):
+        with pytest.raises(OSError, match="No space left on device"):
+            file.write({"step": 2, "reward": 0.123456789123456789})
+    assert (tmp_path / "metrics.jsonl").read_bytes() == b'{"step": 1, "reward": 0.5}\n'
+    file._file.room = 10_000
+    file.write({"step": 2, "reward": 0.25})
+    assert [record["step"] for record in read_metrics(tmp_path / "metrics.jsonl")] == [1, 2]
+    file.close()
+    full = Path("/dev/full")
+    if full.exists():
+        with pytest.raises(OSError, match="No space left on device"):
+            MetricsFile(full).write({"step": 1})
+
+
+@pytest.mark.parametrize("error", [OSError(errno.ENOSPC, "No space left on device"), SafetensorError("No space left")])
+def test_a_full_disk_leaves_the_earlier_checkpoint_and_nothing_else(tmp_path, model, tokenizer, monkeypatch, error):
+    save_checkpoint(tmp_path, 1, model, tokenizer, keep=1)
+
+    def full(folder):
+        raise error
+
+    with monkeypatch.context() as patch:
+        patch.setattr(tokenizer, "save_pretrained", full)
+        with pytest.raises(OSError, match=r"checkpoint-2 could not be written: .*No space left"):
+            save_checkpoint(tmp_path, 2, model, tokenizer, keep=1)
+    assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-1"]
+    assert standing(tmp_path).startswith(f"last complete checkpoint: {tmp_path / 'checkpoint-1'}; metrics: ")
+    AutoModelForCausalLM.from_pretrained(tmp_path / "checkpoint-1")
+
+
+def test_a_file_is_replaced_as_a_whole_or_stays(tmp_path):
+    path = replace_text(tmp_path / "a.txt", "one")
+    with pytest.raises(ValueError, match="stop"), replacing(path) as unfinished:
+        unfinished.write_text("tw")
+        raise ValueError("stop")
+    assert path.read_text() == "one" and [p.name for p in tmp_path.iterdir()] == ["a.txt"]
+    with replacing(path) as unfinished:
+        unfinished.write_bytes(b"\x00two")
+        assert path.read_text() == "one"
+    assert path.read_bytes() == b"\x00two" and [p.name for p in tmp_path.iterdir()] == ["a.txt"]
 
 
 def test_curves_are_drawn_with_and_without_a_kl(tmp_path):

@@ -140,9 +140,9 @@ def test_the_experts_own_loss_is_the_models() -> None:
     positions = (kept.cumsum(1) - 1).clamp(min=0)
     expected = model(ids, attention_mask=kept, position_ids=positions, output_router_logits=True).aux_loss
     policy = Policy(model, GRPOLossConfig())
-    loss, output, aux_loss = policy.loss(rollout, ADVANTAGES, loss_scale=0.5)
+    loss, output, aux_loss = policy.loss(rollout, ADVANTAGES, loss_scale=0.5, aux_loss_scale=0.25)
     torch.testing.assert_close(aux_loss, expected)
-    torch.testing.assert_close(loss, output.loss + 0.5 * 0.5 * expected)
+    torch.testing.assert_close(loss, output.loss + 0.5 * 0.25 * expected)
     with pytest.raises(ValueError, match=r"router_aux_loss_coef is 0\.1, but Qwen2ForCausalLM is no mixture"):
         Policy(model_of("tied"), GRPOLossConfig(), aux_loss_coef=0.1)
 

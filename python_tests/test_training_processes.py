@@ -1,7 +1,8 @@
-"""Two processes take the step of one with the whole batch: DDP on gloo."""
+"""Two processes take the steps of one with the whole batch: DDP, FSDP2 and DeepSpeed's ZeRO on gloo."""
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import subprocess
@@ -12,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from torch import Tensor
 
 from grpo_kernels.training.recipe import Recipe
 
@@ -21,63 +23,198 @@ SETTINGS: dict[str, Any] = {
     "max_steps": 4, "scale_rewards": "batch", "max_grad_norm": 0.5, "num_eval_prompts": 0, "disable_tqdm": True,
     "adam_epsilon": 1e-3,  # AdamW turns the rounding of a gradient near 0 into a step
 }  # fmt: skip
+CASES: dict[str, tuple[bool, dict[str, Any]]] = {  # whether the head is the embedding, and what the recipe changes
+    "tied": (True, {}),
+    "untied-sequence": (False, {"importance_sampling_level": "sequence"}),
+}
 
 
-def worker(out: str, processes: int) -> None:
-    """Two steps on fixed completions; their metrics and the parameters after them, by the main process."""
-    torch.set_num_threads(1)
-    from accelerate import Accelerator
+class Found:
+    """What a launch wrote, by case."""
+
+    def __init__(self, folder: Path, mode: str) -> None:
+        self.metrics = {name: json.loads((folder / f"{mode}-{name}.json").read_text()) for name in CASES}
+        self.weights = {name: load_file(folder / f"{mode}-{name}.safetensors") for name in CASES}
+        self.folder, self.mode = folder, mode
+
+    def checkpoint(self, name: str) -> Path:
+        return self.folder / f"{self.mode}-{name}" / "checkpoint-2"
+
+
+def model_of(tokenizer: Any, tied: bool) -> Any:
+    import transformers
 
     from grpo_kernels.training import addition
-    from grpo_kernels.training.data import Task
-    from grpo_kernels.training.loop import GRPOLoop
-    from grpo_kernels.training.rollout import teacher_forced
 
+    config = addition.build_model(tokenizer, seed=0).config
+    config.tie_word_embeddings = tied
+    torch.manual_seed(0)
+    return transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+
+
+def accelerator_of(mode: str) -> Any:
+    """accelerate has FSDP for accelerators alone, so on a CPU its state is told by hand; the rest is its own.
+
+    DeepSpeed it has, but there it would count one process.
+    """
+    from accelerate import Accelerator, DeepSpeedPlugin, PartialState
+    from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
+
+    from grpo_kernels.training.wrapping import load_models_whole
+
+    if mode.startswith("zero"):
+        zero = {"stage": int(mode[-1]), "stage3_gather_16bit_weights_on_model_save": True}
+        zero["stage3_param_persistence_threshold"] = 0  # however small
+        PartialState(cpu=True)
+        os.environ["ACCELERATE_USE_DEEPSPEED"] = "true"
+        accelerator = Accelerator(deepspeed_plugin=DeepSpeedPlugin(hf_ds_config={"zero_optimization": zero}))
+        load_models_whole(accelerator)
+        return accelerator
     accelerator = Accelerator(cpu=True)
-    assert accelerator.num_processes == processes, accelerator.num_processes
-    tokenizer = addition.build_tokenizer()
-    model = addition.build_model(tokenizer, seed=0).eval()
-    rows, _ = addition.build_rows(0, 0)
-    share = 8 // processes
-    recipe = Recipe(**(SETTINGS | {"gradient_accumulation_steps": share // 2}))
-    loop = GRPOLoop(Task(model, tokenizer, rows, [], {}), recipe, accelerator)
-    mine = slice(accelerator.process_index * share, (accelerator.process_index + 1) * share)
-    completions = [" ".join("123456"[: 1 + k % 6]) for k in range(8)]  # of unequal lengths
-    rollout = teacher_forced(tokenizer, [row["prompt"] for row in rows[:8]][mine], completions[mine])
-    every = torch.tensor([[1.0], [0.0], [0.5], [2.0], [0.0], [0.0], [1.0], [3.0]])
-    batch = loop._batch(rollout, every)
-    found = []
-    for _ in range(2):
-        micro_batches = [batch.select(part) for part in torch.arange(share).split(2)]
-        found.append(loop.optimizer_step(micro_batches))
-    weights = accelerator.get_state_dict(loop.policy.wrapped)
-    if accelerator.is_main_process:
-        save_file({name: value.clone().contiguous() for name, value in weights.items()}, out + ".safetensors")
-        Path(out).write_text(json.dumps(found))
+    if mode == "fsdp2":
+        PartialState._shared_state["distributed_type"] = DistributedType.FSDP  # what every later state begins with
+        accelerator.state.distributed_type = DistributedType.FSDP
+        accelerator.state.fsdp_plugin = FullyShardedDataParallelPlugin(
+            fsdp_version=2, reshard_after_forward=True, auto_wrap_policy="transformer_based_wrap",
+            transformer_cls_names_to_wrap=["Qwen2DecoderLayer"], cpu_ram_efficient_loading=False,
+        )  # fmt: skip
+    return accelerator
+
+
+def worker(folder: Path, mode: str) -> None:
+    torch.set_num_threads(1)
+    accelerator = accelerator_of(mode)
+    assert accelerator.num_processes == (1 if mode == "one" else 2), accelerator.num_processes
+    for name in CASES:
+        steps_of(folder, mode, name, accelerator)
+    if mode == "fsdp2":
+        gradients_of_a_head_that_lets_its_weight_go()
     accelerator.end_training()
 
 
-def launched(processes: int, folder: Path) -> tuple[list[dict[str, float]], dict[str, torch.Tensor]]:
-    out = folder / f"processes-{processes}"
-    command = [sys.executable, __file__, str(out), str(processes)]
-    if processes > 1:
-        command[1:1] = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
+def loop_of(name: str, accelerator: Any) -> Any:
+    from grpo_kernels.training import addition
+    from grpo_kernels.training.data import Task
+    from grpo_kernels.training.loop import GRPOLoop
+
+    tied, changes = CASES[name]
+    tokenizer = addition.build_tokenizer()
+    rows, _ = addition.build_rows(0, 0)
+    recipe = Recipe(**(SETTINGS | {"gradient_accumulation_steps": 4 // accelerator.num_processes} | changes))
+    return GRPOLoop(Task(model_of(tokenizer, tied), tokenizer, rows, [], {}), recipe, accelerator)
+
+
+def steps_of(folder: Path, mode: str, name: str, accelerator: Any) -> None:
+    """Two steps on fixed completions: their metrics, what is sampled after them, the weights and a checkpoint.
+
+    A third is taken by this loop and by one that goes on from the checkpoint, which DeepSpeed has not.
+    """
+    from grpo_kernels.training.checkpoint import load_weights, save_checkpoint
+    from grpo_kernels.training.rollout import generate, teacher_forced
+    from grpo_kernels.training.state import read_state
+
+    loop = loop_of(name, accelerator)
+    if mode == "fsdp2":
+        is_divided = [hasattr(p, "full_tensor") for m in (loop.model, loop.policy.reference) for p in m.parameters()]
+        assert accelerator.is_fsdp2 and all(is_divided)
+    share = 8 // accelerator.num_processes
+    mine = slice(accelerator.process_index * share, (accelerator.process_index + 1) * share)
+    completions = [" ".join("123456"[: 1 + k % 6]) for k in range(8)]  # of unequal lengths
+    prompts = [row["prompt"] for row in loop.rows[:8]][mine]
+    rollout = teacher_forced(loop.tokenizer, prompts, completions[mine])
+    every = torch.tensor([[1.0], [0.0], [0.5], [2.0], [0.0], [0.0], [1.0], [3.0]])
+    batch = loop._batch(rollout, every)
+    micro_batches = [batch.select(part) for part in torch.arange(share).split(2)]
+    found = [loop.optimizer_step(micro_batches) for _ in range(2)]
+    greedy = generate(
+        loop.model, loop.tokenizer, prompts, max_completion_length=4, temperature=0.0, synced=mode != "one"
+    )
+    sampled = accelerator.gather(accelerator.pad_across_processes(greedy.completion_ids, dim=1)).tolist()
+    checkpoint = save_checkpoint(folder / f"{mode}-{name}", 2, loop.model, loop.tokenizer, keep=1, loop=loop)
+    weights = accelerator.get_state_dict(loop.policy.wrapped)
+    weights = {key: value.clone() for key, value in weights.items()} if accelerator.is_main_process else {}
+    if not mode.startswith("zero"):
+        loop.optimizer_step(micro_batches)
+        expected = accelerator.get_state_dict(loop.policy.wrapped)
+        accelerator.free_memory()
+        resumed = loop_of(name, accelerator)
+        load_weights(checkpoint, resumed)
+        read_state(checkpoint, resumed)
+        resumed.optimizer_step(micro_batches)
+        whole = accelerator.get_state_dict(resumed.policy.wrapped)
+        assert all(torch.equal(whole[key], value) for key, value in expected.items())
+    accelerator.free_memory()
+    if accelerator.is_main_process:
+        save_file(weights, folder / f"{mode}-{name}.safetensors")
+        (folder / f"{mode}-{name}.json").write_text(json.dumps([*found, {"sampled": sampled}]))
+
+
+def gradients_of_a_head_that_lets_its_weight_go() -> None:
+    """Under FSDP2 by hand, with a loss whose gradient waits for the backward: it gathers the head's weight again."""
+    from torch.distributed.fsdp import fully_shard
+
+    from grpo_kernels import GRPOLossConfig
+    from grpo_kernels.training import addition
+    from grpo_kernels.training.policy import Policy
+    from grpo_kernels.training.rollout import teacher_forced
+
+    tokenizer = addition.build_tokenizer()
+    rollout = teacher_forced(tokenizer, ["1 + 2 =", "3 + 4 ="], ["1 2 3", "4"])
+    found = []
+    for is_divided in (False, True):
+        policy = Policy(model_of(tokenizer, tied=False), GRPOLossConfig(importance_sampling_level="sequence"))
+        if is_divided:
+            fully_shard(policy.model.lm_head, reshard_after_forward=True)
+            fully_shard(policy.model, reshard_after_forward=True)
+        old_logprobs = torch.full(rollout.completion_ids.shape, -3.0)
+        loss, *_ = policy.loss(rollout, torch.tensor([1.0, -0.5]), old_logprobs=old_logprobs)
+        loss.backward()
+        gradients = [p.grad.full_tensor() if is_divided else p.grad for p in policy.model.parameters()]
+        found.append((loss.detach(), *gradients))
+    for expected, got in zip(*found, strict=True):
+        torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-6)
+
+
+def launched(mode: str, folder: Path) -> Found:
+    command = [sys.executable, __file__, str(folder), mode]
+    if mode != "one":
+        command[1:1] = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-4000:]
-    return json.loads(out.read_text()), load_file(f"{out}.safetensors")
+    return Found(folder, mode)
 
 
-def test_two_processes_take_the_step_of_one(tmp_path: Path) -> None:
-    metrics, weights = launched(2, tmp_path)
-    expected, whole = launched(1, tmp_path)
-    assert len(metrics) == 2 and metrics[1]["clip_ratio/region_mean"] > 0 and metrics[1]["kl"] > 0
-    for got, want in zip(metrics, expected, strict=True):
-        assert got.keys() == want.keys()
-        assert got == pytest.approx(want, rel=1e-5, abs=1e-6)
-    for name, value in whole.items():
-        torch.testing.assert_close(weights[name], value, rtol=1e-5, atol=1e-6)
+@pytest.fixture(scope="module")
+def one(tmp_path_factory: pytest.TempPathFactory) -> Found:
+    return launched("one", tmp_path_factory.mktemp("one"))
+
+
+HAS_DEEPSPEED = importlib.util.find_spec("deepspeed") is not None
+WITH_DEEPSPEED = pytest.mark.skipif(not HAS_DEEPSPEED, reason="deepspeed is not installed")
+
+
+@pytest.mark.parametrize(
+    "mode", ["ddp", "fsdp2", *(pytest.param(f"zero{stage}", marks=WITH_DEEPSPEED) for stage in (2, 3))]
+)
+def test_two_processes_take_the_steps_of_one(mode: str, one: Found, tmp_path: Path) -> None:
+    import transformers
+
+    two = launched(mode, tmp_path)
+    for name in CASES:
+        *metrics, sampled = two.metrics[name]
+        *expected, greedy = one.metrics[name]
+        assert metrics[1]["clip_ratio/region_mean"] > 0 and metrics[1]["kl"] > 0
+        for got, want in zip(metrics, expected, strict=True):
+            assert got.keys() == want.keys()
+            assert got == pytest.approx(want, rel=1e-5, abs=1e-6)
+        assert sampled == greedy
+        for key, value in one.weights[name].items():
+            torch.testing.assert_close(two.weights[name][key], value, rtol=1e-5, atol=1e-6)
+        loaded: dict[str, Tensor] = transformers.AutoModelForCausalLM.from_pretrained(two.checkpoint(name)).state_dict()
+        assert loaded.keys() == two.weights[name].keys()
+        assert all(torch.equal(loaded[key], value) for key, value in two.weights[name].items())
 
 
 if __name__ == "__main__":
-    worker(sys.argv[1], int(sys.argv[2]))
+    worker(Path(sys.argv[1]), sys.argv[2])

@@ -287,7 +287,7 @@ def test_an_interrupted_write_leaves_the_earlier_page(tmp_path, monkeypatch):
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr("pathlib.Path.replace", interrupted)
+        patch.setattr("os.replace", interrupted)
         with pytest.raises(KeyboardInterrupt):
             write_report(tmp_path)
     assert (tmp_path / "report.html").read_bytes() == before

@@ -12,12 +12,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from grpo_kernels.training.checkpoint import list_checkpoints
 from grpo_kernels.training.recipe import Recipe
 from grpo_kernels.training.reporting import read_metrics
 from grpo_kernels.training.run import train
+from grpo_kernels.training.tasks import TASKS
 
 ROOT = Path(__file__).parents[1]
 SETTINGS = {
@@ -116,6 +117,36 @@ def test_a_checkpoint_of_another_run_or_cut_short_is_refused(tmp_path: Path) -> 
             train(recipe_of(tmp_path, max_steps=2, resume=True))
         (newest / name).write_bytes(content)
     train(recipe_of(tmp_path, max_steps=2, resume=True))
+
+
+def test_a_checkpoint_that_lacks_weights_or_saw_other_rows_is_refused(tmp_path: Path) -> None:
+    rows, _ = TASKS["addition"].build_rows(0, 4)
+    train(recipe_of(tmp_path, max_steps=2), rows=rows[:50])
+    with pytest.raises(ValueError, match=r"is of another run: the training rows are others now"):
+        train(recipe_of(tmp_path, max_steps=2, resume=True), rows=rows[1:51])
+    with pytest.raises(ValueError, match=r"is of another run: hidden_size 96, now 64"):
+        train(recipe_of(tmp_path, max_steps=2, resume=True, hidden_size=64), rows=rows[:50])
+    for checkpoint in list_checkpoints(tmp_path):
+        path = checkpoint / "model.safetensors"
+        content = path.read_bytes()
+        save_file({k: v for k, v in load_file(path).items() if "norm" not in k}, path, metadata={"format": "pt"})
+        with pytest.raises(
+            ValueError, match=rf"{checkpoint.name} cannot be read, .* lacks weights of the model: .*and 2"
+        ):
+            train(recipe_of(tmp_path, max_steps=2, resume=True), rows=rows[:50])
+        path.write_bytes(content)
+    before = weights(tmp_path)
+    train(recipe_of(tmp_path, max_steps=2, resume=True), rows=rows[:50])
+    assert all(torch.equal(before[name], value) for name, value in weights(tmp_path).items())
+
+
+def test_a_damaged_line_of_metrics_is_named_on_resuming(tmp_path: Path) -> None:
+    train(recipe_of(tmp_path, max_steps=2))
+    metrics = tmp_path / "metrics.jsonl"
+    whole = metrics.read_text().splitlines(keepends=True)
+    metrics.write_text("".join([whole[0], whole[1][:9], *whole[1:]]))
+    with pytest.raises(ValueError, match=r"metrics\.jsonl:2: expected a JSON object"):
+        train(recipe_of(tmp_path, max_steps=2, resume=True))
 
 
 def test_nothing_in_a_checkpoint_is_pickled(tmp_path: Path) -> None:

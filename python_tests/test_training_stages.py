@@ -2,13 +2,24 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
+import random
+from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
+from safetensors.torch import load_file
 
 from grpo_kernels import cli
-from grpo_kernels.training.stages import Stage, load_stages, run_stages
+from grpo_kernels.training.rewards import extract_answer
+from grpo_kernels.training.stage_config import Stage, load_stages
+from grpo_kernels.training.stages import run_stages
+from grpo_kernels.training.tasks import TASKS
+from grpo_kernels.training.templates import joined
 
 SMALL = """
 common: {dataset_name: addition-mixed, num_eval_prompts: 4, eval_samples: 2, sft_batch_size: 4, sft_steps: 2,
@@ -20,6 +31,15 @@ stages:
   grpo: {kind: grpo, model: cold-start, max_steps: 2, learning_rate: 1e-4}
   samples: {kind: sample, model: grpo, prompts: 6, samples: 2, keep: {language_consistency: 0}}
   student: {kind: sft, data: samples, hidden_size: 32}
+"""
+#: Every kind that SMALL has not: problems made of the dataset's traces, failed ones too, and of samples; two students.
+FURTHER = """
+  made: {kind: augment, data: TRACES.jsonl, num_rows: 9}
+  made-of-samples: {kind: augment, data: samples, ways: [goal]}
+  on-made: {kind: grpo, model: cold-start, data: made, max_steps: 2, max_completion_length: 16, completions_steps: 1}
+  learner: {kind: distill, teacher: grpo, prompts: 6, samples: 2, keep: {language_consistency: 0}, hidden_size: 32}
+  soft: {kind: distill, teacher: grpo, prompts: 6, samples: 2, hidden_size: 32, beta: 0.5, lmbda: 0.5}
+  measured: {kind: eval, model: learner, eval_samples: 4, ks: [1, 2]}
 """
 
 
@@ -68,10 +88,117 @@ def test_stages_use_each_other_and_are_not_run_twice(tmp_path: Path, capsys: pyt
     assert "holds a stage with another seed" in capsys.readouterr().err
 
 
+@pytest.fixture(scope="module")
+def further(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a recipe with every kind of stage."""
+    folder = tmp_path_factory.mktemp("further")
+    task, rng = TASKS["addition-mixed"], random.Random(0)
+    problems = task.problems(rng)[-30:]
+    rows = [task.row(problem) | {"completion": task.trace(problem)} for problem in problems[:20]]
+    slips = [task.row(problem) | {"completion": task.trace(problem, rng)} for problem in problems[20:25]]
+    misread = [
+        task.row(problem) | {"completion": task.trace((*problem[:1], problem[1] - 1))} for problem in problems[25:]
+    ]
+    (folder / "traces.jsonl").write_text("".join(json.dumps(row) + "\n" for row in [*rows, *slips, *misread]))
+    text = (SMALL + FURTHER).replace("TRACES", str(folder / "traces"))
+    root, stages = load_stages(written(folder, text))
+    run_stages(root, stages)
+    return root
+
+
+def rows_of(folder: Path, name: str = "rows.jsonl") -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (folder / name).read_text().splitlines()]
+
+
+def test_every_stage_leaves_its_files(further: Path) -> None:
+    lines = {line["stage"]: line for line in rows_of(further, "summary.jsonl")}
+    for name, line in lines.items():
+        folder = further / name
+        files = {path.name for path in folder.iterdir()}
+        assert files >= {"config.yaml", "versions.json", "metrics.jsonl", "samples.jsonl", "done.json"}, name
+        assert rows_of(folder, "metrics.jsonl"), name
+        assert (line["kind"] in ("sample", "augment")) <= ("rows.jsonl" in files)
+        assert (line["kind"] in ("sft", "grpo", "distill")) == any(file.startswith("checkpoint-") for file in files)
+        assert not any(file.startswith(".") for file in files), name
+    assert rows_of(further / "on-made", "samples.jsonl") and len(rows_of(further / "soft", "samples.jsonl")) == 4 * 3
+
+
+def test_distillation_on_samples_is_sampling_and_training_on_what_was_kept(further: Path) -> None:
+    assert rows_of(further / "learner") == rows_of(further / "samples")
+    one, other = (load_file(further / name / "checkpoint-2" / "model.safetensors") for name in ("learner", "student"))
+    assert one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+    soft = load_file(further / "soft" / "checkpoint-2" / "model.safetensors")
+    assert not all(torch.equal(one[name], soft[name]) for name in one)
+
+
+def test_augmentation_makes_problems_of_samples(further: Path) -> None:
+    task, (_, held_out) = TASKS["addition-mixed"], TASKS["addition-mixed"].build_rows(0, 4)
+    rows = rows_of(further / "made")
+    found = dict(Counter(row["source"] for row in rows))
+    line = next(line for line in rows_of(further, "summary.jsonl") if line["stage"] == "made")
+    assert {name: line[name] for name in found} == found and line["kept"] == len(rows)
+    assert found == {"seed": 20, "start": 9, "goal": 9, "hindsight": 5}
+    assert {row["source"] for row in rows_of(further / "made-of-samples")} <= {"seed", "goal"}
+    asked = {task.key(row) for row in held_out}
+    for row in rows:
+        whole = joined(row["completion_prefix"], row["completion"])
+        assert extract_answer(whole) == row["answer"] and task.key({"prompt": row["seed_prompt"]}) not in asked
+    trained_on = {sample["prompt"] for sample in rows_of(further / "on-made", "samples.jsonl")}
+    assert trained_on and trained_on <= {row["prompt"] for row in rows}
+
+
+def test_an_evaluation_has_intervals(further: Path) -> None:
+    (record,) = rows_of(further / "measured", "metrics.jsonl")
+    for name in ("accuracy", "accuracy_greedy", "pass@2", "cons@2"):
+        assert record[f"eval_{name}_low"] <= record[f"eval_{name}"] <= record[f"eval_{name}_high"]
+    assert record["eval_accuracy_low"] < record["eval_accuracy_high"]
+    samples = rows_of(further / "measured", "samples.jsonl")
+    assert len(samples) == 4 * (4 + 1) and all(isinstance(sample["right"], bool) for sample in samples)
+
+
+def test_a_stages_config_runs_it_alone(further: Path, tmp_path: Path) -> None:
+    config = str(further / "learner" / "config.yaml")
+    assert cli.main(["distill", "--recipe", config, "--output_dir", str(tmp_path)]) == 0
+    one, other = (
+        load_file(folder / "checkpoint-2" / "model.safetensors") for folder in (tmp_path, further / "learner")
+    )
+    assert all(torch.equal(one[name], other[name]) for name in one)
+
+
+def test_a_folder_of_another_run_is_not_written_over(tmp_path: Path) -> None:
+    root, stages = load_stages(written(tmp_path))
+    (root / "cold-start").mkdir(parents=True)
+    (root / "cold-start" / "metrics.jsonl").write_text('{"step": 1, "loss": 0.5}\n')
+    with pytest.raises(FileExistsError, match="cold-start holds another run"):
+        run_stages(root, stages)
+    (root / "cold-start" / "config.yaml").write_text("sft_steps: 31\n")
+    with pytest.raises(FileExistsError, match="another sft_steps that was not finished"):
+        run_stages(root, stages)
+    assert (root / "cold-start" / "metrics.jsonl").read_text() == '{"step": 1, "loss": 0.5}\n'
+
+
+def test_a_stage_says_which_one_a_full_disk_stopped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    root, stages = load_stages(written(tmp_path))
+
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with monkeypatch.context() as patch:
+        patch.setattr("grpo_kernels.training.checkpoint.write_state", full)
+        with pytest.raises(OSError, match=r"stage 'grpo' in .*grpo was not finished: .*checkpoint-0 could not .*space"):
+            run_stages(root, stages)
+    lines = run_stages(root, stages)  # and it goes on where there is space again
+    assert [line["stage"] for line in lines] == [stage.name for stage in stages]
+
+
 @pytest.mark.parametrize(
     ("old", "new", "message"),
     [
-        ("kind: sample, model: grpo", "kind: tune, model: grpo", "kind must be one of sft, grpo, sample, got 'tune'"),
+        (
+            "kind: sample, model: grpo",
+            "kind: tune, model: grpo",
+            "kind must be one of sft, grpo, sample, augment, distill, eval, got 'tune'",
+        ),
         ("model: cold-start", "model: student", r"model must be one of \['cold-start'\], got 'student'"),
         ("data: samples", "data: grpo", r"data must be one of \['samples'\], got 'grpo'"),
         ("max_steps: 2", "max_step: 2", "stage grpo: unknown key 'max_step'; the nearest known key is 'max_steps'"),
@@ -79,6 +206,33 @@ def test_stages_use_each_other_and_are_not_run_twice(tmp_path: Path, capsys: pyt
         ("kind: grpo, model", "kind: grpo, data: samples, model", "data must be one of|data has no effect"),
         ("kind: sft, data", "kind: sft, keep: {format: 1}, data", "keep has no effect on kind 'sft'"),
         ("stages:", "phases:", "expected output_dir, common and stages, got phases"),
+        ("kind: sft, data: samples", "data: samples", "stage student: expected keys and values with a kind"),
+        ("prompts: 6", "prompts: many", "stage 'samples': prompts must be an integer of at least 1, got 'many'"),
+        ("keep: {language_consistency: 0}", "keep: {fluency: 0}", "expected one of accuracy, .* got 'fluency'"),
+        ("kind: sft, data: samples", "kind: distill", "either teacher or teacher_model_name_or_path must be given"),
+        (
+            "kind: sft, data: samples",
+            "kind: distill, teacher: samples",
+            r"teacher must be one of \['cold-start', 'grpo'\]",
+        ),
+        ("kind: sft, data: samples", "kind: distill, teacher: grpo, lmbda: 1", "lmbda needs a beta, got 1 without one"),
+        (
+            "kind: sft, data: samples",
+            "kind: distill, teacher: grpo, beta: 2",
+            "beta must be a number between 0 and 1, got 2",
+        ),
+        (
+            "kind: sft, data: samples",
+            "kind: distill, teacher: grpo, data: samples",
+            "teacher has no effect on rows of data",
+        ),
+        (
+            "kind: sft, data: samples",
+            "kind: augment, ways: [sideways]",
+            "ways must be a list of some of start, goal, hind",
+        ),
+        ("kind: sft, data: samples", "kind: eval, ks: [3]", r"ks must be at most eval_samples \(2\), got 3"),
+        ("kind: sft, data: samples", "kind: eval, lmbda: 1", "lmbda has no effect on kind 'eval'"),
     ],
 )
 def test_a_recipe_that_does_not_fit_is_refused(tmp_path: Path, old: str, new: str, message: str) -> None:

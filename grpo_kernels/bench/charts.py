@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import itertools
 import json
-import os
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
@@ -14,6 +13,7 @@ from typing import TYPE_CHECKING
 
 from grpo_kernels.bench.results import Results, Row
 from grpo_kernels.bench.tables import OURS, scaling
+from grpo_kernels.files import replacing
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -62,9 +62,8 @@ def _save(rows: Sequence[Row], plot: Callable[[Sequence[Row]], object], path: Pa
 
     with matplotlib.rc_context({"font.size": 9, "axes.spines.top": False, "axes.spines.right": False}):
         figure = plot(rows)
-        unfinished = path.with_name(f".{path.name}")
-        figure.savefig(unfinished, dpi=130, format="png", metadata={_DIGEST: _digest(rows), "Software": None})
-    os.replace(unfinished, path)
+        with replacing(path) as unfinished:
+            figure.savefig(unfinished, dpi=130, format="png", metadata={_DIGEST: _digest(rows), "Software": None})
 
 
 def _largest(results: Results) -> list[Row]:

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
 from grpo_kernels.bench import charts, tables
 from grpo_kernels.bench.results import Results, newest
+from grpo_kernels.files import replace_text
 
 
 def report(results_folder: Path, readme: Path | None) -> list[Path]:
@@ -29,11 +29,11 @@ def report(results_folder: Path, readme: Path | None) -> list[Path]:
     written = []
     for folder in folders:
         results = Results.load(newest(folder))
-        written.append(write(folder / "report.md", markdown_report(results)))
+        written.append(replace_text(folder / "report.md", markdown_report(results)))
         if charts.stale(results, folder):  # another matplotlib would draw other bytes
             written += charts.draw(results, folder)
     if readme is not None:
-        written.append(write(readme, tables.with_results(readme.read_text(encoding="utf-8"), readme.parent)))
+        written.append(replace_text(readme, tables.with_results(readme.read_text(encoding="utf-8"), readme.parent)))
     return written
 
 
@@ -41,11 +41,3 @@ def markdown_report(results: Results) -> str:
     """Every table of a result, with the run's versions and what its errors are of."""
     parts = [f"# {tables.described(results)}", results.extra.get("checked", ""), tables.markdown(results)]
     return "\n\n".join(part for part in parts if part)
-
-
-def write(path: Path, text: str) -> Path:
-    """Replaces a file as a whole."""
-    unfinished = path.with_name(f".{path.name}")
-    unfinished.write_text(text, encoding="utf-8")
-    os.replace(unfinished, path)
-    return path

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import json
-import os
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
+
+from grpo_kernels.files import replace_text
 
 #: Of the file. A change of what a field means takes the next number.
 SCHEMA = 1
@@ -90,12 +91,10 @@ class Results:
     def save(self, path: Path) -> None:
         """Writes the file as a whole, then renames it into place: whoever interrupts leaves the one or the other."""
         path.parent.mkdir(parents=True, exist_ok=True)
-        unfinished = path.with_name(f".{path.name}")
         rows = ",\n".join("  " + json.dumps(_written(row)) for row in self.rows)
         head = {"schema": SCHEMA, "device": self.device, "date": self.date, "versions": self.versions}
         head |= {"notes": self.notes, "extra": self.extra}
-        unfinished.write_text(json.dumps(head, indent=1)[:-2] + f',\n "rows": [\n{rows}\n ]\n}}\n', encoding="utf-8")
-        os.replace(unfinished, path)
+        replace_text(path, json.dumps(head, indent=1)[:-2] + f',\n "rows": [\n{rows}\n ]\n}}\n')
 
     @classmethod
     def load(cls, path: Path) -> Results:

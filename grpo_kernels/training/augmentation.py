@@ -17,6 +17,7 @@ from grpo_kernels.training.tasks import Row, SyntheticTask, step_boundaries
 from grpo_kernels.training.templates import joined, question
 
 SEED, START, GOAL, HINDSIGHT = "seed", "start", "goal", "hindsight"  # the values of ``source``
+WAYS = (START, GOAL, HINDSIGHT)
 
 
 def vary_start(
@@ -141,26 +142,42 @@ def augment(
     rows: Sequence[Row],
     rng: random.Random,
     *,
-    task: SyntheticTask,
+    task: SyntheticTask | None,
     held_out: Sequence[Row],
     num_rows: int | None = None,
+    ways: Sequence[str] = WAYS,
 ) -> list[Row]:
-    """The rows of a built-in task and, after them, what all three ways make of them.
+    """Rows and, after them, what each way makes of them.
 
     Args:
-        rows: Rows of the task; their ``source`` becomes "seed" where they have none.
+        rows: Of the task; their ``source`` becomes "seed" where they have none.
         rng: Of every choice.
-        task: Checks each step of a trace by its own arithmetic or logic.
-        held_out: The task's held-out rows: no wording of one is among the new rows.
-        num_rows: New rows of each kind at most.
+        task: Checks each step of a trace by its own arithmetic or logic. None for rows of any other dataset, whose
+            start alone can be varied: the steps of a text are its sentences, and a good one has the right answer.
+        held_out: No wording of one of these is among the new rows.
+        num_rows: New rows of each way at most.
+        ways: Some of "start", "goal" and "hindsight".
+
+    Raises:
+        ValueError: A way is unknown, or needs a task.
     """
-    rules = {"held_out": held_out, "key": task.key, "num_rows": num_rows}
-    return [
-        *({**_made(row, SEED), **row} for row in rows),
-        *vary_start(rows, rng, boundaries=task.boundaries, is_good=task.is_worked, **rules),
-        *vary_goal(rows, rng, intermediates=task.intermediates, **rules),
-        *relabel(rows, rng, restate=task.restate, **rules),
-    ]
+    known = WAYS if task is not None else (START,)
+    for way in ways:
+        if way not in known:
+            which = "of a built-in task" if task is not None else "of a dataset that is not built in"
+            raise ValueError(f"ways {which} must be some of {', '.join(known)}, got {way!r}")
+    rules = {"held_out": held_out, "num_rows": num_rows}
+    found = [{**_made(row, SEED), **row} for row in rows]
+    if task is None:
+        return found + (vary_start(rows, rng, **rules) if START in ways else [])
+    rules["key"] = task.key
+    if START in ways:
+        found += vary_start(rows, rng, boundaries=task.boundaries, is_good=task.is_worked, **rules)
+    if GOAL in ways:
+        found += vary_goal(rows, rng, intermediates=task.intermediates, **rules)
+    if HINDSIGHT in ways:
+        found += relabel(rows, rng, restate=task.restate, **rules)
+    return found
 
 
 def is_right(row: Row) -> bool:

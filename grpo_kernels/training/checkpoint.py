@@ -12,6 +12,7 @@ from safetensors import SafetensorError
 from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from grpo_kernels.training.models import check_loaded
 from grpo_kernels.training.policy import has_adapters
 from grpo_kernels.training.state import write_state
 
@@ -39,27 +40,41 @@ def save_checkpoint(
         tokenizer: Saved beside it.
         keep: How many to keep.
         loop: Whose state to add, so that a run can go on from there; every process calls then.
+
+    Raises:
+        OSError: It cannot be written, as on a full disk. Earlier ones stay, and of this one nothing.
     """
     final = output_dir / f"checkpoint-{step}"
     unfinished = output_dir / ".unfinished-checkpoint"
     is_main = loop is None or loop.accelerator.is_main_process
+    try:
+        _write(unfinished, model, tokenizer, loop, is_main)
+        if is_main:
+            _remove(final)
+            os.replace(unfinished, final)
+            for old in list_checkpoints(output_dir)[:-keep]:
+                if step_of(old) > 0:
+                    _remove(old)
+    except (OSError, SafetensorError) as error:
+        if is_main:
+            _remove(unfinished)
+        raise OSError(f"checkpoint {final} could not be written: {error}") from error
+    return final
+
+
+def _write(folder: Path, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, loop: Any, is_main: bool) -> None:
     if is_main:
-        _remove(unfinished)
-        unfinished.mkdir(parents=True)
+        _remove(folder)
+        folder.mkdir(parents=True)
+    weights = {}
     if loop is not None:
         loop.accelerator.wait_for_everyone()
-        weights = loop.accelerator.get_state_dict(loop.policy.wrapped)
-        write_state(unfinished, loop)
+        weights = {"state_dict": loop.accelerator.get_state_dict(loop.policy.wrapped)}
+        write_state(folder, loop)
         loop.accelerator.wait_for_everyone()
     if is_main:
-        model.save_pretrained(unfinished, **({} if loop is None else {"state_dict": weights}))
-        tokenizer.save_pretrained(unfinished)
-        _remove(final)
-        os.replace(unfinished, final)
-        for old in list_checkpoints(output_dir)[:-keep]:
-            if step_of(old) > 0:
-                _remove(old)
-    return final
+        model.save_pretrained(folder, **weights)
+        tokenizer.save_pretrained(folder)
 
 
 def load_weights(folder: Path, loop: Any) -> None:
@@ -74,11 +89,31 @@ def load_weights(folder: Path, loop: Any) -> None:
 
             set_peft_model_state_dict(loop.model, load_peft_weights(str(folder)))
         else:
-            loaded = type(loop.model).from_pretrained(folder, dtype=loop.model.dtype)
             whole = StateDictOptions(full_state_dict=True)
-            set_model_state_dict(loop.policy.wrapped, loaded.state_dict(), options=whole)
+            set_model_state_dict(loop.policy.wrapped, read_weights(folder, loop.model), options=whole)
     except (OSError, RuntimeError, SafetensorError) as error:
         raise ValueError(f"checkpoint {folder} cannot be read, it may be cut short: {error}") from error
+
+
+def read_weights(folder: Path, model: PreTrainedModel) -> dict[str, Any]:
+    """A checkpoint's weights, by the names of a model of its class.
+
+    Raises:
+        ValueError: It cannot be read, or lacks some.
+    """
+    try:
+        loaded, found = type(model).from_pretrained(folder, dtype=model.dtype, output_loading_info=True)
+        check_loaded(found, str(folder))
+    except (OSError, RuntimeError, SafetensorError, ValueError) as error:
+        raise ValueError(f"checkpoint {folder} cannot be read, it may be cut short: {error}") from error
+    return loaded.state_dict()
+
+
+def standing(output_dir: Path) -> str:
+    """What a run that stopped has left, in words."""
+    complete = list_checkpoints(output_dir)
+    kept = f"last complete checkpoint: {complete[-1]}" if complete else "no checkpoint yet"
+    return f"{kept}; metrics: {output_dir}/metrics.jsonl"
 
 
 def list_checkpoints(output_dir: Path) -> list[Path]:
@@ -97,8 +132,10 @@ def clear_run(output_dir: Path) -> None:
     for path in list_checkpoints(output_dir):
         _remove(path)
     _remove(output_dir / ".unfinished-checkpoint")
-    for name in ("metrics.jsonl", "samples.jsonl", "curves.png", "report.html", "config.yaml", "versions.json"):
+    files = ("metrics.jsonl", "samples.jsonl", "curves.png", "report.html", "config.yaml", "versions.json")
+    for name in (*files, "pass_rates.json"):
         (output_dir / name).unlink(missing_ok=True)
+    _remove(output_dir / "tracker_logs")
 
 
 def _remove(folder: Path) -> None:

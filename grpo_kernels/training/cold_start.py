@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
+from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from grpo_kernels import token_logprobs
@@ -32,19 +33,38 @@ def cold_start(
     if not examples:
         raise ValueError(f"sft_steps is {recipe.sft_steps}, but no row of {recipe.dataset_name!r} has a completion")
     rng = random.Random(recipe.seed)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=recipe.sft_learning_rate, weight_decay=0.0)
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 - step / recipe.sft_steps)
-    for _ in range(recipe.sft_steps):
-        chosen = rng.choices(examples, k=recipe.sft_batch_size)
-        prompts = [render_prompt(row, tokenizer, recipe.prompt_template, recipe.system_prompt) for row in chosen]
-        pairs = zip(chosen, prompts, strict=True)
-        rest = [remaining_completion(row, prompt, row["completion"]) for row, prompt in pairs]
-        batch = teacher_forced(tokenizer, prompts, rest)
-        batch = Rollout(*(tensor.to(model.device) for tensor in batch))
+
+    def next_loss() -> Tensor:
+        batch = worked_batch(model, tokenizer, rng.choices(examples, k=recipe.sft_batch_size), recipe)
         logprobs = token_logprobs(  # by the reference, so that GRPO starts from one model whatever its backend
             completion_logits(model, batch), batch.completion_ids, mask=batch.completion_mask, backend="torch"
         ).logprobs
-        loss = -logprobs.sum() / batch.completion_mask.sum()
+        return -logprobs.sum() / batch.completion_mask.sum()
+
+    yield from descend(model, next_loss, recipe)
+
+
+def worked_batch(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, rows: Sequence[Row], recipe: Recipe
+) -> Rollout:
+    """The completions of rows, on the model's device, without what their prompts already hold of them."""
+    prompts = [render_prompt(row, tokenizer, recipe.prompt_template, recipe.system_prompt) for row in rows]
+    pairs = zip(rows, prompts, strict=True)
+    rest = [remaining_completion(row, prompt, row["completion"]) for row, prompt in pairs]
+    batch = teacher_forced(tokenizer, prompts, rest)
+    return Rollout(*(None if tensor is None else tensor.to(model.device) for tensor in batch))
+
+
+def descend(model: PreTrainedModel, next_loss: Callable[[], Tensor], recipe: Recipe) -> Iterator[float]:
+    """``sft_steps`` steps of AdamW with linear decay, each on one loss; yields it.
+
+    Raises:
+        RuntimeError: A gradient is not finite.
+    """
+    optimizer = torch.optim.AdamW(model.parameters(), lr=recipe.sft_learning_rate, weight_decay=0.0)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 - step / recipe.sft_steps)
+    for _ in range(recipe.sft_steps):
+        loss = next_loss()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0, error_if_nonfinite=True)
         optimizer.step()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -31,8 +32,12 @@ class Task(NamedTuple):
     reward_functions: dict[str, RewardFunction]  # by the names that metrics show
 
 
-def load_task(recipe: Recipe) -> Task:
+def load_task(recipe: Recipe, rows: Sequence[Row] | None = None) -> Task:
     """Loads or builds everything a recipe names.
+
+    Args:
+        recipe: Names the dataset and the model.
+        rows: To train on in the place of the dataset's own; what is held out stays the dataset's.
 
     Raises:
         ValueError: The dataset cannot be found, a column is missing, there are too few rows, a reward function is
@@ -42,6 +47,7 @@ def load_task(recipe: Recipe) -> Task:
         train_rows, eval_rows = TASKS[recipe.dataset_name].build_rows(recipe.seed, recipe.num_eval_prompts)
     else:
         train_rows, eval_rows = _load_splits(recipe)
+    train_rows = train_rows if rows is None else list(rows)
     if len(train_rows) < recipe.prompts_per_generation:
         raise ValueError(
             f"dataset {recipe.dataset_name!r} must have at least {recipe.prompts_per_generation} training rows "
@@ -65,10 +71,20 @@ def load_model(recipe: Recipe) -> tuple[PreTrainedModel, PreTrainedTokenizerBase
 
 
 def pick_device(name: str) -> torch.device:
-    """``name`` as a device, "auto" being CUDA where there is one."""
+    """``name`` as a device, "auto" being CUDA where there is one.
+
+    Raises:
+        ValueError: There is no such device here.
+    """
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
-    return torch.device(name)
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise ValueError(f"device must be a torch device or auto, got {name!r}: {error}") from error
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise ValueError(f"device must be one that is here, got {name!r}: torch sees no GPU")
+    return device
 
 
 def load_rows(
@@ -109,11 +125,15 @@ def read_jsonl(path: Path) -> list[Row]:
     """One JSON object a line; blank lines are skipped.
 
     Raises:
-        ValueError: A line is not a JSON object; the message names it.
+        ValueError: The file cannot be read, or a line is not a JSON object; the message names it.
     """
     rows = []
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} cannot be read: {error}") from error
     # by newlines alone: splitlines() would also cut at separators that may stand inside a JSON string
-    for number, line in enumerate(path.read_text(encoding="utf-8").split("\n"), start=1):
+    for number, line in enumerate(text.split("\n"), start=1):
         if not line.strip():
             continue
         try:
@@ -123,6 +143,29 @@ def read_jsonl(path: Path) -> list[Row]:
         if not isinstance(row, dict):
             raise ValueError(f"{path}:{number}: expected a JSON object, got {type(row).__name__}")
         rows.append(row)
+    return rows
+
+
+def read_rows(path: Path, columns: Sequence[str]) -> list[Row]:
+    """The rows of a .jsonl file that a stage wrote, or a person.
+
+    Args:
+        path: The file.
+        columns: Each row must have a value in these.
+
+    Raises:
+        ValueError: The file cannot be read, has no row, or a row lacks one of the columns; the message names it.
+    """
+    rows = read_jsonl(path)
+    if not rows:
+        raise ValueError(f"{path} must have rows, got none")
+    for number, row in enumerate(rows):
+        missing = [name for name in columns if row.get(name) in (None, "")]
+        if missing:
+            raise ValueError(
+                f"{path}: row {number} must have {', '.join(columns)}; it lacks {', '.join(missing)} and has "
+                f"{', '.join(sorted(row))}"
+            )
     return rows
 
 
@@ -153,15 +196,20 @@ def _read(dataset_name: str, config: str | None, split: str) -> list[Row]:
         return read_jsonl(path)
     import datasets  # seconds of import that only a run on a folder or a Hub name needs
 
-    if (path / "dataset_dict.json").is_file():
-        splits = datasets.load_from_disk(str(path))
-        if split not in splits:
-            raise ValueError(f"dataset {dataset_name!r} has no split {split!r}; it has {', '.join(splits)}")
-        return splits[split].to_list()
-    if (path / "state.json").is_file():
-        return datasets.load_from_disk(str(path)).to_list()
-    if path.suffix in _FILE_FORMATS:
-        return datasets.load_dataset(_FILE_FORMATS[path.suffix], data_files=str(path), split="train").to_list()
+    is_saved = (path / "dataset_dict.json").is_file() or (path / "state.json").is_file()
+    if is_saved or path.suffix in _FILE_FORMATS:
+        try:
+            if is_saved:
+                found = datasets.load_from_disk(str(path))
+            else:
+                found = datasets.load_dataset(_FILE_FORMATS[path.suffix], data_files=str(path), split="train")
+        except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
+            raise ValueError(f"dataset {dataset_name!r} cannot be read: {error.__cause__ or error}") from error
+        if not isinstance(found, datasets.DatasetDict):
+            return found.to_list()
+        if split not in found:
+            raise ValueError(f"dataset {dataset_name!r} has no split {split!r}; it has {', '.join(found)}")
+        return found[split].to_list()
     if config is None and dataset_name in _GSM8K:
         config = "main"
     try:

@@ -5,12 +5,104 @@ A group whose rewards are all equal has zero advantages, and so no gradient.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import NamedTuple
 
 import torch
+from accelerate import Accelerator
+from accelerate.utils import gather_object
 from torch import Tensor
 
+from grpo_kernels.files import replace_text
+from grpo_kernels.training.data import Task
+from grpo_kernels.training.evaluation import evaluate_samples
+from grpo_kernels.training.recipe import Recipe
+from grpo_kernels.training.rollout import Rollout, joined
 from grpo_kernels.training.tasks import Row
+
+PASS_RATES = "pass_rates.json"
+
+
+class Scored(NamedTuple):
+    """B completions of one process with their rewards, group after group."""
+
+    rollout: Rollout
+    rewards: Tensor  # [B, K], on the host
+    prompts: list[str]  # as the model saw them
+    completions: list[str]  # as the rewards did
+
+    def groups(self, indices: Tensor, num_generations: int) -> Scored:
+        """The groups at ``indices``."""
+        rows = (indices[:, None] * num_generations + torch.arange(num_generations)).flatten()
+        prompts, completions = ([texts[i] for i in rows.tolist()] for texts in (self.prompts, self.completions))
+        rollout = self.rollout.select(rows.to(self.rollout.completion_ids.device))
+        return Scored(rollout, self.rewards[rows], prompts, completions)
+
+
+def together(parts: Sequence[Scored]) -> Scored:
+    """All of them in one."""
+    if len(parts) == 1:
+        return parts[0]
+    prompts, completions = ([text for part in parts for text in part[k]] for k in (2, 3))
+    rewards = torch.cat([part.rewards for part in parts])
+    return Scored(joined([part.rollout for part in parts]), rewards, prompts, completions)
+
+
+def filtered_task(task: Task, recipe: Recipe, accelerator: Accelerator, folder: Path, *, known: bool) -> Task:
+    """The task with the training rows whose pass rate lies between ``min_pass_rate`` and ``max_pass_rate``.
+
+    A rate is the share of right answers among ``pass_rate_samples`` at temperature 1, by the model as it is. The rates
+    are kept in ``pass_rates.json``, so that a run that is resumed, with another model, has the same rows. Every
+    process calls it and tries its share of the rows.
+
+    Args:
+        task: Its model has whole parameters.
+        recipe: Without bounds the task is returned as it is.
+        accelerator: Of the processes.
+        folder: Of the run.
+        known: Take the rates from ``folder``.
+
+    Raises:
+        ValueError: Too few rows are left for a generation, or the kept rates cannot be read or are of other rows.
+    """
+    low, high = recipe.pass_rate_bounds
+    if recipe.min_pass_rate is None and recipe.max_pass_rate is None:
+        return task
+    rates = _read_rates(folder / PASS_RATES) if known else _measured_rates(task, recipe, accelerator)
+    if not known and accelerator.is_main_process:
+        replace_text(folder / PASS_RATES, json.dumps(rates))
+    rows = pass_rate_filter(task.train_rows, rates, low, high)
+    accelerator.print(
+        f"pass-rate filter: {len(rows)} of {len(rates)} training problems are left, {sum(r <= low for r in rates)} "
+        f"were too hard and {sum(r >= high for r in rates)} too easy"
+    )
+    if len(rows) < recipe.prompts_per_generation:
+        raise ValueError(
+            f"at least {recipe.prompts_per_generation} training problems (one generation's) must have a pass rate "
+            f"between min_pass_rate={recipe.min_pass_rate} and max_pass_rate={recipe.max_pass_rate}, got {len(rows)}"
+        )
+    return task._replace(train_rows=rows)
+
+
+def _measured_rates(task: Task, recipe: Recipe, accelerator: Accelerator) -> list[float]:
+    count, rank = accelerator.num_processes, accelerator.process_index
+    mine = list(enumerate(task.train_rows))[rank::count]
+    asked = replace(recipe, eval_samples=recipe.pass_rate_samples)
+    own = []
+    if mine:
+        report = evaluate_samples(task.model, task.tokenizer, [row for _, row in mine], asked, ks=(1,))
+        own = [[i, rate] for (i, _), rate in zip(mine, report.pass_rates, strict=True)]
+    return [rate for _, rate in sorted(own if count == 1 else gather_object(own))]
+
+
+def _read_rates(path: Path) -> list[float]:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{path} cannot be read, which says what rows the run has: {error}") from error
 
 
 def pass_rate_filter(rows: Sequence[Row], rates: Sequence[float], low: float = 0.0, high: float = 1.0) -> list[Row]:
@@ -73,3 +165,8 @@ def informative_groups(
     highest = groups.masked_fill(unscored, -torch.inf).amax(dim=1)
     lowest = groups.masked_fill(unscored, torch.inf).amin(dim=1)
     return highest > lowest
+
+
+def differing_groups(rewards: Tensor, num_generations: int) -> Tensor:  # [B, K] -> [B // num_generations], bool
+    """Which groups differ in any of K columns; see ``informative_groups``."""
+    return torch.stack([informative_groups(column, num_generations) for column in rewards.unbind(dim=1)]).any(dim=0)

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 import yaml
 
+from grpo_kernels.files import replace_text
 from grpo_kernels.training.html_page import page
 from grpo_kernels.training.reporting import printable, read_lines
 from grpo_kernels.training.svg_chart import COLORS, Series, line_chart, number
@@ -86,10 +87,8 @@ def write_report(run_dir: Path | str) -> Path:
         parts.append(_settings("Configuration", _mapping(config, read)))
     if (folder / "versions.json").exists():
         parts.append(_settings("Versions", _mapping(folder / "versions.json", json.loads)))
-    path, unfinished = folder / "report.html", folder / ".report.html"
-    unfinished.write_text(page(printable(f"{name}: GRPO run"), "\n".join(filter(None, parts))), encoding="utf-8")
-    unfinished.replace(path)
-    return path
+    text = page(printable(f"{name}: GRPO run"), "\n".join(filter(None, parts)))
+    return replace_text(folder / "report.html", text)
 
 
 def versions() -> dict[str, str]:

@@ -1,17 +1,18 @@
 """The GRPO loop: sample groups, score them, take optimizer steps on them, in one process or many.
 
-What it leaves out, compared with TRL's trainer: tools, images, an inference engine in its own process. The model has
-no dropout, so that recomputed log-probs agree with the sampled ones.
+What it leaves out, compared with TRL's trainer: tools and images. The model has no dropout, so that recomputed
+log-probs agree with the sampled ones.
 """
 
 from __future__ import annotations
 
 import contextlib
+import logging
 import math
 import random
 import time
 from collections.abc import Iterator
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from accelerate import Accelerator
@@ -22,6 +23,8 @@ from transformers import get_scheduler
 from grpo_kernels import check_device_values, group_advantages
 from grpo_kernels.ops.policy_loss.metrics import PolicyMetrics
 from grpo_kernels.training.data import Row, Task
+from grpo_kernels.training.filtering import Scored, differing_groups, together
+from grpo_kernels.training.optimizer import build_optimizer
 from grpo_kernels.training.policy import Policy, has_adapters, training_mode
 from grpo_kernels.training.recipe import Recipe
 from grpo_kernels.training.rewards import columns_of, score, total
@@ -31,9 +34,12 @@ from grpo_kernels.training.rollout import (
     completion_tokens,
     end_token_ids,
     ends,
-    generate,
 )
+from grpo_kernels.training.sampling import build_sampler, correction_metrics, correction_statistics, rows_that_fit
 from grpo_kernels.training.templates import render_prompt, whole_completion
+from grpo_kernels.training.wrapping import backward, wrap_policy, wrap_reference
+
+_LOGGER = logging.getLogger(__name__)
 
 
 class Batch(NamedTuple):
@@ -43,13 +49,14 @@ class Batch(NamedTuple):
     advantages: Tensor  # [B]
     old_logprobs: Tensor | None  # [B, T]; None where every ratio is 1
     ref_logprobs: Tensor | None  # [B, T]; None at beta 0
+    num_items: float | None = None  # tokens of all processes that an optimizer step divides by; None: its own
 
     def select(self, indices: Tensor) -> Batch:
         """The completions at ``indices``."""
         rollout = self.rollout.select(indices)
         length = rollout.completion_ids.shape[1]
         old, ref = (None if t is None else t[indices, :length] for t in (self.old_logprobs, self.ref_logprobs))
-        return Batch(rollout, self.advantages[indices], old, ref)
+        return Batch(rollout, self.advantages[indices], old, ref, self.num_items)
 
 
 class Sample(NamedTuple):
@@ -66,7 +73,7 @@ class Step(NamedTuple):
 
     number: int  # from 1
     metrics: dict[str, float]  # under TRL's names
-    samples: list[Sample]
+    samples: list[Sample]  # of this process alone where they are not to be printed
     is_whole: bool = True  # whether it was the last on its generation: nothing sampled is left to train on
 
 
@@ -111,17 +118,13 @@ class GRPOLoop:
         self.policy = Policy(self.model, self.config, backend=recipe.backend, packing=recipe.packing,
                              aux_loss_coef=recipe.router_aux_loss_coef)  # fmt: skip
         self.reference = self.policy.reference
-        optimizer = torch.optim.AdamW(
-            [parameter for parameter in self.model.parameters() if parameter.requires_grad],
-            lr=recipe.learning_rate,
-            betas=(recipe.adam_beta1, recipe.adam_beta2),
-            eps=recipe.adam_epsilon,
-            weight_decay=recipe.weight_decay,
-        )
-        self.policy.wrapped, self.optimizer = self.accelerator.prepare(self.model, optimizer)
+        optimizer = build_optimizer(self.model, recipe)
+        self.policy.wrapped, self.optimizer = wrap_policy(self.model, optimizer, recipe, self.accelerator)
         if self.reference is not None and not has_adapters(self.model):
-            self.policy.reference = self.accelerator.prepare_model(self.reference, evaluation_mode=True)
+            self.policy.reference = wrap_reference(self.reference, self.accelerator)
         self.schedule = get_scheduler(recipe.lr_scheduler_type, self.optimizer, recipe.warmup_steps, recipe.max_steps)
+        self.sampler = build_sampler(self.model, self.tokenizer, recipe, self.accelerator)
+        self.rows = rows_that_fit(task.train_rows, self.tokenizer, recipe, self.sampler.context_length)
         self.row_order = RowOrder(self.rows, recipe.seed)
         self.number = 0  # of the last optimizer step
 
@@ -143,32 +146,26 @@ class GRPOLoop:
     def collect(self) -> tuple[Batch, dict[str, float], list[Sample]]:
         """Samples ``num_generations`` completions of each of the next prompts and scores them.
 
-        The batch is this process's own; metrics and samples are of all.
+        The batch is this process's own, metrics are of all, and so are samples that will be printed. With
+        ``dynamic_sampling`` rewards and lengths are of everything that was sampled, samples of what is trained on.
         """
-        recipe = self.recipe
-        rows = [row for row in self._next_rows() for _ in range(recipe.num_generations)]
-        texts = [render_prompt(row, self.tokenizer, recipe.prompt_template, recipe.system_prompt) for row in rows]
-        rollout = generate(
-            self.model,
-            self.tokenizer,
-            texts,
-            max_completion_length=recipe.max_completion_length,
-            temperature=recipe.temperature,
-            synced=self.accelerator.num_processes > 1,
-        )
-        sampled = completion_texts(rollout, self.tokenizer)
-        completions = [whole_completion(*found) for found in zip(rows, texts, sampled, strict=True)]
-        columns = columns_of(rows, completion_tokens(rollout))
-        rewards = score(self.reward_functions, [row["prompt"] for row in rows], completions, columns)
-        if recipe.shuffle_rewards:
-            rewards = rewards[torch.randperm(len(rewards))]
-        every = self._gathered(rewards)
-        totals = total(every, recipe.reward_weights)
-        metrics = self._reward_metrics(every, totals) | self._length_metrics(rollout)
-        batch = self._batch(rollout, every)
-        own = total(rewards, recipe.reward_weights).tolist()
-        samples = [Sample(*s) for s in zip(texts, completions, own, batch.advantages.tolist(), strict=True)]
-        return batch, metrics, self._gathered_objects(samples)
+        rounds, missing = [self._sampled()], 0
+        sampled = chosen = rounds[0]
+        if self.recipe.dynamic_sampling:
+            sampled, chosen, missing = self._informative(rounds)
+        every = self._gathered(sampled.rewards)
+        totals = total(every, self.recipe.reward_weights)
+        metrics = self._reward_metrics(every, totals) | self._length_metrics(sampled.rollout)
+        if self.recipe.dynamic_sampling:
+            every = self._gathered(chosen.rewards)
+            metrics |= self._sampling_metrics(len(rounds), missing)
+        batch = self._batch(chosen.rollout, every, missing * self.recipe.num_generations)
+        if chosen.rollout.sampling_logprobs is not None and batch.old_logprobs is not None:
+            metrics |= self._correction_metrics(chosen.rollout, batch.old_logprobs)
+        own = total(chosen.rewards, self.recipe.reward_weights).tolist()
+        advantages = batch.advantages.tolist()
+        samples = [Sample(*s) for s in zip(chosen.prompts, chosen.completions, own, advantages, strict=True)]
+        return batch, metrics, self._samples_of_all(samples) if self._will_show() else samples
 
     def optimizer_batches(self, batch: Batch) -> Iterator[list[Batch]]:
         """The micro-batches of each optimizer step: every iteration is a new permutation of the generation."""
@@ -200,12 +197,15 @@ class GRPOLoop:
         """Adds the gradient of the loss over all micro-batches to the parameters; returns the loss and its metrics.
 
         Each micro-batch's mean counts by its share of the step's tokens, or of its sequences where the loss type
-        averages over those: the normaliser is global, however the step is cut, over micro-batches or processes.
+        averages over those: the normaliser is global, however the step is cut, over micro-batches or processes. It is
+        the batch's ``num_items`` where that is known.
         """
         by_token = self.config.aggregation == "token-mean"
         sizes = [int(b.rollout.completion_mask.sum()) if by_token else len(b.advantages) for b in micro_batches]
         processes = self.accelerator.num_processes
-        every = self.accelerator.reduce(torch.tensor(sum(sizes), device=self.model.device), "sum").item()
+        every = micro_batches[0].num_items
+        if every is None:
+            every = self.accelerator.reduce(torch.tensor(sum(sizes), device=self.model.device), "sum").item()
         losses, parts, aux_losses = [], [], []
         with training_mode(self.policy.wrapped, self.recipe.gradient_checkpointing):
             for k, (batch, size) in enumerate(zip(micro_batches, sizes, strict=True), start=1):
@@ -216,10 +216,12 @@ class GRPOLoop:
                         batch.advantages,
                         old_logprobs=batch.old_logprobs,
                         ref_logprobs=batch.ref_logprobs,
+                        sampling_logprobs=batch.rollout.sampling_logprobs,
                         loss_scale=processes * size / max(every, 1),  # gradients are averaged over processes
+                        aux_loss_scale=1 / len(micro_batches),
                     )
-                    self.accelerator.backward(loss)
-                losses.append(output.loss.detach())
+                    backward(loss, self.accelerator, is_last)
+                losses.append(loss.detach())
                 parts.append(output.metrics)
                 aux_losses += [] if aux_loss is None else [aux_loss.detach()]
         check_device_values(self.model.device)
@@ -231,8 +233,49 @@ class GRPOLoop:
             found["aux_loss"] = self.accelerator.reduce(torch.stack(aux_losses).mean(), "mean")
         return {name: value.item() for name, value in found.items()}
 
-    def _batch(self, rollout: Rollout, every: Tensor) -> Batch:
-        """This process's part of the batch, with advantages from the rewards of all."""
+    def _sampled(self) -> Scored:
+        """Completions of the next prompts, with their rewards."""
+        recipe = self.recipe
+        rows = [row for row in self._next_rows() for _ in range(recipe.num_generations)]
+        texts = [render_prompt(row, self.tokenizer, recipe.prompt_template, recipe.system_prompt) for row in rows]
+        rollout = self.sampler(texts, self.number)
+        sampled = completion_texts(rollout, self.tokenizer)
+        completions = [whole_completion(*found) for found in zip(rows, texts, sampled, strict=True)]
+        columns = columns_of(rows, completion_tokens(rollout))
+        rewards = score(self.reward_functions, [row["prompt"] for row in rows], completions, columns)
+        if recipe.shuffle_rewards:
+            rewards = rewards[torch.randperm(len(rewards))]
+        return Scored(rollout, rewards, texts, completions)
+
+    def _informative(self, rounds: list[Scored]) -> tuple[Scored, Scored, int]:
+        """Adds rounds until every process has a batch of groups whose rewards differ, or they are as many as may be.
+
+        Returns:
+            All that was sampled here, this process's batch, and how many groups at its end are there for want of
+            better ones.
+        """
+        recipe, wanted = self.recipe, self.recipe.prompts_per_generation
+        while True:
+            sampled = together(rounds)
+            separate = recipe.multi_objective_aggregation == "normalize_then_sum"
+            rewards = sampled.rewards if separate else total(sampled.rewards, recipe.reward_weights)[:, None]
+            differs = differing_groups(rewards, recipe.num_generations)
+            missing = max(0, wanted - int(differs.sum()))
+            is_full = not self._gathered(torch.tensor([missing])).any()
+            if is_full or len(rounds) == recipe.max_generation_batches:
+                break
+            rounds.append(self._sampled())
+        order = torch.cat([differs.nonzero()[:, 0], (~differs).nonzero()[:, 0]])[:wanted]
+        return sampled, sampled.groups(order, recipe.num_generations), missing
+
+    def _batch(self, rollout: Rollout, every: Tensor, dropped: int = 0) -> Batch:
+        """This process's part of the batch, with advantages from the rewards of all.
+
+        Args:
+            rollout: B completions.
+            every: The rewards ``[B * processes, K]`` of all processes.
+            dropped: How many at the end stay out of the loss.
+        """
         recipe = self.recipe
         device = self.model.device
         weights = None if recipe.reward_weights is None else torch.tensor(recipe.reward_weights, device=device)
@@ -247,12 +290,26 @@ class GRPOLoop:
         first = self.accelerator.process_index * len(rollout.completion_ids)
         advantages = advantages[first : first + len(rollout.completion_ids)]
         size = recipe.per_device_train_batch_size
-        old_logprobs = None if recipe.is_on_policy else self.policy.logprobs(rollout, size)
+        needs_old = not recipe.is_on_policy or self.config.rollout_correction is not None
+        old_logprobs = self.policy.logprobs(rollout, size) if needs_old else None
         ref_logprobs = None if self.reference is None else self.policy.logprobs(rollout, size, reference=True)
         if recipe.mask_truncated_completions:
             ended = ends(rollout, end_token_ids(self.model, self.tokenizer))
             rollout = rollout._replace(completion_mask=rollout.completion_mask * ended[:, None])
-        return Batch(rollout, advantages, old_logprobs, ref_logprobs)
+        if dropped:
+            kept = torch.arange(len(advantages), device=device) < len(advantages) - dropped
+            rollout = rollout._replace(completion_mask=rollout.completion_mask * kept[:, None])
+        return Batch(rollout, advantages, old_logprobs, ref_logprobs, self._num_items(rollout))
+
+    def _num_items(self, rollout: Rollout) -> float | None:
+        """Tokens of the generation, of all processes, over its optimizer steps, where the loss type's mean is by them.
+
+        As in TRL, so that a token counts alike in whichever step of the generation it comes.
+        """
+        if self.config.aggregation != "token-mean" or self.config.loss_type in ("bnpo", "ppo"):
+            return None
+        steps = self.recipe.steps_per_generation // self.recipe.gradient_accumulation_steps
+        return self.accelerator.reduce(rollout.completion_mask.sum(), "sum").item() / steps
 
     def _next_rows(self) -> list[Row]:
         """This process's part of the next prompts; every process draws all of them."""
@@ -264,8 +321,14 @@ class GRPOLoop:
         """Rows of all processes, in their order, on the host."""
         return self.accelerator.gather(values.to(self.model.device)).cpu()
 
-    def _gathered_objects(self, values: list[Any]) -> list[Any]:
-        return values if self.accelerator.num_processes == 1 else gather_object(values)
+    def _samples_of_all(self, samples: list[Sample]) -> list[Sample]:
+        return samples if self.accelerator.num_processes == 1 else gather_object(samples)
+
+    def _will_show(self) -> bool:
+        """Whether samples are printed after one of the generation's optimizer steps."""
+        recipe, every = self.recipe, self.recipe.completions_steps
+        steps = recipe.num_iterations * recipe.steps_per_generation // recipe.gradient_accumulation_steps
+        return bool(every and recipe.num_completions_to_print) and (self.number + steps) // every > self.number // every
 
     def _reward_metrics(self, rewards: Tensor, totals: Tensor) -> dict[str, float]:
         groups = totals.view(-1, self.recipe.num_generations)
@@ -288,6 +351,25 @@ class GRPOLoop:
             "completions/max_length": lengths.max().item(),
             "completions/clipped_ratio": 1.0 - self._gathered(ended).mean().item(),
         }
+
+    def _sampling_metrics(self, rounds: int, missing: int) -> dict[str, float]:
+        """Of dynamic sampling; groups are counted over all processes."""
+        processes, prompts = self.accelerator.num_processes, self.recipe.prompts_per_generation
+        every_missing = int(self._gathered(torch.tensor([missing])).sum())
+        if every_missing and self.accelerator.is_main_process:
+            _LOGGER.warning(
+                "step %d: after max_generation_batches=%d batches of prompts %d of %d groups still have equal rewards; "
+                "they stay out of the loss", self.number + 1, rounds, every_missing, prompts * processes,
+            )  # fmt: skip
+        return {
+            "dynamic_sampling/generation_batches": float(rounds),
+            "dynamic_sampling/groups_dropped": float((rounds - 1) * prompts * processes + every_missing),
+            "dynamic_sampling/groups_missing": float(every_missing),
+        }
+
+    def _correction_metrics(self, rollout: Rollout, old_logprobs: Tensor) -> dict[str, float]:
+        found = correction_statistics(old_logprobs, rollout.sampling_logprobs, rollout.completion_mask, self.config)
+        return correction_metrics(self._gathered(found))
 
 
 def _nanstd(values: Tensor) -> float:

@@ -5,6 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
+from safetensors import SafetensorError
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -25,23 +27,35 @@ def load_pretrained(recipe: Recipe) -> tuple[PreTrainedModel, PreTrainedTokenize
     Its dropout is set to 0, so that log-probabilities can be recomputed. Code that comes with a model is not run.
 
     Raises:
-        ValueError: The tokenizer has no token that ends a text.
+        ValueError: The model cannot be found or read, lacks weights, or its tokenizer has no token that ends a text.
     """
     name = recipe.model_name_or_path
-    tokenizer = load_tokenizer(name)
-    config = without_dropout(AutoConfig.from_pretrained(name, trust_remote_code=False))
-    model = AutoModelForCausalLM.from_pretrained(
-        name,
-        config=config,
-        dtype=getattr(torch, recipe.dtype),
-        attn_implementation=_attention(recipe),
-        trust_remote_code=False,
-    )
+    try:
+        tokenizer = load_tokenizer(name)
+        model, found = AutoModelForCausalLM.from_pretrained(
+            name,
+            config=without_dropout(AutoConfig.from_pretrained(name, trust_remote_code=False)),
+            dtype=getattr(torch, recipe.dtype),
+            attn_implementation=_attention(recipe),
+            trust_remote_code=False,
+            output_loading_info=True,
+        )
+        check_loaded(found, name)
+    except (OSError, RuntimeError, SafetensorError, StrictDataclassError, ValueError) as error:
+        raise ValueError(f"model_name_or_path {name!r} cannot be loaded: {error}") from error
     if tokenizer.eos_token_id is None:
         raise ValueError(f"the tokenizer of {name!r} must have an end-of-sequence token")
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     return model.eval(), tokenizer
+
+
+def check_loaded(found: dict[str, Any], name: str) -> None:
+    """Raises ValueError where ``from_pretrained`` has filled weights that the files lack with random numbers."""
+    missing = sorted(found["missing_keys"])
+    if missing:
+        more = f" and {len(missing) - 3} more" if len(missing) > 3 else ""
+        raise ValueError(f"{name} lacks weights of the model: {', '.join(missing[:3])}{more}")
 
 
 def load_tokenizer(name: str) -> PreTrainedTokenizerBase:

@@ -93,8 +93,12 @@ class Policy:
         ref_logprobs: Tensor | None = None,  # [B, T]
         sampling_logprobs: Tensor | None = None,  # [B, T]
         loss_scale: float = 1.0,
+        aux_loss_scale: float = 1.0,
     ) -> tuple[Tensor, GRPOLossOutput, Tensor | None]:
-        """What to differentiate, the GRPO loss in it, and a mixture's auxiliary loss, unweighted, where it counts."""
+        """What to differentiate, the GRPO loss in it, and a mixture's auxiliary loss, unscaled, where it counts.
+
+        The scales are shares of a step, of the GRPO loss and of the auxiliary one.
+        """
         reading = self._reading(rollout)
 
         def head(hidden: Tensor, projection: Projection) -> GRPOLossOutput:
@@ -121,7 +125,7 @@ class Policy:
         output: GRPOLossOutput = headed.result
         if not self.aux_loss_coef:
             return output.loss, output, None
-        return output.loss + self.aux_loss_coef * loss_scale * headed.aux_loss, output, headed.aux_loss
+        return output.loss + self.aux_loss_coef * aux_loss_scale * headed.aux_loss, output, headed.aux_loss
 
     @torch.no_grad()
     def logprobs(self, rollout: Rollout, batch_size: int, reference: bool = False) -> Tensor:  # [B, T]

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import argparse
 import difflib
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
 from importlib import resources
@@ -71,6 +72,30 @@ class Recipe:
     num_generations: int = _option(8, "completions per prompt: the group size")
     max_completion_length: int = _option(256, "tokens to sample at most")
     temperature: float = _option(1.0, "of sampling, and of the log-probabilities in the loss")
+    max_prompt_length: int | None = _option(None, "leave out longer prompts, and those that leave no room")
+    dynamic_sampling: bool = _option(False, "sample further prompts in the place of groups whose rewards are all equal")
+    max_generation_batches: int = _option(10, "how often at most; then the groups that lack stay out of the loss")
+    min_pass_rate: float | None = _option(None, "train on problems that the model solves more often than this")
+    max_pass_rate: float | None = _option(None, "and on those that it solves less often than this")
+    pass_rate_samples: int = _option(8, "completions per problem to tell by")
+    use_transformers_continuous_batching: bool = _option(False, "sample by transformers' generate_batch")
+    transformers_continuous_batching_config: str | None = _option(None, "JSON for its ContinuousBatchingConfig")
+
+    # sampling by a vLLM server
+    use_vllm: bool = _option(False, "sample by a server, which is sent the weights")
+    vllm_mode: Literal["server"] = _option("server", "the one of TRL's modes that there is")
+    vllm_server_base_url: str | None = _option(None, "http://host:port; by default of the next two")
+    vllm_server_host: str = _option("0.0.0.0", "where the server runs")
+    vllm_server_port: int = _option(8000, "its port")
+    vllm_server_timeout: float = _option(240.0, "seconds for it to come up, and for every answer but completions")
+    vllm_generation_timeout: float = _option(1800.0, "seconds for the completions of a prompt")
+    vllm_group_port: int = _option(51216, "of the trainer, for the weights; 0 takes a free one, for gloo")
+    vllm_importance_sampling_correction: bool = _option(True, "weigh by old log-probabilities over the server's")
+    vllm_importance_sampling_mode: str = _option(
+        "sequence_mask", "token_truncate, token_mask, sequence_truncate, sequence_mask, geometric_mask"
+    )
+    vllm_importance_sampling_clip_min: float | None = _option(None, "least weight that is not clipped or masked")
+    vllm_importance_sampling_clip_max: float | None = _option(3.0, "the largest; inf: none")
 
     # the loss
     loss_type: str = _option("dapo", "grpo, bnpo, dr_grpo, dapo, ...: see GRPOLossConfig")
@@ -123,6 +148,9 @@ class Recipe:
     eval_samples: int = _option(4, "completions per held-out problem at temperature 1")
     eval_batch_size: int = _option(256, "completions to sample at once in an evaluation")
     disable_tqdm: bool = _option(False, "no progress bar")
+    report_to: list[str] = _option(["none"], "trackers: tensorboard, wandb, trackio, ...; all that are installed; none")
+    project: str = _option("grpo-kernels", "what the trackers call the project")
+    run_name: str | None = _option(None, "what they call the run; by default the last part of output_dir")
 
     def __post_init__(self) -> None:
         if self.steps_per_generation is None:
@@ -143,8 +171,24 @@ class Recipe:
             )
         if self.backend not in ("auto", *BACKENDS):
             raise ValueError(f"backend must be one of auto, {', '.join(BACKENDS)}, got {self.backend!r}")
+        self._check_sampling()
         check_template(self.prompt_template)
         self.loss_config()
+
+    def _check_sampling(self) -> None:
+        if self.use_vllm and self.use_transformers_continuous_batching:
+            raise ValueError("use_transformers_continuous_batching must be False with use_vllm=True, got True")
+        for name in ("vllm_server_timeout", "vllm_generation_timeout"):
+            if not 0 < getattr(self, name) < float("inf"):
+                raise ValueError(f"{name} must be finite and greater than 0, got {getattr(self, name)}")
+        if self.max_prompt_length is not None:
+            _at_least("max_prompt_length", self.max_prompt_length, 1)
+        if not self.pass_rate_bounds[0] < self.pass_rate_bounds[1]:
+            raise ValueError(
+                f"min_pass_rate must be less than max_pass_rate ({self.max_pass_rate}), got {self.min_pass_rate}"
+            )
+        if self.transformers_continuous_batching_config is not None:
+            _check_json_object("transformers_continuous_batching_config", self.transformers_continuous_batching_config)
 
     @property
     def generation_batch_size(self) -> int:
@@ -161,9 +205,23 @@ class Recipe:
         """Whether each generation serves one optimizer step, so that every importance ratio is 1."""
         return self.num_iterations == 1 and self.steps_per_generation == self.gradient_accumulation_steps
 
+    @property
+    def pass_rate_bounds(self) -> tuple[float, float]:
+        """Between which a problem's pass rate must lie."""
+        low, high = self.min_pass_rate, self.max_pass_rate
+        return float("-inf") if low is None else low, float("inf") if high is None else high
+
     def loss_config(self) -> GRPOLossConfig:
         """The loss that the recipe asks for; raises ValueError where ``GRPOLossConfig`` does."""
+        correction, bound = {}, self.vllm_importance_sampling_clip_max
+        if self.use_vllm and self.vllm_importance_sampling_correction:
+            correction = {
+                "rollout_correction": self.vllm_importance_sampling_mode,
+                "rollout_clip_min": self.vllm_importance_sampling_clip_min,
+                "rollout_clip_max": None if bound == float("inf") else bound,
+            }
         return GRPOLossConfig(
+            **correction,
             loss_type=self.loss_type,
             importance_sampling_level=self.importance_sampling_level,
             epsilon_low=self.epsilon,
@@ -180,17 +238,26 @@ class Recipe:
 _AT_LEAST_ONE = (
     "max_steps", "per_device_train_batch_size", "gradient_accumulation_steps", "steps_per_generation", "num_iterations",
     "max_completion_length", "sft_batch_size", "logging_steps", "save_steps", "save_total_limit", "eval_samples",
-    "eval_batch_size", "lora_r", "lora_alpha",
+    "eval_batch_size", "lora_r", "lora_alpha", "max_generation_batches", "pass_rate_samples", "vllm_server_port",
 )  # fmt: skip
 _AT_LEAST_ZERO = (
     "learning_rate", "sft_learning_rate", "sft_steps", "warmup_steps", "weight_decay", "max_grad_norm",
-    "num_eval_prompts", "num_completions_to_print", "completions_steps",
+    "num_eval_prompts", "num_completions_to_print", "completions_steps", "vllm_group_port",
 )  # fmt: skip
 
 
 def _at_least(name: str, value: float, minimum: int) -> None:
     if not value >= minimum:
         raise ValueError(f"{name} must be at least {minimum}, got {value}")
+
+
+def _check_json_object(name: str, text: str) -> None:
+    try:
+        is_object = isinstance(json.loads(text), dict)
+    except ValueError:
+        is_object = False
+    if not is_object:
+        raise ValueError(f"{name} must be a JSON object, got {text!r}")
 
 
 def _divides(divisor_name: str, divisor: int, name: str, value: int) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import re
 import shutil
 import sys
@@ -17,6 +18,8 @@ import rich.table
 from rich.console import Console
 from rich.text import Text
 from tqdm import tqdm
+
+from grpo_kernels.files import replacing
 
 if TYPE_CHECKING:  # a page is written from files alone, without a model's imports
     from grpo_kernels.training.loop import Sample
@@ -34,7 +37,7 @@ _CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff]")
 
 
 class _LinesFile:
-    """One JSON object a line. A record is there as a whole or not at all, whenever the run ends."""
+    """One JSON object a line. A record is there as a whole or not at all, whenever the run or the disk ends."""
 
     def __init__(self, path: Path) -> None:
         self._file = path.open("ab", buffering=0)
@@ -44,7 +47,15 @@ class _LinesFile:
         self._file.close()
 
     def _append(self, records: Sequence[dict[str, Any]]) -> None:
-        self._file.write("".join(json.dumps(record) + "\n" for record in records).encode())
+        text = "".join(json.dumps(record) + "\n" for record in records).encode()
+        before, left = os.fstat(self._file.fileno()).st_size, memoryview(text)
+        try:
+            while left:  # a disk that fills up takes a part of a system call's bytes, and refuses the next
+                left = left[self._file.write(left) :]
+        except OSError:
+            if len(left) < len(text):
+                self._file.truncate(before)
+            raise
 
 
 class MetricsFile(_LinesFile):
@@ -268,9 +279,8 @@ def plot_curves(records: Sequence[dict[str, Any]], path: Path) -> None:
                     axes.plot(*zip(*held_out, strict=True), "o--", label=label)
         if axes.lines:
             axes.legend()
-    unfinished = path.with_name(f".{path.name}")
-    figure.savefig(unfinished, dpi=120, format="png")
-    unfinished.replace(path)
+    with replacing(path) as unfinished:
+        figure.savefig(unfinished, dpi=120, format="png")
 
 
 def _break(name: str) -> list[str]:

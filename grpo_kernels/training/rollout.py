@@ -7,7 +7,8 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from grpo_kernels import token_logprobs
@@ -20,6 +21,7 @@ class Rollout(NamedTuple):
     prompt_mask: Tensor  # [B, P], 0 on padding
     completion_ids: Tensor  # [B, T], padded on the right
     completion_mask: Tensor  # [B, T], 1 up to and including the end token
+    sampling_logprobs: Tensor | None = None  # [B, T], nats, by the engine that sampled; 0 on padding
 
     def select(self, indices: Tensor) -> Rollout:
         """The completions at ``indices``, without the columns that are padding for all of them."""
@@ -31,6 +33,7 @@ class Rollout(NamedTuple):
             prompt_mask[:, first:],
             self.completion_ids[indices, :length],
             completion_mask[:, :length],
+            None if self.sampling_logprobs is None else self.sampling_logprobs[indices, :length],
         )
 
 
@@ -57,11 +60,7 @@ def generate(
     """
     encoded = tokenizer(list(prompts), padding=True, padding_side="left", return_tensors="pt")
     prompt_ids, prompt_mask = encoded["input_ids"].to(model.device), encoded["attention_mask"].to(model.device)
-    end_ids = end_token_ids(model, tokenizer)
-    sampling = {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0} if temperature else {}
-    config = GenerationConfig(
-        max_new_tokens=max_completion_length, eos_token_id=end_ids, pad_token_id=tokenizer.pad_token_id, **sampling
-    )
+    config = generation_config(model, tokenizer, max_completion_length, temperature)
     models_own = model.generation_config
     model.generation_config = GenerationConfig()  # generate() fills what is unset from here
     try:
@@ -72,7 +71,79 @@ def generate(
     finally:
         model.generation_config = models_own
     completion_ids = sequences[:, prompt_ids.shape[1] :].contiguous()
-    return Rollout(prompt_ids, prompt_mask, completion_ids, end_mask(completion_ids, end_ids))
+    return Rollout(prompt_ids, prompt_mask, completion_ids, end_mask(completion_ids, config.eos_token_id))
+
+
+def generation_config(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, max_completion_length: int, temperature: float
+) -> GenerationConfig:
+    """What samples from the whole distribution of the logits over ``temperature``; greedily at 0."""
+    sampling = {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0} if temperature else {}
+    return GenerationConfig(
+        max_new_tokens=max_completion_length,
+        eos_token_id=end_token_ids(model, tokenizer),
+        pad_token_id=tokenizer.pad_token_id,
+        **sampling,
+    )
+
+
+def padded(
+    prompts: Sequence[Sequence[int]],
+    completions: Sequence[Sequence[int]],
+    end_ids: Sequence[int],
+    *,
+    pad_id: int,
+    device: torch.device,
+    logprobs: Sequence[Sequence[float]] | None = None,
+) -> Rollout:
+    """B prompts and completions of unequal lengths as a rollout; what stands after an end token does not count.
+
+    Args:
+        prompts: Ids of tokens.
+        completions: Ids of tokens; one may be empty, and then has no token in the mask.
+        end_ids: The tokens that end a completion.
+        pad_id: Fills the rows.
+        device: Of the tensors.
+        logprobs: Of each completion's tokens, in nats, by what sampled them.
+    """
+
+    def rows(values: Sequence[Sequence[float]], fill: float, dtype: torch.dtype, side: str = "right") -> Tensor:
+        tensors = [torch.tensor(list(value), dtype=dtype) for value in values]
+        found = pad_sequence(tensors, batch_first=True, padding_value=fill, padding_side=side)
+        if not found.shape[1]:  # all are empty: one column, for a model to read
+            found = torch.full((len(tensors), 1), fill, dtype=dtype)
+        return found.to(device)
+
+    def ones(values: Sequence[Sequence[int]]) -> list[list[int]]:
+        return [[1] * len(value) for value in values]
+
+    ids = rows(completions, pad_id, torch.long)
+    mask = rows(ones(completions), 0, torch.long) * end_mask(ids, end_ids)
+    sampling_logprobs = None if logprobs is None else rows(logprobs, 0.0, torch.float32) * mask
+    prompt_ids = rows(prompts, pad_id, torch.long, "left")
+    return Rollout(prompt_ids, rows(ones(prompts), 0, torch.long, "left"), ids, mask, sampling_logprobs)
+
+
+def joined(rollouts: Sequence[Rollout]) -> Rollout:
+    """The completions of several rollouts in one, padded to the longest prompt and completion of them all."""
+    if len(rollouts) == 1:
+        return rollouts[0]
+    prompt, completion = (max(r[k].shape[1] for r in rollouts) for k in (0, 2))
+
+    def left(values: Tensor) -> Tensor:
+        return nn.functional.pad(values, (prompt - values.shape[1], 0))
+
+    def right(values: Tensor) -> Tensor:
+        return nn.functional.pad(values, (0, completion - values.shape[1]))
+
+    scored = rollouts[0].sampling_logprobs is not None
+    return Rollout(
+        torch.cat([left(r.prompt_ids) for r in rollouts]),
+        torch.cat([left(r.prompt_mask) for r in rollouts]),
+        torch.cat([right(r.completion_ids) for r in rollouts]),
+        torch.cat([right(r.completion_mask) for r in rollouts]),
+        torch.cat([right(r.sampling_logprobs) for r in rollouts]) if scored else None,
+    )
 
 
 def teacher_forced(tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str], completions: Sequence[str]) -> Rollout:

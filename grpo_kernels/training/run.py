@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import json
-import math
 import os
 import time
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import NamedTuple
@@ -18,27 +18,40 @@ from transformers import set_seed
 from transformers.utils.logging import disable_progress_bar
 
 from grpo_kernels import registry
-from grpo_kernels.training.checkpoint import clear_run, list_checkpoints, load_weights, save_checkpoint, step_of
+from grpo_kernels.files import replace_text
+from grpo_kernels.training.checkpoint import (
+    clear_run,
+    list_checkpoints,
+    load_weights,
+    read_weights,
+    save_checkpoint,
+    standing,
+    step_of,
+)
 from grpo_kernels.training.cold_start import cold_start
 from grpo_kernels.training.data import Task, load_task
 from grpo_kernels.training.evaluation import evaluate
+from grpo_kernels.training.filtering import filtered_task
 from grpo_kernels.training.html_report import versions, write_report
 from grpo_kernels.training.loop import GRPOLoop, Step
 from grpo_kernels.training.models import prepared
 from grpo_kernels.training.policy import has_adapters
 from grpo_kernels.training.recipe import Recipe
 from grpo_kernels.training.reporting import (
-    MetricsFile,
     Progress,
     SamplesFile,
     Table,
     plot_curves,
+    read_lines,
     read_metrics,
     show_samples,
 )
-from grpo_kernels.training.state import read_state
+from grpo_kernels.training.state import check_state, read_state
+from grpo_kernels.training.tasks import Row
+from grpo_kernels.training.trackers import METRICS, MetricsLog, tracked
+from grpo_kernels.training.wrapping import check_launch, is_deepspeed, load_models_whole
 
-METRICS, SAMPLES = "metrics.jsonl", "samples.jsonl"
+SAMPLES = "samples.jsonl"
 
 
 class Result(NamedTuple):
@@ -49,7 +62,7 @@ class Result(NamedTuple):
     after: dict[str, float]
 
 
-def train(recipe: Recipe, accelerator: Accelerator | None = None) -> Result:
+def train(recipe: Recipe, accelerator: Accelerator | None = None, rows: Sequence[Row] | None = None) -> Result:
     """Runs a recipe to its end; the same recipe gives the same curve, interrupted and resumed or not.
 
     Writes ``checkpoint-<step>`` folders, ``metrics.jsonl``, ``samples.jsonl``, ``config.yaml``, ``versions.json``,
@@ -57,18 +70,31 @@ def train(recipe: Recipe, accelerator: Accelerator | None = None) -> Result:
     is interrupted, the checkpoints there are complete and the metrics readable; with ``resume`` it goes on from the
     newest. Under ``accelerate launch`` every process calls it.
 
+    Args:
+        recipe: The run.
+        accelerator: Of the processes, with the trackers that it was made with; by default one with those of
+            ``report_to``.
+        rows: To train on in the place of the dataset's own.
+
     Raises:
-        ValueError: The data does not fit the recipe, a reward is infinite, or the checkpoint is of another run.
+        ValueError: The data does not fit the recipe, a reward is infinite, the checkpoint is of another run, or a
+            tracker is not installed; or ``resume`` is asked for under DeepSpeed.
         FileExistsError: ``output_dir`` holds another run, and the recipe does not say to replace it or to go on.
-        RuntimeError: The named backend cannot run here, or a gradient is not finite.
+        OSError: A file cannot be written, as on a full disk. The message says how far the run was and what it left.
+        RuntimeError: The named backend cannot run here, a gradient is not finite, or the processes were launched for
+            FSDP or DeepSpeed where accelerate has neither.
     """
     output_dir = Path(recipe.output_dir)
     if recipe.num_threads is not None:
         torch.set_num_threads(recipe.num_threads)
     disable_progress_bar()  # transformers' own, one for every file that it reads or writes
-    accelerator = accelerator or Accelerator(cpu=recipe.device == "cpu")
+    accelerator = accelerator or tracked(recipe)
+    if recipe.resume and is_deepspeed(accelerator):
+        raise ValueError("resume must be False under DeepSpeed: its checkpoints hold the weights alone")
+    check_launch(accelerator)
+    load_models_whole(accelerator)
     set_seed(recipe.seed)
-    task = load_task(recipe)
+    task = load_task(recipe, rows)
     task = task._replace(model=prepared(task.model, recipe))
     backend = registry.resolve("grpo_loss", recipe.backend, task.model.device)
     parameters = task.model.num_parameters()
@@ -79,13 +105,17 @@ def train(recipe: Recipe, accelerator: Accelerator | None = None) -> Result:
     start = time.perf_counter()
     run = _Run(recipe, output_dir, accelerator)
     try:
-        before, checkpoint, after = run.to_its_end(task)
-    finally:
-        run.metrics_file.close()
-        run.samples_file.close()
+        try:
+            before, checkpoint, after = run.to_its_end(task)
+        finally:
+            run.metrics.close()
+            run.samples_file.close()
+        if accelerator.is_main_process:
+            plot_curves(read_metrics(output_dir / METRICS), output_dir / "curves.png")
+            write_report(output_dir)
+    except OSError as error:
+        raise OSError(f"{error}; stopped after step {run.number}; {standing(output_dir)}") from error
     if accelerator.is_main_process:
-        plot_curves(read_metrics(output_dir / METRICS), output_dir / "curves.png")
-        write_report(output_dir)
         _print_summary(before, after, time.perf_counter() - start, checkpoint, output_dir)
     return Result(checkpoint, before, after)
 
@@ -95,6 +125,7 @@ class _Run:
 
     def __init__(self, recipe: Recipe, output_dir: Path, accelerator: Accelerator) -> None:
         self.recipe, self.output_dir, self.accelerator = recipe, output_dir, accelerator
+        self.number = 0  # of the last optimizer step
         self.checkpoints = list_checkpoints(output_dir) if recipe.resume else []
         if accelerator.is_main_process:
             if self.checkpoints:
@@ -104,11 +135,11 @@ class _Run:
                 _prepare(output_dir, recipe.overwrite_output_dir or recipe.resume)
         accelerator.wait_for_everyone()
         folder = output_dir if accelerator.is_main_process else None
-        self.metrics_file = MetricsFile(folder / METRICS if folder else Path(os.devnull))
+        self.metrics = MetricsLog(recipe, accelerator)
         self.samples_file = SamplesFile(folder / SAMPLES if folder else Path(os.devnull))
         if folder:
-            (folder / "config.yaml").write_text(yaml.safe_dump(asdict(recipe), sort_keys=False), encoding="utf-8")
-            (folder / "versions.json").write_text(json.dumps(versions(), indent=1), encoding="utf-8")
+            replace_text(folder / "config.yaml", yaml.safe_dump(asdict(recipe), sort_keys=False))
+            replace_text(folder / "versions.json", json.dumps(versions(), indent=1))
 
     def to_its_end(self, task: Task) -> tuple[dict[str, float], Path, dict[str, float]]:
         """Held-out accuracies before GRPO, the last checkpoint, and the accuracies after."""
@@ -116,12 +147,14 @@ class _Run:
         if not self.checkpoints:
             _run_cold_start(task, recipe)
             before = self._evaluate(task, 0)
+            task = filtered_task(task, recipe, self.accelerator, self.output_dir, known=False)
             set_seed(recipe.seed + self.accelerator.process_index)  # each process samples other completions
             loop = GRPOLoop(task, recipe, self.accelerator)
             self._save(task, loop)
         else:
             records = read_metrics(self.output_dir / METRICS)
             before = {name: value for r in records if r["step"] == 0 for name, value in r.items() if name != "step"}
+            task = filtered_task(task, recipe, self.accelerator, self.output_dir, known=True)
             loop = self._resumed(task)
         checkpoint = self._run_grpo(task, loop)
         return before, checkpoint, self._evaluate(task, recipe.max_steps)
@@ -131,12 +164,13 @@ class _Run:
         first, newest = self.checkpoints[0], self.checkpoints[-1]
         if step_of(first):
             raise ValueError(f"{self.output_dir} has no checkpoint-0, the reference of its run: it cannot be resumed")
+        check_state(newest, self.recipe, self.accelerator.num_processes)
         if not has_adapters(task.model):
-            copied = type(task.model).from_pretrained(first, dtype=task.model.dtype).state_dict()
-            task.model.load_state_dict(copied)
+            task.model.load_state_dict(read_weights(first, task.model))
         loop = GRPOLoop(task, self.recipe, self.accelerator)
         load_weights(newest, loop)
         read_state(newest, loop)
+        self.number = loop.number
         self.accelerator.print(f"resumed after step {loop.number}, from {newest}")
         return loop
 
@@ -154,7 +188,8 @@ class _Run:
         with Progress(recipe.max_steps - loop.number, "GRPO", disable=True if is_hidden else None) as progress:
             table = Table(progress.bar)
             for step in loop.run():
-                self.metrics_file.write({"step": step.number, **step.metrics})
+                self.number = step.number
+                self.metrics.write(step.number, step.metrics)
                 tokens = completions * step.metrics["completions/mean_length"]
                 progress.update(completions=completions, tokens=tokens, reward=step.metrics["reward"])
                 self._show(step, table)
@@ -179,7 +214,7 @@ class _Run:
         if not task.eval_rows:
             return {}
         accuracies = evaluate(task.model, task.tokenizer, task.eval_rows, self.recipe)
-        self.metrics_file.write({"step": step, **accuracies})
+        self.metrics.write(step, accuracies)
         self.accelerator.print(
             f"held-out accuracy at step {step}: {accuracies['eval_accuracy']:.3f} at temperature 1, "
             f"{accuracies['eval_accuracy_greedy']:.3f} greedy ({len(task.eval_rows)} problems)"
@@ -189,14 +224,9 @@ class _Run:
 
 def _cut(path: Path, step: int) -> None:
     """Takes out what a run will write again from a checkpoint on, and a line that was cut by a kill."""
-    kept = []
-    for line in path.read_bytes().splitlines(keepends=True) if path.exists() else []:
-        record = json.loads(line) if line.endswith(b"\n") else {"step": math.inf}
-        if record["step"] == 0 or (record["step"] <= step and "eval_accuracy" not in record):
-            kept.append(line)
-    unfinished = path.with_name(f".{path.name}")
-    unfinished.write_bytes(b"".join(kept))
-    os.replace(unfinished, path)
+    records = read_lines(path).records if path.exists() else []
+    kept = [r for r in records if r["step"] == 0 or (r["step"] <= step and "eval_accuracy" not in r)]
+    replace_text(path, "".join(json.dumps(record) + "\n" for record in kept))
 
 
 def _prepare(output_dir: Path, overwrite: bool) -> None:

@@ -3,14 +3,16 @@
 A checkpoint is a folder of ``from_pretrained`` with four things more:
 
     optimizer.safetensors   the optimizer's tensors by parameter
-    trainer_state.json      step, schedule, parameter groups, rows drawn, the recipe
+    trainer_state.json      step, schedule, parameter groups, rows drawn, a digest of the rows, the recipe
     random-<rank>.safetensors, random-<rank>.json   of each process
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import random
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -27,19 +29,27 @@ from torch.distributed.checkpoint.state_dict import (
 )
 
 from grpo_kernels.training.recipe import Recipe
+from grpo_kernels.training.wrapping import is_deepspeed
 
 STATE = "trainer_state.json"
 OPTIMIZER = "optimizer.safetensors"
 #: What may differ between the run that wrote a checkpoint and the one that goes on from it.
 MAY_DIFFER = frozenset({
     "output_dir", "overwrite_output_dir", "resume", "logging_steps", "num_completions_to_print", "completions_steps",
-    "save_steps", "save_total_limit", "disable_tqdm", "device", "num_threads",
+    "save_steps", "save_total_limit", "disable_tqdm", "device", "num_threads", "report_to", "project", "run_name",
+    "vllm_server_base_url", "vllm_server_host", "vllm_server_port", "vllm_server_timeout", "vllm_generation_timeout",
+    "vllm_group_port",
 })  # fmt: skip
 _SEPARATOR = "|"  # in no name of a parameter
 
 
 def write_state(folder: Path, loop: Any) -> None:
-    """Adds a loop's state to a checkpoint's folder; every process calls it, at the same step."""
+    """Adds a loop's state to a checkpoint's folder; every process calls it, at the same step.
+
+    Under DeepSpeed, whose engine keeps the optimizer to itself, nothing is added: no run can go on from there.
+    """
+    if is_deepspeed(loop.accelerator):
+        return
     rank = loop.accelerator.process_index
     state = get_optimizer_state_dict(loop.policy.wrapped, loop.optimizer.optimizer, options=_WHOLE)
     if loop.accelerator.is_main_process:
@@ -47,6 +57,7 @@ def write_state(folder: Path, loop: Any) -> None:
         save_file(tensors, folder / OPTIMIZER)
         written = {"step": loop.number, "rows_drawn": loop.row_order.drawn, "schedule": loop.schedule.state_dict()}
         written |= {"param_groups": groups, "recipe": asdict(loop.recipe), "processes": loop.accelerator.num_processes}
+        written["rows"] = _digest(loop.rows)
         (folder / STATE).write_text(json.dumps(written, indent=1), encoding="utf-8")
     tensors, values = _random_state()
     save_file(tensors, folder / f"random-{rank}.safetensors")
@@ -57,16 +68,17 @@ def read_state(folder: Path, loop: Any) -> None:
     """Puts a loop where the one that wrote the checkpoint was; its model is loaded before.
 
     Raises:
-        ValueError: The checkpoint is cut short, of another recipe, or of another number of processes.
+        ValueError: The checkpoint is cut short, of another recipe, other rows or another number of processes.
     """
+    state = check_state(folder, loop.recipe, loop.accelerator.num_processes)
+    if state["rows"] != _digest(loop.rows):
+        raise ValueError(f"checkpoint {folder} is of another run: the training rows are others now")
+    rank = loop.accelerator.process_index
     try:
-        state = json.loads((folder / STATE).read_text(encoding="utf-8"))
         tensors = load_file(folder / OPTIMIZER)
-        rank = loop.accelerator.process_index
-        check_recipe(state, loop.recipe, loop.accelerator.num_processes, folder)
         random_tensors = load_file(folder / f"random-{rank}.safetensors")
         values = json.loads((folder / f"random-{rank}.json").read_text(encoding="utf-8"))
-    except (OSError, json.JSONDecodeError, SafetensorError) as error:
+    except (OSError, ValueError, SafetensorError) as error:
         raise ValueError(f"checkpoint {folder} cannot be read, it may be cut short: {error}") from error
     optimizer_state = _joined(tensors, state["param_groups"])
     set_optimizer_state_dict(loop.policy.wrapped, loop.optimizer.optimizer, optimizer_state, options=_WHOLE)
@@ -76,12 +88,16 @@ def read_state(folder: Path, loop: Any) -> None:
     _set_random_state(random_tensors, values)
 
 
-def check_recipe(state: dict[str, Any], recipe: Recipe, processes: int, folder: Path) -> None:
-    """Raises where a checkpoint's recipe would give another run.
+def check_state(folder: Path, recipe: Recipe, processes: int) -> dict[str, Any]:
+    """A checkpoint's ``trainer_state.json``; needs no model yet.
 
     Raises:
-        ValueError: It names what differs.
+        ValueError: It is cut short, or of a recipe that would give another run; the message names what differs.
     """
+    try:
+        state = json.loads((folder / STATE).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ValueError(f"checkpoint {folder} cannot be read, it may be cut short: {error}") from error
     now = json.loads(json.dumps(asdict(recipe)))
     differing = {
         name: (state["recipe"].get(name), value)
@@ -93,6 +109,7 @@ def check_recipe(state: dict[str, Any], recipe: Recipe, processes: int, folder: 
     if differing:
         listed = ", ".join(f"{name} {old!r}, now {new!r}" for name, (old, new) in differing.items())
         raise ValueError(f"checkpoint {folder} is of another run: {listed}")
+    return state
 
 
 _WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)
@@ -106,6 +123,14 @@ def _split(state: dict[str, Any]) -> tuple[dict[str, Tensor], list[dict[str, Any
         for name, value in values.items()
     }
     return tensors, [{**group, "params": list(group["params"])} for group in state["param_groups"]]
+
+
+def _digest(rows: Sequence[dict[str, Any]]) -> str:
+    """Of the rows in their order, so that a dataset that was changed between two runs is found."""
+    found = hashlib.sha256()
+    for row in rows:
+        found.update(repr(row).encode(errors="surrogatepass"))
+    return found.hexdigest()
 
 
 def _joined(tensors: dict[str, Tensor], groups: list[dict[str, Any]]) -> dict[str, Any]:

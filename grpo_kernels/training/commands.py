@@ -1,0 +1,107 @@
+"""The commands that train, sample and measure: what they print where something is wrong, and their exit status."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+INTERRUPTED = 130  # what a shell reports for a process that SIGINT ended
+#: By command, its help; each but ``train`` is a stage of a recipe by itself.
+STAGES = {
+    "sft": "supervised training on worked completions",
+    "sample": "sample completions and keep those that earn enough, as rows to train on",
+    "augment": "more problems out of worked ones: another start, another goal, hindsight",
+    "distill": "train a student on a teacher's samples, or on its distributions over tokens",
+    "eval": "pass@1, pass@k and cons@k on held-out problems, with confidence intervals",
+}
+
+
+def train(name: str | None, overrides: Sequence[str]) -> int:
+    """``grpo-kernels train``: one run of GRPO by a recipe; returns the exit status."""
+    output_dir: list[Path] = []
+
+    def run() -> None:
+        from grpo_kernels.training.recipe import load_recipe
+
+        recipe = load_recipe(name, overrides)
+        check_runs_here(recipe)
+        output_dir.append(Path(recipe.output_dir))
+        from grpo_kernels.training.run import train
+
+        train(recipe)
+
+    return _guarded(run, lambda: _left(output_dir))
+
+
+def recipe(name: str, overrides: Sequence[str]) -> int:
+    """``grpo-kernels recipe``: the stages of a YAML file; returns the exit status."""
+
+    def run() -> None:
+        from grpo_kernels.training.stage_config import load_stages
+        from grpo_kernels.training.stages import run_stages
+
+        root, stages = load_stages(name, overrides)
+        for stage in stages:
+            check_runs_here(stage.recipe)
+        run_stages(root, stages)
+
+    return _guarded(run, lambda: "the same command goes on from here")
+
+
+def stage(kind: str, name: str | None, overrides: Sequence[str]) -> int:
+    """``grpo-kernels sft`` and the like: one stage by itself; returns the exit status."""
+
+    def run() -> None:
+        from grpo_kernels.training.stage_config import load_stage
+        from grpo_kernels.training.stages import run_stage
+
+        found = load_stage(kind, name, overrides)
+        check_runs_here(found.recipe)
+        line = run_stage(found)
+        print(f"{found.folder}: done in {line['seconds']} s")
+
+    return _guarded(run, lambda: "the same command begins again")
+
+
+def check_runs_here(recipe: Any) -> None:
+    """Raises ValueError where the device or the backend that a recipe names cannot run here."""
+    from grpo_kernels import registry
+    from grpo_kernels.training.data import pick_device
+    from grpo_kernels.training.trackers import tracker_names
+
+    tracker_names(recipe.report_to)
+    try:
+        registry.resolve("grpo_loss", recipe.backend, pick_device(recipe.device))
+    except RuntimeError as error:
+        raise ValueError(str(error)) from error
+
+
+def fail(message: str) -> int:
+    """Prints what is wrong; returns the status of bad arguments."""
+    print(f"error: {message}", file=sys.stderr)
+    return 2
+
+
+def _guarded(run: Callable[[], None], left: Callable[[], str]) -> int:
+    """Runs a command. What a person can put right is one line; any other error keeps its traceback."""
+    try:
+        run()
+    except ImportError as error:
+        return fail(f"training needs the extra grpo-kernels[train]: {error}")
+    except (ValueError, OSError) as error:
+        return fail(str(error))
+    except KeyboardInterrupt:
+        print(f"\ninterrupted; {left()}", file=sys.stderr)
+        return INTERRUPTED
+    except RuntimeError:  # of a gradient, a reward function or the device: where it came from matters
+        print(f"\nstopped; {left()}", file=sys.stderr)
+        raise
+    return 0
+
+
+def _left(output_dir: list[Path]) -> str:
+    from grpo_kernels.training.checkpoint import standing
+
+    return standing(output_dir[0]) if output_dir else "nothing was begun"

@@ -1,0 +1,267 @@
+"""What a stage is told: its own keys beside a recipe's, from the YAML file of several stages or one stage alone.
+
+``beta``, which both have, is that of the divergence in a "distill" stage and the penalty's weight in any other.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from grpo_kernels.training.augmentation import WAYS
+from grpo_kernels.training.recipe import Recipe, recipe_path, with_overrides
+from grpo_kernels.training.rewards import resolve
+
+#: The kinds of stage, with the keys of each.
+KEYS = {
+    "sft": ("model", "data"),
+    "grpo": ("model", "data"),
+    "sample": ("model", "data", "prompts", "samples", "keep"),
+    "augment": ("data", "ways", "num_rows"),
+    "distill": ("model", "data", "prompts", "samples", "keep", "teacher", "teacher_model_name_or_path", "beta",
+                "lmbda"),
+    "eval": ("model", "ks", "check"),
+}  # fmt: skip
+TRAINING = ("sft", "grpo", "distill")  # kinds that leave a model
+_ROLES = {"model": TRAINING, "teacher": TRAINING, "data": ("sample", "augment")}  # keys that name an earlier stage
+
+
+@dataclass(frozen=True, kw_only=True)
+class Stage:
+    """One stage of a recipe.
+
+    Args:
+        name: Also its folder's.
+        kind: "sft" trains on traces, "grpo" on rewards, "distill" on a teacher; "sample" keeps completions that earn
+            enough, "augment" makes problems of worked ones, "eval" measures.
+        recipe: All else, with this stage's ``output_dir``.
+
+    Raises:
+        ValueError: The kind is unknown, an argument has no effect on it, or does not fit.
+    """
+
+    name: str
+    kind: str
+    recipe: Recipe
+    model: str | None = field(default=None, metadata={"help": "the stage whose model it starts from, not a fresh base"})
+    data: str | None = field(default=None, metadata={"help": "rows: the stage that left them, or a .jsonl file"})
+    prompts: int = field(default=200, metadata={"help": "training problems to sample for"})
+    samples: int = field(default=4, metadata={"help": "completions of each"})
+    keep: dict[str, float] | None = field(
+        default=None, metadata={"help": "the least to earn, by reward function: '{accuracy: 1, format: 1}'"}
+    )
+    ways: Sequence[str] = field(default=WAYS, metadata={"help": "of augmentation: '[start, goal, hindsight]'"})
+    num_rows: int | None = field(default=None, metadata={"help": "new rows of each way at most"})
+    teacher: str | None = field(default=None, metadata={"help": "the stage whose model teaches"})
+    teacher_model_name_or_path: str | None = field(default=None, metadata={"help": "any model as the teacher"})
+    beta: float | None = field(
+        default=None,
+        metadata={"help": "to learn the teacher's distributions: 0 by forward KL, 1 by reverse KL, 0.5 by JSD"},
+    )
+    lmbda: float = field(default=0.0, metadata={"help": "share of steps on the student's own samples; needs beta"})
+    ks: Sequence[int] | None = field(
+        default=None, metadata={"help": "of pass@k and cons@k; by default 1, eval_samples"}
+    )
+    check: str = field(default="accuracy", metadata={"help": "the reward function that is 1 where an answer is right"})
+
+    def __post_init__(self) -> None:
+        if self.kind not in KEYS:
+            self._refuse(f"kind must be one of {', '.join(KEYS)}, got {self.kind!r}")
+        for key in fields(self)[3:]:
+            if key.name not in KEYS[self.kind] and getattr(self, key.name) != key.default:
+                self._refuse(f"{key.name} has no effect on kind {self.kind!r}")
+        for name, (is_good, expected) in _CHECKS.items():
+            if name in KEYS[self.kind] and not is_good(getattr(self, name)):
+                self._refuse(f"{name} must be {expected}, got {getattr(self, name)!r}")
+        for name in (*(self.keep or {}), self.check):
+            resolve(name)
+        if self.kind == "sample" and not self.keep:
+            self._refuse("keep must say what a completion must earn")
+        if self.kind in ("sft", "distill") and not self.recipe.sft_steps:
+            self._refuse(f"sft_steps must be at least 1 for kind {self.kind!r}")
+        if self.kind == "distill":
+            self._check_distillation()
+        if self.kind == "eval":
+            if not self.recipe.num_eval_prompts:
+                self._refuse("num_eval_prompts must be at least 1 for kind 'eval'")
+            if self.ks is not None and max(self.ks) > self.recipe.eval_samples:
+                self._refuse(f"ks must be at most eval_samples ({self.recipe.eval_samples}), got {max(self.ks)}")
+
+    def _check_distillation(self) -> None:
+        if (self.teacher is None) == (self.teacher_model_name_or_path is None):
+            self._refuse("either teacher or teacher_model_name_or_path must be given")
+        if self.beta is None and self.lmbda:
+            self._refuse(f"lmbda needs a beta, got {self.lmbda!r} without one")
+        if self.data is not None and (self.beta is None or self.keep is not None):
+            what = "keep" if self.beta is not None else "teacher"
+            self._refuse(f"{what} has no effect on rows of data, which are not sampled")
+
+    def _refuse(self, problem: str) -> None:
+        raise ValueError(f"stage {self.name!r}: {problem}")
+
+    @property
+    def folder(self) -> Path:
+        return Path(self.recipe.output_dir)
+
+    def written(self, recipe: Recipe, **resolved: str) -> dict[str, Any]:
+        """The stage as a file of it alone has it: a recipe's keys and its own, earlier stages by what they left."""
+        own = {name: getattr(self, name) for name in KEYS[self.kind] if name not in ("model", "teacher")}
+        found = asdict(recipe) | own | resolved
+        return {name: list(value) if isinstance(value, tuple) else value for name, value in found.items()}
+
+
+def load_stages(name: str, overrides: Sequence[str] = ()) -> tuple[Path, list[Stage]]:
+    """The output folder and the stages of a YAML file, or of a recipe that ships.
+
+    Args:
+        name: A file, or the name of a recipe that ships.
+        overrides: ``["--key", "value", ...]`` for every stage; ``--output_dir`` is the folder of them all.
+
+    Raises:
+        FileNotFoundError: There is no such recipe.
+        ValueError: A key is unknown, a value does not fit, or a stage is named that does not come before.
+    """
+    path = recipe_path(name)
+    content = _mapping(path)
+    unknown = sorted(content.keys() - {"output_dir", "common", "stages"})
+    if unknown or not content.get("stages"):
+        raise ValueError(f"{path}: expected output_dir, common and stages, got {', '.join(unknown) or 'no stages'}")
+    root, overrides = _output_dir(content.get("output_dir", f"runs/{path.stem}"), overrides)
+    stages: list[Stage] = []
+    for stage_name, values in content["stages"].items():
+        where = f"{path}: stage {stage_name}"
+        if not isinstance(values, dict) or "kind" not in values:
+            raise ValueError(f"{where}: expected keys and values with a kind, got {values!r}")
+        values = values | {"output_dir": str(root / stage_name)}
+        stages.append(_stage(where, stage_name, values, content.get("common", {}), overrides))
+        for role, kinds in _ROLES.items():
+            earlier = getattr(stages[-1], role)
+            fitting = [before.name for before in stages[:-1] if before.kind in kinds]
+            if earlier is not None and earlier not in fitting and not (role == "data" and is_file(earlier)):
+                raise ValueError(f"{where}: {role} must be one of {fitting}, got {earlier!r}")
+    return root, stages
+
+
+def load_stage(kind: str, name: str | None, overrides: Sequence[str] = ()) -> Stage:
+    """One stage by itself, as ``grpo-kernels sft`` and the like run it.
+
+    Args:
+        kind: One of ``KEYS``.
+        name: A YAML file of keys and values; None for the defaults alone.
+        overrides: ``["--key", "value", ...]``, which win over the file; values of the stage's own keys are YAML.
+
+    Raises:
+        FileNotFoundError: There is no such file.
+        ValueError: A key is unknown or a value does not fit.
+    """
+    try:
+        given, rest = stage_parser(kind).parse_known_args(list(overrides))
+    except argparse.ArgumentError as error:
+        raise ValueError(f"command line: {error}") from error
+    content = {"output_dir": f"runs/{kind}"} | ({} if name is None else _mapping(recipe_path(name)))
+    stage = _stage(name or "command line", kind, content | vars(given) | {"kind": kind}, {}, rest)
+    for role in ("model", "teacher"):
+        if getattr(stage, role) is not None:
+            path = "model_name_or_path" if role == "model" else "teacher_model_name_or_path"
+            raise ValueError(f"{role} names a stage of a recipe, and there is none: use {path}")
+    if stage.data is not None and not is_file(stage.data):
+        raise ValueError(f"data must be a .jsonl file, got {stage.data!r}")
+    return stage
+
+
+def stage_parser(kind: str) -> argparse.ArgumentParser:
+    """Of a stage's own keys on the command line; those of the recipe it leaves."""
+    parser = argparse.ArgumentParser(
+        prog=f"grpo-kernels {kind}",
+        usage="%(prog)s [--recipe NAME_OR_FILE] [--key value ...]",
+        epilog="Besides, every key of grpo-kernels train --help.",
+        allow_abbrev=False,
+        exit_on_error=False,
+        argument_default=argparse.SUPPRESS,
+    )
+    for key in fields(Stage):
+        if key.name in KEYS[kind] and key.name not in ("model", "teacher"):
+            parser.add_argument(f"--{key.name}", type=_value, metavar="VALUE", help=key.metadata["help"])
+    return parser
+
+
+def is_file(data: str) -> bool:
+    """Whether a stage's ``data`` is a file, not a stage."""
+    return data.endswith(".jsonl")
+
+
+def _stage(where: str, name: str, values: dict[str, Any], common: dict[str, Any], overrides: Sequence[str]) -> Stage:
+    """A stage of its keys, and of those that are in every stage's recipe."""
+    own = {key.name for key in fields(Stage)[3:]}
+    of_recipe = {key.name for key in fields(Recipe)}
+    given = {key: values[key] for key in values if key in KEYS.get(values["kind"], own) or key in own - of_recipe}
+    rest = {key: value for key, value in values.items() if key not in given and key != "kind"}
+    return Stage(name=name, kind=values["kind"], recipe=with_overrides(where, common | rest, overrides), **given)
+
+
+def _mapping(path: Path) -> dict[str, Any]:
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path}: {error}") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{path}: expected a mapping of keys to values, got {type(content).__name__}")
+    return content
+
+
+def _output_dir(root: str, overrides: Sequence[str]) -> tuple[Path, list[str]]:
+    rest = list(overrides)
+    if "--output_dir" in rest:
+        at = rest.index("--output_dir")
+        root = rest[at + 1] if at + 1 < len(rest) else root
+        del rest[at : at + 2]
+    return Path(root), rest
+
+
+def _value(text: str) -> Any:
+    try:
+        return yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise argparse.ArgumentTypeError(f"expected YAML, got {text!r}") from error
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+def _is_count(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 1
+
+
+def _is_share(value: Any) -> bool:
+    return _is_number(value) and 0 <= value <= 1
+
+
+def _is_listed(is_good: Callable[[Any], bool]) -> Callable[[Any], bool]:
+    return lambda values: isinstance(values, (list, tuple)) and len(values) > 0 and all(map(is_good, values))
+
+
+def _is_text(value: Any) -> bool:
+    return value is None or isinstance(value, str)
+
+
+#: Of each key, what is good and how a message says it.
+_CHECKS: dict[str, tuple[Callable[[Any], bool], str]] = {
+    **{name: (_is_text, "a name") for name in ("model", "data", "teacher", "teacher_model_name_or_path", "check")},
+    "prompts": (_is_count, "an integer of at least 1"),
+    "samples": (_is_count, "an integer of at least 1"),
+    "num_rows": (lambda value: value is None or _is_count(value), "an integer of at least 1"),
+    "keep": (
+        lambda value: value is None or (isinstance(value, dict) and all(map(_is_number, value.values()))),
+        "a mapping of reward functions to numbers",
+    ),
+    "ways": (_is_listed(lambda way: way in WAYS), f"a list of some of {', '.join(WAYS)}"),
+    "beta": (lambda value: value is None or _is_share(value), "a number between 0 and 1"),
+    "lmbda": (_is_share, "a number between 0 and 1"),
+    "ks": (lambda value: value is None or _is_listed(_is_count)(value), "a list of integers of at least 1"),
+}

@@ -1,0 +1,73 @@
+"""The model and its optimizer over processes: what FSDP2 and DeepSpeed need beside accelerate's ``prepare``."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import DistributedType, fsdp2_prepare_model
+from torch import Tensor
+from transformers.integrations.deepspeed import unset_hf_deepspeed_config
+
+from grpo_kernels.training.recipe import Recipe
+
+
+def is_deepspeed(accelerator: Accelerator) -> bool:
+    """Whether DeepSpeed's engine takes the steps."""
+    return accelerator.distributed_type == DistributedType.DEEPSPEED
+
+
+def check_launch(accelerator: Accelerator) -> None:
+    """Raises where accelerate leaves out what its configuration asks for, as it does without a word on a CPU.
+
+    Raises:
+        RuntimeError: FSDP or DeepSpeed was asked for, and the processes would each have the whole model.
+    """
+    for name in ("FSDP", "DEEPSPEED"):
+        is_asked_for = os.environ.get(f"ACCELERATE_USE_{name}", "false").lower() == "true"
+        if is_asked_for and accelerator.distributed_type != DistributedType[name]:
+            raise RuntimeError(
+                f"accelerate's configuration asks for {name}, which accelerate has on no {accelerator.device.type}: "
+                "take accelerate_configs/ddp.yaml there"
+            )
+
+
+def load_models_whole(accelerator: Accelerator) -> None:
+    """Models that are loaded from here on are whole in every process until they are wrapped.
+
+    Under ZeRO-3 transformers would divide them as it loads them, whatever ``zero3_init_flag`` says: then none can
+    sample, be copied or be compared with its own logits before DeepSpeed's engine has it.
+    """
+    if is_deepspeed(accelerator):
+        unset_hf_deepspeed_config()
+
+
+def wrap_policy(
+    model: Any, optimizer: torch.optim.Optimizer, recipe: Recipe, accelerator: Accelerator
+) -> tuple[Any, Any]:
+    """Model and optimizer as accelerate prepares them; what DeepSpeed clips and accumulates is the recipe's."""
+    if is_deepspeed(accelerator):
+        accelerator.deepspeed_plugin.deepspeed_config.update(
+            train_micro_batch_size_per_gpu=recipe.per_device_train_batch_size,
+            gradient_accumulation_steps=1,  # the loss is divided already
+            gradient_clipping=recipe.max_grad_norm,
+            zero_allow_untested_optimizer=True,
+        )
+    return accelerator.prepare(model, optimizer)
+
+
+def wrap_reference(reference: Any, accelerator: Accelerator) -> Any:
+    """The frozen model: divided over the processes as the policy is under FSDP2, else whole in each."""
+    if accelerator.is_fsdp2:
+        return fsdp2_prepare_model(accelerator, reference)
+    return accelerator.prepare_model(reference, evaluation_mode=True)
+
+
+def backward(loss: Tensor, accelerator: Accelerator, is_last: bool) -> None:
+    """Adds a micro-batch's gradient; DeepSpeed's engine clips and steps in the last one's."""
+    if is_deepspeed(accelerator):
+        accelerator.deepspeed_engine_wrapped.backward(loss, sync_gradients=is_last)
+    else:
+        accelerator.backward(loss)
