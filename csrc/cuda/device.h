@@ -81,7 +81,7 @@ __device__ __forceinline__ int cluster_count() { return static_cast<int>(gridDim
 // Every thread of every block waits for all; what was written to shared memory before is seen after.
 __device__ __forceinline__ void sync_cluster() {
 #if GRPO_HAS_CLUSTERS
-  asm volatile("barrier.cluster.arrive.release.aligned;\nbarrier.cluster.wait.acquire.aligned;" ::: "memory");
+  asm volatile("barrier.cluster.arrive.release;\nbarrier.cluster.wait.acquire;" ::: "memory");
 #endif
 }
 

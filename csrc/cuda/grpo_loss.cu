@@ -258,7 +258,10 @@ void launch_loss(const Place& place, Loss<Arithmetic<T>> loss, const Rows& from,
   }
   with_form<T>(vectors, loss.transform.curve, [&](auto access, auto plain) {
     const auto kernel = loss_in_two_passes<T, Out, access.value, plain.value>;
-    const Grid grid = row_grid(place, loss.space.rows, sizeof(BlockShared<Arithmetic<T>>), kernel);
+    // rows that the cache holds together: each is read from it the second time
+    const int64_t cached = place.properties().cache_bytes / 2 / (vocab * static_cast<int64_t>(sizeof(T)));
+    const int64_t rows = std::min<int64_t>(loss.space.rows, std::max<int64_t>(cached, 1));
+    const Grid grid = row_grid(place, rows, sizeof(BlockShared<Arithmetic<T>>), kernel);
     launch(place, "grpo_loss in two passes", {batch, length, vocab}, grid, kernel, loss);
   });
 }

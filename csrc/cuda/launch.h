@@ -58,7 +58,8 @@ inline Properties ask_properties(int device) {
           10 * attribute(cudaDevAttrComputeCapabilityMajor) + attribute(cudaDevAttrComputeCapabilityMinor),
           attribute(cudaDevAttrMultiProcessorCount),
           attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin),
-          attribute(cudaDevAttrMaxSharedMemoryPerMultiprocessor)};
+          attribute(cudaDevAttrMaxSharedMemoryPerMultiprocessor),
+          attribute(cudaDevAttrL2CacheSize)};
 }
 
 // Asked of the runtime once a device.
@@ -148,6 +149,7 @@ void launch(const Place& place, const char* name, std::initializer_list<int64_t>
   if (grid.blocks > INT32_MAX) checked(cudaErrorInvalidConfiguration);
   if (grid.shared_bytes > 48 * 1024) {  // what a block has unasked
     checked(cudaFuncSetAttribute(function, cudaFuncAttributeMaxDynamicSharedMemorySize, grid.shared_bytes));
+    checked(cudaFuncSetAttribute(function, cudaFuncAttributePreferredSharedMemoryCarveout, cudaSharedmemCarveoutMaxShared));
   }
   if (grid.cluster > 8) {  // what every GPU with clusters has
     checked(cudaFuncSetAttribute(function, cudaFuncAttributeNonPortableClusterSizeAllowed, 1));

@@ -60,7 +60,7 @@ order_kernel(const bool* live, int rows, int64_t* order, int64_t* count, int* ho
 
 // Rows whose place is before the live ones' number; where they came from is written 0, as a dead row is.
 template <class T, Access kAccess>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, 3)
 move_kernel(RowMemory values, int rows, int packets, const int64_t* order, const int64_t* count) {
   constexpr int kCount = kWidth<T, kAccess>;
   const int number = static_cast<int>(*count);

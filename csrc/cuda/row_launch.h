@@ -93,7 +93,7 @@ Grid row_grid(const Place& place, int64_t rows, int shared_bytes, void (*kernel)
   return {std::min(rows, resident_clusters(place, one, kernel)), kThreads, shared_bytes};
 }
 
-constexpr int kRowAt = 1024;  // where a block's part of a row begins in its shared memory
+constexpr int kRowAt = 256;  // where a block's part of a row begins in its shared memory
 
 // The smallest clusters whose shared memory holds a row, three blocks on a multiprocessor if that can be; cluster 0
 // where none does.

@@ -277,6 +277,7 @@ struct Properties {
   int processors = 2;
   int shared_bytes = 227 * 1024;
   int processor_bytes = 228 * 1024;
+  int cache_bytes = 1 << 20;
 };
 inline Properties emulated;  // tests take other paths by another device
 
