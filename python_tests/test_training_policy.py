@@ -183,3 +183,22 @@ def test_a_forward_without_a_head_is_the_models_own() -> None:
     before = model(rollout.prompt_ids).logits
     Policy(model, GRPOLossConfig())
     torch.testing.assert_close(model(rollout.prompt_ids).logits, before, rtol=0, atol=0)
+
+
+def test_a_gradient_passes_the_heads_output_before_what_was_made_of_it() -> None:
+    """There FSDP2 and ZeRO-3 wait to gather the weight again; they see no gradient of it, and nor do the parameters."""
+    model, rollout, seen = model_of("softcap"), rollout_of(), []
+    Policy(model, GRPOLossConfig())
+
+    def watch(module: Any, arguments: Any, output: Tensor) -> None:
+        output.register_hook(lambda gradient: seen.append(("head", gradient)))
+
+    def head(hidden: Tensor, projection: Any) -> tuple[Tensor, Tensor]:
+        value = (hidden @ projection.weight.mT).square().mean()
+        value.register_hook(lambda gradient: seen.append(("value", gradient.item())))
+        return value, hidden.detach()
+
+    model.get_output_embeddings().register_forward_hook(watch)
+    value, hidden = model(rollout.prompt_ids, head=head).result
+    value.backward()
+    assert seen == [("head", None), ("value", 1.0)] and not hidden.requires_grad

@@ -43,6 +43,8 @@ CASES: dict[str, dict[str, Any]] = {
     "cispo": {"loss_type": "cispo", "epsilon_high": 1.1, "beta": 0.1, **TWICE},
     "sapo": {"loss_type": "sapo", **TWICE},
     "sequence": {"importance_sampling_level": "sequence", "epsilon": 3e-3, "scale_rewards": "batch", **TWICE},
+    "entropy": {"entropy_coef": 0.05, "num_iterations": 2},  # its mean is over local tokens, as "bnpo"'s
+    "entropy-grpo": {"loss_type": "grpo", "entropy_coef": 0.05, **TWICE},
     "delta": {"delta": 1.05, **TWICE, "temperature": 0.7},
 }  # fmt: skip
 
