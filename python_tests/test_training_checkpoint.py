@@ -183,7 +183,11 @@ def start_endless_run(folder):
         "per_device_train_batch_size": 8, "steps_per_generation": 1, "gradient_accumulation_steps": 1,
     }  # fmt: skip
     arguments = [text for key, value in small.items() for text in (f"--{key}", str(value))]
-    return subprocess.Popen([*command, *arguments], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    # a test run in a shell's background is deaf to SIGINT, and so would be what it starts
+    return subprocess.Popen(
+        [*command, *arguments], **pipes, preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler)
+    )
 
 
 def test_ctrl_c_leaves_a_usable_checkpoint_and_usable_metrics(tmp_path):
