@@ -3,12 +3,15 @@
 #   MAX_JOBS=2 make test            fewer compiler processes
 # The targets for a GPU run in an environment of yours, with torch for it, Triton, pytest and hypothesis:
 #   GPU_PYTHON=python3 make gpu
+#   make gpu CUDA_ARCHS=90                          builds the CUDA library in place first, by the nvcc that is there
+#   make gpu GPU_OPTIONS="--only 'checks|^calls'"   a part of it: benchmarks/gpu.py --help
 
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 GPU_PYTHON ?= python3
 RESULTS ?= benchmarks/results
+GPU_OPTIONS ?=
 REVISION ?= main
 CUDA_ARCHS ?=
 DIST ?= dist
@@ -27,7 +30,8 @@ help:
 	@echo "make test-full       lint and all tests, the slow ones too"
 	@echo "make bench           benchmarks against every peer, into benchmarks/results;  make bench-quick: small shapes"
 	@echo "make bench-guard     whether this checkout is slower than REVISION (main)"
-	@echo "make gpu             on a GPU: the checks that need one, and the benchmarks, into $(RESULTS)"
+	@echo "make gpu             on a GPU: the checks that need one, and the benchmarks, into $(RESULTS);"
+	@echo "                     CUDA_ARCHS=90: the CUDA library for it is built in place first"
 	@echo "make tune            on a GPU: its rows of the table of block sizes"
 	@echo "make install         the package with its training extra, in .venv"
 	@echo "make wheel           a wheel of its own environment, into $(DIST); CUDA_ARCHS=\"80;90;100\": with CUDA kernels for these"
@@ -55,7 +59,8 @@ bench-guard: $(VENV)/.bench
 	$(BIN)/python benchmarks/guard.py $(REVISION)
 
 gpu:
-	PYTHONPATH=.:$(PYTHONPATH) $(GPU_PYTHON) benchmarks/gpu.py --results $(RESULTS)
+	$(if $(CUDA_ARCHS),GRPO_KERNELS_CUDA_ARCHS="$(CUDA_ARCHS)" $(GPU_PYTHON) setup.py --quiet build_ext --inplace)
+	PYTHONPATH=.:$(PYTHONPATH) $(GPU_PYTHON) benchmarks/gpu.py --results $(RESULTS) $(GPU_OPTIONS)
 
 tune:
 	PYTHONPATH=.:$(PYTHONPATH) $(GPU_PYTHON) benchmarks/tune.py

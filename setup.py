@@ -53,6 +53,8 @@ def cuda_archs() -> list[str]:
     for arch in asked:
         if not re.fullmatch(r"[1-9]\d{1,2}", arch):
             raise PlatformError(f"GRPO_KERNELS_CUDA_ARCHS must be like '80;90;100', got {arch!r} in it")
+        if int(arch) < 80:
+            raise PlatformError(f"GRPO_KERNELS_CUDA_ARCHS must name sm_80 or newer GPUs, got {arch!r} in it")
     return sorted(set(asked), key=int)
 
 

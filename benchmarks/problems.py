@@ -186,6 +186,12 @@ def buffer(problem: Problem, padded: bool = False) -> Tensor | None:
     return problem.logits.new_zeros(batch, length + padded, vocab)
 
 
+def buffers(problem: Problem) -> dict[bool, Tensor]:
+    """What ``buffer`` gives for logits, by ``padded``, in one memory for all who take turns."""
+    whole = buffer(problem, padded=True)
+    return {True: whole, False: whole.view(-1)[: problem.logits.numel()].view_as(problem.logits)}
+
+
 def refill(work: Tensor, problem: Problem) -> None:
     """Puts the logits back where a gradient was written."""
     work[:, : problem.logits.shape[1]].copy_(problem.logits)

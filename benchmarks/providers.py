@@ -18,13 +18,15 @@ from naive import loss_of_logprobs, naive_logprobs
 from problems import Function, Problem
 from torch import Tensor
 
-from grpo_kernels import grpo_loss, linear_grpo_loss, linear_token_logprobs, token_logprobs
+from grpo_kernels import grpo_loss, linear_grpo_loss, linear_token_logprobs, registry, token_logprobs
 from grpo_kernels.bench.tables import OURS
 
 #: Log-probs [N] of hidden states [N, H], a head [V, H] and ids [N].
 Head = Callable[[Tensor, Tensor, Tensor], Tensor]
 #: Log-probs [N] of logits [N, V] and ids [N].
 Rows = Callable[[Tensor, Tensor], Tensor]
+#: Our kernels for a GPU, as the names of providers and settings end.
+GPU_BACKENDS = {"triton": "Triton", "cuda": "CUDA"}
 
 
 @dataclass(frozen=True)
@@ -40,6 +42,7 @@ class Provider:
         padded: Whether it takes logits [B, T + 1, V] and leaves the last position unread.
         compiles: Whether the first call of a shape compiles.
         needs_torch: A function of ``torch.nn.functional`` that not every torch has.
+        needs_backend: Ours whose kernels must run there.
     """
 
     name: str
@@ -50,6 +53,7 @@ class Provider:
     padded: bool = False
     compiles: bool = False
     needs_torch: str = ""
+    needs_backend: str = "torch"
 
     def missing(self, device: str) -> str:
         """Why it cannot run on a kind of device; empty if it can."""
@@ -59,7 +63,7 @@ class Provider:
             return f"it runs on {self.device} alone"
         if self.needs_torch and not hasattr(torch.nn.functional, self.needs_torch):
             return f"torch {torch.__version__} has no {self.needs_torch}"
-        return ""
+        return registry.unsupported_reason("grpo_loss", self.needs_backend, torch.device(device)) or ""
 
     def version(self) -> str:
         """Of its package; empty where torch is all it needs, or a source tree does not say."""
@@ -273,22 +277,29 @@ def providers(backend: str = "auto") -> tuple[Provider, ...]:
             },
         ),
         Provider(f"{OURS}, fresh gradient", {"logits": partial(_ours_loss, backend, inplace=False)}),
-        Provider(f"{OURS}, token_logprobs", {"logits": partial(_ours_rows, backend)}, in_place=True),
-        Provider(
-            f"{OURS}, bf16 logits",
-            {"hidden": partial(_ours_linear, backend, logits_dtype=torch.bfloat16)},
-            device="cuda",
-        ),
         Provider(f"{OURS}, 1/8 workspace", {"hidden": partial(_ours_linear, backend, 1 / 8)}, device="cpu"),
         Provider(f"{OURS}, logits retained", {"upstream": partial(_ours_head, backend, retained=True)}),
-        Provider(
-            OURS,
-            {
-                "logits": partial(_ours_loss, backend),
-                "hidden": partial(_ours_linear, backend),
-                "logprobs": partial(_ours_head, backend),
-                "upstream": partial(_ours_head, backend),
-            },
-            in_place=True,
+        *(
+            provider
+            for name, label in GPU_BACKENDS.items()
+            for provider in _ours(f"{OURS}, {label}", name, device="cuda", needs_backend=name)
         ),
+        *_ours(OURS, backend),
+    )
+
+
+def _ours(name: str, backend: str, **needs: str) -> tuple[Provider, ...]:
+    """What a backend is held to, in its settings, the plain one last; ``needs``: of ``Provider``."""
+    every = {
+        "logits": partial(_ours_loss, backend),
+        "hidden": partial(_ours_linear, backend),
+        "logprobs": partial(_ours_head, backend),
+        "upstream": partial(_ours_head, backend),
+    }
+    half = {"hidden": partial(_ours_linear, backend, logits_dtype=torch.bfloat16)}
+    rows = {"logits": partial(_ours_rows, backend)}
+    return (
+        Provider(f"{name}, token_logprobs", rows, in_place=True, **needs),
+        Provider(f"{name}, bf16 logits", half, **{"device": "cuda"} | needs),
+        Provider(name, every, in_place=True, **needs),
     )

@@ -9,8 +9,8 @@ from functools import partial
 import torch
 from interleaved import Comparison
 from naive import naive_policy_step
-from problems import COMPLETIONS, TASKS, Problem, buffer, head_problem, logits_problem, refill
-from providers import OURS, providers
+from problems import COMPLETIONS, TASKS, Problem, buffers, head_problem, logits_problem, refill
+from providers import GPU_BACKENDS, OURS, providers
 from qualify import Sizes, Verdicts
 from torch import Tensor
 
@@ -24,15 +24,21 @@ FEW = ("naive PyTorch", "torch linear_cross_entropy", "TRL", OURS)
 
 
 def from_logits(
-    tokens: int, vocab: int, dtype: torch.dtype, device: torch.device, verdicts: Verdicts, backend: str = "auto"
+    tokens: int,
+    vocab: int,
+    dtype: torch.dtype,
+    device: torch.device,
+    verdicts: Verdicts,
+    backend: str = "auto",
+    only: Collection[str] = (),
 ) -> Comparison:
     """Logits to loss and gradient. Floor: one warm copy of the logits, 2 N V s bytes."""
     problem = logits_problem(tokens, vocab, dtype, device)
-    target = torch.empty_like(problem.logits)
+    work = buffers(problem)
     comparison = _titled("logits", "logits to loss and dlogits", {"N": tokens, "V": vocab}, dtype, COPY)
-    comparison.bytes = 2.0 * target.nbytes
-    comparison.contenders[COPY] = comparison.prepare[COPY] = lambda: target.copy_(problem.logits)
-    _enter(comparison, "logits", problem, verdicts, backend, peaks_at=tokens)
+    comparison.bytes = 2.0 * problem.logits.nbytes
+    comparison.contenders[COPY] = comparison.prepare[COPY] = partial(refill, work[False], problem)
+    _enter(comparison, "logits", problem, verdicts, backend, only, peaks_at=tokens, work=work)
     return comparison
 
 
@@ -94,10 +100,12 @@ def under_upstream(
     return comparison
 
 
-def policy(completions: int, length: int, device: torch.device, backend: str = "auto") -> Comparison:
+def policy(
+    completions: int, length: int, device: torch.device, backend: str = "auto", others: Collection[str] = ()
+) -> Comparison:
     """Rewards and log-probs [B, T] to loss, gradient and TRL's metrics. Floor: a copy of as many bytes.
 
-    Read: log-probs, old and reference log-probs, mask; written: the gradient.
+    Read: log-probs, old and reference log-probs, mask; written: the gradient. ``others``: more backends of ours.
     """
     config = GRPOLossConfig(beta=0.04, use_bias_correction_kl=False)
     torch.manual_seed(0)
@@ -106,7 +114,7 @@ def policy(completions: int, length: int, device: torch.device, backend: str = "
     mask = (torch.rand_like(logprobs) < 0.9).float()
     rewards = torch.rand(completions, device=device)
 
-    def ours() -> tuple[Tensor, Tensor]:
+    def ours(backend: str = backend) -> tuple[Tensor, Tensor]:
         leaf = logprobs.detach().requires_grad_()
         advantages = group_advantages(rewards, COMPLETIONS, backend=backend)
         given = {"old_logprobs": old, "ref_logprobs": ref, "config": config, "backend": backend}
@@ -120,6 +128,7 @@ def policy(completions: int, length: int, device: torch.device, backend: str = "
         loss.backward()
         return loss.detach(), leaf.grad
 
+    named = {f"{OURS}, {GPU_BACKENDS[other]}": partial(ours, other) for other in others} | {OURS: ours}
     values = torch.empty(5, completions, length, device=device)  # 20 B T bytes are moved: half are read, half written
     source, target = values.flatten()[: values.numel() // 2], torch.empty_like(values.flatten()[: values.numel() // 2])
     shape = {"B": completions, "T": length}
@@ -129,11 +138,13 @@ def policy(completions: int, length: int, device: torch.device, backend: str = "
         COPY: lambda: target.copy_(source),
         "naive PyTorch": partial(naive, naive_policy_step),
         "torch.compile of naive": partial(naive, torch.compile(naive_policy_step, dynamic=False)),
-        OURS: ours,
+        **named,
     }
-    found, expected = ours(), naive(naive_policy_step)
-    comparison.errors[OURS] = {"gradient": ((found[1] - expected[1]).norm() / expected[1].norm()).item()}
-    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-7)
+    expected = naive(naive_policy_step)
+    for name, step in named.items():
+        found = step()
+        comparison.errors[name] = {"gradient": ((found[1] - expected[1]).norm() / expected[1].norm()).item()}
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-7)
     return comparison
 
 
@@ -168,14 +179,20 @@ def _enter(
     backend: str,
     only: Collection[str] = (),
     peaks_at: int | None = None,
+    work: dict[bool, Tensor] | None = None,
 ) -> None:
-    """Adds every provider that serves the task: to the contenders, or with the reason why it is not timed."""
+    """Adds every provider that serves the task: to the contenders, or with the reason why it is not timed.
+
+    ``work``: of logits, what ``buffers`` gives.
+    """
     for provider in providers(backend):
         name = provider.name
         if task not in provider.tasks or (only and name not in only):
             continue
         verdict = verdicts.get((name, (task, comparison.dtype)))
         if verdict is None:  # not among those asked
+            continue
+        if name.startswith(OURS) and provider.device not in (None, problem.ids.device.type):  # meant for another
             continue
         if verdict.status == "ok":
             comparison.versions[name] = provider.version()
@@ -186,7 +203,7 @@ def _enter(
         comparison.errors[name] = verdict.errors
         if peaks_at in verdict.peaks:
             comparison.peaks[name] = verdict.peaks[peaks_at]
-        work = buffer(problem, provider.padded) if provider.in_place else None
-        if work is not None:
-            comparison.prepare[name] = partial(refill, work, problem)
-        comparison.contenders[name] = partial(TASKS[task], provider.tasks[task](), problem, work)
+        own = work[provider.padded] if work and provider.in_place else None
+        if own is not None:
+            comparison.prepare[name] = partial(refill, own, problem)
+        comparison.contenders[name] = partial(TASKS[task], provider.tasks[task](), problem, own)

@@ -34,6 +34,8 @@ PREFERENCE = {
 _NOT_IN_CUDA = ("gae", "token_divergence", "linear_token_divergence")
 #: Releases that compile these kernels; torch 2.11 comes with the first.
 _OLDEST_TRITON = (3, 6)
+#: The oldest GPU that the CUDA kernels are written for.
+_OLDEST_CUDA = 80
 _LOG = logging.getLogger(__name__)
 
 
@@ -88,6 +90,8 @@ def missing_architecture(built: tuple[int, ...], capability: int) -> str | None:
 
     One of the GPU's own generation runs that is no newer than it; the newest, as PTX, also on what is newer.
     """
+    if capability < _OLDEST_CUDA:
+        return f"its kernels need sm_{_OLDEST_CUDA} or newer, and this GPU is sm_{capability}"
     if capability >= built[-1] or any(arch // 10 == capability // 10 and arch <= capability for arch in built):
         return None
     archs = ", ".join(f"sm_{arch}" for arch in built)

@@ -91,12 +91,16 @@ def test_an_architecture_runs_on_its_generation_and_the_newest_on_what_is_newer(
     assert registry.missing_architecture(ARCHS, capability) is None
 
 
-@pytest.mark.parametrize(("built", "capability"), [(ARCHS, 75), ((86, 100), 80), ((80, 100), 90), ((90,), 89)])
+@pytest.mark.parametrize(("built", "capability"), [((86, 100), 80), ((80, 100), 90), ((90,), 89)])
 def test_a_gpu_that_was_not_built_for_is_told_so(built: tuple[int, ...], capability: int) -> None:
     reason = registry.missing_architecture(built, capability)
     assert reason is not None
     assert all(f"sm_{arch}" in reason for arch in built) and f"this GPU is sm_{capability}: " in reason
     assert f"GRPO_KERNELS_CUDA_ARCHS={capability} pip install" in reason
+
+
+def test_a_gpu_that_no_build_serves_is_told_so() -> None:
+    assert registry.missing_architecture(ARCHS, 75) == "its kernels need sm_80 or newer, and this GPU is sm_75"
 
 
 def test_a_missing_library_is_told_with_the_command_that_builds_it(tmp_path: Path) -> None:
@@ -144,13 +148,38 @@ def test_a_library_for_other_gpus_says_so_at_the_first_call(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr(registry, "_CUDA_ERROR", None)
-    monkeypatch.setattr(registry, "_cuda_failure", lambda device: registry.missing_architecture(ARCHS, 75))
+    monkeypatch.setattr(registry, "_cuda_failure", lambda device: registry.missing_architecture((80, 100), 90))
     monkeypatch.setitem(registry._REASONS, "triton", lambda device: None)
     for _ in range(2):
         assert registry.resolve("grpo_loss", "auto", torch.device("cuda", 6)) == "triton"
     [record] = caplog.records
-    said = "backend 'cuda' cannot run on cuda:6, another does: the CUDA extension is built for sm_80, sm_90, sm_100, "
-    assert record.getMessage().startswith(said + "and this GPU is sm_75: 'GRPO_KERNELS_CUDA_ARCHS=75 pip install")
+    said = "backend 'cuda' cannot run on cuda:6, another does: the CUDA extension is built for sm_80, sm_100, "
+    assert record.getMessage().startswith(said + "and this GPU is sm_90: 'GRPO_KERNELS_CUDA_ARCHS=90 pip install")
+
+
+# ---- what nvcc makes of the row kernels
+
+
+@needs_nvcc
+def test_loss_compiles_for_clusters_within_what_is_recorded(tmp_path: Path) -> None:
+    """One file for one architecture, of what the wheel's tests compile: the others follow it."""
+    torch_headers = Path(torch.__file__).parent / "include"
+    options = ["-std=c++20", "-O3", "-gencode", "arch=compute_90,code=sm_90", "-Xptxas=-v", "-cubin"]
+    options += ["-DUSE_CUDA", "-DTORCH_TARGET_VERSION=0x020b000000000000", "-DTORCH_STABLE_ONLY"]
+    cubin = tmp_path / "loss.cubin"
+    told = _run("nvcc", *options, "-Icsrc", f"-I{torch_headers}", "-o", cubin, "csrc/cuda/grpo_loss.cu")
+    release, bounds = cuda_resources.recorded()
+    usages = {name: archs["sm_90"] for name, archs in cuda_resources.parse(told).items()}
+    assert {name: usage for name, usage in usages.items() if usage.spilled} == {}
+    if release == cuda_resources.nvcc_release():
+        taken = {name: usage.registers for name, usage in usages.items()}
+        assert {name: n for name, n in taken.items() if n > bounds[name]["sm_90"].registers} == {}
+    functions = re.split(r"\n\s+Function : ", _run(_cuobjdump(), "-sass", cubin))[1:]
+    names = cuda_resources.demangled([text.split(maxsplit=1)[0] for text in functions])
+    code = dict(zip(names, functions, strict=True))
+    whole = code["loss_on_chip<BFloat16, BFloat16, true>"]
+    assert "UBLKCP" in whole and "LDS.128" in whole and "STG.E.128" in whole and not re.search("LDL|STL", whole)
+    assert "LDG.E.128" not in whole, "the logits are read by bulk copies alone"
 
 
 # ---- the wheel

@@ -158,8 +158,16 @@ def test_what_is_no_number_reaches_the_loss(value: float) -> None:
 def test_a_row_without_a_finite_logit_has_no_result() -> None:
     logits = torch.full((1, 2, 64), -float("inf"))
     logits[0, 0, 3] = 0.0
-    found = OPS.token_logprobs_fwd_cuda(logits, torch.full((1, 2), 3), None, 1.0, 0.0, 1.0, 0)[0]
-    assert found[0, 0] == 0 and found[0, 1].isnan()
+    found = OPS.token_logprobs_fwd_cuda(logits, torch.full((1, 2), 3), None, 1.0, 0.0, 1.0, 0)[:3]
+    assert all(values[0, 0] == 0 and values[0, 1].isnan() for values in found)
+
+
+def test_the_coldest_softmax_is_an_argmax() -> None:
+    logits = torch.randn(1, 3, 64)
+    ids = logits.argmax(-1)
+    for temperature in (1e-7, 1e-12, 1e-30):
+        logprobs, _, entropy = OPS.token_logprobs_fwd_cuda(logits, ids, None, temperature, 0.0, 1.0, 0)[:3]
+        assert logprobs.eq(0).all() and entropy.eq(0).all()
 
 
 def test_runs_are_bit_equal_whatever_the_number_of_blocks() -> None:

@@ -41,7 +41,7 @@ HALF, SINGLE = torch.bfloat16, torch.float32
 DTYPES = (SINGLE, HALF, torch.float16)
 # Llama 3, DeepSeek V3, Qwen2.5, and a prime
 VOCABULARIES = (128256, 129280, 151936, 131071) if ON_GPU else (256, 514, 131)
-WIDE = 40960  # the least that a cluster of several blocks holds a row of, of either width
+WIDE = 40960  # a row takes the shared memory of two blocks in half precision, of four in fp32
 KL = GRPOLossConfig(beta=0.1, epsilon_high=0.28, entropy_coef=0.01)
 
 

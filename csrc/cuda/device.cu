@@ -15,15 +15,20 @@ void keep_first_bad(const Tensor& first_bad) {
   kept_flags.at(first_bad.get_device_index()).store(flags, std::memory_order_release);
 }
 
+// For tests: what an older GPU's code would do.
+void limit_code(int64_t capability) { highest_code = static_cast<int>(capability); }
+
 }  // namespace grpo::cuda
 
 STABLE_TORCH_LIBRARY_FRAGMENT(grpo_kernels, m) {
   m.def("cuda_architectures() -> int[]");
   m.def("cuda_runtime_version() -> int");
   m.def("cuda_keep_first_bad(Tensor first_bad) -> ()");
+  m.def("cuda_limit_code(int capability) -> ()");
 }
 STABLE_TORCH_LIBRARY_IMPL(grpo_kernels, CompositeExplicitAutograd, m) {
   m.impl("cuda_architectures", TORCH_BOX(&grpo::cuda::architectures));
   m.impl("cuda_runtime_version", TORCH_BOX(&grpo::cuda::runtime_version));
   m.impl("cuda_keep_first_bad", TORCH_BOX(&grpo::cuda::keep_first_bad));
+  m.impl("cuda_limit_code", TORCH_BOX(&grpo::cuda::limit_code));
 }

@@ -22,6 +22,8 @@ namespace grpo::cuda {
 
 constexpr int kWarp = 32;
 
+__device__ __forceinline__ void trap() { __trap(); }
+
 // A launch's dynamic shared memory, aligned to 128 bytes.
 __device__ __forceinline__ void* dynamic_shared() {
   extern __shared__ __align__(128) unsigned char shared_memory[];
@@ -78,10 +80,18 @@ __device__ __forceinline__ int cluster_rank() {
 __device__ __forceinline__ int cluster_index() { return static_cast<int>(blockIdx.x) / cluster_size(); }
 __device__ __forceinline__ int cluster_count() { return static_cast<int>(gridDim.x) / cluster_size(); }
 
-// Every thread of every block waits for all; what was written to shared memory before is seen after.
+// By the thread that has written what other blocks are to read after the next barrier of the cluster.
+__device__ __forceinline__ void show_cluster() {
+#if GRPO_HAS_CLUSTERS
+  asm volatile("fence.acq_rel.cluster;" ::: "memory");
+#endif
+}
+
+// Every thread of every block waits for all. Only what was shown is seen after: a fence of every thread would wait for
+// its stores to global memory too.
 __device__ __forceinline__ void sync_cluster() {
 #if GRPO_HAS_CLUSTERS
-  asm volatile("barrier.cluster.arrive.release;\nbarrier.cluster.wait.acquire;" ::: "memory");
+  asm volatile("barrier.cluster.arrive.relaxed;\nbarrier.cluster.wait.acquire;" ::: "memory");
 #endif
 }
 
@@ -205,19 +215,18 @@ __device__ __forceinline__ T nearest(float x, T) {
 
 // ---- occupancy
 
-// How many clusters of a launch the device runs at once; asked of the runtime once.
+// How many clusters of a launch the device runs at once, which may be none; asked of the runtime once.
 template <class... Parameters>
 int64_t resident_clusters(const Place& place, const Grid& grid, void (*kernel)(Parameters...)) {
   static std::mutex mutex;
   static std::map<std::tuple<const void*, int, int, int, int>, int> known;
   const void* const function = reinterpret_cast<const void*>(kernel);
   const std::lock_guard lock(mutex);
-  int& count = known[{function, place.properties().device, grid.threads, grid.shared_bytes, grid.cluster}];
-  if (count > 0) return count;
-  if (grid.shared_bytes > 48 * 1024) {
-    check(cudaFuncSetAttribute(function, cudaFuncAttributeMaxDynamicSharedMemorySize, grid.shared_bytes),
-          "cudaFuncSetAttribute");
-  }
+  const auto [found, is_new] =
+      known.try_emplace({function, place.properties().device, grid.threads, grid.shared_bytes, grid.cluster}, 0);
+  int& count = found->second;
+  if (!is_new) return count;
+  allow_shared(place.properties(), function, grid.shared_bytes);
   if (grid.cluster == 1) {
     const auto bytes = static_cast<size_t>(grid.shared_bytes);
     check(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&count, function, grid.threads, bytes),
@@ -236,7 +245,6 @@ int64_t resident_clusters(const Place& place, const Grid& grid, void (*kernel)(P
     config.numAttrs = 1;
     check(cudaOccupancyMaxActiveClusters(&count, function, &config), "cudaOccupancyMaxActiveClusters");
   }
-  count = count > 0 ? count : 1;  // the launch will say what is wrong
   return count;
 }
 

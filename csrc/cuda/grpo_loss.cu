@@ -28,7 +28,8 @@ struct Loss {
   int64_t* first_bad;
 };
 
-// What one thread reads of a token before its row's statistics are there, and keeps in shared memory until they are.
+// What is read of a token beside its logits: one value a lane of the block's last warp, all at once, so that they are
+// there when the row's statistics are; then in shared memory, for the thread that plans the row.
 template <class R>
 struct TokenInputs {
   int id;
@@ -36,20 +37,41 @@ struct TokenInputs {
   R advantage, policy_weight, kl_weight, entropy_weight, old_logprob, ref_logprob;
 };
 
-template <class T>
-__device__ __forceinline__ TokenInputs<Arithmetic<T>> read_inputs(const Loss<Arithmetic<T>>& loss, const T* row,
-                                                                  int n) {
+template <bool kPlain, class T>
+struct InputReader {
   using R = Arithmetic<T>;
-  const int id = held_inside(loss.ids[n], n, loss.space.vocab, loss.first_bad);
-  return {id,
-          curved<false>(element(row[id]), loss.transform),
-          loss.advantages[n],
-          loss.policy_weights[n],
-          loss.kl_weights[n],
-          loss.entropy_weights ? loss.entropy_weights[n] : R(0),
-          loss.old_logprobs ? loss.old_logprobs[n] : R(0),
-          loss.ref_logprobs ? loss.ref_logprobs[n] : R(0)};
-}
+  static constexpr int kLanes = 7;
+  int id = 0;
+  R value = 0;
+
+  __device__ __forceinline__ void start(const Loss<R>& loss, const T* row, int n) {
+    const int lane = lane_of_reader();
+    if (lane < 0 || lane >= kLanes) return;
+    if (lane == 0) {
+      id = held_inside(loss.ids[n], n, loss.space.vocab, loss.first_bad);
+      value = element(row[id]);
+      return;
+    }
+    const R* const from = lane == 1   ? loss.advantages
+                          : lane == 2 ? loss.policy_weights
+                          : lane == 3 ? loss.kl_weights
+                          : lane == 4 ? loss.entropy_weights
+                          : lane == 5 ? loss.old_logprobs
+                                      : loss.ref_logprobs;
+    if (from != nullptr) value = from[n];
+  }
+
+  __device__ __forceinline__ void finish(const RowTransform<R>& f, TokenInputs<R>& inputs) const {
+    const int lane = lane_of_reader();
+    if (lane < 0 || lane >= kLanes) return;
+    if (lane == 0) inputs.id = id;
+    (&inputs.target)[lane] = lane == 0 ? curved<kPlain>(value, f) : value;
+  }
+
+  static __device__ __forceinline__ int lane_of_reader() {
+    return static_cast<int>(threadIdx.x) - (static_cast<int>(blockDim.x) - kWarp);
+  }
+};
 
 // A row's gradient once its statistics are known, and whether there is one.
 template <class R>
@@ -59,7 +81,7 @@ struct RowPlan {
   bool is_live;
 };
 
-template <class R>
+template <bool kPlain, class R>
 __device__ __forceinline__ RowPlan<R> plan_row(const Loss<R>& loss, const TokenInputs<R>& in,
                                                const RowResult<R>& result) {
   const R log_ratio = result.logprob - (loss.old_logprobs ? in.old_logprob : result.logprob);  // or a NaN's NaN
@@ -67,7 +89,7 @@ __device__ __forceinline__ RowPlan<R> plan_row(const Loss<R>& loss, const TokenI
       token_loss(result.logprob, log_ratio, log_ratio, loss.ref_logprobs ? &in.ref_logprob : nullptr, in.advantage,
                  in.policy_weight, in.kl_weight, loss.options);
   const R c = token.dlog_ratio + token.dlogprob, c_h = -in.entropy_weight;
-  const R own_slope = slope_at<false>(in.target, loss.transform);
+  const R own_slope = slope_at<kPlain>(in.target, loss.transform);
   return {gradient_weights(result.offset, result.log_sum, result.logprob, result.entropy, c, c_h, own_slope,
                            loss.transform.slope),
           in.id, c != 0 || c_h != 0};
@@ -79,6 +101,21 @@ __device__ __forceinline__ void write_token(const Loss<R>& loss, int n, R logpro
   loss.entropy[n] = entropy;
   loss.live[n] = is_live;
 }
+
+// Whether a row is an unmasked token's: loaded at once, and waited for when it is asked.
+struct Peek {
+  bool is_token;
+  bool mask;
+
+  template <class R>
+  __device__ __forceinline__ Peek(const Loss<R>& loss, int row) {
+    const int inside = row < loss.space.rows ? row : loss.space.rows - 1;
+    const Token token(inside, loss.space);
+    is_token = row < loss.space.rows && token.is_token;
+    mask = loss.space.length > 0 && loss.mask[token.is_token ? token.n : token.n - 1];
+  }
+  __device__ __forceinline__ bool is_unmasked() const { return is_token && mask; }
+};
 
 // ---- a row in a cluster's shared memory
 
@@ -93,54 +130,55 @@ struct ClusterShared {
 
 // Three blocks on a multiprocessor: the load of one's row covers the arithmetic of another's.
 template <class T, class Out, bool kPlain>
-__global__ void __launch_bounds__(kThreads, kPlain ? 3 : 2) loss_on_chip(const __grid_constant__ Loss<Arithmetic<T>> loss) {
-#if defined(GRPO_EMULATED) || GRPO_HAS_CLUSTERS
+__global__ void __launch_bounds__(kThreads, kPlain ? 3 : 2)
+loss_on_chip(const __grid_constant__ Loss<Arithmetic<T>> loss) {
+#if GRPO_HAS_CLUSTERS
   using R = Arithmetic<T>;
   constexpr int kCount = kWidth<T, Access::kVector>;
   auto& shared = *static_cast<ClusterShared<R>*>(dynamic_shared());
   static_assert(sizeof(shared) <= kRowAt);
   auto* const part = reinterpret_cast<Packet<T, kCount>*>(static_cast<char*>(dynamic_shared()) + kRowAt);
   const int blocks = cluster_size(), rank = cluster_rank();
-  const int whole = loss.space.vocab / kCount, most = (whole + blocks - 1) / blocks;
-  const int first = rank * most, left = whole - first, packets = left < 0 ? 0 : left < most ? left : most;
+  const int most = static_cast<int>(part_of_row(loss.space.vocab / kCount, blocks)), first = rank * most;
+  const int left = loss.space.vocab / kCount - first, packets = left < 0 ? 0 : left < most ? left : most;
   const bool is_leader = threadIdx.x == 0;
   if (is_leader) make_barrier(&shared.loaded);
   __syncthreads();
-  const auto is_unmasked = [&](int row) {
-    if (row >= loss.space.rows) return false;
-    const Token token(row, loss.space);
-    return token.is_token && loss.mask[token.n];
-  };
   const auto start_load = [&](int row) {  // by the leader
     const Token token(row, loss.space);
     const auto* from = loss.logits.template row<Packet<T, kCount>>(token.batch, token.position) + first;
     if (packets > 0) load_bulk(part, from, static_cast<unsigned>(packets * 16), &shared.loaded);
   };
   int row = cluster_index();
-  bool is_row = is_unmasked(row);
+  Peek peek(loss, row);
+  bool is_row = peek.is_unmasked();
   if (is_leader && is_row) start_load(row);
   for (unsigned loads = 0; row < loss.space.rows; row += cluster_count()) {
     const Token token(row, loss.space);
-    const int next = row + cluster_count();
-    const bool is_next = is_unmasked(next);
+    peek = Peek(loss, row + cluster_count());  // for the row after, read when this one is done
     auto* const drow = loss.dlogits.template row<Packet<Out, kCount>>(token.batch, token.position);
     if (is_row) {
-      if (is_leader) shared.inputs = read_inputs(loss, loss.logits.template row<T>(token.batch, token.position), token.n);
+      InputReader<kPlain, T> reader;
+      reader.start(loss, loss.logits.template row<T>(token.batch, token.position), token.n);
       if (packets > 0) wait_for(&shared.loaded, loads % 2);
-      const auto join = [&](Softmax<R>& a, const Softmax<R>& b) { a.merge(b, loss.transform.rate); };
-      Softmax<R> state = over_block(thread_softmax<kPlain>(part, packets, loss.transform), shared.parts, join);
+      const Softmax<R> own = thread_softmax<kPlain>(part, packets, loss.transform);
+      reader.finish(loss.transform, shared.inputs);
+      Softmax<R> state = softmax_over_block(own, shared.parts, loss.transform.rate);
       if (blocks > 1) {
         Softmax<R>& shown = shared.states[loads % 2];
-        if (is_leader) shown = state;
+        if (is_leader) {
+          shown = state;
+          show_cluster();
+        }
         sync_cluster();
         if (threadIdx.x < kWarp) {
           const int lane = static_cast<int>(threadIdx.x);
-          state = over_warp<8>(*in_block(&shown, lane < blocks ? lane : 0), join, blocks);
+          state = softmax_over_warp<8>(lane < blocks ? *in_block(&shown, lane) : nothing<R>(), loss.transform.rate);
         }
       }
       if (is_leader) {
         const RowResult<R> result = row_result(state, shared.inputs.target, loss.transform.rate);
-        shared.plan = plan_row(loss, shared.inputs, result);
+        shared.plan = plan_row<kPlain>(loss, shared.inputs, result);
         if (rank == 0) write_token(loss, token.n, result.logprob, result.entropy, shared.plan.is_live);
       }
       __syncthreads();
@@ -156,16 +194,18 @@ __global__ void __launch_bounds__(kThreads, kPlain ? 3 : 2) loss_on_chip(const _
       write_zeros(drow + first, packets);
     }
     __syncthreads();
+    is_row = peek.is_unmasked();
     if (is_leader) {
+      if (is_row) start_load(row + cluster_count());
       const int id = shared.plan.id - first * kCount;
       if (is_live && id >= 0 && id < packets * kCount) {  // over what another thread wrote
         reinterpret_cast<Out*>(drow)[shared.plan.id] = rounded<Out>(shared.plan.weights.own);
       }
-      if (is_next) start_load(next);
     }
-    is_row = is_next;
   }
   if (blocks > 1) sync_cluster();  // none leaves while another reads its state
+#else
+  trap();  // a launch counts on code that has clusters
 #endif
 }
 
@@ -175,11 +215,16 @@ template <class R>
 struct BlockShared {
   TokenInputs<R> inputs;
   RowPlan<R> plan;
-  Softmax<R> parts[kThreads / kWarp];
+  Softmax<R> parts[kManyThreads / kWarp];
 };
 
+// fp64 takes the registers of many threads.
+template <class T>
+constexpr int kTwoPassThreads = sizeof(T) == 8 ? kThreads : kManyThreads;
+
+// One block on a multiprocessor: there are no more rows at a time than the cache holds.
 template <class T, class Out, Access kAccess, bool kPlain>
-__global__ void __launch_bounds__(kThreads, sizeof(T) == 8 ? 1 : kPlain ? 3 : 2)
+__global__ void __launch_bounds__(kTwoPassThreads<T>, 1)
 loss_in_two_passes(const __grid_constant__ Loss<Arithmetic<T>> loss) {
   using R = Arithmetic<T>;
   constexpr int kCount = kWidth<T, kAccess>;
@@ -192,12 +237,14 @@ loss_in_two_passes(const __grid_constant__ Loss<Arithmetic<T>> loss) {
     auto* const to = loss.dlogits.template row<Packet<Out, kCount>>(token.batch, token.position);
     const bool is_row = token.is_token && loss.mask[token.n];
     if (is_row) {
-      if (is_leader) shared.inputs = read_inputs(loss, reinterpret_cast<const T*>(from), token.n);
-      const auto join = [&](Softmax<R>& a, const Softmax<R>& b) { a.merge(b, loss.transform.rate); };
-      const Softmax<R> state = over_block(thread_softmax<kPlain>(from, packets, loss.transform), shared.parts, join);
+      InputReader<kPlain, T> reader;
+      reader.start(loss, reinterpret_cast<const T*>(from), token.n);
+      const Softmax<R> own = thread_softmax<kPlain, kTwoPassThreads<T>>(from, packets, loss.transform);
+      reader.finish(loss.transform, shared.inputs);
+      const Softmax<R> state = softmax_over_block<kTwoPassThreads<T>>(own, shared.parts, loss.transform.rate);
       if (is_leader) {
         const RowResult<R> result = row_result(state, shared.inputs.target, loss.transform.rate);
-        shared.plan = plan_row(loss, shared.inputs, result);
+        shared.plan = plan_row<kPlain>(loss, shared.inputs, result);
         write_token(loss, token.n, result.logprob, result.entropy, shared.plan.is_live);
       }
       __syncthreads();
@@ -207,9 +254,9 @@ loss_in_two_passes(const __grid_constant__ Loss<Arithmetic<T>> loss) {
     const bool is_live = is_row && shared.plan.is_live;
     if (is_live) {
       const GradientWeights<R> weights = shared.plan.weights;
-      write_gradient<kPlain>(from, to, packets, weights, loss.transform);
+      write_gradient<kPlain, kTwoPassThreads<T>>(from, to, packets, weights, loss.transform);
     } else {
-      write_zeros(to, packets);
+      write_zeros<kTwoPassThreads<T>>(to, packets);
     }
     __syncthreads();
     if (is_leader && is_live) {
@@ -252,16 +299,17 @@ void launch_loss(const Place& place, Loss<Arithmetic<T>> loss, const Rows& from,
     Grid grid = cluster_grid(place, vocab * static_cast<int64_t>(sizeof(T)));
     if (vectors && grid.cluster > 0) {
       const auto kernel = loss.transform.curve == Curve::kPlain ? loss_on_chip<T, Out, true> : loss_on_chip<T, Out, false>;
-      grid.blocks = grid.cluster * std::min<int64_t>(loss.space.rows, resident_clusters(place, grid, kernel));
-      return launch(place, "grpo_loss on chip", {batch, length, vocab}, grid, kernel, loss);
+      const int64_t clusters = resident_clusters(place, grid, kernel);
+      grid.blocks = grid.cluster * std::min<int64_t>(loss.space.rows, clusters);
+      if (clusters > 0) return launch(place, "grpo_loss on chip", {batch, length, vocab}, grid, kernel, loss);
     }
   }
   with_form<T>(vectors, loss.transform.curve, [&](auto access, auto plain) {
     const auto kernel = loss_in_two_passes<T, Out, access.value, plain.value>;
     // rows that the cache holds together: each is read from it the second time
-    const int64_t cached = place.properties().cache_bytes / 2 / (vocab * static_cast<int64_t>(sizeof(T)));
+    const int64_t cached = place.properties().cache_bytes / 5 * 4 / (vocab * static_cast<int64_t>(sizeof(T)));
     const int64_t rows = std::min<int64_t>(loss.space.rows, std::max<int64_t>(cached, 1));
-    const Grid grid = row_grid(place, rows, sizeof(BlockShared<Arithmetic<T>>), kernel);
+    const Grid grid = row_grid(place, rows, sizeof(BlockShared<Arithmetic<T>>), kernel, kTwoPassThreads<T>);
     launch(place, "grpo_loss in two passes", {batch, length, vocab}, grid, kernel, loss);
   });
 }

@@ -5,16 +5,20 @@
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
 #include <torch/csrc/stable/accelerator.h>
 
+#include <algorithm>
 #include <array>
 #include <atomic>
 #include <cstdint>
 #include <initializer_list>
 #include <iterator>
 #include <mutex>
+#include <set>
 #include <string>
 #include <type_traits>
+#include <utility>
 #include <vector>
 
+#include "architectures.h"
 #include "tensors.h"
 
 namespace grpo::cuda {
@@ -28,6 +32,9 @@ inline std::vector<int64_t> architectures() {
   for (int64_t& capability : found) capability /= 10;
   return found;
 }
+
+// For tests: the paths of older GPUs can be taken on a newer one.
+inline std::atomic<int> highest_code = INT32_MAX;
 
 inline std::string told(cudaError_t error) {
   return std::string(cudaGetErrorName(error)) + " (" + cudaGetErrorString(error) + ")";
@@ -43,9 +50,11 @@ inline void check(cudaError_t error, const char* what) {
 struct Properties {
   int device;
   int capability;       // 90 for 9.0
+  int code;             // the architecture whose code it runs
   int processors;       // multiprocessors
   int shared_bytes;     // most of a block's, where a launch asks for it
   int processor_bytes;  // shared memory of a multiprocessor
+  int cache_bytes;      // the L2
 };
 
 inline Properties ask_properties(int device) {
@@ -54,8 +63,11 @@ inline Properties ask_properties(int device) {
     check(cudaDeviceGetAttribute(&value, which, device), "cudaDeviceGetAttribute");
     return value;
   };
+  const int capability =
+      10 * attribute(cudaDevAttrComputeCapabilityMajor) + attribute(cudaDevAttrComputeCapabilityMinor);
   return {device,
-          10 * attribute(cudaDevAttrComputeCapabilityMajor) + attribute(cudaDevAttrComputeCapabilityMinor),
+          capability,
+          code_that_runs(kTenfold, 10 * capability) / 10,
           attribute(cudaDevAttrMultiProcessorCount),
           attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin),
           attribute(cudaDevAttrMaxSharedMemoryPerMultiprocessor),
@@ -98,7 +110,7 @@ class Place {
 
   const Properties& properties() const { return *properties_; }
   int processors() const { return properties_->processors; }
-  int capability() const { return properties_->capability; }
+  int code() const { return std::min(properties_->code, highest_code.load(std::memory_order_relaxed)); }
   cudaStream_t stream() const { return stream_; }
   int64_t* first_bad() const { return first_bad_of(properties_->device); }
 
@@ -133,8 +145,23 @@ struct Grid {
   STD_TORCH_CHECK(false, "launching ", name, " on shape [", sizes, "] failed: ", told(error), "; ", grid.blocks,
                   " blocks of ", grid.threads, " threads in clusters of ", grid.cluster, " with ", grid.shared_bytes,
                   " bytes of shared memory, on device ", place.properties().device, ", which is sm_",
-                  place.capability(), "; this build has", built);
+                  place.properties().capability, "; this build has", built);
   __builtin_unreachable();
+}
+
+// Lets a kernel's blocks have as much shared memory as the device has, where a launch asks for more than they have
+// unasked; once, and always the same, so that threads that launch at a time do not undo each other's.
+inline void allow_shared(const Properties& device, const void* function, int shared_bytes) {
+  static std::mutex mutex;
+  static std::set<std::pair<const void*, int>> allowed;
+  if (shared_bytes <= 48 * 1024) return;
+  const std::lock_guard lock(mutex);
+  if (!allowed.insert({function, device.device}).second) return;
+  const auto set = [&](cudaFuncAttribute which, int value) {
+    check(cudaFuncSetAttribute(function, which, value), "cudaFuncSetAttribute");
+  };
+  set(cudaFuncAttributeMaxDynamicSharedMemorySize, device.shared_bytes);
+  set(cudaFuncAttributePreferredSharedMemoryCarveout, cudaSharedmemCarveoutMaxShared);
 }
 
 // Launches a kernel on the place's stream; nothing where the grid has no block. `name` and `shape` tell what failed.
@@ -147,10 +174,7 @@ void launch(const Place& place, const char* name, std::initializer_list<int64_t>
   };
   const void* const function = reinterpret_cast<const void*>(kernel);
   if (grid.blocks > INT32_MAX) checked(cudaErrorInvalidConfiguration);
-  if (grid.shared_bytes > 48 * 1024) {  // what a block has unasked
-    checked(cudaFuncSetAttribute(function, cudaFuncAttributeMaxDynamicSharedMemorySize, grid.shared_bytes));
-    checked(cudaFuncSetAttribute(function, cudaFuncAttributePreferredSharedMemoryCarveout, cudaSharedmemCarveoutMaxShared));
-  }
+  allow_shared(place.properties(), function, grid.shared_bytes);
   if (grid.cluster > 8) {  // what every GPU with clusters has
     checked(cudaFuncSetAttribute(function, cudaFuncAttributeNonPortableClusterSizeAllowed, 1));
   }

@@ -14,8 +14,10 @@ namespace grpo::cuda {
 
 #ifdef GRPO_EMULATED
 constexpr int kThreads = 64;
+constexpr int kManyThreads = 96;
 #else
-constexpr int kThreads = 384;  // three such blocks have 56 registers a thread on a multiprocessor
+constexpr int kThreads = 384;       // three such blocks have 56 registers a thread on a multiprocessor
+constexpr int kManyThreads = 1024;  // where a multiprocessor has one block
 #endif
 constexpr float kLeast = -1e30f;
 constexpr double kLn2 = 0.6931471805599453;
@@ -167,19 +169,19 @@ __device__ __forceinline__ void add(Softmax<Arithmetic<T>>& own, const Packet<T,
 }
 
 // This thread's packets of a row in memory of any kind.
-template <bool kPlain, class T, int kCount>
+template <bool kPlain, int kBlock = kThreads, class T, int kCount>
 __device__ __forceinline__ Softmax<Arithmetic<T>> thread_softmax(const Packet<T, kCount>* row, int packets,
                                                                  const RowTransform<Arithmetic<T>>& f) {
   constexpr int kUnroll = kCount > 1 ? 4 : 8;
   Softmax<Arithmetic<T>> own = nothing<Arithmetic<T>>();
   int i = static_cast<int>(threadIdx.x);
-  for (; i + (kUnroll - 1) * kThreads < packets; i += kUnroll * kThreads) {
+  for (; i + (kUnroll - 1) * kBlock < packets; i += kUnroll * kBlock) {
     Packet<T, kCount> block[kUnroll];
 #pragma unroll
-    for (int k = 0; k < kUnroll; ++k) block[k] = row[i + k * kThreads];
+    for (int k = 0; k < kUnroll; ++k) block[k] = row[i + k * kBlock];
     add<kPlain>(own, block, f);
   }
-  for (; i < packets; i += kThreads) {
+  for (; i < packets; i += kBlock) {
     const Packet<T, kCount> last[1] = {row[i]};
     add<kPlain>(own, last, f);
   }
@@ -193,28 +195,58 @@ struct Merge {
   }
 };
 
-// Of the first `count` of `kLanes` lanes of a warp, for the first of them; join(a, b) adds b to a.
-template <int kLanes = kWarp, class State, class Join>
-__device__ __forceinline__ State over_warp(State state, const Join& join, int count = kLanes) {
-  const int lane = static_cast<int>(threadIdx.x) % kWarp;
+// Of a warp's lanes, for the first of them; join(a, b) adds b to a.
+template <class State, class Join>
+__device__ __forceinline__ State over_warp(State state, const Join& join) {
 #pragma unroll
-  for (int lanes = kLanes / 2; lanes > 0; lanes /= 2) {
-    const State other = shuffle_xor(state, lanes);
-    if ((lane ^ lanes) < count) join(state, other);
-  }
+  for (int lanes = kWarp / 2; lanes > 0; lanes /= 2) join(state, shuffle_xor(state, lanes));
   return state;
 }
 
 // What the block's threads have, joined, for its first thread; `parts` is shared memory of one a warp.
 template <class State, class Join>
 __device__ __forceinline__ State over_block(const State& own, State* parts, const Join& join) {
-  constexpr int kWarps = kThreads / kWarp;
-  static_assert(kWarps <= 16);
   const int lane = static_cast<int>(threadIdx.x) % kWarp, warp = static_cast<int>(threadIdx.x) / kWarp;
   State state = over_warp(own, join);
   if (lane == 0) parts[warp] = state;
   __syncthreads();
-  if (warp == 0) state = over_warp<16>(parts[lane < kWarps ? lane : 0], join, kWarps);
+  if (threadIdx.x == 0) {
+    for (int w = 1; w < kThreads / kWarp; ++w) join(state, parts[w]);
+  }
+  return state;
+}
+
+// The states of a warp's lanes together, in every lane: the largest first, so that each is brought to it once.
+template <int kLanes = kWarp, class R>
+__device__ __forceinline__ Softmax<R> softmax_over_warp(Softmax<R> state, R rate) {
+  R largest = state.max;
+#pragma unroll
+  for (int lanes = kLanes / 2; lanes > 0; lanes /= 2) largest = max_of_numbers(largest, shuffle_xor(largest, lanes));
+  state.rebase(largest, rate);
+#pragma unroll
+  for (int lanes = kLanes / 2; lanes > 0; lanes /= 2) {
+    state.sum += shuffle_xor(state.sum, lanes);
+    state.weighted += shuffle_xor(state.weighted, lanes);
+  }
+  return state;
+}
+
+// Those of the first `count` lanes, at most kLanes, of which the others bring what weighs nothing.
+template <int kLanes, class R>
+__device__ __forceinline__ Softmax<R> softmax_of(const Softmax<R>* states, int count, R rate) {
+  const int lane = static_cast<int>(threadIdx.x) % kWarp;
+  return softmax_over_warp<kLanes>(lane < count ? states[lane] : nothing<R>(), rate);
+}
+
+// Those of a block's threads, for its first warp; `parts` is shared memory of one a warp.
+template <int kBlock = kThreads, class R>
+__device__ __forceinline__ Softmax<R> softmax_over_block(const Softmax<R>& own, Softmax<R>* parts, R rate) {
+  constexpr int kWarps = kBlock / kWarp, kLanes = kWarps > 16 ? 32 : 16;
+  const int warp = static_cast<int>(threadIdx.x) / kWarp;
+  Softmax<R> state = softmax_over_warp(own, rate);
+  if (threadIdx.x % kWarp == 0) parts[warp] = state;
+  __syncthreads();
+  if (warp == 0) state = softmax_of<kLanes>(parts, kWarps, rate);
   return state;
 }
 
@@ -242,9 +274,10 @@ __device__ __forceinline__ RowResult<R> row_result(const Softmax<R>& state, R ta
   const double log_sum = log2_of(state.sum), base = state.max;
   const double exponent = (static_cast<double>(target) - base) * rate;
   RowResult<R> result;
-  result.logprob = static_cast<R>(state.max > R(kLeast) ? (exponent - log_sum) * kLn2 : NAN);
-  result.entropy = static_cast<R>((log_sum - static_cast<double>(state.weighted / state.sum)) * kLn2);
-  result.lse = (base * rate + log_sum) * kLn2;
+  const double ln2 = state.max > R(kLeast) ? kLn2 : NAN;
+  result.logprob = static_cast<R>((exponent - log_sum) * ln2);
+  result.entropy = static_cast<R>((log_sum - static_cast<double>(state.weighted / state.sum)) * ln2);
+  result.lse = (base * rate + log_sum) * ln2;
   result.offset = -(state.max * rate);
   result.log_sum = log_sum + (base * rate + static_cast<double>(result.offset));
   return result;
@@ -296,23 +329,23 @@ __device__ __forceinline__ Packet<Out, kCount> gradient_of(const Packet<T, kCoun
 
 // From a row to its gradient, which may lie over it, from the end: what the statistics read last is the likeliest to
 // be in the cache still. A gradient that is narrower lies in the back half of its row, and waits for a block's loads.
-template <bool kPlain, class T, class Out, int kCount>
+template <bool kPlain, int kBlock = kThreads, class T, class Out, int kCount>
 __device__ __forceinline__ void write_gradient(const Packet<T, kCount>* row, Packet<Out, kCount>* drow, int packets,
                                                const GradientWeights<Arithmetic<T>>& weights,
                                                const RowTransform<Arithmetic<T>>& f) {
   constexpr int kUnroll = kCount > 1 ? 2 : 8;
-  constexpr int kBlock = kUnroll * kThreads;
-  for (int begin = (packets - 1) / kBlock * kBlock; begin >= 0; begin -= kBlock) {
+  constexpr int kStep = kUnroll * kBlock;
+  for (int begin = (packets - 1) / kStep * kStep; begin >= 0; begin -= kStep) {
     Packet<T, kCount> block[kUnroll];
 #pragma unroll
     for (int k = 0; k < kUnroll; ++k) {
-      const int i = begin + k * kThreads + static_cast<int>(threadIdx.x);
+      const int i = begin + k * kBlock + static_cast<int>(threadIdx.x);
       if (i < packets) block[k] = row[i];
     }
     if constexpr (sizeof(Out) < sizeof(T)) __syncthreads();
 #pragma unroll
     for (int k = 0; k < kUnroll; ++k) {
-      const int i = begin + k * kThreads + static_cast<int>(threadIdx.x);
+      const int i = begin + k * kBlock + static_cast<int>(threadIdx.x);
       if (i < packets) drow[i] = gradient_of<kPlain, Out>(block[k], weights, f);
     }
   }
@@ -329,10 +362,10 @@ __device__ __forceinline__ void write_gradient_of_shared(const Packet<T, kCount>
   }
 }
 
-template <class Out, int kCount>
+template <int kBlock = kThreads, class Out, int kCount>
 __device__ __forceinline__ void write_zeros(Packet<Out, kCount>* drow, int packets) {
   const Packet<Out, kCount> zeros{};
-  for (int i = static_cast<int>(threadIdx.x); i < packets; i += kThreads) drow[i] = zeros;
+  for (int i = static_cast<int>(threadIdx.x); i < packets; i += kBlock) drow[i] = zeros;
 }
 
 // ---- rows of a launch
@@ -347,6 +380,11 @@ struct RowMemory {
     return reinterpret_cast<T*>(base + b * batch_stride + t * row_stride);
   }
 };
+
+// Packets of a row that each block of a cluster has, the last ones fewer: whole lines of 128 bytes.
+constexpr __host__ __device__ int64_t part_of_row(int64_t packets, int blocks) {
+  return ((packets + blocks - 1) / blocks + 7) / 8 * 8;
+}
 
 // Logits [B, rows_per_batch, V] and what of them is a token's: [B, length].
 struct RowSpace {

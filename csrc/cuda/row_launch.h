@@ -11,13 +11,13 @@ namespace grpo::cuda {
 
 template <class R>
 RowTransform<R> row_transform(double temperature, double softcap, double logit_scale) {
-  const double slope = logit_scale / temperature, log2e = 1 / kLn2;
+  const double slope = logit_scale / temperature;
+  // past which a softmax is an argmax, and -1e30 times a rate would be infinite
+  const auto rate = [](double outer) { return static_cast<R>(std::min(outer / kLn2, 1e8)); };
   if (softcap > 0) {
-    return {Curve::kSoftcap, static_cast<R>(logit_scale / softcap), static_cast<R>(softcap / temperature * log2e),
-            static_cast<R>(slope)};
+    return {Curve::kSoftcap, static_cast<R>(logit_scale / softcap), rate(softcap / temperature), static_cast<R>(slope)};
   }
-  return {slope < 0 ? Curve::kNegated : Curve::kPlain, R(1), static_cast<R>(std::fabs(slope) * log2e),
-          static_cast<R>(slope)};
+  return {slope < 0 ? Curve::kNegated : Curve::kPlain, R(1), rate(std::fabs(slope)), static_cast<R>(slope)};
 }
 
 inline RowMemory row_memory(const Rows& rows) { return {rows.base, rows.batch_stride, rows.row_stride}; }
@@ -88,9 +88,10 @@ void with_form(bool vectors, Curve curve, const Body& body) {
 
 // As many blocks as the device runs at once, each of which takes rows in turn.
 template <class... Parameters>
-Grid row_grid(const Place& place, int64_t rows, int shared_bytes, void (*kernel)(Parameters...)) {
-  const Grid one{1, kThreads, shared_bytes};
-  return {std::min(rows, resident_clusters(place, one, kernel)), kThreads, shared_bytes};
+Grid row_grid(const Place& place, int64_t rows, int shared_bytes, void (*kernel)(Parameters...),
+              int threads = kThreads) {
+  const Grid one{1, threads, shared_bytes};
+  return {std::min(rows, std::max<int64_t>(resident_clusters(place, one, kernel), 1)), threads, shared_bytes};
 }
 
 constexpr int kRowAt = 256;  // where a block's part of a row begins in its shared memory
@@ -98,14 +99,14 @@ constexpr int kRowAt = 256;  // where a block's part of a row begins in its shar
 // The smallest clusters whose shared memory holds a row, three blocks on a multiprocessor if that can be; cluster 0
 // where none does.
 inline Grid cluster_grid(const Place& place, int64_t row_bytes) {
-  if (place.capability() < 90) return {0, kThreads, 0, 0};
+  if (place.code() < 90) return {0, kThreads, 0, 0};
   const Properties& device = place.properties();
   for (const int per_processor : {3, 2, 1}) {
     // of each block the system keeps 1 KB
     const int64_t most = std::min(device.shared_bytes, device.processor_bytes / per_processor - 1024) - kRowAt;
     for (const int blocks : {1, 2, 4, 8}) {
-      const int64_t part = ((row_bytes / 16 + blocks - 1) / blocks) * 16;
-      if (part <= most) return {0, kThreads, static_cast<int>(kRowAt + (part + 127) / 128 * 128), blocks};
+      const int64_t part = 16 * part_of_row(row_bytes / 16, blocks);
+      if (part <= most) return {0, kThreads, static_cast<int>(kRowAt + part), blocks};
     }
   }
   return {0, kThreads, 0, 0};

@@ -93,8 +93,8 @@ statistics_of_rows(const __grid_constant__ Statistics<Arithmetic<T>> out) {
       id = held_inside(out.ids[n], n, out.space.vocab, out.first_bad);
       target = curved<false>(element(reinterpret_cast<const T*>(row)[id]), out.transform);
     }
-    const auto join = [&](Softmax<R>& a, const Softmax<R>& b) { a.merge(b, out.transform.rate); };
-    const Softmax<R> state = over_block(thread_softmax<kPlain>(row, packets, out.transform), shared.parts, join);
+    const Softmax<R> own = thread_softmax<kPlain>(row, packets, out.transform);
+    const Softmax<R> state = softmax_over_block(own, shared.parts, out.transform.rate);
     double log_sum = 0;
     if (is_leader) {
       const RowResult<R> result = row_result(state, target, out.transform.rate);

@@ -20,6 +20,7 @@
 #include "tensors.h"
 
 #define GRPO_DEVICE_KEY CPU
+#define GRPO_HAS_CLUSTERS 1
 #define __global__
 #define __device__
 #define __host__
@@ -188,6 +189,7 @@ inline int cluster_size() { return static_cast<int>(emulation::cluster.blocks.si
 inline int cluster_rank() { return emulation::current().rank; }
 inline int cluster_index() { return static_cast<int>(blockIdx.x) / cluster_size(); }
 inline int cluster_count() { return static_cast<int>(gridDim.x) / cluster_size(); }
+inline void show_cluster() {}
 inline void sync_cluster() { emulation::wait(emulation::cluster.group); }
 
 template <class T>
@@ -286,7 +288,7 @@ class Place {
   explicit Place(const Tensor&) {}
   const Properties& properties() const { return emulated; }
   int processors() const { return emulated.processors; }
-  int capability() const { return emulated.capability; }
+  int code() const { return emulated.capability; }
   int64_t* first_bad() const { return kept_flags; }
 };
 
