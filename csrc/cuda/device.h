@@ -215,37 +215,33 @@ __device__ __forceinline__ T nearest(float x, T) {
 
 // ---- occupancy
 
-// How many clusters of a launch the device runs at once, which may be none; asked of the runtime once.
-template <class... Parameters>
-int64_t resident_clusters(const Place& place, const Grid& grid, void (*kernel)(Parameters...)) {
-  static std::mutex mutex;
-  static std::map<std::tuple<const void*, int, int, int, int>, int> known;
-  const void* const function = reinterpret_cast<const void*>(kernel);
-  const std::lock_guard lock(mutex);
-  const auto [found, is_new] =
-      known.try_emplace({function, place.properties().device, grid.threads, grid.shared_bytes, grid.cluster}, 0);
-  int& count = found->second;
-  if (!is_new) return count;
+// How many clusters of a launch the device runs at once, which may be none.
+inline int ask_resident_clusters(const Place& place, const Grid& grid, const void* function) {
+  int count = 0;
   allow_shared(place.properties(), function, grid.shared_bytes);
   if (grid.cluster == 1) {
     const auto bytes = static_cast<size_t>(grid.shared_bytes);
     check(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&count, function, grid.threads, bytes),
           "cudaOccupancyMaxActiveBlocksPerMultiprocessor");
-    count *= place.processors();
-  } else {
-    cudaLaunchAttribute cluster{};
-    cluster.id = cudaLaunchAttributeClusterDimension;
-    cluster.val.clusterDim.x = static_cast<unsigned>(grid.cluster);
-    cluster.val.clusterDim.y = cluster.val.clusterDim.z = 1;
-    cudaLaunchConfig_t config{};
-    config.gridDim = dim3(static_cast<unsigned>(grid.cluster));
-    config.blockDim = dim3(static_cast<unsigned>(grid.threads));
-    config.dynamicSmemBytes = static_cast<size_t>(grid.shared_bytes);
-    config.attrs = &cluster;
-    config.numAttrs = 1;
-    check(cudaOccupancyMaxActiveClusters(&count, function, &config), "cudaOccupancyMaxActiveClusters");
+    return count * place.processors();
   }
+  const Grid one{grid.cluster, grid.threads, grid.shared_bytes, grid.cluster};
+  cudaLaunchAttribute cluster;
+  const cudaLaunchConfig_t config = configuration(one, place.stream(), cluster);
+  check(cudaOccupancyMaxActiveClusters(&count, function, &config), "cudaOccupancyMaxActiveClusters");
   return count;
+}
+
+// Asked of the runtime once.
+template <class... Parameters>
+int64_t resident_clusters(const Place& place, const Grid& grid, void (*kernel)(Parameters...)) {
+  static std::mutex mutex;
+  static std::map<std::tuple<const void*, int, int, int, int>, int> known;
+  const void* const function = reinterpret_cast<const void*>(kernel);
+  const std::tuple key{function, place.properties().device, grid.threads, grid.shared_bytes, grid.cluster};
+  const std::lock_guard lock(mutex);
+  const auto found = known.find(key);
+  return found != known.end() ? found->second : known[key] = ask_resident_clusters(place, grid, function);
 }
 
 }  // namespace grpo::cuda

@@ -164,6 +164,22 @@ inline void allow_shared(const Properties& device, const void* function, int sha
   set(cudaFuncAttributePreferredSharedMemoryCarveout, cudaSharedmemCarveoutMaxShared);
 }
 
+// What the runtime is told of a launch; `cluster` holds a part of it.
+inline cudaLaunchConfig_t configuration(const Grid& grid, cudaStream_t stream, cudaLaunchAttribute& cluster) {
+  cluster = {};
+  cluster.id = cudaLaunchAttributeClusterDimension;
+  cluster.val.clusterDim.x = static_cast<unsigned>(grid.cluster);
+  cluster.val.clusterDim.y = cluster.val.clusterDim.z = 1;
+  cudaLaunchConfig_t config{};
+  config.gridDim = dim3(static_cast<unsigned>(grid.blocks));
+  config.blockDim = dim3(static_cast<unsigned>(grid.threads));
+  config.dynamicSmemBytes = static_cast<size_t>(grid.shared_bytes);
+  config.stream = stream;
+  config.attrs = &cluster;
+  config.numAttrs = grid.cluster > 1 ? 1 : 0;
+  return config;
+}
+
 // Launches a kernel on the place's stream; nothing where the grid has no block. `name` and `shape` tell what failed.
 template <class... Parameters>
 void launch(const Place& place, const char* name, std::initializer_list<int64_t> shape, const Grid& grid,
@@ -175,20 +191,8 @@ void launch(const Place& place, const char* name, std::initializer_list<int64_t>
   const void* const function = reinterpret_cast<const void*>(kernel);
   if (grid.blocks > INT32_MAX) checked(cudaErrorInvalidConfiguration);
   allow_shared(place.properties(), function, grid.shared_bytes);
-  if (grid.cluster > 8) {  // what every GPU with clusters has
-    checked(cudaFuncSetAttribute(function, cudaFuncAttributeNonPortableClusterSizeAllowed, 1));
-  }
-  cudaLaunchAttribute cluster{};
-  cluster.id = cudaLaunchAttributeClusterDimension;
-  cluster.val.clusterDim.x = static_cast<unsigned>(grid.cluster);
-  cluster.val.clusterDim.y = cluster.val.clusterDim.z = 1;
-  cudaLaunchConfig_t config{};
-  config.gridDim = dim3(static_cast<unsigned>(grid.blocks));
-  config.blockDim = dim3(static_cast<unsigned>(grid.threads));
-  config.dynamicSmemBytes = static_cast<size_t>(grid.shared_bytes);
-  config.stream = place.stream();
-  config.attrs = &cluster;
-  config.numAttrs = grid.cluster > 1 ? 1 : 0;
+  cudaLaunchAttribute cluster;
+  const cudaLaunchConfig_t config = configuration(grid, place.stream(), cluster);
   checked(cudaLaunchKernelEx(&config, kernel, arguments...));
 }
 
