@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -21,7 +22,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     for kind, help_text in commands.STAGES.items():
         stage = found.add_parser(kind, add_help=False, allow_abbrev=False, help=help_text)
         stage.add_argument("--recipe", help="a YAML file of keys and values")
-    stages = found.add_parser("recipe", add_help=False, allow_abbrev=False, help="run a recipe of several stages")
+    stages = found.add_parser("recipe", allow_abbrev=False, help="run a recipe of several stages")
     stages.add_argument(
         "name", help='a recipe that ships ("r1-mini") or a YAML file; --key value holds for every stage'
     )
@@ -33,6 +34,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     report.add_argument("results", type=Path, nargs="?", default=Path("benchmarks/results"))
     report.add_argument("--readme", type=Path, help="whose blocks of results to fill")
     arguments, rest = parser.parse_known_args(argv)
+    if os.getcwd() not in sys.path:  # for "module:function" of the folder at hand, which a console script leaves out
+        sys.path.append(os.getcwd())
     if arguments.command == "train":
         return commands.train(arguments.recipe, rest)
     if arguments.command == "recipe":

@@ -17,8 +17,14 @@ from grpo_kernels.training import rewards
 from grpo_kernels.training.rewards import OverlongReward, RepetitionReward
 
 
+@rewards.reward_factory
 def constant(value):
     return lambda prompts, completions, **columns: [value] * len(completions)
+
+
+@rewards.reward_factory
+def fraction():
+    return fractions.Fraction(1)
 
 
 async def slow_reward(prompts, completions, *, level, **columns):
@@ -168,7 +174,10 @@ def test_rewards_take_their_parameters_from_their_name():
         ("repetitive(n=2)", r"expected one of accuracy, .*, repetition, code or \"module:function\", got 'repetitive'"),
         ("test_rewards_scoring:constant(values=2)", "has no parameter 'values'; it has value"),
         ("test_rewards_scoring:constant(value=len)", "expected"),
-        ("fractions:Fraction(numerator=1)", "must make a reward function, got Fraction"),
+        ("test_rewards_scoring:fraction()", "must make a reward function, got Fraction"),
+        ("fractions:Fraction(numerator=1)", "'fractions:Fraction' must be marked by @reward_factory"),
+        ("test_rewards_scoring:SlowLength", "'test_rewards_scoring:SlowLength' must be marked by @reward_factory"),
+        ("no_such_module:mine", "'no_such_module:mine' cannot be imported: No module named 'no_such_module'"),
     ],
 )
 def test_a_name_that_makes_no_reward_is_refused(name, message):
@@ -180,6 +189,12 @@ def test_nothing_in_a_name_is_run():
     with pytest.raises(ValueError, match="literal"):
         rewards.resolve("repetition(n=__import__('sys').modules.setdefault('pwned_by_a_name', 1))")
     assert "pwned_by_a_name" not in sys.modules
+
+
+def test_a_name_calls_nothing_that_is_no_factory_of_rewards(tmp_path):
+    with pytest.raises(ValueError, match="'os:mkdir' must be marked by @reward_factory"):
+        rewards.resolve(f"os:mkdir(path={str(tmp_path / 'made')!r})")
+    assert not (tmp_path / "made").exists()
 
 
 def test_every_shipped_reward_scores_an_empty_completion_and_can_be_pickled():

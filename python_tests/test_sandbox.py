@@ -354,6 +354,7 @@ attempts = {
     "clone": refused(libc.syscall(ctypes.c_long({"x86_64": 56, "aarch64": 220}[os.uname().machine]),
                                   ctypes.c_ulong(0x10000000 | 17), None, None, None, None)),
     "ptrace": refused(libc.ptrace(16, 1, None, None)),
+    "file in memory": refused(libc.memfd_create(b"file", 0)),
     "setuid": libc.setuid(0) == -1,
     "privileges by exec": libc.prctl(39, 0, 0, 0, 0) == 1,
     "bounding set": not any(libc.prctl(23, capability, 0, 0, 0) for capability in range(38)),

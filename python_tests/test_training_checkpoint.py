@@ -226,6 +226,25 @@ def test_bad_arguments_end_with_status_2_and_one_line(tmp_path, capsys):
     assert json.loads((tmp_path / "metrics.jsonl").read_text()) == {}
 
 
+REWARD = """
+def typed(prompts, completions, **columns):
+    return ["1"] * len(completions)
+"""
+
+
+def test_a_module_of_the_working_folder_is_found_and_its_error_says_what_is_left(tmp_path, capsys, monkeypatch):
+    (tmp_path / "reward_of_the_folder.py").write_text(REWARD)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", list(sys.path))  # without the folder, as a console script has it
+    arguments = ["train", "--num_eval_prompts", "0", "--device", "cpu", "--disable_tqdm", "true", "--output_dir", "out",
+                 "--max_completion_length", "2", "--reward_funcs"]  # fmt: skip
+    assert cli.main([*arguments, "nowhere_to_be_found:f"]) == 2
+    assert "error: reward_funcs: 'nowhere_to_be_found:f' cannot be imported" in capsys.readouterr().err
+    with pytest.raises(TypeError, match="must return numbers or None, got str '1'"):
+        cli.main([*arguments, "reward_of_the_folder:typed"])
+    assert "stopped; last complete checkpoint: out/checkpoint-0" in capsys.readouterr().err
+
+
 def test_info_needs_no_training_extra():
     script = (
         "import sys; sys.modules.update(dict.fromkeys(['transformers', 'yaml', 'tqdm', 'datasets', 'matplotlib']));"

@@ -6,6 +6,7 @@ import json
 import re
 import subprocess
 import sys
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +17,11 @@ from grpo_kernels import cli
 from grpo_kernels.model_head import open_head
 from grpo_kernels.training import addition
 from grpo_kernels.training.checkpoint import save_checkpoint
+from grpo_kernels.training.data import columns_needed, load_task_rows
 from grpo_kernels.training.distillation import check_vocabularies, teaching_loss
+from grpo_kernels.training.recipe import Recipe
 from grpo_kernels.training.rollout import completion_logits, teacher_forced
-from grpo_kernels.training.stage_config import load_stage
+from grpo_kernels.training.stage_config import RECIPE_KEYS, load_stage
 from grpo_kernels.training.tasks import build_model
 
 SMALL: dict[str, Any] = {
@@ -28,7 +31,8 @@ SMALL: dict[str, Any] = {
 
 
 def run(command: str, folder: Path, **options: object) -> int:
-    arguments = SMALL | {"output_dir": folder} | options
+    known = {**SMALL} if command == "train" else {k: v for k, v in SMALL.items() if k in RECIPE_KEYS[command]}
+    arguments = known | {"output_dir": folder} | options
     return cli.main([command, *(text for name, value in arguments.items() for text in (f"--{name}", str(value)))])
 
 
@@ -58,10 +62,14 @@ def test_samples_of_a_model_are_rows_to_train_on(trained: Path, tmp_path: Path) 
 def test_eval_prints_every_score_with_its_interval(
     trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert run("eval", tmp_path, model_name_or_path=trained, eval_samples=4, ks="[1, 2, 4]", check="format") == 0
+    votes = tmp_path / "votes"
+    assert run("eval", votes, model_name_or_path=trained, eval_samples=4, ks="[1, 2, 4]") == 0
     printed = capsys.readouterr().out
     for name in ("pass@1", "pass@2", "pass@4", "cons@2", "cons@4", "greedy"):
         assert re.search(rf"{name} \d\.\d+ \[\d\.\d+, \d\.\d+\]", printed), name
+    assert run("eval", tmp_path, model_name_or_path=trained, eval_samples=4, ks="[1, 2, 4]", check="format") == 0
+    printed = capsys.readouterr().out
+    assert "pass@4" in printed and "cons@" not in printed  # a form is no answer to vote on
     before = (tmp_path / "done.json").read_bytes()
     assert run("eval", tmp_path, model_name_or_path=trained, eval_samples=4, ks="[1, 2, 4]", check="format") == 0
     assert (tmp_path / "done.json").read_bytes() == before and "== eval" not in capsys.readouterr().out
@@ -131,6 +139,89 @@ def test_a_stage_that_names_another_needs_a_recipe_of_several() -> None:
         load_stage("eval", None, ["--teacher", "grpo"])
 
 
+@pytest.mark.parametrize(
+    ("command", "options"),
+    [
+        ("eval", {"temperature": 0.01}),
+        ("sample", {"temperature": 0.5, "keep": "{format: 0}"}),
+        ("sft", {"learning_rate": 1, "max_steps": 7, "use_peft": True}),
+        ("distill", {"teacher_model_name_or_path": "x", "use_vllm": True}),
+        ("augment", {"sft_steps": 3}),
+    ],
+)
+def test_an_option_without_effect_is_refused(
+    tmp_path: Path, command: str, options: dict[str, Any], capsys: pytest.CaptureFixture[str]
+) -> None:
+    idle = ", ".join(name for name in options if name not in ("keep", "teacher_model_name_or_path"))
+    assert run(command, tmp_path, **options) == 2
+    assert f"command line: {idle} has no effect on kind '{command}'" in capsys.readouterr().err
+    (name, value) = next((name, value) for name, value in options.items() if name in idle)
+    path = tmp_path / "stage.yaml"
+    path.write_text(f"{name}: {value}\n")
+    assert cli.main([command, "--recipe", str(path)]) == 2
+    assert f"{name} has no effect on kind '{command}'" in capsys.readouterr().err
+    assert cli.main([command, f"--{name.replace('_', '-')}={value}"]) == 2
+    assert f"{name} has no effect on kind '{command}'" in capsys.readouterr().err
+
+
+def test_every_key_of_a_recipe_is_read_by_some_kind_of_stage() -> None:
+    known = {key.name for key in fields(Recipe)}
+    assert all(set(keys) <= known for keys in RECIPE_KEYS.values())
+    assert set().union(*RECIPE_KEYS.values()) == known - {"resume"}
+
+
+def test_an_evaluation_needs_no_training_rows_and_augmentation_no_model(trained: Path, tmp_path: Path) -> None:
+    path = tmp_path / "held_out.jsonl"
+    path.write_text('{"prompt": "1 + 1 =", "answer": "2"}\n{"prompt": "1 + 2 =", "answer": "3"}\n')
+    assert run("eval", tmp_path / "eval", dataset_name=path, model_name_or_path=trained, num_eval_prompts=2) == 0
+    trace = "<think> 1 + 1 = 2 </think> <answer> 2 </answer>"
+    path.write_text(json.dumps({"prompt": "1 + 1 =", "answer": "2", "completion": trace}) + "\n")
+    assert run("augment", tmp_path / "augment", dataset_name=path, num_eval_prompts=0, ways="[start]") == 0
+
+
+def test_only_columns_that_a_reward_takes_are_needed(trained: Path, tmp_path: Path) -> None:
+    path = tmp_path / "programs.jsonl"
+    path.write_text('{"prompt": "1 + 1 =", "tests": ["assert True"]}\n' * 9)
+    rows = {"dataset_name": path, "model_name_or_path": trained, "num_eval_prompts": 0}
+    assert run("sample", tmp_path / "sample", **rows, keep="{tag_count: 0}", prompts=2, samples=1) == 0
+    code = Recipe(dataset_name=str(path), reward_funcs=["code"], num_eval_prompts=2)
+    assert columns_needed(code) == ("prompt",)
+    assert len(load_task_rows(code)[1]) == 2
+    with pytest.raises(ValueError, match="row 0 must have columns prompt and answer; it lacks answer"):
+        load_task_rows(replace(code, check="accuracy"))
+
+
+def test_problems_beyond_the_context_are_not_sampled_for(
+    trained: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    path = tmp_path / "problems.jsonl"
+    rows = [{"prompt": " ".join("1" * n), "answer": "1"} for n in (125, 3, 0, 5)]  # a context of 128, 8 of a completion
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows).replace('"prompt": ""', '"prompt": " "'))
+    common = {"data": path, "prompts": 2, "samples": 1, "keep": "{format: 0}", "num_completions_to_print": 9}
+    teacher = {"teacher_model_name_or_path": trained, "sft_steps": 1}
+    for command, more in (("sample", {"model_name_or_path": trained}), ("distill", teacher)):
+        if command == "distill":
+            del common["data"]
+            more |= {"dataset_name": path, "model_name_or_path": trained, "num_eval_prompts": 0}
+        caplog.clear()
+        assert run(command, tmp_path / command, **common, **more) == 0
+        left_out = [record.getMessage() for record in caplog.records if "left out" in record.getMessage()]
+        assert len(left_out) == 2 and left_out[0].startswith("1 of 4 training prompts have no token")
+        prompts = {record["prompt"] for record in records(tmp_path / command, "samples.jsonl")}
+        assert prompts == {"1 1 1", "1 1 1 1 1"}
+
+
+def test_the_progress_of_supervised_steps_counts_tokens(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[float] = []
+
+    def update(self: Any, completions: int, tokens: float, **values: float) -> None:
+        seen.append(tokens)
+
+    monkeypatch.setattr("grpo_kernels.training.stage_work.Progress.update", update)
+    assert run("sft", tmp_path, num_eval_prompts=0) == 0
+    assert len(seen) == 3 and min(seen) > SMALL["sft_batch_size"]
+
+
 BAD = {
     "the columns": ("train", {"dataset_name": "ROWS"}, "row 0 must have columns prompt and answer; it lacks answer"),
     "a line": ("train", {"dataset_name": "CUT"}, "cut.jsonl:2: expected a JSON object"),
@@ -144,6 +235,7 @@ BAD = {
     "device": ("eval", {"device": "abacus"}, "device must be a torch device or auto, got 'abacus'"),
     "tracker": ("train", {"report_to": "smoke"}, "report_to must be none alone, all alone, or some of"),
     "reward": ("train", {"reward_funcs": "fluency"}, "expected one of accuracy"),
+    "judge": ("train", {"check": "fluency"}, "expected one of accuracy"),
     "yaml": ("sample", {"keep": "{accuracy"}, "error: command line: argument --keep: expected YAML, got '{accuracy'"),
     "nothing kept": ("sample", {"keep": "{accuracy: 2}", "prompts": 2}, "none of 8 completions earned {'accuracy': 2}"),
 }  # fmt: skip

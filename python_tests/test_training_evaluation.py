@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import itertools
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
+from accelerate import Accelerator
 
 from grpo_kernels.training import evaluation
 from grpo_kernels.training.data import load_task
-from grpo_kernels.training.evaluation import evaluate, evaluate_samples
+from grpo_kernels.training.evaluation import evaluate, evaluate_samples, judge
+from grpo_kernels.training.filtering import filtered_task
 from grpo_kernels.training.recipe import Recipe
+from grpo_kernels.training.rewards import columns_of, resolve
 from grpo_kernels.training.rollout import teacher_forced
 from grpo_kernels.training.scores import Score, _student, cons_at_k, interval, pass_at_k, pass_rates
 
@@ -169,7 +173,7 @@ def script(monkeypatch):
     """Completions by prompt, handed out in order; the last also to a greedy sampler."""
     answers = {}
 
-    def sampler(model, tokenizer, prompts, *, max_completion_length, temperature):
+    def sampler(model, tokenizer, prompts, *, temperature, **options):
         texts = [answers[p][-1] if temperature == 0 else answers[p].pop(0) for p in prompts]
         return teacher_forced(tokenizer, prompts, texts)
 
@@ -226,6 +230,85 @@ def test_the_check_and_the_extraction_are_the_callers(task, script):
     assert found.pass_rates == [0.5, 0.5]  # only a whole 1 is right
     assert found.scores["cons@3"].value == 1.0
     assert set(seen) == {(row["prompt"], row["level"]) for row in rows}
+
+
+def boxed(answer):
+    return rf"so it is $\boxed{{{answer}}}$"
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"reward_funcs": ["format", "math_accuracy"]},
+        {"reward_funcs": ["accuracy", "format"], "check": "math_accuracy"},
+    ],
+)
+def test_the_recipes_judge_says_what_is_right(task, script, tmp_path, monkeypatch, changes):
+    """In evaluations, votes and the pass-rate filter, whatever form it reads an answer from."""
+    rows, said = task.eval_rows[:2], []
+
+    def sampler(model, tokenizer, prompts, *, temperature, **options):
+        said[:] = [script[p][-1] if temperature == 0 else script[p].pop(0) for p in prompts]
+        return teacher_forced(tokenizer, prompts, ["1"] * len(prompts))
+
+    monkeypatch.setattr(evaluation, "generate", sampler)
+    monkeypatch.setattr(evaluation, "completion_texts", lambda rollout, tokenizer: list(said))  # not the task's words
+    right = [row["answer"] for row in rows]
+    script[rows[0]["prompt"]] = [boxed(text) for text in (right[0], "7", "0" + right[0], "8", right[0])]
+    script[rows[1]["prompt"]] = [boxed(text) for text in ("7", "8", "8", right[1], "9")]
+    before = {prompt: list(texts) for prompt, texts in script.items()}
+    recipe = recipe_of(**changes)
+    report = evaluate_samples(task.model, task.tokenizer, rows, recipe)
+    assert {name: score.value for name, score in report.scores.items()} == {
+        "pass@1": 0.375, "pass@4": 1.0, "cons@4": 0.5, "greedy": 0.5,
+    }  # fmt: skip
+    script.update({prompt: list(texts) for prompt, texts in before.items()})
+    assert evaluate(task.model, task.tokenizer, rows, recipe) == {"eval_accuracy": 0.375, "eval_accuracy_greedy": 0.5}
+    script.update({prompt: list(texts) for prompt, texts in before.items()})
+    few = replace(recipe, min_pass_rate=0.3, pass_rate_samples=4, num_generations=2, per_device_train_batch_size=2)
+    kept = filtered_task(task._replace(train_rows=rows), few, Accelerator(cpu=True), tmp_path, known=False)
+    assert kept.train_rows == rows[:1]
+
+
+def test_by_default_the_first_reward_that_judges_is_the_judge():
+    for names, expected in (
+        (["format", "exact_match", "accuracy"], "exact_match"),
+        (["format", "code(seconds=1.0)"], "code(seconds=1.0)"),
+        (["format"], "accuracy"),
+    ):
+        assert judge(recipe_of(reward_funcs=names)) == resolve(expected)
+    with pytest.raises(ValueError, match="expected one of accuracy"):
+        judge(recipe_of(check="fluency"))
+
+
+def test_a_judge_without_answers_has_no_vote(task, script):
+    rows = task.eval_rows[:2]
+    for row in rows:
+        script[row["prompt"]] = ["1 2", "3", "3", "4", "4"]
+
+    def check(prompts, completions, **columns):
+        return [float(c == "3") for c in completions]
+
+    report = evaluate_samples(task.model, task.tokenizer, rows, recipe_of(), check=check)
+    assert report.scores.keys() == {"pass@1", "pass@4", "greedy"} and report.greedy[0].answer is None
+
+
+def test_every_column_reaches_a_check_and_the_tokens_do(task, script):
+    """Whatever the first row of a batch lacks."""
+    rows = [task.eval_rows[0], {**task.eval_rows[1], "level": 3}]
+    for row in rows:
+        script[row["prompt"]] = ["1 2"] * 5
+    seen = []
+
+    def check(prompts, completions, *, level, completion_ids, **columns):
+        seen.extend(level)
+        assert completion_ids == [task.tokenizer("1 2 <eos>")["input_ids"]] * len(completions)
+        return [None] * len(completions)
+
+    evaluate_samples(task.model, task.tokenizer, rows, recipe_of(eval_batch_size=2), check=check)
+    assert set(seen) == {None, 3}
+    found = columns_of(rows, [[1], [2]])
+    assert found["level"] == [None, 3] and "prompt" not in found and found["completion_ids"] == [[1], [2]]
 
 
 def test_samples_are_repeatable_and_the_random_state_is_put_back(task):

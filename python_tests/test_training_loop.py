@@ -17,7 +17,7 @@ from grpo_kernels.training.evaluation import evaluate
 from grpo_kernels.training.loop import GRPOLoop
 from grpo_kernels.training.recipe import Recipe, load_recipe
 from grpo_kernels.training.reporting import read_metrics
-from grpo_kernels.training.rollout import completion_logprobs, teacher_forced
+from grpo_kernels.training.rollout import Rollout, completion_logprobs, teacher_forced
 from grpo_kernels.training.run import train
 
 
@@ -175,10 +175,26 @@ def test_metrics_have_trls_names():
     assert metrics.keys() >= {
         "loss", "reward", "reward_std", "frac_reward_zero_std", f"rewards/{name}/mean", f"rewards/{name}/std",
         "completions/mean_length", "completions/min_length", "completions/max_length", "completions/clipped_ratio",
+        "completions/mean_terminated_length", "completions/min_terminated_length", "completions/max_terminated_length",
+        "num_tokens",
         "kl", "entropy", "clip_ratio/low_mean", "clip_ratio/low_min", "clip_ratio/high_mean", "clip_ratio/high_max",
         "clip_ratio/region_mean", "grad_norm", "learning_rate", "step_time",
     }  # fmt: skip
     assert all(isinstance(value, float) and math.isfinite(value) for value in metrics.values())
+
+
+def test_lengths_and_tokens_are_counted_as_trl_does():
+    """Prompts of 4 and 2 tokens; completions of 4 tokens, cut off, and of 3 with their end."""
+    loop = loop_of()
+    end = loop.tokenizer.eos_token_id
+    ids, mask = torch.tensor([[5, 6, 7, 8], [5, 6, end, 0]]), torch.tensor([[1, 1, 1, 1], [1, 1, 1, 0]])
+    prompt_mask = torch.tensor([[1, 1, 1, 1], [0, 0, 1, 1]])
+    rollout = Rollout(prompt_mask * 5, prompt_mask, ids, mask)
+    metrics = loop._length_metrics(rollout)
+    assert metrics["num_tokens"] == 13 and metrics["completions/mean_length"] == 3.5
+    assert [metrics[f"completions/{name}_terminated_length"] for name in ("mean", "min", "max")] == [3.0] * 3
+    cut = loop._length_metrics(rollout.select(torch.tensor([0])))
+    assert cut["completions/max_terminated_length"] == 0 and cut["num_tokens"] == 13 + 8
 
 
 def test_the_gradient_norm_is_clipped_and_the_learning_rate_decays():
@@ -201,12 +217,12 @@ def test_an_evaluation_is_repeatable_and_leaves_the_random_state():
 
 def test_an_evaluation_counts_right_answers(monkeypatch):
     """A sampler that answers the first half of the problems rightly, and every problem when greedy."""
-    recipe = recipe_of(num_eval_prompts=8, eval_samples=2, eval_batch_size=3)
+    recipe = recipe_of(num_eval_prompts=8, eval_samples=2, eval_batch_size=3, reward_funcs=["accuracy"])
     task = load_task(recipe)
     answers = {row["prompt"]: row["answer"] for row in task.eval_rows}
     known = set(list(answers)[:4])
 
-    def sampler(model, tokenizer, prompts, *, max_completion_length, temperature):
+    def sampler(model, tokenizer, prompts, *, max_completion_length, temperature, synced):
         digits = [" ".join(answers[p]) if temperature == 0 or p in known else "7" for p in prompts]
         return teacher_forced(tokenizer, prompts, [f"<answer> {d} </answer>" for d in digits])
 
@@ -218,7 +234,7 @@ def test_an_evaluation_counts_right_answers(monkeypatch):
 def test_the_cold_start_lowers_the_loss_and_needs_completions():
     recipe = recipe_of(sft_steps=20)
     task = load_task(recipe)
-    losses = list(cold_start(task.model, task.tokenizer, task.train_rows, recipe))
+    losses = [step.loss for step in cold_start(task.model, task.tokenizer, task.train_rows, recipe)]
     assert len(losses) == 20
     assert losses[0] > math.log(len(task.tokenizer)) - 0.5
     assert losses[-1] < losses[0] - 0.5

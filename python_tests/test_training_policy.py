@@ -118,6 +118,28 @@ def test_log_probs_are_those_of_the_models_logits(name: str, packing: bool) -> N
         torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
 
 
+RECURRENT: dict[str, dict[str, Any]] = {
+    "Lfm2": {"layer_types": ["conv", "full_attention"]},
+    "Qwen3Next": {
+        "layer_types": ["linear_attention", "full_attention"], "head_dim": 8, "linear_num_key_heads": 2,
+        "linear_num_value_heads": 2, "linear_key_head_dim": 8, "linear_value_head_dim": 8, "num_experts": 0,
+    },
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("family", list(RECURRENT))
+def test_a_model_whose_layers_mix_packed_sequences_is_refused(family: str) -> None:
+    torch.manual_seed(0)
+    config = getattr(transformers, f"{family}Config")(**(COMMON | RECURRENT[family]))
+    model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+    with torch.no_grad():  # weights as large as trained ones
+        for parameter in model.parameters():
+            parameter.mul_(8) if parameter.ndim > 1 else None
+    Policy(model, GRPOLossConfig())
+    with pytest.raises(ValueError, match=f"{family}ForCausalLM does not keep packed sequences apart"):
+        Policy(model, GRPOLossConfig(), packing=True)
+
+
 def test_a_masked_completion_is_left_out_packed_as_padded() -> None:
     model, rollout = model_of("tied"), rollout_of()
     given = inputs_of(model, rollout)

@@ -7,6 +7,7 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,11 @@ CASES: dict[str, tuple[bool, dict[str, Any]]] = {  # whether the head is the emb
     "tied": (True, {}),
     "untied-sequence": (False, {"importance_sampling_level": "sequence"}),
 }
+
+
+def of_even_length(prompts: list[str], completions: list[str], **columns: Any) -> list[float]:
+    """Right or not, whatever the answer is."""
+    return [1.0 - len(completion) % 2 for completion in completions]
 
 
 class Found:
@@ -110,6 +116,7 @@ def steps_of(folder: Path, mode: str, name: str, accelerator: Any) -> None:
     A third is taken by this loop and by one that goes on from the checkpoint, which DeepSpeed has not.
     """
     from grpo_kernels.training.checkpoint import load_weights, save_checkpoint
+    from grpo_kernels.training.evaluation import evaluate
     from grpo_kernels.training.rollout import generate, teacher_forced
     from grpo_kernels.training.state import read_state
 
@@ -130,6 +137,8 @@ def steps_of(folder: Path, mode: str, name: str, accelerator: Any) -> None:
         loop.model, loop.tokenizer, prompts, max_completion_length=4, temperature=0.0, synced=mode != "one"
     )
     sampled = accelerator.gather(accelerator.pad_across_processes(greedy.completion_ids, dim=1)).tolist()
+    recipe = replace(loop.recipe, check="test_training_processes:of_even_length")
+    accuracies = evaluate(loop.model, loop.tokenizer, loop.rows[:5], recipe, accelerator)
     checkpoint = save_checkpoint(folder / f"{mode}-{name}", 2, loop.model, loop.tokenizer, keep=1, loop=loop)
     weights = accelerator.get_state_dict(loop.policy.wrapped)
     weights = {key: value.clone() for key, value in weights.items()} if accelerator.is_main_process else {}
@@ -146,7 +155,7 @@ def steps_of(folder: Path, mode: str, name: str, accelerator: Any) -> None:
     accelerator.free_memory()
     if accelerator.is_main_process:
         save_file(weights, folder / f"{mode}-{name}.safetensors")
-        (folder / f"{mode}-{name}.json").write_text(json.dumps([*found, {"sampled": sampled}]))
+        (folder / f"{mode}-{name}.json").write_text(json.dumps([*found, accuracies, {"sampled": sampled}]))
 
 
 def gradients_of_a_head_that_lets_its_weight_go() -> None:
@@ -202,8 +211,10 @@ def test_two_processes_take_the_steps_of_one(mode: str, one: Found, tmp_path: Pa
 
     two = launched(mode, tmp_path)
     for name in CASES:
-        *metrics, sampled = two.metrics[name]
-        *expected, greedy = one.metrics[name]
+        *metrics, accuracies, sampled = two.metrics[name]
+        *expected, alone, greedy = one.metrics[name]
+        assert accuracies["eval_accuracy_greedy"] == alone["eval_accuracy_greedy"]
+        assert accuracies["eval_accuracy"] in [k / 20 for k in range(21)]  # of 5 rows, none of them twice
         assert metrics[1]["clip_ratio/region_mean"] > 0 and metrics[1]["kl"] > 0
         for got, want in zip(metrics, expected, strict=True):
             assert got.keys() == want.keys()

@@ -119,6 +119,22 @@ def test_a_checkpoint_of_another_run_or_cut_short_is_refused(tmp_path: Path) -> 
     train(recipe_of(tmp_path, max_steps=2, resume=True))
 
 
+def test_a_state_of_another_shape_is_named(tmp_path: Path) -> None:
+    train(recipe_of(tmp_path, max_steps=2))
+    newest = list_checkpoints(tmp_path)[-1]
+    for name, spoiled, message in (
+        ("trainer_state.json", [], "expected a mapping, got list"),
+        ("trainer_state.json", {"step": "2"}, "expected 'step' to be of type int, got '2'"),
+        ("trainer_state.json", {"step": 2, "rows_drawn": 4, "schedule": {}}, "'param_groups' to be of type list"),
+        ("random-0.json", {"python": []}, "expected 'numpy' to be of type list, got None"),
+    ):
+        content = (newest / name).read_bytes()
+        (newest / name).write_text(json.dumps(spoiled))
+        with pytest.raises(ValueError, match=f"checkpoint-2 cannot be read.*{message}"):
+            train(recipe_of(tmp_path, max_steps=2, resume=True))
+        (newest / name).write_bytes(content)
+
+
 def test_a_checkpoint_that_lacks_weights_or_saw_other_rows_is_refused(tmp_path: Path) -> None:
     rows, _ = TASKS["addition"].build_rows(0, 4)
     train(recipe_of(tmp_path, max_steps=2), rows=rows[:50])

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 import logging
+from types import SimpleNamespace
 
 import pytest
 import torch
 import transformers
+from accelerate.utils import DistributedType
 from test_training_loop import loop_of, one_thread, recipe_of  # noqa: F401  (a fixture)
 
 from grpo_kernels.training.data import load_task
@@ -294,7 +296,7 @@ def test_continuous_batching_samples_the_models_distribution(monkeypatch):
         return found[-1]
 
     monkeypatch.setattr(type(task.model), "generate_batch", scored)
-    sampler = build_sampler(task.model, task.tokenizer, recipe, None)
+    sampler = ContinuousSampler(task.model, task.tokenizer, recipe)
     assert isinstance(sampler, ContinuousSampler)
     prompts = ["1 + 2 =", "4 7 + 3 8 =", "9"] * 4
     rollout = sampler(prompts, 0)
@@ -317,6 +319,16 @@ def test_a_loop_trains_by_continuous_batching_and_is_repeatable():
         rewards.append([step.metrics["reward"] for step in loop.run()])
         assert loop.model.config._attn_implementation == "sdpa"
     assert rewards[0] == rewards[1]
+
+
+@pytest.mark.parametrize("name", ["use_vllm", "use_transformers_continuous_batching"])
+def test_what_needs_whole_weights_is_refused_under_zero_3(name):
+    divided = SimpleNamespace(is_zero3=lambda: True)
+    accelerator = SimpleNamespace(
+        distributed_type=DistributedType.DEEPSPEED, deepspeed_plugin=SimpleNamespace(hf_ds_config=divided)
+    )
+    with pytest.raises(ValueError, match=f"{name} must be False under ZeRO-3"):
+        build_sampler(None, None, recipe_of(**{name: True}), accelerator)
 
 
 def test_continuous_batching_that_fails_is_an_error(monkeypatch):

@@ -117,6 +117,21 @@ def test_a_server_that_answers_garbage_or_not_at_all_is_named_in_bounded_time(sh
     assert time.monotonic() - begun < 4
 
 
+@pytest.mark.parametrize("others", [never, drip, answering(503, b"busy")], ids=["never", "drip", "busy"])
+def test_a_failed_request_waits_for_no_other(shared, others):
+    """Whichever it is: here the last."""
+
+    def spoil(handler, body, right):
+        return (400, {"error": "no"}) if body["prompt"] == [9] else others(handler, body, right)
+
+    shared.spoil = {"/v1/completions": spoil}
+    begun = time.monotonic()
+    with pytest.raises(ServerError, match=r"answered 400: .*no"):
+        completions_of(shared, timeout=60.0)
+    shared.spoil = {}
+    assert time.monotonic() - begun < 3
+
+
 def test_a_loop_whose_server_fails_ends(start):
     with pytest.raises(ServerError, match="/v1/completions: "):
         next(loop_for(start(spoil={"/v1/completions": hang_up})).run())

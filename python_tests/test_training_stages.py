@@ -8,7 +8,7 @@ import os
 import random
 from collections import Counter
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 from grpo_kernels import cli
 from grpo_kernels.training.rewards import extract_answer
 from grpo_kernels.training.stage_config import Stage, load_stages
-from grpo_kernels.training.stages import run_stages
+from grpo_kernels.training.stages import run_stage, run_stages
 from grpo_kernels.training.tasks import TASKS
 from grpo_kernels.training.templates import joined
 
@@ -191,9 +191,62 @@ def test_a_stage_says_which_one_a_full_disk_stopped(tmp_path: Path, monkeypatch:
     assert [line["stage"] for line in lines] == [stage.name for stage in stages]
 
 
+def test_a_stage_on_one_that_was_made_anew_is_not_done(tmp_path: Path) -> None:
+    root, stages = load_stages(written(tmp_path, SMALL.replace("max_steps: 2", "max_steps: 1")))
+    lines = run_stages(root, stages)
+    first, second = (root / name / "done.json" for name in ("cold-start", "grpo"))
+    left = {path: path.read_text() for path in (first, second)}
+    first.write_text(left[first].replace('"seconds": ', '"seconds": 1'))  # as when it has been run again
+    with pytest.raises(ValueError, match="grpo holds a stage on a model that was made anew since; delete it"):
+        run_stages(root, stages)
+    second.unlink()  # as of one that was interrupted
+    with pytest.raises(FileExistsError, match="grpo holds a stage on a model that was made anew since"):
+        run_stages(root, stages)
+    first.write_text(left[first])
+    second.write_text(left[second].replace('"seconds": ', '"seconds": 1'))
+    with pytest.raises(ValueError, match="samples holds a stage on a model that was made anew"):
+        run_stages(root, stages)
+    (root / "samples" / "done.json").unlink()  # it begins again by itself
+    again = run_stage(stages[2], {stage.name: stage for stage in stages})
+    assert again["kept"] == lines[2]["kept"]
+
+
+@pytest.mark.parametrize(
+    "given", [["--output_dir", "X"], ["--output_dir=X"], ["--output-dir", "X"], ["--output-dir=X"]]
+)
+def test_the_folder_of_all_stages_is_given_in_any_spelling(given: list[str], tmp_path: Path) -> None:
+    root, stages = load_stages("r1-mini", [*given, "--seed", "3"])
+    assert root == Path("X") and [stage.folder for stage in stages] == [root / stage.name for stage in stages]
+    assert {stage.recipe.seed for stage in stages} == {3}
+    with pytest.raises(ValueError, match="expected one argument"):
+        load_stages("r1-mini", ["--output_dir"])
+
+
+def test_the_recipe_command_has_a_help(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        cli.main(["recipe", "--help"])
+    assert stopped.value.code == 0 and "r1-mini" in capsys.readouterr().out
+
+
+def test_several_processes_are_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    class Two(NamedTuple):
+        num_processes: int = 2
+
+    monkeypatch.setattr("grpo_kernels.training.stages.PartialState", lambda cpu: Two())
+    path = written(tmp_path)
+    assert cli.main(["recipe", path]) == 2
+    assert "stages run in one process, got 2" in capsys.readouterr().err
+    assert cli.main(["sft", "--sft_steps", "1", "--output_dir", str(tmp_path / "sft"), "--device", "cpu"]) == 2
+    assert not (tmp_path / "sft").exists() and not (tmp_path / "run" / "cold-start").exists()
+
+
 @pytest.mark.parametrize(
     ("old", "new", "message"),
     [
+        ("kind: sft, data", "kind: sft, max_steps: 3, data", "stage student: max_steps has no effect on kind 'sft'"),
+        ("kind: grpo, model", "kind: grpo, sft_steps: 3, model", "sft_steps has no effect on kind 'grpo'"),
         (
             "kind: sample, model: grpo",
             "kind: tune, model: grpo",
@@ -227,7 +280,7 @@ def test_a_stage_says_which_one_a_full_disk_stopped(tmp_path: Path, monkeypatch:
             "teacher has no effect on rows of data",
         ),
         (
-            "kind: sft, data: samples",
+            "kind: sft, data: samples, hidden_size: 32",
             "kind: augment, ways: [sideways]",
             "ways must be a list of some of start, goal, hind",
         ),

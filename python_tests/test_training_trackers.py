@@ -15,6 +15,7 @@ from grpo_kernels import cli
 from grpo_kernels.training.recipe import Recipe
 from grpo_kernels.training.reporting import read_metrics
 from grpo_kernels.training.run import train
+from grpo_kernels.training.stage_config import RECIPE_KEYS
 from grpo_kernels.training.trackers import tracked, tracker_names
 
 SETTINGS: dict[str, Any] = {
@@ -81,7 +82,8 @@ def test_an_accelerator_without_trackers_is_not_asked_for_one(tmp_path: Path, re
 def test_a_stage_tells_them_and_a_failed_run_ends_theirs(
     tmp_path: Path, recorder: type[Recorder], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    options = SETTINGS | {"sft_steps": 2, "sft_batch_size": 2, "report_to": "recorder", "output_dir": tmp_path / "sft"}
+    options = {name: value for name, value in SETTINGS.items() if name in RECIPE_KEYS["sft"]}
+    options |= {"sft_steps": 2, "sft_batch_size": 2, "report_to": "recorder", "output_dir": tmp_path / "sft"}
     arguments = [text for name, value in options.items() for text in (f"--{name}", str(value))]
     assert cli.main(["sft", *arguments]) == 0
     assert recorder.made[0].records == read_metrics(tmp_path / "sft" / "metrics.jsonl")

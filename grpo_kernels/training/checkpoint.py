@@ -9,11 +9,12 @@ from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError
+from safetensors.torch import load_file
 from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from grpo_kernels.training.models import check_loaded
-from grpo_kernels.training.policy import has_adapters
+from grpo_kernels.training.models import ADAPTERS, BASE, check_loaded
+from grpo_kernels.training.policy import base_model, has_adapters
 from grpo_kernels.training.state import write_state
 
 _NAME = re.compile(r"checkpoint-(\d+)")
@@ -31,7 +32,9 @@ def save_checkpoint(
     """Writes ``checkpoint-<step>``, loadable by ``from_pretrained``, and deletes all but the newest ``keep``.
 
     The folder appears under its name only when it is whole; an interrupted write leaves a hidden folder, which the
-    next one replaces. ``checkpoint-0``, what GRPO started from, stays: it is the reference of a resumed run.
+    next one replaces. ``checkpoint-0``, what GRPO started from, stays: it is the reference of a resumed run. Of a model
+    with adapters these alone are saved, and once, in ``checkpoint-0/base``, the model under them where it has no name
+    to be loaded by.
 
     Args:
         output_dir: The run's folder.
@@ -66,15 +69,29 @@ def _write(folder: Path, model: PreTrainedModel, tokenizer: PreTrainedTokenizerB
     if is_main:
         _remove(folder)
         folder.mkdir(parents=True)
-    weights = {}
+    weights = {"save_embedding_layers": False} if has_adapters(model) else {}  # no vocabulary is resized here
     if loop is not None:
         loop.accelerator.wait_for_everyone()
-        weights = {"state_dict": loop.accelerator.get_state_dict(loop.policy.wrapped)}
+        weights |= {"state_dict": loop.accelerator.get_state_dict(loop.policy.wrapped)}
         write_state(folder, loop)
         loop.accelerator.wait_for_everyone()
     if is_main:
         model.save_pretrained(folder, **weights)
         tokenizer.save_pretrained(folder)
+        if has_adapters(model) and not base_model(model).name_or_path:
+            _write_base(folder, model, weights.get("state_dict") or model.state_dict())
+
+
+def _write_base(folder: Path, model: Any, weights: dict[str, Any]) -> None:
+    """Adds the model under the adapters, unless ``checkpoint-0`` has it."""
+    if (folder.parent / "checkpoint-0" / BASE).is_dir():
+        return
+    own = {
+        name.removeprefix("base_model.model.").replace(".base_layer.", "."): weight
+        for name, weight in weights.items()
+        if f".{model.base_model.prefix}" not in name  # "lora_"
+    }
+    base_model(model).save_pretrained(folder / BASE, state_dict=own)
 
 
 def load_weights(folder: Path, loop: Any) -> None:
@@ -85,9 +102,9 @@ def load_weights(folder: Path, loop: Any) -> None:
     """
     try:
         if has_adapters(loop.model):
-            from peft import load_peft_weights, set_peft_model_state_dict
+            from peft import set_peft_model_state_dict
 
-            set_peft_model_state_dict(loop.model, load_peft_weights(str(folder)))
+            set_peft_model_state_dict(loop.model, load_file(folder / ADAPTERS))
         else:
             whole = StateDictOptions(full_state_dict=True)
             set_model_state_dict(loop.policy.wrapped, read_weights(folder, loop.model), options=whole)
@@ -102,7 +119,9 @@ def read_weights(folder: Path, model: PreTrainedModel) -> dict[str, Any]:
         ValueError: It cannot be read, or lacks some.
     """
     try:
-        loaded, found = type(model).from_pretrained(folder, dtype=model.dtype, output_loading_info=True)
+        loaded, found = type(model).from_pretrained(
+            folder, dtype=model.dtype, use_safetensors=True, output_loading_info=True
+        )
         check_loaded(found, str(folder))
     except (OSError, RuntimeError, SafetensorError, ValueError) as error:
         raise ValueError(f"checkpoint {folder} cannot be read, it may be cut short: {error}") from error

@@ -2,72 +2,167 @@
 
 from __future__ import annotations
 
+import contextlib
+import logging
+import math
 import random
 from collections.abc import Callable, Iterator, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from grpo_kernels import token_logprobs
+from grpo_kernels import sft_loss
+from grpo_kernels.model_head import Projection, open_head
 from grpo_kernels.training.data import Row
+from grpo_kernels.training.policy import base_model
 from grpo_kernels.training.recipe import Recipe
-from grpo_kernels.training.rollout import Rollout, completion_logits, teacher_forced
-from grpo_kernels.training.templates import remaining_completion, render_prompt
+from grpo_kernels.training.rollout import Rollout, headed, teacher_forced
+from grpo_kernels.training.sampling import context_length_of
+from grpo_kernels.training.templates import encode_prompts, remaining_completion, render_prompt
+
+_LOGGER = logging.getLogger(__name__)
+
+
+class SupervisedStep(NamedTuple):
+    """What one optimizer step of a supervised training reports."""
+
+    loss: float  # nats per token
+    tokens: int  # that it was taken over
 
 
 def cold_start(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, rows: Sequence[Row], recipe: Recipe
-) -> Iterator[float]:
+) -> Iterator[SupervisedStep]:
     """Trains on the rows that have a ``completion``, for ``sft_steps`` steps of AdamW with linear decay.
 
-    Yields:
-        The loss of each step, in nats per token.
-
     Raises:
-        ValueError: No row has a completion.
+        ValueError: No row has a completion, or none fits into the model's context.
+        RuntimeError: A gradient is not finite.
     """
     if not recipe.sft_steps:
         return
     examples = [row for row in rows if row.get("completion")]
     if not examples:
         raise ValueError(f"sft_steps is {recipe.sft_steps}, but no row of {recipe.dataset_name!r} has a completion")
+    examples = traces_that_fit(model, tokenizer, examples, recipe)
     rng = random.Random(recipe.seed)
+    model = base_model(model)
 
-    def next_loss() -> Tensor:
-        batch = worked_batch(model, tokenizer, rng.choices(examples, k=recipe.sft_batch_size), recipe)
-        logprobs = token_logprobs(  # by the reference, so that GRPO starts from one model whatever its backend
-            completion_logits(model, batch), batch.completion_ids, mask=batch.completion_mask, backend="torch"
-        ).logprobs
-        return -logprobs.sum() / batch.completion_mask.sum()
+    def next_batch() -> Rollout:
+        return worked_batch(model, tokenizer, rng.choices(examples, k=recipe.sft_batch_size), recipe)
 
-    yield from descend(model, next_loss, recipe)
+    with opened_head(model):
+        yield from descend(model, next_batch, worked_loss, recipe)
+
+
+@contextlib.contextmanager
+def opened_head(model: PreTrainedModel) -> Iterator[None]:
+    """``open_head`` inside; its forward would go on to this model in a copy that is made afterwards."""
+    before = vars(model).get("forward")
+    open_head(model)
+    try:
+        yield
+    finally:
+        del model.forward
+        if before is not None:
+            model.forward = before
+
+
+def worked_loss(model: PreTrainedModel, batch: Rollout, tokens: int) -> Tensor:
+    """A micro-batch's part of the mean cross-entropy of a step's ``tokens``."""
+    length = batch.completion_ids.shape[1]
+
+    def loss(hidden: Tensor, head: Projection) -> Tensor:
+        return sft_loss(
+            hidden[:, -(length + 1) : -1],
+            head.weight,
+            batch.completion_ids,
+            batch.completion_mask,
+            num_items_in_batch=tokens,
+            bias=head.bias,
+            softcap=head.softcap,
+            logit_scale=head.logit_scale,
+            backend="torch",  # the reference, so that GRPO starts from one model whatever its backend
+        )
+
+    return headed(model, batch, loss)
+
+
+def traces_that_fit(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, rows: Sequence[Row], recipe: Recipe
+) -> list[Row]:
+    """The rows whose prompt has a token, and with its completion no more than the model's context.
+
+    What is left out is counted in a warning.
+
+    Raises:
+        ValueError: No row is left.
+    """
+    bound = context_length_of(model)
+    limit = math.inf if bound is None else bound - 1  # the end token comes after the completion
+    prompts, completions = _texts(rows, tokenizer, recipe)
+    prompt_ids, completion_ids = encode_prompts(prompts, tokenizer), tokenizer(completions, add_special_tokens=False)
+    pairs = zip(rows, prompt_ids, completion_ids["input_ids"], strict=True)
+    fitting = [row for row, prompt, completion in pairs if prompt and len(prompt) + len(completion) <= limit]
+    if len(fitting) < len(rows):
+        _LOGGER.warning(
+            "%d of %d traces are left out, whose prompt has no token or which are longer than the context of %s tokens",
+            len(rows) - len(fitting), len(rows), bound,
+        )  # fmt: skip
+    if not fitting:
+        raise ValueError(
+            f"a trace must have a prompt and be no longer than the context of {bound} tokens, got {len(rows)} others"
+        )
+    return fitting
 
 
 def worked_batch(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, rows: Sequence[Row], recipe: Recipe
 ) -> Rollout:
     """The completions of rows, on the model's device, without what their prompts already hold of them."""
-    prompts = [render_prompt(row, tokenizer, recipe.prompt_template, recipe.system_prompt) for row in rows]
-    pairs = zip(rows, prompts, strict=True)
-    rest = [remaining_completion(row, prompt, row["completion"]) for row, prompt in pairs]
-    batch = teacher_forced(tokenizer, prompts, rest)
+    batch = teacher_forced(tokenizer, *_texts(rows, tokenizer, recipe))
     return Rollout(*(None if tensor is None else tensor.to(model.device) for tensor in batch))
 
 
-def descend(model: PreTrainedModel, next_loss: Callable[[], Tensor], recipe: Recipe) -> Iterator[float]:
-    """``sft_steps`` steps of AdamW with linear decay, each on one loss; yields it.
+def _texts(rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase, recipe: Recipe) -> tuple[list[str], list[str]]:
+    """The rendered prompts of rows, and what they leave of the completions."""
+    prompts = [render_prompt(row, tokenizer, recipe.prompt_template, recipe.system_prompt) for row in rows]
+    pairs = zip(rows, prompts, strict=True)
+    return prompts, [remaining_completion(row, prompt, row["completion"]) for row, prompt in pairs]
+
+
+def descend(
+    model: PreTrainedModel,
+    next_batch: Callable[[], Rollout],
+    loss_of: Callable[[PreTrainedModel, Rollout, int], Tensor],
+    recipe: Recipe,
+) -> Iterator[SupervisedStep]:
+    """``sft_steps`` steps of AdamW with linear decay, each on one batch.
+
+    Args:
+        model: What is trained.
+        next_batch: The completions of the next step.
+        loss_of: A micro-batch's part of the loss, a mean over the step's tokens, of which the last argument says how
+            many there are. A step has ``gradient_accumulation_steps`` micro-batches.
+        recipe: Says the steps, the learning rate and the micro-batches.
 
     Raises:
         RuntimeError: A gradient is not finite.
     """
     optimizer = torch.optim.AdamW(model.parameters(), lr=recipe.sft_learning_rate, weight_decay=0.0)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 - step / recipe.sft_steps)
+    size = math.ceil(recipe.sft_batch_size / recipe.gradient_accumulation_steps)
     for _ in range(recipe.sft_steps):
-        loss = next_loss()
-        loss.backward()
+        batch = next_batch()
+        tokens, losses = int(batch.completion_mask.sum()), []
+        for part in torch.arange(len(batch.completion_ids), device=batch.completion_ids.device).split(size):
+            loss = loss_of(model, batch.select(part), tokens)
+            loss.backward()
+            losses.append(loss.item())
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0, error_if_nonfinite=True)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         schedule.step()
-        yield loss.item()
+        yield SupervisedStep(sum(losses), tokens)

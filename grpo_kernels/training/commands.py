@@ -95,7 +95,7 @@ def _guarded(run: Callable[[], None], left: Callable[[], str]) -> int:
     except KeyboardInterrupt:
         print(f"\ninterrupted; {left()}", file=sys.stderr)
         return INTERRUPTED
-    except RuntimeError:  # of a gradient, a reward function or the device: where it came from matters
+    except Exception:  # of a gradient, a reward function or the device: where it came from matters
         print(f"\nstopped; {left()}", file=sys.stderr)
         raise
     return 0

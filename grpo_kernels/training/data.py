@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import random
 from collections.abc import Sequence
@@ -16,6 +17,7 @@ from grpo_kernels.training.gsm8k import with_solutions
 from grpo_kernels.training.models import load_pretrained
 from grpo_kernels.training.recipe import Recipe
 from grpo_kernels.training.rewards import RewardFunction, resolve
+from grpo_kernels.training.rewards.answers import judge_name
 from grpo_kernels.training.tasks import TASKS, Row, build_model
 
 _FILE_FORMATS = {".parquet": "parquet", ".csv": "csv", ".json": "json"}
@@ -27,35 +29,52 @@ class Task(NamedTuple):
 
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
-    train_rows: list[Row]  # with at least "prompt" and "answer"
+    train_rows: list[Row]  # with at least "prompt"
     eval_rows: list[Row]
     reward_functions: dict[str, RewardFunction]  # by the names that metrics show
 
 
-def load_task(recipe: Recipe, rows: Sequence[Row] | None = None) -> Task:
+def load_task(recipe: Recipe, rows: Sequence[Row] | None = None, *, least: int | None = None) -> Task:
     """Loads or builds everything a recipe names.
 
     Args:
         recipe: Names the dataset and the model.
         rows: To train on in the place of the dataset's own; what is held out stays the dataset's.
+        least: Training rows that there must be; by default one generation's prompts.
 
     Raises:
         ValueError: The dataset cannot be found, a column is missing, there are too few rows, a reward function is
             unknown, or no model is named for a dataset that has none.
     """
-    if recipe.dataset_name in TASKS:
-        train_rows, eval_rows = TASKS[recipe.dataset_name].build_rows(recipe.seed, recipe.num_eval_prompts)
-    else:
-        train_rows, eval_rows = _load_splits(recipe)
+    train_rows, eval_rows = load_task_rows(recipe)
     train_rows = train_rows if rows is None else list(rows)
-    if len(train_rows) < recipe.prompts_per_generation:
+    if len(train_rows) < (recipe.prompts_per_generation if least is None else least):
+        needed = f"{recipe.prompts_per_generation} training rows (one generation's prompts)"
         raise ValueError(
-            f"dataset {recipe.dataset_name!r} must have at least {recipe.prompts_per_generation} training rows "
-            f"(one generation's prompts), got {len(train_rows)}"
+            f"dataset {recipe.dataset_name!r} must have at least "
+            f"{needed if least is None else f'{least} training rows'}, got {len(train_rows)}"
         )
     reward_functions = {name: resolve(name) for name in recipe.reward_funcs}
+    if recipe.check is not None:
+        resolve(recipe.check)  # before any work
     model, tokenizer = load_model(recipe)
     return Task(model, tokenizer, train_rows, eval_rows, reward_functions)
+
+
+def load_task_rows(recipe: Recipe) -> tuple[list[Row], list[Row]]:
+    """The training and the held-out rows of a recipe's dataset; raises ValueError as ``load_task``."""
+    if recipe.dataset_name in TASKS:
+        return TASKS[recipe.dataset_name].build_rows(recipe.seed, recipe.num_eval_prompts)
+    return _load_splits(recipe)
+
+
+def columns_needed(recipe: Recipe) -> tuple[str, ...]:
+    """``prompt``, and ``answer`` where a reward function of the recipe takes it, or the judge where one is needed."""
+    names = list(recipe.reward_funcs)
+    if recipe.num_eval_prompts or recipe.min_pass_rate is not None or recipe.max_pass_rate is not None:
+        names.append(recipe.check or judge_name(names))
+    takes_answer = any("answer" in inspect.signature(resolve(name)).parameters for name in names)
+    return ("prompt", "answer") if takes_answer else ("prompt",)
 
 
 def load_model(recipe: Recipe) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
@@ -94,6 +113,7 @@ def load_rows(
     split: str = "train",
     prompt_column: str | None = None,
     answer_column: str | None = None,
+    needs_answer: bool = True,
 ) -> list[Row]:
     """The rows of a dataset, with the columns ``prompt`` and ``answer`` whatever it calls them.
 
@@ -108,6 +128,7 @@ def load_rows(
         split: Which split of a dataset that has several; a file or a saved single dataset has one, and gives it.
         prompt_column: What the dataset calls ``prompt``; by default that, or ``question`` where there is none.
         answer_column: What it calls ``answer``; by default that.
+        needs_answer: Whether it must have one; else what stands there under another name than ``answer`` stays there.
 
     Raises:
         ValueError: The dataset cannot be found, has no such split, or lacks a column or a value.
@@ -116,9 +137,12 @@ def load_rows(
     if prompt_column is None:
         is_question = bool(rows) and "prompt" not in rows[0] and "question" in rows[0]
         prompt_column = "question" if is_question else "prompt"
-    names = {"prompt": prompt_column, "answer": answer_column or "answer"}
+    names = {"prompt": prompt_column}
+    has_answer = needs_answer or answer_column is not None
+    if has_answer:
+        names["answer"] = answer_column or "answer"
     renamed = [_renamed(row, names, f"dataset {dataset_name!r}: row {number}") for number, row in enumerate(rows)]
-    return with_solutions(renamed, f"dataset {dataset_name!r}")
+    return with_solutions(renamed, f"dataset {dataset_name!r}") if has_answer else renamed
 
 
 def read_jsonl(path: Path) -> list[Row]:
@@ -174,7 +198,11 @@ def _load_splits(recipe: Recipe) -> tuple[list[Row], list[Row]]:
     name, held_out_split = recipe.dataset_name, recipe.eval_dataset_split
     if held_out_split is not None and _is_single(Path(name)):
         raise ValueError(f"eval_dataset_split must be None for {name!r}, which has one split, got {held_out_split!r}")
-    columns = {"prompt_column": recipe.prompt_column, "answer_column": recipe.answer_column}
+    columns = {
+        "prompt_column": recipe.prompt_column,
+        "answer_column": recipe.answer_column,
+        "needs_answer": "answer" in columns_needed(recipe),
+    }
     rows = load_rows(name, config=recipe.dataset_config, split=recipe.dataset_split, **columns)
     if held_out_split is not None:
         held_out = load_rows(name, config=recipe.dataset_config, split=held_out_split, **columns)

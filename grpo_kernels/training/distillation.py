@@ -5,10 +5,8 @@ Generalised knowledge distillation (arXiv:2306.13649), under the names of TRL's 
 
 from __future__ import annotations
 
-import inspect
 import random
 from collections.abc import Iterator, Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,9 +14,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from grpo_kernels import distillation_loss
 from grpo_kernels.model_head import Projection, open_head
-from grpo_kernels.training.cold_start import descend, worked_batch
+from grpo_kernels.training.cold_start import SupervisedStep, descend, traces_that_fit, worked_batch
 from grpo_kernels.training.recipe import Recipe
-from grpo_kernels.training.rollout import Rollout, generate
+from grpo_kernels.training.rollout import Rollout, generate, headed
 from grpo_kernels.training.tasks import Row
 from grpo_kernels.training.templates import render_prompt
 
@@ -33,7 +31,7 @@ def distill(
     *,
     beta: float,
     lmbda: float = 0.0,
-) -> Iterator[float]:
+) -> Iterator[SupervisedStep]:
     """``sft_steps`` steps of the student towards the teacher, each on ``sft_batch_size`` completions.
 
     Args:
@@ -47,21 +45,25 @@ def distill(
             Jensen-Shannon divergence with that much of the teacher in the mixture.
         lmbda: The share of steps on the student's own samples.
 
-    Yields:
-        The loss of each step, in nats per token.
+    Raises:
+        ValueError: No row fits into the student's context.
+        RuntimeError: A gradient is not finite.
     """
     open_head(student)
     open_head(teacher)
+    traces = traces_that_fit(student, tokenizer, rows, recipe) if rows else []
     rng = random.Random(recipe.seed)
 
-    def next_loss() -> Tensor:
+    def next_batch() -> Rollout:
         if rng.random() < lmbda:
-            batch = _own_samples(student, tokenizer, rng.choices(problems, k=recipe.sft_batch_size), recipe)
-        else:
-            batch = worked_batch(student, tokenizer, rng.choices(rows, k=recipe.sft_batch_size), recipe)
-        return teaching_loss(student, teacher, batch, beta=beta, temperature=recipe.temperature, backend=recipe.backend)
+            return _own_samples(student, tokenizer, rng.choices(problems, k=recipe.sft_batch_size), recipe)
+        return worked_batch(student, tokenizer, rng.choices(traces, k=recipe.sft_batch_size), recipe)
 
-    yield from descend(student, next_loss, recipe)
+    def loss_of(model: PreTrainedModel, batch: Rollout, tokens: int) -> Tensor:
+        ways = {"beta": beta, "temperature": recipe.temperature, "backend": recipe.backend}
+        return teaching_loss(model, teacher, batch, num_items_in_batch=tokens, **ways)
+
+    yield from descend(student, next_batch, loss_of, recipe)
 
 
 def check_vocabularies(student: PreTrainedTokenizerBase, teacher: PreTrainedTokenizerBase) -> None:
@@ -81,6 +83,7 @@ def teaching_loss(
     batch: Rollout,
     *,
     beta: float,
+    num_items_in_batch: int | None = None,
     temperature: float = 1.0,
     backend: str = "auto",
 ) -> Tensor:
@@ -93,6 +96,7 @@ def teaching_loss(
         student, teacher: With heads that ``open_head`` has opened.
         batch: Completions on their device.
         beta: As for ``distill``.
+        num_items_in_batch: Tokens that the mean divides by; by default the batch's.
         temperature: Divides both models' logits.
         backend: Of the kernels.
     """
@@ -102,7 +106,7 @@ def teaching_loss(
         return hidden[:, -(length + 1) : -1], head
 
     with torch.no_grad():
-        targets, taught = _forward(teacher, batch, hidden_and_head)
+        targets, taught = headed(teacher, batch, hidden_and_head)
 
     def loss(hidden: Tensor, head: Projection) -> Tensor:
         size = min(len(head.weight), len(taught.weight))
@@ -116,6 +120,7 @@ def teaching_loss(
             teacher_bias=None if taught.bias is None else taught.bias[:size],
             divergence={0: "forward_kl", 1: "reverse_kl"}.get(beta, "js"),
             mixture=beta,
+            num_items_in_batch=num_items_in_batch,
             temperature=temperature,
             bias=None if head.bias is None else head.bias[:size],
             softcap=head.softcap,
@@ -126,19 +131,7 @@ def teaching_loss(
             backend=backend,
         ).loss
 
-    return _forward(student, batch, loss)
-
-
-def _forward(model: Any, batch: Rollout, head: Any) -> Any:
-    """What ``head`` makes of the hidden states that predict the completions, and one more."""
-    mask = torch.cat([batch.prompt_mask, batch.completion_mask], dim=1)
-    arguments = {"attention_mask": mask, "use_cache": False}
-    known = inspect.signature(model.forward).parameters
-    if "position_ids" in known:
-        arguments["position_ids"] = (mask.cumsum(dim=1) - 1).clamp(min=0)
-    if "logits_to_keep" in known:
-        arguments["logits_to_keep"] = batch.completion_ids.shape[1] + 1
-    return model(torch.cat([batch.prompt_ids, batch.completion_ids], dim=1), **arguments, head=head).result
+    return headed(student, batch, loss)
 
 
 def _own_samples(

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
+from accelerate import Accelerator
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from grpo_kernels.training.data import Row
+from grpo_kernels.training.data import Row, Task
 from grpo_kernels.training.recipe import Recipe
-from grpo_kernels.training.rewards import RewardFunction, accuracy_reward, extract_answer, score
-from grpo_kernels.training.rollout import completion_texts, generate
+from grpo_kernels.training.rewards import RewardFunction, columns_of, resolve, score
+from grpo_kernels.training.rewards.answers import extract_of, judge_name
+from grpo_kernels.training.rollout import completion_texts, completion_tokens, generate
+from grpo_kernels.training.sampling import context_length_of, rows_that_fit
 from grpo_kernels.training.scores import Score, cons_at_k, pass_at_k, pass_rates
 from grpo_kernels.training.templates import render_prompt, whole_completion
 
@@ -46,20 +50,39 @@ class EvalReport(NamedTuple):
 
 
 def evaluate(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, rows: Sequence[Row], recipe: Recipe
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    rows: Sequence[Row],
+    recipe: Recipe,
+    accelerator: Accelerator | None = None,
 ) -> dict[str, float]:
     """The share of right answers: ``eval_samples`` completions a row at temperature 1, and one greedy.
 
     The random state is put back afterwards, so that evaluating changes no training curve; samples depend on the
-    recipe's seed alone.
+    recipe's seed and the number of processes alone.
+
+    Args:
+        model: As for ``evaluate_samples``.
+        tokenizer: As there.
+        rows: The same in every process.
+        recipe: As there.
+        accelerator: Of the processes that have a share of the rows each, and know what was found in all.
 
     Raises:
         ValueError: There are no rows.
     """
-    report = evaluate_samples(model, tokenizer, rows, recipe, ks=(1,))
+    count, rank = (1, 0) if accelerator is None else (accelerator.num_processes, accelerator.process_index)
+    share = math.ceil(len(rows) / count)  # of each alike, where the last rows come round to the first
+    mine = [rows[(rank + k * count) % len(rows)] for k in range(share)] if rows else []
+    report = evaluate_samples(model, tokenizer, mine, recipe, ks=(1,), synced=count > 1)
+    found = zip(report.samples, report.greedy, strict=True)
+    right = torch.tensor([[sum(s.right for s in group), one.right] for group, one in found], device=model.device)
+    if count > 1:
+        right = accelerator.gather(right).view(count, share, 2).transpose(0, 1).reshape(-1, 2)[: len(rows)]
+    sampled, greedy = right.sum(dim=0).tolist()
     return {
-        "eval_accuracy": sum(s.right for group in report.samples for s in group) / (len(rows) * recipe.eval_samples),
-        "eval_accuracy_greedy": report.scores["greedy"].value,
+        "eval_accuracy": sampled / (len(rows) * recipe.eval_samples),
+        "eval_accuracy_greedy": greedy / len(rows),
     }
 
 
@@ -70,8 +93,9 @@ def evaluate_samples(
     recipe: Recipe,
     *,
     ks: Sequence[int] | None = None,
-    check: RewardFunction = accuracy_reward,
-    extract: Callable[[str], str | None] = extract_answer,
+    check: RewardFunction | None = None,
+    extract: Callable[[str], str | None] | None = None,
+    synced: bool = False,
 ) -> EvalReport:
     """Samples ``eval_samples`` completions a row at temperature 1 and one greedy, and scores them.
 
@@ -83,8 +107,11 @@ def evaluate_samples(
         rows: P held-out problems.
         recipe: Says the number of samples, their length, the batch size, the seed and the system prompt.
         ks: pass@k for each of these, and cons@k for those above 1; by default 1 and ``eval_samples``.
-        check: A completion is right where this reward is 1; less, or an abstention, is wrong.
-        extract: A completion's answer, in one spelling, for the vote of cons@k; None where it gives none.
+        check: A completion is right where this reward is 1; less, or an abstention, is wrong. By default the recipe's.
+        extract: A completion's answer, in one spelling, for the vote of cons@k; None where it gives none. By default
+            that which ``check`` has; where it has none, as a judge of programs, there is no cons@k.
+        synced: Every process evaluates as many rows, and goes on sampling until the last is done, as models whose
+            parameters are divided need.
 
     Raises:
         ValueError: There are no rows, a k is not between 1 and ``eval_samples``, or ``check`` returns bad rewards.
@@ -96,7 +123,9 @@ def evaluate_samples(
     for k in ks:
         if not 1 <= k <= samples:
             raise ValueError(f"ks must be at least 1 and at most eval_samples ({samples}), got {k}")
-    sampler = _Sampler(model, tokenizer, recipe, check, extract)
+    check = check or judge(recipe)
+    extract = extract or extract_of(check)
+    sampler = _Sampler(model, tokenizer, recipe, check, extract, synced)
     with torch.random.fork_rng():
         torch.manual_seed(recipe.seed + 1)
         drawn = sampler.sample(list(rows) * samples, temperature=1.0)
@@ -105,9 +134,23 @@ def evaluate_samples(
     right = [[sample.right for sample in group] for group in by_row]
     answers = [[sample.answer for sample in group] for group in by_row]
     scores = [pass_at_k(right, k) for k in ks]
-    scores += [cons_at_k(answers, right, k) for k in ks if k > 1]
+    if extract is not None:
+        scores += [cons_at_k(answers, right, k) for k in ks if k > 1]
     scores.append(pass_at_k([[sample.right] for sample in greedy])._replace(name="greedy"))
     return EvalReport(by_row, greedy, pass_rates(right), {found.name: found for found in scores})
+
+
+def judge(recipe: Recipe) -> RewardFunction:
+    """The reward function that says which answers are right; raises ValueError where the recipe names none there is."""
+    return resolve(recipe.check or judge_name(recipe.reward_funcs))
+
+
+def held_out(task: Task, recipe: Recipe) -> list[Row]:
+    """The held-out rows whose prompt fits into the model's context beside a completion, of which one must be left."""
+    if not task.eval_rows:
+        return []
+    context_length = context_length_of(task.model)
+    return rows_that_fit(task.eval_rows, task.tokenizer, recipe, context_length, what="held-out", least=1)
 
 
 class _Sampler(NamedTuple):
@@ -117,7 +160,8 @@ class _Sampler(NamedTuple):
     tokenizer: PreTrainedTokenizerBase
     recipe: Recipe
     check: RewardFunction
-    extract: Callable[[str], str | None]
+    extract: Callable[[str], str | None] | None
+    synced: bool
 
     def sample(self, rows: Sequence[Row], *, temperature: float) -> list[EvalSample]:
         """One completion a row."""
@@ -135,12 +179,12 @@ class _Sampler(NamedTuple):
             prompts,
             max_completion_length=self.recipe.max_completion_length,
             temperature=temperature,
+            synced=self.synced,
         )
         sampled = completion_texts(rollout, self.tokenizer)
         completions = [whole_completion(*found) for found in zip(rows, prompts, sampled, strict=True)]
-        names = {name for row in rows for name in row} - {"prompt", "completion"}
-        columns = {name: [row.get(name) for row in rows] for name in names}
+        columns = columns_of(rows, completion_tokens(rollout))
         rewards = score({"check": self.check}, [row["prompt"] for row in rows], completions, columns)
         right = (rewards[:, 0] == 1).tolist()
-        answers = map(self.extract, completions)
+        answers = [None if self.extract is None else self.extract(completion) for completion in completions]
         return [EvalSample(*found) for found in zip(prompts, completions, answers, right, strict=True)]

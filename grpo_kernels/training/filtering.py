@@ -21,6 +21,7 @@ from grpo_kernels.training.data import Task
 from grpo_kernels.training.evaluation import evaluate_samples
 from grpo_kernels.training.recipe import Recipe
 from grpo_kernels.training.rollout import Rollout, joined
+from grpo_kernels.training.sampling import context_length_of, rows_that_fit
 from grpo_kernels.training.tasks import Row
 
 PASS_RATES = "pass_rates.json"
@@ -71,6 +72,8 @@ def filtered_task(task: Task, recipe: Recipe, accelerator: Accelerator, folder: 
     low, high = recipe.pass_rate_bounds
     if recipe.min_pass_rate is None and recipe.max_pass_rate is None:
         return task
+    fitting = rows_that_fit(task.train_rows, task.tokenizer, recipe, context_length_of(task.model))
+    task = task._replace(train_rows=fitting)
     rates = _read_rates(folder / PASS_RATES) if known else _measured_rates(task, recipe, accelerator)
     if not known and accelerator.is_main_process:
         replace_text(folder / PASS_RATES, json.dumps(rates))

@@ -41,7 +41,7 @@ from grpo_kernels.training.rollout import (
 )
 from grpo_kernels.training.sampling import build_sampler, correction_metrics, correction_statistics, rows_that_fit
 from grpo_kernels.training.templates import render_prompt, whole_completion
-from grpo_kernels.training.wrapping import backward, wrap_policy, wrap_reference
+from grpo_kernels.training.wrapping import accelerator_for, backward, wrap_policy, wrap_reference
 
 _LOGGER = logging.getLogger(__name__)
 
@@ -115,7 +115,7 @@ class GRPOLoop:
 
     def __init__(self, task: Task, recipe: Recipe, accelerator: Accelerator | None = None) -> None:
         self.model, self.tokenizer, self.rows = task.model, task.tokenizer, task.train_rows
-        self.accelerator = accelerator or Accelerator(cpu=task.model.device.type == "cpu")
+        self.accelerator = accelerator or accelerator_for(recipe, cpu=task.model.device.type == "cpu")
         self.recipe = recipe
         self.config = recipe.loss_config()
         self.reward_functions = task.reward_functions
@@ -131,6 +131,7 @@ class GRPOLoop:
         self.rows = rows_that_fit(task.train_rows, self.tokenizer, recipe, self.sampler.context_length)
         self.row_order = RowOrder(self.rows, recipe.seed)
         self.number = 0  # of the last optimizer step
+        self.num_tokens = 0  # of prompts and completions, of all processes, so far
 
     def run(self) -> Iterator[Step]:
         """Generations and their optimizer steps, until ``max_steps``."""
@@ -242,7 +243,8 @@ class GRPOLoop:
         recipe = self.recipe
         rows = [row for row in self._next_rows() for _ in range(recipe.num_generations)]
         texts = [render_prompt(row, self.tokenizer, recipe.prompt_template, recipe.system_prompt) for row in rows]
-        rollout = self.sampler(texts, self.number)
+        with self.accelerator.autocast():  # as the loss will see the model
+            rollout = self.sampler(texts, self.number)
         sampled = completion_texts(rollout, self.tokenizer)
         completions = [whole_completion(*found) for found in zip(rows, texts, sampled, strict=True)]
         columns = columns_of(rows, completion_tokens(rollout))
@@ -347,13 +349,20 @@ class GRPOLoop:
         return metrics
 
     def _length_metrics(self, rollout: Rollout) -> dict[str, float]:
-        ended = ends(rollout, end_token_ids(self.model, self.tokenizer)).float()
+        """Of all completions, and of those that ended by themselves, 0 where none did; adds up the tokens."""
+        ended = self._gathered(ends(rollout, end_token_ids(self.model, self.tokenizer)).float())
         lengths = self._gathered(rollout.completion_mask.sum(dim=1).float())
+        terminated = lengths[ended.bool()] if ended.any() else torch.zeros(1)
+        self.num_tokens += int(self._gathered(rollout.prompt_mask.sum(dim=1)).sum() + lengths.sum())
         return {
+            "num_tokens": float(self.num_tokens),
             "completions/mean_length": lengths.mean().item(),
             "completions/min_length": lengths.min().item(),
             "completions/max_length": lengths.max().item(),
-            "completions/clipped_ratio": 1.0 - self._gathered(ended).mean().item(),
+            "completions/mean_terminated_length": terminated.mean().item(),
+            "completions/min_terminated_length": terminated.min().item(),
+            "completions/max_terminated_length": terminated.max().item(),
+            "completions/clipped_ratio": 1.0 - ended.mean().item(),
         }
 
     def _sampling_metrics(self, rounds: int, missing: int) -> dict[str, float]:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+import warnings
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -20,27 +23,25 @@ from transformers.utils import is_flash_attn_2_available
 
 from grpo_kernels.training.recipe import Recipe
 
+ADAPTERS, ADAPTERS_CONFIG = "adapter_model.safetensors", "adapter_config.json"  # peft's names
+BASE = "base"  # in a checkpoint of adapters, the folder of a model that can be had nowhere else
+
 
 def load_pretrained(recipe: Recipe) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """The model that a recipe names, in eval mode on the CPU, and its tokenizer.
 
-    Its dropout is set to 0, so that log-probabilities can be recomputed. Code that comes with a model is not run.
+    Its dropout is set to 0, so that log-probabilities can be recomputed. A folder of adapters gives their base with
+    the adapters merged into it. Code that comes with a model runs with ``trust_remote_code`` alone, and weights are
+    read from safetensors alone, never from pickle, which can run code too.
 
     Raises:
         ValueError: The model cannot be found or read, lacks weights, or its tokenizer has no token that ends a text.
     """
     name = recipe.model_name_or_path
     try:
-        tokenizer = load_tokenizer(name)
-        model, found = AutoModelForCausalLM.from_pretrained(
-            name,
-            config=without_dropout(AutoConfig.from_pretrained(name, trust_remote_code=False)),
-            dtype=getattr(torch, recipe.dtype),
-            attn_implementation=_attention(recipe),
-            trust_remote_code=False,
-            output_loading_info=True,
-        )
-        check_loaded(found, name)
+        tokenizer = load_tokenizer(name, trust_remote_code=recipe.trust_remote_code)
+        has_adapters = (Path(name) / ADAPTERS_CONFIG).is_file()
+        model = _merged(Path(name), recipe) if has_adapters else _whole(name, recipe)
     except (OSError, RuntimeError, SafetensorError, StrictDataclassError, ValueError) as error:
         raise ValueError(f"model_name_or_path {name!r} cannot be loaded: {error}") from error
     if tokenizer.eos_token_id is None:
@@ -48,6 +49,50 @@ def load_pretrained(recipe: Recipe) -> tuple[PreTrainedModel, PreTrainedTokenize
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     return model.eval(), tokenizer
+
+
+def _whole(name: str, recipe: Recipe) -> PreTrainedModel:
+    trusted = {"trust_remote_code": recipe.trust_remote_code}
+    model, found = AutoModelForCausalLM.from_pretrained(
+        name,
+        config=without_dropout(AutoConfig.from_pretrained(name, **trusted)),
+        dtype=getattr(torch, recipe.dtype),
+        attn_implementation=_attention(recipe),
+        use_safetensors=True,
+        output_loading_info=True,
+        **trusted,
+    )
+    check_loaded(found, name)
+    return model
+
+
+def _merged(folder: Path, recipe: Recipe) -> PreTrainedModel:
+    """The base of a folder of adapters with these merged into it: a model of its own, without a name."""
+    from peft import PeftModel
+
+    if not (folder / ADAPTERS).is_file():  # peft would go on to a pickle
+        raise ValueError(f"its adapters must be in {ADAPTERS}")
+    base = _whole(_base_of(folder), recipe)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", "Found missing adapter keys", UserWarning)
+        try:
+            model = PeftModel.from_pretrained(base, folder).merge_and_unload(safe_merge=True)
+        except UserWarning as error:
+            raise ValueError(f"its adapters are of another model, or cut short: {error}") from error
+    model.name_or_path = ""
+    return model
+
+
+def _base_of(folder: Path) -> str:
+    """What the adapters in a folder are of: a model by its name, or one that was saved with the run."""
+    name = json.loads((folder / ADAPTERS_CONFIG).read_text(encoding="utf-8")).get("base_model_name_or_path")
+    if name:
+        return name
+    saved = [folder / BASE, folder.parent / "checkpoint-0" / BASE]
+    for base in saved:
+        if base.is_dir():
+            return str(base)
+    raise ValueError(f"its adapters are of a model that has no name and is in neither {saved[0]} nor {saved[1]}")
 
 
 def check_loaded(found: dict[str, Any], name: str) -> None:
@@ -58,23 +103,29 @@ def check_loaded(found: dict[str, Any], name: str) -> None:
         raise ValueError(f"{name} lacks weights of the model: {', '.join(missing[:3])}{more}")
 
 
-def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
+def load_tokenizer(name: str, *, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
     """A model's tokenizer, padding on the left; one that was saved without a class of its own is what its file says.
 
     ``AutoTokenizer`` would take the class of the model's family for it, which splits and joins words in its own way.
     """
     saved = get_tokenizer_config(name).get("tokenizer_class")
     kind = PreTrainedTokenizerFast if saved in ("TokenizersBackend", "PreTrainedTokenizerFast") else AutoTokenizer
-    return kind.from_pretrained(name, padding_side="left", trust_remote_code=False)
+    return kind.from_pretrained(name, padding_side="left", trust_remote_code=trust_remote_code)
 
 
 def prepared(model: PreTrainedModel, recipe: Recipe) -> Any:
-    """The model with the recipe's adapters and gradient checkpointing, in eval mode."""
+    """The model with the recipe's adapters and gradient checkpointing, in eval mode.
+
+    Raises:
+        ValueError: ``lora_target_modules`` takes in the head, whose weight alone the loss reads: no adapter of it would
+            be trained.
+    """
     if recipe.gradient_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     if not recipe.use_peft:
         return model.eval()
     from peft import LoraConfig, get_peft_model  # only a run with adapters needs it
+    from peft.tuners.tuners_utils import BaseTunerLayer
 
     targets = recipe.lora_target_modules
     config = LoraConfig(
@@ -84,7 +135,10 @@ def prepared(model: PreTrainedModel, recipe: Recipe) -> Any:
         target_modules=targets[0] if targets == ["all-linear"] else targets,
         task_type="CAUSAL_LM",
     )
-    return get_peft_model(model, config).eval()
+    adapted = get_peft_model(model, config).eval()
+    if isinstance(model.get_output_embeddings(), BaseTunerLayer):
+        raise ValueError(f"lora_target_modules must leave out the head, which is not adapted, got {targets}")
+    return adapted
 
 
 def without_dropout(config: Any) -> Any:

@@ -14,7 +14,10 @@ from torch import Tensor, nn
 from grpo_kernels import GRPOLossConfig, linear_grpo_loss, linear_token_logprobs
 from grpo_kernels.model_head import Headed, Projection, open_head
 from grpo_kernels.ops.grpo_loss import GRPOLossOutput
-from grpo_kernels.training.rollout import Rollout
+from grpo_kernels.ops.policy_loss.metrics import PolicyMetrics
+from grpo_kernels.training.rollout import Rollout, forward_arguments
+
+_CHECKED_TOKENS = 12  # of each sequence that shows whether packing keeps them apart
 
 
 class Reading(NamedTuple):
@@ -53,12 +56,14 @@ class Policy:
         model: Any ``AutoModelForCausalLM``, or one that peft has put adapters on, in eval mode.
         config: The loss; its temperature is the one that log-probabilities are taken at.
         backend: Of the kernels.
-        packing: One row without padding in the place of a padded batch; the attention must tell sequences apart by
-            their positions, as transformers' sdpa, eager and flash-attention do.
+        packing: One row without padding in the place of a padded batch; the model must tell sequences apart by their
+            positions, as transformers' sdpa, eager and flash-attention do, and most recurrent layers do not. Two short
+            sequences are compared, in 16 bits coarsely.
         aux_loss_coef: Weight of a mixture of experts' auxiliary loss; None takes the model's own.
 
     Raises:
-        ValueError: The model has no output embeddings, or its forward takes no ``logits_to_keep`` to pack by.
+        ValueError: The model has no output embeddings, its forward takes no ``logits_to_keep`` to pack by, or one
+            packed sequence changes another's log-probabilities.
     """
 
     def __init__(
@@ -82,6 +87,8 @@ class Policy:
         self._known = inspect.signature(base.forward).parameters
         if packing and not {"logits_to_keep", "position_ids"} <= self._known.keys():
             raise ValueError(f"{type(base).__name__} takes no logits_to_keep and position_ids: packing must be False")
+        if packing:
+            self._check_packing()
         self.aux_loss_coef = _aux_loss_coef(base, aux_loss_coef)
 
     def loss(
@@ -102,7 +109,7 @@ class Policy:
         reading = self._reading(rollout)
 
         def head(hidden: Tensor, projection: Projection) -> GRPOLossOutput:
-            return linear_grpo_loss(
+            found = linear_grpo_loss(
                 reading.hidden(hidden),
                 projection.weight,
                 reading.of_tokens(rollout.completion_ids),
@@ -119,10 +126,12 @@ class Policy:
                 config=self.config,
                 backend=self.backend,
             )
+            # in the place of a mapping, which accelerate would make again as it widens what comes out
+            return found._replace(metrics=(found.metrics.partials, found.metrics.names))
 
         asked = {"output_router_logits": True} if self.aux_loss_coef else {}
         headed: Headed = self.wrapped(**reading.arguments, **asked, head=head)
-        output: GRPOLossOutput = headed.result
+        output: GRPOLossOutput = headed.result._replace(metrics=PolicyMetrics(*headed.result.metrics))
         if not self.aux_loss_coef:
             return output.loss, output, None
         return output.loss + self.aux_loss_coef * aux_loss_scale * headed.aux_loss, output, headed.aux_loss
@@ -163,26 +172,34 @@ class Policy:
 
         return reading.restored(model(**reading.arguments, head=head).result)
 
+    @torch.no_grad()
+    def _check_packing(self) -> None:
+        """Raises ValueError where two packed sequences have other log-probabilities than beside each other."""
+        vocabulary = base_model(self.model).get_output_embeddings().weight.shape[0]
+        ids = torch.arange(2 * _CHECKED_TOKENS, device=self.model.device).view(2, -1) % vocabulary
+        prompt, completion = ids.chunk(2, dim=1)
+        rollout = Rollout(prompt, torch.ones_like(prompt), completion, torch.ones_like(completion))
+        packed = self._logprobs_of(self.model, rollout)
+        self.packing = False
+        error = (self._logprobs_of(self.model, rollout) - packed).abs().max().item()
+        self.packing = True
+        if not error <= (1e-3 if self.model.dtype in (torch.float32, torch.float64) else 0.25):
+            raise ValueError(
+                f"{type(base_model(self.model)).__name__} does not keep packed sequences apart, log-probabilities "
+                f"differ by {error:.3g}: packing must be False"
+            )
+
     def _without_adapters(self) -> Any:
         return self.model.disable_adapter() if has_adapters(self.model) else contextlib.nullcontext()
 
     def _reading(self, rollout: Rollout) -> Reading:
-        ids = torch.cat([rollout.prompt_ids, rollout.completion_ids], dim=1)
-        kept = torch.cat([rollout.prompt_mask, rollout.completion_mask], dim=1)
-        mask, positions = rollout.completion_mask.bool(), (kept.cumsum(dim=1) - 1).clamp(min=0)
-        if self.packing:
-            kept, is_completion = kept.bool(), nn.functional.pad(mask, (rollout.prompt_ids.shape[1], 0))
-            predicting = is_completion[kept].nonzero()[:, 0] - 1
-            arguments = {"input_ids": ids[kept][None], "position_ids": positions[kept][None], "use_cache": False,
-                         "logits_to_keep": predicting}  # fmt: skip
-            return Reading(arguments, 0, mask)
-        length = mask.shape[1]
-        arguments = {"input_ids": ids, "attention_mask": kept, "use_cache": False}
-        if "position_ids" in self._known:
-            arguments["position_ids"] = positions
-        if "logits_to_keep" in self._known:
-            arguments["logits_to_keep"] = length + 1
-        return Reading(arguments, length, mask)
+        mask, arguments = rollout.completion_mask.bool(), forward_arguments(self._known, rollout)
+        if not self.packing:
+            return Reading(arguments, mask.shape[1], mask)
+        kept = arguments.pop("attention_mask").bool()
+        is_completion = nn.functional.pad(mask, (rollout.prompt_ids.shape[1], 0))
+        packed = {name: arguments[name][kept][None] for name in ("input_ids", "position_ids")}
+        return Reading(arguments | packed | {"logits_to_keep": is_completion[kept].nonzero()[:, 0] - 1}, 0, mask)
 
 
 def base_model(model: Any) -> Any:

@@ -51,6 +51,8 @@ class Recipe:
     hidden_size: int = _option(96, "of a built-in task's own model")
     model_name_or_path: str | None = _option(None, "any AutoModelForCausalLM; by default the built-in task's own")
     dtype: Literal["float32", "bfloat16", "float16"] = _option("float32", "the dtype to load the model in")
+    bf16: bool = _option(False, "compute in bfloat16 by autocast; the weights and their updates stay in dtype")
+    trust_remote_code: bool = _option(False, "run the code that comes with the model: code of whoever uploaded it")
     attn_implementation: str | None = _option(None, "sdpa, eager, flash_attention_2; by default the last if it can run")
     gradient_checkpointing: bool = _option(False, "recompute activations in the backward: less memory, more time")
     use_peft: bool = _option(False, "train LoRA adapters; the model without them is the reference")
@@ -60,6 +62,7 @@ class Recipe:
     prompt_template: str | None = _option(None, 'none, r1_zero, chat, or a text with "{prompt}" in it')
     system_prompt: str | None = _option(None, "put before every prompt of a model that has a chat template")
     reward_funcs: list[str] = _option(["accuracy", "format"], 'reward functions: built-in names, or "module:function"')
+    check: str | None = _option(None, "the one that is 1 where an answer is right; by default the first that judges")
     reward_weights: list[float] | None = _option(None, "one weight per reward function; by default 1")
     shuffle_rewards: bool = _option(False, "control experiment: permute the rewards over the generation")
 
@@ -118,7 +121,7 @@ class Recipe:
     # optimisation
     max_steps: int = _option(100, "optimizer steps")
     per_device_train_batch_size: int = _option(8, "completions in a micro-batch")
-    gradient_accumulation_steps: int = _option(1, "micro-batches in an optimizer step")
+    gradient_accumulation_steps: int = _option(1, "micro-batches in an optimizer step, a supervised one too")
     steps_per_generation: int | None = _option(None, "micro-batches in a generation; by default one optimizer step's")
     num_iterations: int = _option(1, "times that a generation is used")
     learning_rate: float = _option(1e-6, "peak learning rate of AdamW")

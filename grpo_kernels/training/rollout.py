@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Sequence
-from typing import NamedTuple
+from collections.abc import Collection, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -12,6 +12,8 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from grpo_kernels import token_logprobs
+from grpo_kernels.model_head import Head
+from grpo_kernels.training.templates import encode_prompts
 
 
 class Rollout(NamedTuple):
@@ -58,8 +60,7 @@ def generate(
         temperature: Divides the logits; 0 is greedy.
         synced: Every process goes on until the last is done, as models whose parameters are divided need.
     """
-    encoded = tokenizer(list(prompts), padding=True, padding_side="left", return_tensors="pt")
-    prompt_ids, prompt_mask = encoded["input_ids"].to(model.device), encoded["attention_mask"].to(model.device)
+    prompt_ids, prompt_mask = (ids.to(model.device) for ids in _padded_prompts(tokenizer, prompts))
     config = generation_config(model, tokenizer, max_completion_length, temperature)
     models_own = model.generation_config
     model.generation_config = GenerationConfig()  # generate() fills what is unset from here
@@ -148,11 +149,17 @@ def joined(rollouts: Sequence[Rollout]) -> Rollout:
 
 def teacher_forced(tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str], completions: Sequence[str]) -> Rollout:
     """Given completions, ended by the end token, in the shape of sampled ones."""
-    encoded = tokenizer(list(prompts), padding=True, padding_side="left", return_tensors="pt")
     ids = tokenizer(list(completions), add_special_tokens=False)["input_ids"]
     ended = [[*completion, tokenizer.eos_token_id] for completion in ids]
     padded = tokenizer.pad({"input_ids": ended}, padding_side="right", return_tensors="pt")
-    return Rollout(encoded["input_ids"], encoded["attention_mask"], padded["input_ids"], padded["attention_mask"])
+    return Rollout(*_padded_prompts(tokenizer, prompts), padded["input_ids"], padded["attention_mask"])
+
+
+def _padded_prompts(tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str]) -> tuple[Tensor, Tensor]:
+    """The tokens of prompts and their mask, both [B, P]."""
+    ids = {"input_ids": encode_prompts(prompts, tokenizer)}
+    encoded = tokenizer.pad(ids, padding_side="left", return_tensors="pt")
+    return encoded["input_ids"], encoded["attention_mask"]
 
 
 def end_mask(completion_ids: Tensor, end_ids: Sequence[int]) -> Tensor:  # [B, T] -> [B, T]
@@ -181,15 +188,33 @@ def completion_tokens(rollout: Rollout) -> list[list[int]]:
 def completion_logits(model: PreTrainedModel, rollout: Rollout) -> Tensor:  # [B, T+1, V]
     """Logits whose position t predicts completion token t; the last position predicts what would follow."""
     length = rollout.completion_ids.shape[1]
-    attention_mask = torch.cat([rollout.prompt_mask, rollout.completion_mask], dim=1)
-    arguments = {"attention_mask": attention_mask, "use_cache": False}
-    known = inspect.signature(model.forward).parameters
-    if "position_ids" in known:
-        arguments["position_ids"] = (attention_mask.cumsum(dim=1) - 1).clamp(min=0)
-    if "logits_to_keep" in known:
-        arguments["logits_to_keep"] = length + 1
-    logits = model(torch.cat([rollout.prompt_ids, rollout.completion_ids], dim=1), **arguments).logits
+    logits = model(**forward_arguments(inspect.signature(model.forward).parameters, rollout)).logits
     return logits if logits.shape[1] == length + 1 else logits[:, -(length + 1) :]
+
+
+def headed(model: PreTrainedModel, rollout: Rollout, head: Head) -> Any:
+    """What ``head`` makes of the hidden states [B, T+1, H], or of more before them; of a model by ``open_head``.
+
+    The last T+1 are those whose position t predicts completion token t, and one more.
+    """
+    return model(**forward_arguments(inspect.signature(model.forward).parameters, rollout), head=head).result
+
+
+def forward_arguments(known: Collection[str], rollout: Rollout) -> dict[str, Any]:
+    """What a model's forward is given to read whole completions with their prompts.
+
+    Args:
+        known: The arguments that it takes: of positions and of logits to keep only what is in there is given.
+        rollout: B completions.
+    """
+    mask = torch.cat([rollout.prompt_mask, rollout.completion_mask], dim=1)
+    ids = torch.cat([rollout.prompt_ids, rollout.completion_ids], dim=1)
+    found = {"input_ids": ids, "attention_mask": mask, "use_cache": False}
+    if "position_ids" in known:
+        found["position_ids"] = (mask.cumsum(dim=1) - 1).clamp(min=0)
+    if "logits_to_keep" in known:
+        found["logits_to_keep"] = rollout.completion_ids.shape[1] + 1
+    return found
 
 
 @torch.no_grad()

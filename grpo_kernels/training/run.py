@@ -30,7 +30,7 @@ from grpo_kernels.training.checkpoint import (
 )
 from grpo_kernels.training.cold_start import cold_start
 from grpo_kernels.training.data import Task, load_task
-from grpo_kernels.training.evaluation import evaluate
+from grpo_kernels.training.evaluation import evaluate, held_out
 from grpo_kernels.training.filtering import filtered_task
 from grpo_kernels.training.html_report import versions, write_report
 from grpo_kernels.training.loop import GRPOLoop, Step
@@ -95,7 +95,7 @@ def train(recipe: Recipe, accelerator: Accelerator | None = None, rows: Sequence
     load_models_whole(accelerator)
     set_seed(recipe.seed)
     task = load_task(recipe, rows)
-    task = task._replace(model=prepared(task.model, recipe))
+    task = task._replace(model=prepared(task.model, recipe), eval_rows=held_out(task, recipe))
     backend = registry.resolve("grpo_loss", recipe.backend, task.model.device)
     parameters = task.model.num_parameters()
     accelerator.print(
@@ -213,7 +213,8 @@ class _Run:
     def _evaluate(self, task: Task, step: int) -> dict[str, float]:
         if not task.eval_rows:
             return {}
-        accuracies = evaluate(task.model, task.tokenizer, task.eval_rows, self.recipe)
+        with self.accelerator.autocast():
+            accuracies = evaluate(task.model, task.tokenizer, task.eval_rows, self.recipe, self.accelerator)
         self.metrics.write(step, accuracies)
         self.accelerator.print(
             f"held-out accuracy at step {step}: {accuracies['eval_accuracy']:.3f} at temperature 1, "
@@ -244,7 +245,7 @@ def _bar(recipe: Recipe, total: int, title: str) -> tqdm:
 def _run_cold_start(task: Task, recipe: Recipe) -> None:
     with _bar(recipe, recipe.sft_steps, "cold start") as bar:
         losses = []
-        for loss in cold_start(task.model, task.tokenizer, task.train_rows, recipe):
+        for loss, _ in cold_start(task.model, task.tokenizer, task.train_rows, recipe):
             losses.append(loss)
             bar.update()
             bar.set_postfix(loss=f"{loss:.3f}", refresh=False)

@@ -22,9 +22,10 @@ from grpo_kernels.training.policy import base_model
 from grpo_kernels.training.recipe import Recipe
 from grpo_kernels.training.rollout import Rollout, end_token_ids, generate, generation_config, padded
 from grpo_kernels.training.tasks import Row
-from grpo_kernels.training.templates import render_prompt
+from grpo_kernels.training.templates import encode_prompts, render_prompt
 from grpo_kernels.training.vllm_client import Sampled, Served, ServerError, VLLMServer
 from grpo_kernels.training.weight_transfer import Transfer, connected, describe, whole_weights
+from grpo_kernels.training.wrapping import is_deepspeed
 
 _LOGGER = logging.getLogger(__name__)
 _PAGE = 32  # tokens of a block of the paged cache, on a CPU
@@ -47,7 +48,12 @@ def build_sampler(model: Any, tokenizer: PreTrainedTokenizerBase, recipe: Recipe
     Raises:
         ServerError: The server cannot be reached, or does not offer what is needed.
         RuntimeError: Continuous batching, or the way for weights into the server, cannot run here.
+        ValueError: One of the two is asked for under ZeRO-3, which leaves no process a weight to sample by or to send.
     """
+    if is_deepspeed(accelerator) and accelerator.deepspeed_plugin.hf_ds_config.is_zero3():
+        for name in ("use_vllm", "use_transformers_continuous_batching"):
+            if getattr(recipe, name):
+                raise ValueError(f"{name} must be False under ZeRO-3, which divides the weights; take ZeRO-2")
     if recipe.use_vllm:
         return ServerSampler(model, tokenizer, recipe, accelerator)
     if recipe.use_transformers_continuous_batching:
@@ -97,7 +103,7 @@ class ContinuousSampler:
         """Raises RuntimeError where parameters are divided over processes, or transformers gives a request up."""
         if any(hasattr(parameter, "full_tensor") for parameter in self.model.parameters()):
             raise RuntimeError("use_transformers_continuous_batching needs whole parameters, and these are FSDP2's")
-        recipe, ids = self.recipe, self.tokenizer(list(prompts))["input_ids"]
+        recipe, ids = self.recipe, encode_prompts(prompts, self.tokenizer)
         config = generation_config(self.model, self.tokenizer, recipe.max_completion_length, recipe.temperature)
         found = self.model.generate_batch(
             ids,
@@ -158,7 +164,7 @@ class ServerSampler:
         if number != self._sent:
             self._send_weights()
             self._sent = number
-        own = self.tokenizer(list(prompts))["input_ids"]
+        own = encode_prompts(prompts, self.tokenizer)
         every = own if self.accelerator.num_processes == 1 else gather_object(own)
         completions = self._by_main(lambda: self._complete(every))
         first = self.accelerator.process_index * len(own)
@@ -246,13 +252,30 @@ def context_length_of(model: Any) -> int | None:
 
 
 def rows_that_fit(
-    rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase, recipe: Recipe, context_length: int | None
+    rows: Sequence[Row],
+    tokenizer: PreTrainedTokenizerBase,
+    recipe: Recipe,
+    context_length: int | None,
+    *,
+    what: str = "training",
+    least: int | None = None,
 ) -> list[Row]:
-    """The rows whose prompt is no longer than ``max_prompt_length`` and leaves room for a completion in the context.
+    """The rows whose prompt has a token, is no longer than ``max_prompt_length`` and leaves room for a completion.
+
+    What is left out is counted in a warning.
+
+    Args:
+        rows: Problems.
+        tokenizer: Of their prompts.
+        recipe: Says the lengths.
+        context_length: Tokens of a prompt and its completion; None where there is no bound.
+        what: Names the rows in messages.
+        least: How many must be left; by default one generation's.
 
     Raises:
-        ValueError: There is no room for a prompt, or too few rows are left for a generation.
+        ValueError: There is no room for a prompt, or fewer rows are left.
     """
+    least = recipe.prompts_per_generation if least is None else least
     limits = [] if recipe.max_prompt_length is None else [recipe.max_prompt_length]
     if context_length is not None:
         room = context_length - recipe.max_completion_length
@@ -262,20 +285,20 @@ def rows_that_fit(
                 f"got {recipe.max_completion_length}"
             )
         limits.append(room)
-    if not limits:
-        return list(rows)
+    limit = min(limits, default=math.inf)
     texts = [render_prompt(row, tokenizer, recipe.prompt_template, recipe.system_prompt) for row in rows]
-    lengths = [len(ids) for ids in tokenizer(texts)["input_ids"]] if texts else []
-    fitting = [row for row, length in zip(rows, lengths, strict=True) if length <= min(limits)]
-    if len(fitting) < len(rows):
-        _LOGGER.warning(
-            "%d of %d training prompts are longer than %d tokens and left out; the longest has %d",
-            len(rows) - len(fitting), len(rows), min(limits), max(lengths),
-        )  # fmt: skip
-    if len(fitting) < recipe.prompts_per_generation:
+    lengths = [len(ids) for ids in encode_prompts(texts, tokenizer)]
+    empty, long = lengths.count(0), sum(length > limit for length in lengths)
+    if empty:
+        _LOGGER.warning("%d of %d %s prompts have no token and are left out", empty, len(rows), what)
+    if long:
+        _LOGGER.warning("%d of %d %s prompts are longer than %d tokens and left out; the longest has %d",
+                        long, len(rows), what, limit, max(lengths))  # fmt: skip
+    fitting = [row for row, length in zip(rows, lengths, strict=True) if 0 < length <= limit]
+    if len(fitting) < least:
+        at_most = f" and at most {limit} tokens" if limits else ""
         raise ValueError(
-            f"at least {recipe.prompts_per_generation} training prompts (one generation's) must have at most "
-            f"{min(limits)} tokens, got {len(fitting)} of {len(rows)}"
+            f"at least {least} {what} prompts must have a token{at_most}, got {len(fitting)} of {len(rows)}"
         )
     return fitting
 

@@ -45,14 +45,15 @@ _PR_SET_PDEATHSIG, _PR_SET_DUMPABLE, _PR_SET_SECCOMP, _PR_CAPBSET_DROP, _PR_SET_
 _CAPABILITY_VERSION_3 = 0x20080522
 
 # System calls that reach past namespaces, mounts and limits: sockets (AF_VSOCK has no namespace), memory that no limit
-# counts (System V IPC), keyrings, other processes' memory, and large kernel interfaces that a program under test has
-# no use for. Numbers on x86_64 and on aarch64.
+# counts (System V IPC, files without a name), keyrings, other processes' memory, and large kernel interfaces that a
+# program under test has no use for. Numbers on x86_64 and on aarch64.
 _DENIED = {
     "socket": (41, 198), "shmget": (29, 194), "semget": (64, 190), "msgget": (68, 186), "mq_open": (240, 180),
     "ptrace": (101, 117), "process_vm_readv": (310, 270), "process_vm_writev": (311, 271), "kcmp": (312, 272),
     "pidfd_getfd": (438, 438), "add_key": (248, 217), "request_key": (249, 218), "keyctl": (250, 219),
     "unshare": (272, 97), "setns": (308, 268), "open_by_handle_at": (304, 265), "perf_event_open": (298, 241),
     "bpf": (321, 280), "userfaultfd": (323, 282), "io_uring_setup": (425, 425),
+    "memfd_create": (319, 279),
 }  # fmt: skip
 _MACHINES = {"x86_64": (0, 0xC000003E), "aarch64": (1, 0xC00000B7)}  # column of _DENIED, AUDIT_ARCH
 _X32_CALLS = 0x40000000  # x86_64's second set of numbers for the same calls starts here

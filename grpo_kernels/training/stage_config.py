@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -25,8 +25,26 @@ KEYS = {
     "augment": ("data", "ways", "num_rows"),
     "distill": ("model", "data", "prompts", "samples", "keep", "teacher", "teacher_model_name_or_path", "beta",
                 "lmbda"),
-    "eval": ("model", "ks", "check"),
+    "eval": ("model", "ks"),
 }  # fmt: skip
+_RUN = ("output_dir", "overwrite_output_dir", "seed", "num_threads", "device", "disable_tqdm", "report_to", "project",
+        "run_name", "dataset_name", "dataset_config", "dataset_split", "eval_dataset_split", "num_eval_prompts",
+        "prompt_column", "answer_column")  # fmt: skip
+_SAMPLED = (*_RUN, "hidden_size", "model_name_or_path", "dtype", "attn_implementation", "trust_remote_code",
+            "prompt_template", "system_prompt", "max_prompt_length", "max_completion_length",
+            "eval_batch_size")  # fmt: skip
+_MEASURED = (*_SAMPLED, "reward_funcs", "check", "eval_samples")
+_SUPERVISED = ("sft_steps", "sft_batch_size", "sft_learning_rate")
+_TRAINED = (*_MEASURED, *_SUPERVISED, "gradient_accumulation_steps")
+#: By kind, the keys of a recipe that it reads. Others it refuses, but in ``common`` and what holds for every stage.
+RECIPE_KEYS: dict[str, tuple[str, ...]] = {
+    "sft": _TRAINED,
+    "grpo": tuple(key.name for key in fields(Recipe) if key.name not in ("resume", *_SUPERVISED)),
+    "sample": (*_SAMPLED, "num_completions_to_print"),
+    "augment": _RUN,
+    "distill": (*_TRAINED, "temperature", "backend", "num_completions_to_print"),
+    "eval": _MEASURED,
+}
 TRAINING = ("sft", "grpo", "distill")  # kinds that leave a model
 _ROLES = {"model": TRAINING, "teacher": TRAINING, "data": ("sample", "augment")}  # keys that name an earlier stage
 
@@ -67,7 +85,6 @@ class Stage:
     ks: Sequence[int] | None = field(
         default=None, metadata={"help": "of pass@k and cons@k; by default 1, eval_samples"}
     )
-    check: str = field(default="accuracy", metadata={"help": "the reward function that is 1 where an answer is right"})
 
     def __post_init__(self) -> None:
         if self.kind not in KEYS:
@@ -78,7 +95,7 @@ class Stage:
         for name, (is_good, expected) in _CHECKS.items():
             if name in KEYS[self.kind] and not is_good(getattr(self, name)):
                 self._refuse(f"{name} must be {expected}, got {getattr(self, name)!r}")
-        for name in (*(self.keep or {}), self.check):
+        for name in (*(self.keep or {}), *filter(None, [self.recipe.check])):
             resolve(name)
         if self.kind == "sample" and not self.keep:
             self._refuse("keep must say what a completion must earn")
@@ -111,7 +128,8 @@ class Stage:
     def written(self, recipe: Recipe, **resolved: str) -> dict[str, Any]:
         """The stage as a file of it alone has it: a recipe's keys and its own, earlier stages by what they left."""
         own = {name: getattr(self, name) for name in KEYS[self.kind] if name not in ("model", "teacher")}
-        found = asdict(recipe) | own | resolved
+        known = {name: value for name, value in asdict(recipe).items() if name in RECIPE_KEYS[self.kind]}
+        found = (asdict(recipe) if self.kind == "grpo" else known) | own | resolved
         return {name: list(value) if isinstance(value, tuple) else value for name, value in found.items()}
 
 
@@ -137,6 +155,7 @@ def load_stages(name: str, overrides: Sequence[str] = ()) -> tuple[Path, list[St
         where = f"{path}: stage {stage_name}"
         if not isinstance(values, dict) or "kind" not in values:
             raise ValueError(f"{where}: expected keys and values with a kind, got {values!r}")
+        _check_keys(where, values["kind"], values)
         values = values | {"output_dir": str(root / stage_name)}
         stages.append(_stage(where, stage_name, values, content.get("common", {}), overrides))
         for role, kinds in _ROLES.items():
@@ -164,6 +183,8 @@ def load_stage(kind: str, name: str | None, overrides: Sequence[str] = ()) -> St
     except argparse.ArgumentError as error:
         raise ValueError(f"command line: {error}") from error
     content = {"output_dir": f"runs/{kind}"} | ({} if name is None else _mapping(recipe_path(name)))
+    _check_keys(name or "command line", kind, content)
+    _check_keys("command line", kind, given_keys(rest))
     stage = _stage(name or "command line", kind, content | vars(given) | {"kind": kind}, {}, rest)
     for role in ("model", "teacher"):
         if getattr(stage, role) is not None:
@@ -186,8 +207,22 @@ def stage_parser(kind: str) -> argparse.ArgumentParser:
     )
     for key in fields(Stage):
         if key.name in KEYS[kind] and key.name not in ("model", "teacher"):
-            parser.add_argument(f"--{key.name}", type=_value, metavar="VALUE", help=key.metadata["help"])
+            names = dict.fromkeys((f"--{key.name}", f"--{key.name.replace('_', '-')}"))
+            parser.add_argument(*names, type=_value, metavar="VALUE", help=key.metadata["help"])
     return parser
+
+
+def given_keys(overrides: Sequence[str]) -> list[str]:
+    """The keys of ``["--key", "value", "--key=value", ...]``."""
+    return [text[2:].partition("=")[0].replace("-", "_") for text in overrides if text.startswith("--")]
+
+
+def _check_keys(where: str, kind: str, keys: Iterable[str]) -> None:
+    """Raises ValueError where a key of a recipe has no effect on a kind of stage."""
+    of_recipe = {key.name for key in fields(Recipe)}
+    idle = [key for key in keys if key in of_recipe and key not in (*KEYS.get(kind, keys), *RECIPE_KEYS.get(kind, ()))]
+    if idle:
+        raise ValueError(f"{where}: {', '.join(idle)} has no effect on kind {kind!r}")
 
 
 def is_file(data: str) -> bool:
@@ -215,12 +250,13 @@ def _mapping(path: Path) -> dict[str, Any]:
 
 
 def _output_dir(root: str, overrides: Sequence[str]) -> tuple[Path, list[str]]:
-    rest = list(overrides)
-    if "--output_dir" in rest:
-        at = rest.index("--output_dir")
-        root = rest[at + 1] if at + 1 < len(rest) else root
-        del rest[at : at + 2]
-    return Path(root), rest
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
+    parser.add_argument("--output_dir", "--output-dir", default=root)
+    try:
+        given, rest = parser.parse_known_args(list(overrides))
+    except argparse.ArgumentError as error:
+        raise ValueError(f"command line: {error}") from error
+    return Path(given.output_dir), rest
 
 
 def _value(text: str) -> Any:
@@ -252,7 +288,7 @@ def _is_text(value: Any) -> bool:
 
 #: Of each key, what is good and how a message says it.
 _CHECKS: dict[str, tuple[Callable[[Any], bool], str]] = {
-    **{name: (_is_text, "a name") for name in ("model", "data", "teacher", "teacher_model_name_or_path", "check")},
+    **{name: (_is_text, "a name") for name in ("model", "data", "teacher", "teacher_model_name_or_path")},
     "prompts": (_is_count, "an integer of at least 1"),
     "samples": (_is_count, "an integer of at least 1"),
     "num_rows": (lambda value: value is None or _is_count(value), "an integer of at least 1"),

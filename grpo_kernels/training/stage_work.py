@@ -18,16 +18,17 @@ from transformers import set_seed
 from grpo_kernels.files import replace_text
 from grpo_kernels.training.augmentation import SEED, augment, is_right
 from grpo_kernels.training.checkpoint import save_checkpoint
-from grpo_kernels.training.cold_start import cold_start
-from grpo_kernels.training.data import Task, load_model, load_task, read_rows
+from grpo_kernels.training.cold_start import SupervisedStep, cold_start
+from grpo_kernels.training.data import Task, columns_needed, load_model, load_task, load_task_rows, read_rows
 from grpo_kernels.training.distillation import check_vocabularies, distill
-from grpo_kernels.training.evaluation import EvalReport, evaluate_samples
+from grpo_kernels.training.evaluation import EvalReport, evaluate_samples, held_out
 from grpo_kernels.training.loop import Sample
 from grpo_kernels.training.recipe import Recipe
 from grpo_kernels.training.reporting import Progress, SamplesFile
 from grpo_kernels.training.rewards import RewardFunction, columns_of, resolve, score
 from grpo_kernels.training.rollout import completion_texts, completion_tokens, generate
 from grpo_kernels.training.run import SAMPLES, train
+from grpo_kernels.training.sampling import context_length_of, rows_that_fit
 from grpo_kernels.training.stage_config import Stage
 from grpo_kernels.training.tasks import TASKS, Row
 from grpo_kernels.training.templates import render_prompt, whole_completion
@@ -46,41 +47,42 @@ class Outcome(NamedTuple):
 
 def sft(stage: Stage, recipe: Recipe, config: Config) -> Outcome:
     """Trains on traces: the dataset's own, or rows with a prompt and a completion."""
-    task = load_task(recipe)
+    task = _measurable(recipe)
     rows = task.train_rows if stage.data is None else read_rows(Path(config["data"]), ("prompt", "completion"))
     with _log(recipe) as log:
-        losses = cold_start(task.model, task.tokenizer, rows, recipe)
-        return _trained(stage, task, recipe, losses, log, traces=sum(bool(row.get("completion")) for row in rows))
+        steps = cold_start(task.model, task.tokenizer, rows, recipe)
+        return _trained(stage, task, recipe, steps, log, traces=sum(bool(row.get("completion")) for row in rows))
 
 
 def grpo(stage: Stage, recipe: Recipe, config: Config) -> Outcome:
     """Trains on rewards, and measures what came of it."""
-    rows = None if stage.data is None else read_rows(Path(config["data"]), ("prompt", "answer"))
+    rows = None if stage.data is None else read_rows(Path(config["data"]), columns_needed(recipe))
     checkpoint = train(recipe, rows=rows).checkpoint
-    task = load_task(replace(recipe, model_name_or_path=str(checkpoint)))
+    task = _measurable(replace(recipe, model_name_or_path=str(checkpoint)))
     return Outcome(_scores(task, recipe)[0], checkpoint)
 
 
 def sample(stage: Stage, recipe: Recipe, config: Config) -> Outcome:
     """Rejection sampling: keeps the distinct completions that earn enough, as rows to train on."""
-    task = load_task(recipe)
-    rows = task.train_rows if stage.data is None else read_rows(Path(config["data"]), ("prompt", "answer"))
+    recipe = replace(recipe, reward_funcs=list(stage.keep or {}), reward_weights=None)  # their columns are needed
+    rows = None if stage.data is None else read_rows(Path(config["data"]), columns_needed(recipe))
+    task = load_task(recipe, rows, least=1)
+    rows = _problems(task, recipe)
     with _log(recipe) as log:
         return Outcome(_sampled(stage, task, recipe, rows, log)[1])
 
 
 def augmented(stage: Stage, recipe: Recipe, config: Config) -> Outcome:
     """Writes the rows whose traces are right, and the problems that goal-directed augmentation makes of all."""
-    task = load_task(recipe)
-    rows = (
-        task.train_rows if stage.data is None else read_rows(Path(config["data"]), ("prompt", "answer", "completion"))
-    )
+    rows, eval_rows = load_task_rows(recipe)
+    if stage.data is not None:
+        rows = read_rows(Path(config["data"]), ("prompt", "answer", "completion"))
     built_in = TASKS.get(recipe.dataset_name)
     found = augment(
         [row for row in rows if row.get("completion")],
         random.Random(recipe.seed),
         task=built_in,
-        held_out=task.eval_rows,
+        held_out=eval_rows,
         num_rows=stage.num_rows,
         ways=stage.ways,
     )
@@ -99,32 +101,32 @@ def augmented(stage: Stage, recipe: Recipe, config: Config) -> Outcome:
 
 def distilled(stage: Stage, recipe: Recipe, config: Config) -> Outcome:
     """A teacher's samples, of which enough must be earned, and a student trained on them, or on its distributions."""
-    task = load_task(recipe)
+    task = _measurable(recipe)
     teacher, tokenizer = load_model(replace(recipe, model_name_or_path=config["teacher_model_name_or_path"]))
     if stage.beta is not None:
         check_vocabularies(task.tokenizer, tokenizer)
-    problems, rows, line = task.train_rows[: stage.prompts], [], {}
+    problems = _problems(task, recipe) if stage.data is None or stage.lmbda else []
+    rows, line = [], {}
     with _log(recipe) as log:
         if stage.data is not None:
             rows = read_rows(Path(config["data"]), ("prompt", "completion"))
         elif stage.lmbda < 1:
             set_seed(recipe.seed)
             teaching = task._replace(model=teacher, tokenizer=tokenizer)
-            rows, line = _sampled(stage, teaching, recipe, task.train_rows, None)
+            rows, line = _sampled(stage, teaching, recipe, problems, None)
         set_seed(recipe.seed)
         if stage.beta is None:
-            losses = cold_start(task.model, task.tokenizer, rows, recipe)
+            steps = cold_start(task.model, task.tokenizer, rows, recipe)
         else:
-            ways = {"beta": stage.beta, "lmbda": stage.lmbda}
-            losses = distill(task.model, teacher, task.tokenizer, rows, problems, recipe, **ways)
-        return _trained(stage, task, recipe, losses, log, **line)
+            ways, problems = {"beta": stage.beta, "lmbda": stage.lmbda}, problems[: stage.prompts]
+            steps = distill(task.model, teacher, task.tokenizer, rows, problems, recipe, **ways)
+        return _trained(stage, task, recipe, steps, log, **line)
 
 
 def measured(stage: Stage, recipe: Recipe, config: Config) -> Outcome:
     """pass@1, pass@k and cons@k of the held-out problems, each with its 95% confidence interval, and greedy."""
-    task = load_task(recipe)
-    check = resolve(stage.check)
-    found, report = _scores(task, recipe, ks=stage.ks, check=check)
+    task = _measurable(recipe, least=0)
+    found, report = _scores(task, recipe, ks=stage.ks)
     for name, value in report.scores.items():
         print(f"  {value}")
         key = {"pass@1": "eval_accuracy", "greedy": "eval_accuracy_greedy"}.get(name, f"eval_{name}")
@@ -141,6 +143,17 @@ WORK: dict[str, Callable[[Stage, Recipe, Config], Outcome]] = {
 }  # fmt: skip
 
 
+def _measurable(recipe: Recipe, least: int = 1) -> Task:
+    """The task with the held-out rows that fit into its model's context; found out before any training."""
+    task = load_task(recipe, least=least)
+    return task._replace(eval_rows=held_out(task, recipe))
+
+
+def _problems(task: Task, recipe: Recipe) -> list[Row]:
+    """The training rows whose prompt leaves room for a completion in the model's context."""
+    return rows_that_fit(task.train_rows, task.tokenizer, recipe, context_length_of(task.model), least=1)
+
+
 @contextlib.contextmanager
 def _log(recipe: Recipe) -> Iterator[MetricsLog]:
     log = MetricsLog(recipe, tracked(recipe))
@@ -151,14 +164,14 @@ def _log(recipe: Recipe) -> Iterator[MetricsLog]:
 
 
 def _trained(
-    stage: Stage, task: Task, recipe: Recipe, losses: Iterator[float], log: MetricsLog, **line: Any
+    stage: Stage, task: Task, recipe: Recipe, steps: Iterator[SupervisedStep], log: MetricsLog, **line: Any
 ) -> Outcome:
     """Goes through the steps of a supervised training, saves the model, and measures it."""
     hidden = True if recipe.disable_tqdm else None
     with Progress(recipe.sft_steps, stage.name, disable=hidden) as progress:
-        for number, loss in enumerate(losses, start=1):
-            log.write(number, {"loss": loss})
-            progress.update(completions=recipe.sft_batch_size, tokens=0, loss=loss)
+        for number, step in enumerate(steps, start=1):
+            log.write(number, {"loss": step.loss})
+            progress.update(completions=recipe.sft_batch_size, tokens=step.tokens, loss=step.loss)
     checkpoint = save_checkpoint(stage.folder, recipe.sft_steps, task.model, task.tokenizer, keep=1)
     found, report = _scores(task, recipe)
     if report is not None:

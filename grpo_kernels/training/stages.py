@@ -13,12 +13,13 @@
 
 A stage's folder has ``config.yaml``, by which it runs alone (a GRPO stage by ``grpo-kernels train``, without ``data``),
 ``metrics.jsonl``, ``samples.jsonl``, its checkpoint or its ``rows.jsonl``, and, once it is done, ``done.json``: it is
-not run again then. A GRPO stage that was interrupted goes on from its newest checkpoint; any other begins again, and
-ends the same.
+not run again then, and refused where a stage that it used has been made anew since, of which ``used.json`` tells. A
+GRPO stage that was interrupted goes on from its newest checkpoint; any other begins again, and ends the same.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import time
 from collections.abc import Sequence
@@ -28,6 +29,7 @@ from typing import Any
 
 import torch
 import yaml
+from accelerate import PartialState
 from transformers import set_seed
 from transformers.utils.logging import disable_progress_bar
 
@@ -42,13 +44,15 @@ from grpo_kernels.training.state import MAY_DIFFER
 from grpo_kernels.training.trackers import METRICS, tracker_names
 
 CONFIG, DONE, SUMMARY = "config.yaml", "done.json", "summary.jsonl"
+USED = "used.json"  # by key, the digest of the stage that was used
 
 
 def run_stages(root: Path, stages: Sequence[Stage]) -> list[dict[str, Any]]:
     """Runs what is not done yet, in order; returns a line of the summary for each.
 
     Raises:
-        ValueError: A stage that is done was another one; delete its folder to run it again.
+        ValueError: A stage that is done was another one, or used one that has been redone since; delete its folder to
+            run it again. Or there are several processes, which would write into one folder.
         FileExistsError: A stage's folder holds another run that was not finished.
         OSError: A file cannot be written, as on a full disk; the message names the stage.
     """
@@ -71,8 +75,10 @@ def run_stage(stage: Stage, stages: dict[str, Stage] | None = None) -> dict[str,
     Raises:
         As ``run_stages``.
     """
+    _check_alone(stage.recipe)
     recipe, config = _resolved(stage, stages or {})
-    line = None if recipe.overwrite_output_dir else _finished(stage.folder, config)
+    used = _used(stage, stages or {})
+    line = None if recipe.overwrite_output_dir else _finished(stage.folder, config, used)
     if line is not None:
         return line
     print(f"\n== {stage.name} ({stage.kind})", flush=True)
@@ -80,7 +86,7 @@ def run_stage(stage: Stage, stages: dict[str, Stage] | None = None) -> dict[str,
     tracker_names(recipe.report_to)  # before any work
     start = time.perf_counter()
     try:
-        _begin(stage, recipe, config)
+        _begin(stage, recipe, config, used)
         if recipe.num_threads is not None:
             torch.set_num_threads(recipe.num_threads)
         set_seed(recipe.seed)
@@ -95,6 +101,21 @@ def run_stage(stage: Stage, stages: dict[str, Stage] | None = None) -> dict[str,
         raise OSError(f"stage {stage.name!r} in {stage.folder} was not finished: {error}") from error
     print("  " + ", ".join(f"{name} {value}" for name, value in line.items() if name not in ("stage", "kind")))
     return line
+
+
+def _check_alone(recipe: Recipe) -> None:
+    count = PartialState(cpu=recipe.device == "cpu").num_processes
+    if count > 1:
+        raise ValueError(f"stages run in one process, got {count}: launch a GRPO stage's config.yaml with train")
+
+
+def _used(stage: Stage, stages: dict[str, Stage]) -> dict[str, str]:
+    """By key, the digest of what another stage left when it was done."""
+    names = {key: getattr(stage, key) for key in ("model", "teacher", "data")}
+    return {
+        key: hashlib.sha256((stages[name].folder / DONE).read_bytes()).hexdigest()
+        for key, name in names.items() if name in stages
+    }  # fmt: skip
 
 
 def _resolved(stage: Stage, stages: dict[str, Stage]) -> tuple[Recipe, dict[str, Any]]:
@@ -126,7 +147,7 @@ def _done(folder: Path) -> dict[str, Any]:
         raise ValueError(f"{path} cannot be read: {error}") from error
 
 
-def _finished(folder: Path, config: dict[str, Any]) -> dict[str, Any] | None:
+def _finished(folder: Path, config: dict[str, Any], used: dict[str, str]) -> dict[str, Any] | None:
     """The line of a stage that is done; None if it is not."""
     if not (folder / DONE).exists():
         return None
@@ -134,7 +155,20 @@ def _finished(folder: Path, config: dict[str, Any]) -> dict[str, Any] | None:
     differing = _differing(found.get("config", {}), config)
     if differing:
         raise ValueError(f"{folder} holds a stage with another {', '.join(differing)}; delete it to run it again")
+    redone = _redone(folder, used)
+    if redone:
+        raise ValueError(f"{folder} holds a stage on a {redone} that was made anew since; delete it to run it again")
     return found["line"]
+
+
+def _redone(folder: Path, used: dict[str, str]) -> str:
+    """The keys, in words, whose stage is not the one that a folder's was begun on."""
+    path = folder / USED
+    try:
+        found = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+        return " and ".join(key for key in used if found.get(key) != used[key])
+    except (OSError, ValueError, AttributeError) as error:
+        raise ValueError(f"{path} cannot be read: {error}") from error
 
 
 def _differing(found: dict[str, Any], config: dict[str, Any]) -> list[str]:
@@ -142,7 +176,7 @@ def _differing(found: dict[str, Any], config: dict[str, Any]) -> list[str]:
     return sorted(name for name in names if found.get(name) != config.get(name))
 
 
-def _begin(stage: Stage, recipe: Recipe, config: dict[str, Any]) -> None:
+def _begin(stage: Stage, recipe: Recipe, config: dict[str, Any], used: dict[str, str]) -> None:
     """An empty folder but for the stage's configuration, or that of a GRPO stage to go on with.
 
     Raises:
@@ -160,13 +194,17 @@ def _begin(stage: Stage, recipe: Recipe, config: dict[str, Any]) -> None:
         if differing:
             raise FileExistsError(f"{folder} holds a stage with another {', '.join(differing)} that was not finished; "
                                   "delete it, name another output_dir or set overwrite_output_dir")  # fmt: skip
+        redone = _redone(folder, used) if stage.kind == "grpo" else ""  # any other begins again
+        if redone:
+            raise FileExistsError(f"{folder} holds a stage on a {redone} that was made anew since; delete it")
     elif (folder / METRICS).exists() or list_checkpoints(folder):
         raise FileExistsError(f"{folder} holds another run; name another output_dir or set overwrite_output_dir")
     (folder / DONE).unlink(missing_ok=True)
+    folder.mkdir(parents=True, exist_ok=True)
+    replace_text(folder / USED, json.dumps(used))
     if stage.kind == "grpo":
         return  # the run looks after its folder itself
     clear_run(folder)
-    folder.mkdir(parents=True, exist_ok=True)
     for name in (ROWS, SAMPLES):
         (folder / name).unlink(missing_ok=True)
     replace_text(folder / CONFIG, yaml.safe_dump(config, sort_keys=False))

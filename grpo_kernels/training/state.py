@@ -3,7 +3,7 @@
 A checkpoint is a folder of ``from_pretrained`` with four things more:
 
     optimizer.safetensors   the optimizer's tensors by parameter
-    trainer_state.json      step, schedule, parameter groups, rows drawn, a digest of the rows, the recipe
+    trainer_state.json      step, schedule, parameter groups, rows drawn, a digest of the rows, tokens, the recipe
     random-<rank>.safetensors, random-<rank>.json   of each process
 """
 
@@ -41,6 +41,8 @@ MAY_DIFFER = frozenset({
     "vllm_group_port",
 })  # fmt: skip
 _SEPARATOR = "|"  # in no name of a parameter
+_STATE = {"step": int, "rows_drawn": int, "schedule": dict, "param_groups": list, "recipe": dict, "processes": int,
+          "rows": str, "num_tokens": int}  # fmt: skip
 
 
 def write_state(folder: Path, loop: Any) -> None:
@@ -57,7 +59,7 @@ def write_state(folder: Path, loop: Any) -> None:
         save_file(tensors, folder / OPTIMIZER)
         written = {"step": loop.number, "rows_drawn": loop.row_order.drawn, "schedule": loop.schedule.state_dict()}
         written |= {"param_groups": groups, "recipe": asdict(loop.recipe), "processes": loop.accelerator.num_processes}
-        written["rows"] = _digest(loop.rows)
+        written |= {"rows": _digest(loop.rows), "num_tokens": loop.num_tokens}
         (folder / STATE).write_text(json.dumps(written, indent=1), encoding="utf-8")
     tensors, values = _random_state()
     save_file(tensors, folder / f"random-{rank}.safetensors")
@@ -78,13 +80,14 @@ def read_state(folder: Path, loop: Any) -> None:
         tensors = load_file(folder / OPTIMIZER)
         random_tensors = load_file(folder / f"random-{rank}.safetensors")
         values = json.loads((folder / f"random-{rank}.json").read_text(encoding="utf-8"))
+        _check_shape(values, {"python": list, "numpy": list})
     except (OSError, ValueError, SafetensorError) as error:
         raise ValueError(f"checkpoint {folder} cannot be read, it may be cut short: {error}") from error
     optimizer_state = _joined(tensors, state["param_groups"])
     set_optimizer_state_dict(loop.policy.wrapped, loop.optimizer.optimizer, optimizer_state, options=_WHOLE)
     loop.schedule.load_state_dict(state["schedule"])
     loop.row_order.take(state["rows_drawn"])
-    loop.number = state["step"]
+    loop.number, loop.num_tokens = state["step"], state["num_tokens"]
     _set_random_state(random_tensors, values)
 
 
@@ -96,6 +99,7 @@ def check_state(folder: Path, recipe: Recipe, processes: int) -> dict[str, Any]:
     """
     try:
         state = json.loads((folder / STATE).read_text(encoding="utf-8"))
+        _check_shape(state, _STATE)
     except (OSError, ValueError) as error:
         raise ValueError(f"checkpoint {folder} cannot be read, it may be cut short: {error}") from error
     now = json.loads(json.dumps(asdict(recipe)))
@@ -110,6 +114,14 @@ def check_state(folder: Path, recipe: Recipe, processes: int) -> dict[str, Any]:
         listed = ", ".join(f"{name} {old!r}, now {new!r}" for name, (old, new) in differing.items())
         raise ValueError(f"checkpoint {folder} is of another run: {listed}")
     return state
+
+
+def _check_shape(found: Any, kinds: dict[str, type]) -> None:
+    if not isinstance(found, dict):
+        raise ValueError(f"expected a mapping, got {type(found).__name__}")
+    for name, kind in kinds.items():
+        if not isinstance(found.get(name), kind):
+            raise ValueError(f"expected {name!r} to be of type {kind.__name__}, got {found.get(name)!r}")
 
 
 _WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)

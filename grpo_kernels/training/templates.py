@@ -8,6 +8,7 @@ must be given ``whole_completion(...)``, or it calls every such sample malformed
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
@@ -25,6 +26,12 @@ R1_ZERO = (
 TEXT_TEMPLATES = {"none": "{prompt}", "r1_zero": R1_ZERO}
 TEMPLATES = (*TEXT_TEMPLATES, "chat")
 OPENING_TAG = "<think>"
+
+
+class ChatText(str):
+    """A prompt that a chat template rendered: the special tokens that it begins with stand in the text already."""
+
+    __slots__ = ()
 
 
 def check_template(template: str | None) -> None:
@@ -67,8 +74,20 @@ def render_prompt(
             raise ValueError(f"system_prompt must be None for the text template {template!r}, got {system_prompt!r}")
         rendered = TEXT_TEMPLATES.get(template, template).replace("{prompt}", _text(prompt, template))
     if _opens_reasoning(rendered) and prefix.startswith(OPENING_TAG):
-        return joined(rendered, prefix.removeprefix(OPENING_TAG).lstrip())
-    return joined(rendered, prefix)
+        prefix = prefix.removeprefix(OPENING_TAG).lstrip()
+    found = joined(rendered, prefix)
+    return ChatText(found) if template == "chat" else found
+
+
+def encode_prompts(prompts: Sequence[str], tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
+    """The tokens of rendered prompts; the tokenizer adds its special ones to all but those of a chat template."""
+    found: dict[int, list[int]] = {}
+    for is_chat in (False, True):
+        own = [i for i, prompt in enumerate(prompts) if isinstance(prompt, ChatText) == is_chat]
+        if own:
+            texts = [str(prompts[i]) for i in own]
+            found |= zip(own, tokenizer(texts, add_special_tokens=not is_chat)["input_ids"], strict=True)
+    return [found[i] for i in range(len(prompts))]
 
 
 def question(row: Row) -> str | list[dict[str, Any]]:

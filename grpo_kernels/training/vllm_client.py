@@ -19,7 +19,7 @@ import socket
 import threading
 import time
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from contextlib import suppress
 from typing import Any, NamedTuple
 from urllib.parse import urlsplit
@@ -128,6 +128,8 @@ class VLLMServer:
     ) -> list[list[Sampled]]:
         """``n`` completions of each prompt from the whole distribution, in a request of its own.
 
+        Where one request fails the others are cut off, and nothing waits for them.
+
         Args:
             model: As ``served`` names it.
             prompts: Ids of tokens.
@@ -147,10 +149,12 @@ class VLLMServer:
             "return_token_ids": True, "return_tokens_as_token_ids": True,
         }  # fmt: skip
 
+        together = _Together()
+
         def one(prompt: Sequence[int], seed: int) -> list[Sampled]:
             path = "/v1/completions"
             body = sampling | {"prompt": list(prompt), "seed": seed}
-            answer = self.request("POST", path, body, timeout=self.generation_timeout, again=True)
+            answer = self.request("POST", path, body, timeout=self.generation_timeout, again=True, together=together)
             choices = self._field(path, answer, "choices", list)
             if len(choices) != n:
                 raise ServerError(f"{self.base_url}{path}: expected n={n} completions, got {len(choices)}")
@@ -159,13 +163,22 @@ class VLLMServer:
         with ThreadPoolExecutor(max_workers=min(_CONCURRENT, len(prompts))) as executor:
             asked = [executor.submit(one, *each) for each in zip(prompts, seeds, strict=True)]
             try:
-                return [answer.result() for answer in asked]
+                ended, _ = wait(asked, return_when=FIRST_EXCEPTION)
+                return [answer.result() for answer in asked if answer in ended]  # all, unless one of them raises
             except BaseException:
                 executor.shutdown(wait=False, cancel_futures=True)
+                together.cut()
                 raise
 
     def request(
-        self, method: str, path: str, body: Any = None, *, timeout: float | None = None, again: bool = False
+        self,
+        method: str,
+        path: str,
+        body: Any = None,
+        *,
+        timeout: float | None = None,
+        again: bool = False,
+        together: _Together | None = None,
     ) -> Any:
         """The JSON of an answer with status 200; None where it is empty.
 
@@ -175,19 +188,20 @@ class VLLMServer:
             body: Sent as JSON.
             timeout: Seconds for the whole answer; by default the server's.
             again: Ask a busy server again, which any GET does: for what changes nothing there.
+            together: The requests that it is cut off with.
 
         Raises:
             ServerError: There was none.
         """
         seconds = self.timeout if timeout is None else timeout
         deadline, pause = time.monotonic() + seconds, _FIRST_PAUSE
-        content = None if body is None else json.dumps(body)
+        content, together = None if body is None else json.dumps(body), together or _Together()
         while True:
-            status, text = self._exchange(method, path, content, deadline, seconds)
+            status, text = self._exchange(method, path, content, deadline, seconds, together)
             is_patient = (again or method == "GET") and time.monotonic() + pause < deadline
             if status not in _BUSY or not is_patient:
                 break
-            time.sleep(pause)
+            together.was_cut.wait(pause)
             pause *= 2
         where = f"{method} {self.base_url}{path}"
         if status != 200:
@@ -200,7 +214,7 @@ class VLLMServer:
             raise ServerError(f"{where}: expected JSON, got {_shown(text)}") from error
 
     def _exchange(
-        self, method: str, path: str, content: str | None, deadline: float, seconds: float
+        self, method: str, path: str, content: str | None, deadline: float, seconds: float, together: _Together
     ) -> tuple[int, bytes]:
         """One request on a connection that is cut at the deadline, however slowly bytes keep coming."""
         where = f"{method} {self.base_url}{path}"
@@ -208,9 +222,11 @@ class VLLMServer:
         connection = self._kind(self.host, self.port, timeout=left)
         try:
             connection.connect()
-            watch = threading.Timer(max(deadline - time.monotonic(), 0.0), _cut, [connection.sock])
+            connected = connection.sock  # which the connection forgets where the server closes
+            watch = threading.Timer(max(deadline - time.monotonic(), 0.0), _cut, [connected])
             watch.daemon = True
             watch.start()
+            together.add(connected)
             try:
                 headers = {} if content is None else {"Content-Type": "application/json"}
                 connection.request(method, self._prefix + path, body=content, headers=headers)
@@ -218,6 +234,7 @@ class VLLMServer:
                 text = response.read()
             finally:
                 watch.cancel()
+                together.discard(connected)
             if time.monotonic() >= deadline:
                 raise TimeoutError  # a body that was cut may look like one that ended
             return response.status, text
@@ -260,6 +277,31 @@ class VLLMServer:
         if not isinstance(value, kind):
             raise ServerError(f"{self.base_url}{path}: expected {name!r} to be a {kind.__name__}, got {_shown(answer)}")
         return value
+
+
+class _Together:
+    """The connections of requests that end together: once they are cut, so is every further one."""
+
+    def __init__(self) -> None:
+        self.was_cut = threading.Event()
+        self._open: set[socket.socket] = set()
+        self._lock = threading.Lock()
+
+    def add(self, connected: socket.socket) -> None:
+        with self._lock:
+            self._open.add(connected)
+            if self.was_cut.is_set():
+                _cut(connected)
+
+    def discard(self, connected: socket.socket) -> None:
+        with self._lock:
+            self._open.discard(connected)
+
+    def cut(self) -> None:
+        with self._lock:
+            self.was_cut.set()
+            for connected in self._open:
+                _cut(connected)
 
 
 def _cut(connected: socket.socket) -> None:

@@ -7,11 +7,27 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DistributedType, fsdp2_prepare_model
+from accelerate.state import AcceleratorState
+from accelerate.utils import DistributedType, GradientAccumulationPlugin, fsdp2_prepare_model
 from torch import Tensor
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 from grpo_kernels.training.recipe import Recipe
+
+
+def accelerator_for(recipe: Recipe, *, cpu: bool, **options: Any) -> Accelerator:
+    """An accelerator that computes as a recipe says and leaves the accumulation of gradients to the loop.
+
+    Args:
+        recipe: With ``bf16`` it wins over accelerate's configuration.
+        cpu: Whether to stay there.
+        options: Accelerator's further ones.
+    """
+    precision = "bf16" if recipe.bf16 else os.environ.get("ACCELERATE_MIXED_PRECISION", "no").lower()
+    if AcceleratorState._shared_state and AcceleratorState().mixed_precision != precision:
+        AcceleratorState._reset_state()  # of an earlier run in this process, whose precision would stay
+    accumulation = GradientAccumulationPlugin(num_steps=1)  # whatever accelerate's configuration or environment says
+    return Accelerator(cpu=cpu, mixed_precision=precision, gradient_accumulation_plugin=accumulation, **options)
 
 
 def is_deepspeed(accelerator: Accelerator) -> bool:
@@ -47,7 +63,25 @@ def load_models_whole(accelerator: Accelerator) -> None:
 def wrap_policy(
     model: Any, optimizer: torch.optim.Optimizer, recipe: Recipe, accelerator: Accelerator
 ) -> tuple[Any, Any]:
-    """Model and optimizer as accelerate prepares them; what DeepSpeed clips and accumulates is the recipe's."""
+    """Model and optimizer as accelerate prepares them; what DeepSpeed clips and accumulates is the recipe's.
+
+    Raises:
+        ValueError: The accelerator would divide gradients once more, or compute in another precision than the recipe
+            says; or weights are to be trained in 16 bits, which most updates are too small for.
+    """
+    if accelerator.gradient_accumulation_steps != 1 and not is_deepspeed(accelerator):
+        raise ValueError(
+            "the accelerator must have gradient_accumulation_steps=1, for the loop divides the loss itself, got "
+            f"{accelerator.gradient_accumulation_steps}"
+        )
+    if recipe.bf16 and accelerator.mixed_precision != "bf16":
+        raise ValueError(f"bf16 needs an accelerator with mixed_precision='bf16', got {accelerator.mixed_precision!r}")
+    narrow = {p.dtype for p in model.parameters() if p.requires_grad} & {torch.bfloat16, torch.float16}
+    if narrow and not is_deepspeed(accelerator):  # its engine keeps weights of 32 bits beside them
+        raise ValueError(
+            f"weights of {narrow.pop()} cannot be trained: most updates would be rounded away; set dtype=float32, with "
+            "bf16=True to compute in bfloat16, or use_peft=True"
+        )
     if is_deepspeed(accelerator):
         accelerator.deepspeed_plugin.deepspeed_config.update(
             train_micro_batch_size_per_gpu=recipe.per_device_train_batch_size,

@@ -12,7 +12,7 @@ from grpo_kernels.training.rewards.answers import (
 from grpo_kernels.training.rewards.code import CodeReward, extract_program
 from grpo_kernels.training.rewards.language import LanguageConsistencyReward, reasoning_of
 from grpo_kernels.training.rewards.length import CosineLengthReward, LengthReward, OverlongReward
-from grpo_kernels.training.rewards.registry import BUILT_IN, resolve
+from grpo_kernels.training.rewards.registry import BUILT_IN, resolve, reward_factory
 from grpo_kernels.training.rewards.scoring import RewardFunction, columns_of, score, total
 from grpo_kernels.training.rewards.text import RepetitionReward, format_reward, tag_count_reward
 
@@ -34,6 +34,7 @@ __all__ = [
     "math_accuracy_reward",
     "reasoning_of",
     "resolve",
+    "reward_factory",
     "score",
     "tag_count_reward",
     "total",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 _ANSWER = re.compile(r"<answer>(.*?)</answer>", re.DOTALL)
@@ -73,6 +73,32 @@ JUDGES = {
     "exact_match": exact_match_reward,
     "math_accuracy": math_accuracy_reward,
 }
+
+
+def math_answer(completion: str) -> str | None:
+    """A completion's answer as ``math_accuracy_reward`` reads it, in one spelling of the formula; None without one."""
+    seconds = _SECONDS if threading.current_thread() is threading.main_thread() else None
+    found = _parse_completion(completion, seconds)
+    return str(found[0]) if found else None
+
+
+#: By judge, what reads a completion's answer, for votes. A judge of one's own has it as its attribute ``extract``.
+EXTRACTS: dict[Callable[..., Any], Callable[[str], str | None]] = {
+    accuracy_reward: extract_answer,
+    exact_match_reward: str.strip,
+    math_accuracy_reward: math_answer,
+}
+
+
+def extract_of(judge: Callable[..., Any]) -> Callable[[str], str | None] | None:
+    """What reads the answer that a judge judges; None where it judges no answer that could be voted on."""
+    known = next((extract for function, extract in EXTRACTS.items() if function is judge), None)
+    return getattr(judge, "extract", known)
+
+
+def judge_name(reward_funcs: Sequence[str]) -> str:
+    """The first of them that judges answers or programs, else "accuracy"."""
+    return next((name for name in reward_funcs if name.partition("(")[0].strip() in (*JUDGES, "code")), "accuracy")
 
 
 def _after_hashes(text: str) -> str:

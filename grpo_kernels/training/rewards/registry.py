@@ -7,7 +7,7 @@ import importlib
 import inspect
 import re
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeVar
 
 from grpo_kernels.training.rewards.answers import accuracy_reward, exact_match_reward, math_accuracy_reward
 from grpo_kernels.training.rewards.code import CodeReward
@@ -32,16 +32,26 @@ BUILT_IN: dict[str, RewardFunction] = {
 }
 
 _CALL = re.compile(r"([\w.:]+)\((.*)\)", re.DOTALL)
+_FACTORIES: list[Callable[..., Any]] = [made for made in BUILT_IN.values() if isinstance(made, type)]
+_Factory = TypeVar("_Factory", bound=Callable[..., Any])
+
+
+def reward_factory(factory: _Factory) -> _Factory:
+    """Marks a class or function of a module of one's own as one that ``resolve`` may call with a name's parameters."""
+    _FACTORIES.append(factory)
+    return factory
 
 
 def resolve(name: str) -> RewardFunction:
     """A reward function by its built-in name or as ``module:function``.
 
     Both may be followed by parameters, ``repetition(n=3, max_penalty=-1.0)``, whose values are Python literals; of a
-    module, what is called with them is a class or function that makes the reward function.
+    module, what is called with them is a class or function that makes the reward function, marked by
+    ``reward_factory``. Nothing else is called here, but a module that is named is imported: it is code that runs.
 
     Raises:
-        ValueError: There is no such function, it has no such parameter, or a value is no literal or out of range.
+        ValueError: There is no such module or function, what has parameters is not marked, it has no such parameter,
+            or a value is no literal or out of range.
     """
     base, arguments = _split(name)
     if base in BUILT_IN:
@@ -52,6 +62,8 @@ def resolve(name: str) -> RewardFunction:
         function = _imported(base)
     if arguments is None and not isinstance(function, type):
         return function
+    if not any(function is known for known in _FACTORIES):
+        raise ValueError(f"reward_funcs: {base!r} must be marked by @reward_factory to be called for {name!r}")
     made = _made(base, function, arguments or {})
     if not callable(made):
         raise ValueError(f"reward_funcs: {name!r} must make a reward function, got {type(made).__name__}")
@@ -81,7 +93,11 @@ def _imported(name: str) -> Callable[..., Any]:
     module_name, _, function_name = name.partition(":")
     if not function_name:
         raise ValueError(f'reward_funcs: expected one of {", ".join(BUILT_IN)} or "module:function", got {name!r}')
-    function = getattr(importlib.import_module(module_name), function_name, None)
+    try:
+        module = importlib.import_module(module_name)
+    except ImportError as error:
+        raise ValueError(f"reward_funcs: {name!r} cannot be imported: {error}") from error
+    function = getattr(module, function_name, None)
     if not callable(function):
         raise ValueError(f"reward_funcs: module {module_name!r} has no function {function_name!r}")
     return function

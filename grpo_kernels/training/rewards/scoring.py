@@ -14,6 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+_NOT_COLUMNS = ("prompt", "completion")  # given under names of their own
+
 RewardFunction = Callable[..., "list[float | None] | Awaitable[list[float | None]]"]
 
 
@@ -131,6 +133,10 @@ def _number(name: str, index: int, value: Any) -> float:
 
 
 def columns_of(rows: Sequence[dict[str, Any]], completion_ids: list[list[int]]) -> dict[str, list[Any]]:
-    """What reward functions are given beside prompts and completions: the rows' other columns, and the tokens."""
-    columns = {name: [row.get(name) for row in rows] for name in rows[0] if name not in ("prompt", "completion")}
+    """What reward functions are given beside prompts and completions: the rows' other columns, and the tokens.
+
+    A column that one row has is there for all, with None where a row lacks it.
+    """
+    names = [name for name in dict.fromkeys(name for row in rows for name in row) if name not in _NOT_COLUMNS]
+    columns = {name: [row.get(name) for row in rows] for name in names}
     return columns | {"completion_ids": completion_ids}
