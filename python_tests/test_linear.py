@@ -14,7 +14,6 @@ from torch.profiler import ProfilerActivity, profile
 
 from grpo_kernels import GRPOLossConfig, grpo_loss, linear_grpo_loss, linear_token_logprobs, token_logprobs
 from grpo_kernels.ops.linear_token_logprobs.head import project_back
-from grpo_kernels.ops.linear_token_logprobs.rows import pack_rows, row_chunks
 from grpo_kernels.testing.calls import call, leaves, run
 from grpo_kernels.testing.cases import FAMILY_CASES, INPUT_CASES, LOSS_CASES, VOCABULARY_CASES, Case
 from grpo_kernels.testing.inputs import Inputs, build
@@ -269,26 +268,6 @@ def test_nothing_is_read_back_while_a_graph_is_captured(
     assert not events.intersection(_SYNCS)
 
 
-def test_chunks_are_of_about_equal_size_and_of_a_multiple() -> None:
-    def sizes(*arguments: int) -> list[int]:
-        return [chunk.stop - chunk.start for chunk in row_chunks(*arguments)]
-
-    assert sizes(0, 10, 8, 24) == [3, 3, 3, 1] and sizes(4, 4, 8, 24) == [] and sizes(0, 2, 8, 1) == [1, 1]
-    # Llama 3.1 at 8192 tokens on a GPU: fp32 and bf16 logits within 1.5 GB
-    assert sizes(0, 8192, 128256 * 4, 1_500_000_000, 128) == [2816, 2816, 2560]
-    assert sizes(0, 8192, 128256 * 2, 1_500_000_000, 128) == [4096, 4096]
-    assert sizes(0, 100, 128256 * 4, 1_500_000_000, 128) == [100]
-    assert sizes(0, 1000, 1000, 100_000, 128) == [100] * 10  # the bound goes before the multiple
-
-
-def test_packing_rows_moves_the_named_ones_up() -> None:
-    values = torch.arange(40.0).view(20, 2)
-    index = torch.tensor([0, 3, 4, 5, 9, 10, 11, 12, 13, 17, 19])
-    expected = values[index].clone()
-    assert torch.equal(pack_rows(values, index), expected)
-    assert pack_rows(values, index[:0]).shape == (0, 2)
-
-
 def test_retained_logits_stay_within_their_bound() -> None:
     tensors = _tensors()
     out = linear_token_logprobs(
@@ -421,27 +400,3 @@ def test_few_rows_lose_no_more_digits_than_many(rows: int, threads: int) -> None
 
     with _threads(threads):
         assert error(rows).max() <= 4 * error(16).max()
-
-
-@pytest.mark.parametrize("bound", [6, 7, 12, 100])
-def test_a_bound_on_live_rows_changes_nothing(bound: int) -> None:
-    """Masked, dead and clipped rows among them; in one chunk and in many."""
-    case = Case("bound", batch=3, length=4, vocab=31, mask="holes", advantages="some", ref=False)
-    inputs = build(case, torch.float32).double()
-    live = int(((inputs.mask != 0) & (inputs.advantages != 0)[:, None]).sum())
-    assert 0 < live <= 6
-    expected = run("linear_grpo_loss", inputs, "cpu")
-    for workspace in (None, 31 * 8 * 5):
-        got = run("linear_grpo_loss", inputs, "cpu", max_live_rows=bound, workspace_bytes=workspace)
-        for name, value in expected.items():
-            torch.testing.assert_close(got[name], value, rtol=1e-12, atol=1e-14, msg=lambda m, n=name: f"{n}: {m}")
-    with pytest.raises(ValueError, match=f"max_live_rows must be at least {live}, the rows that may be live, got 1"):
-        run("linear_grpo_loss", inputs, "cpu", max_live_rows=1)
-
-
-def test_a_bound_on_live_rows_needs_a_loss_token_by_token() -> None:
-    inputs = build(Case("bound", config=GRPOLossConfig(importance_sampling_level="sequence")), torch.float32)
-    with pytest.raises(ValueError, match="max_live_rows must be None where a ratio waits for its sequence, got 3"):
-        run("linear_grpo_loss", inputs, "cpu", max_live_rows=3)
-    with pytest.raises(ValueError, match="max_live_rows must be at least 0, got -1"):
-        run("linear_grpo_loss", inputs, "cpu", max_live_rows=-1)
