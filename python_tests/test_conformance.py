@@ -26,7 +26,7 @@ def is_tested(op: str, backend: str, dtype: torch.dtype, case: Case) -> bool:
     if backend == "cuda":  # emulated, thread by thread; what it has no kernels of is asked for elsewhere
         if "divergence" in op or case.config.has_exact_divergence or case in VOCABULARY_CASES:
             return False
-        return dtype == torch.float32 or case.name in FEW or (dtype == torch.bfloat16 and not few_dtypes)
+        return case.name in FEW or (dtype == torch.float32 if few_dtypes else dtype == torch.bfloat16)
     # the torch backend in fp64 is the baseline itself, and in half precision fp32 between two roundings
     if backend == "torch":
         return dtype == torch.float32 and not few_dtypes

@@ -30,7 +30,6 @@ DEVICES = {
     "clusters": {"shared_bytes": 3072},
     "large_rows": {"shared_bytes": 1100},
     "one_processor": {"processors": 1},
-    "many_processors": {"processors": 100},
 }
 
 
