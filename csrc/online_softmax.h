@@ -31,8 +31,7 @@ struct Base2 {
 
 // Over the logits y seen so far: their maximum, sum e^(y - max), and sum (y - max) e^(y - max); or powers of 2.
 //
-// The weighted sum is taken relative to the maximum, so that an offset common to all logits costs no digits. The maximum
-// may be kept in another unit than the exponents, of which `rate` are one of it.
+// The weighted sum is taken relative to the maximum, so that an offset common to all logits costs no digits.
 template <class R, class Base = BaseE>
 struct OnlineSoftmax {
   R max = -INFINITY;
@@ -40,16 +39,16 @@ struct OnlineSoftmax {
   R weighted = 0;
 
   // The state of both parts together. Exact in any order, up to rounding.
-  GRPO_HOST_DEVICE void merge(const OnlineSoftmax& other, R rate = 1) {
+  GRPO_HOST_DEVICE void merge(const OnlineSoftmax& other) {
     if (other.max == -INFINITY && other.sum == 0) return;
     if (max == -INFINITY && sum == 0) {
       *this = other;
       return;
     }
     const R joint = max > other.max ? max : other.max;
-    rebase(joint, rate);
+    rebase(joint);
     OnlineSoftmax part = other;
-    part.rebase(joint, rate);
+    part.rebase(joint);
     sum += part.sum;
     weighted += part.weighted;
   }
@@ -57,6 +56,7 @@ struct OnlineSoftmax {
   GRPO_HOST_DEVICE R log_sum_exp() const { return max + Base::log(sum); }
   GRPO_HOST_DEVICE R entropy() const { return Base::log(sum) - weighted / sum; }
 
+  // Relative to another maximum; `rate` exponents are one of the unit that maxima are kept in.
   GRPO_HOST_DEVICE void rebase(R new_max, R rate = 1) {
     const R shift = (max - new_max) * rate;
     if (shift == 0) return;

@@ -13,7 +13,6 @@ from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
 from grpo_kernels import GRPOLossConfig, grpo_loss, linear_grpo_loss, linear_token_logprobs, token_logprobs
-from grpo_kernels.ops.linear_token_logprobs.head import project_back
 from grpo_kernels.testing.calls import call, leaves, run
 from grpo_kernels.testing.cases import FAMILY_CASES, INPUT_CASES, LOSS_CASES, VOCABULARY_CASES, Case
 from grpo_kernels.testing.inputs import Inputs, build
@@ -380,23 +379,3 @@ def test_from_hidden_states_as_from_logits() -> None:
     a = grpo_loss(logits, *rest, **arguments)
     b = linear_grpo_loss(inputs.hidden, inputs.weight, *rest, **arguments)
     torch.testing.assert_close(a.loss, b.loss, rtol=1e-12, atol=0)
-
-
-@pytest.mark.parametrize("threads", [1, 2])
-@pytest.mark.parametrize("rows", [1, 2, 3, 5, 7, 10, 13])
-def test_few_rows_lose_no_more_digits_than_many(rows: int, threads: int) -> None:
-    """Libraries sum the vocabulary in sequence for very few rows: one on Intel, up to three on AMD, or in a thread.
-
-    The same rows alone and among others, each by its own size: what is not the sum's is then alike.
-    """
-    torch.manual_seed(0)
-    hidden, weight = torch.randn(16, 16), 0.02 * torch.randn(129280, 16)
-    dlogits = (hidden @ weight.mT).softmax(-1)
-    exact = dlogits.double() @ weight.double()
-
-    def error(count: int) -> Tensor:  # [count]
-        off = project_back(dlogits[:count], weight, torch.float32).double() - exact[:count]
-        return off.norm(dim=-1) / exact[:count].norm(dim=-1)
-
-    with _threads(threads):
-        assert error(rows).max() <= 4 * error(16).max()

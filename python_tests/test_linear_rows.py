@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch import Tensor
 
 from grpo_kernels import GRPOLossConfig
+from grpo_kernels.ops.linear_token_logprobs.head import project_back
 from grpo_kernels.ops.linear_token_logprobs.rows import pack_rows, row_chunks
 from grpo_kernels.testing.calls import run
 from grpo_kernels.testing.cases import Case
@@ -54,3 +56,27 @@ def test_a_bound_on_live_rows_needs_a_loss_token_by_token() -> None:
         run("linear_grpo_loss", inputs, "cpu", max_live_rows=3)
     with pytest.raises(ValueError, match="max_live_rows must be at least 0, got -1"):
         run("linear_grpo_loss", inputs, "cpu", max_live_rows=-1)
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize("rows", [1, 2, 3, 5, 7, 10, 13])
+def test_few_rows_lose_no_more_digits_than_many(rows: int, threads: int) -> None:
+    """Libraries sum the vocabulary in sequence for very few rows: one on Intel, up to three on AMD, or in a thread.
+
+    The same rows alone and among others, each by its own size: what is not the sum's is then alike.
+    """
+    torch.manual_seed(0)
+    hidden, weight = torch.randn(16, 16), 0.02 * torch.randn(129280, 16)
+    dlogits = (hidden @ weight.mT).softmax(-1)
+    exact = dlogits.double() @ weight.double()
+
+    def error(count: int) -> Tensor:  # [count]
+        off = project_back(dlogits[:count], weight, torch.float32).double() - exact[:count]
+        return off.norm(dim=-1) / exact[:count].norm(dim=-1)
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        assert error(rows).max() <= 4 * error(16).max()
+    finally:
+        torch.set_num_threads(before)

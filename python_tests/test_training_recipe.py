@@ -204,3 +204,13 @@ def test_a_dataset_without_a_model_is_refused(tmp_path):
         data.load_task(Recipe(dataset_name=str(path), num_eval_prompts=0))
     with pytest.raises(ValueError, match=r"at least 1 training rows .* got 0"):
         data.load_task(Recipe(dataset_name=str(path), num_eval_prompts=4))
+
+
+def test_names_and_defaults_of_rollouts_are_trls():
+    trl = pytest.importorskip("trl")
+    ours = Recipe()
+    theirs = {field.name: field.default for field in trl.GRPOConfig.__dataclass_fields__.values()}
+    for name in theirs.keys() & vars(ours).keys():
+        if name.startswith(("vllm_", "use_vllm", "use_transformers", "transformers_")) and name != "vllm_mode":
+            assert getattr(ours, name) == theirs[name], name
+    assert theirs.keys() >= {name for name in vars(ours) if name.startswith("vllm_")} - {"vllm_generation_timeout"}

@@ -391,13 +391,3 @@ def test_a_correction_is_trls_and_needs_a_server():
     assert recipe_of(use_vllm=True, vllm_importance_sampling_correction=False).loss_config().rollout_correction is None
     open_above = recipe_of(use_vllm=True, vllm_importance_sampling_clip_max=float("inf"))
     assert open_above.loss_config().rollout_clip_max is None
-
-
-def test_names_and_defaults_are_trls():
-    trl = pytest.importorskip("trl")
-    ours = recipe_of()
-    theirs = {field.name: field.default for field in trl.GRPOConfig.__dataclass_fields__.values()}
-    for name in theirs.keys() & vars(ours).keys():
-        if name.startswith(("vllm_", "use_vllm", "use_transformers", "transformers_")) and name != "vllm_mode":
-            assert getattr(ours, name) == theirs[name], name
-    assert theirs.keys() >= {name for name in vars(ours) if name.startswith("vllm_")} - {"vllm_generation_timeout"}

@@ -30,42 +30,42 @@ struct Loss {
 
 // What is read of a token beside its logits: one value a lane of the block's last warp, all at once, so that they are
 // there when the row's statistics are; then in shared memory, for the thread that plans the row.
+enum Input { kTarget, kAdvantage, kPolicyWeight, kKlWeight, kEntropyWeight, kOldLogprob, kRefLogprob, kInputCount };
+
 template <class R>
 struct TokenInputs {
   int id;
-  R target;  // v of its logit
-  R advantage, policy_weight, kl_weight, entropy_weight, old_logprob, ref_logprob;
+  R values[kInputCount];  // kTarget: v of its logit
 };
 
 template <bool kPlain, class T>
 struct InputReader {
   using R = Arithmetic<T>;
-  static constexpr int kLanes = 7;
   int id = 0;
   R value = 0;
 
   __device__ __forceinline__ void start(const Loss<R>& loss, const T* row, int n) {
     const int lane = lane_of_reader();
-    if (lane < 0 || lane >= kLanes) return;
-    if (lane == 0) {
+    if (lane < 0 || lane >= kInputCount) return;
+    if (lane == kTarget) {
       id = held_inside(loss.ids[n], n, loss.space.vocab, loss.first_bad);
       value = element(row[id]);
       return;
     }
-    const R* const from = lane == 1   ? loss.advantages
-                          : lane == 2 ? loss.policy_weights
-                          : lane == 3 ? loss.kl_weights
-                          : lane == 4 ? loss.entropy_weights
-                          : lane == 5 ? loss.old_logprobs
-                                      : loss.ref_logprobs;
+    const R* const from = lane == kAdvantage       ? loss.advantages
+                          : lane == kPolicyWeight  ? loss.policy_weights
+                          : lane == kKlWeight      ? loss.kl_weights
+                          : lane == kEntropyWeight ? loss.entropy_weights
+                          : lane == kOldLogprob    ? loss.old_logprobs
+                                                   : loss.ref_logprobs;
     if (from != nullptr) value = from[n];
   }
 
   __device__ __forceinline__ void finish(const RowTransform<R>& f, TokenInputs<R>& inputs) const {
     const int lane = lane_of_reader();
-    if (lane < 0 || lane >= kLanes) return;
-    if (lane == 0) inputs.id = id;
-    (&inputs.target)[lane] = lane == 0 ? curved<kPlain>(value, f) : value;
+    if (lane < 0 || lane >= kInputCount) return;
+    if (lane == kTarget) inputs.id = id;
+    inputs.values[lane] = lane == kTarget ? curved<kPlain>(value, f) : value;
   }
 
   static __device__ __forceinline__ int lane_of_reader() {
@@ -84,12 +84,12 @@ struct RowPlan {
 template <bool kPlain, class R>
 __device__ __forceinline__ RowPlan<R> plan_row(const Loss<R>& loss, const TokenInputs<R>& in,
                                                const RowResult<R>& result) {
-  const R log_ratio = result.logprob - (loss.old_logprobs ? in.old_logprob : result.logprob);  // or a NaN's NaN
+  const R log_ratio = result.logprob - (loss.old_logprobs ? in.values[kOldLogprob] : result.logprob);  // or a NaN's NaN
   const TokenLoss<R> token =
-      token_loss(result.logprob, log_ratio, log_ratio, loss.ref_logprobs ? &in.ref_logprob : nullptr, in.advantage,
-                 in.policy_weight, in.kl_weight, loss.options);
-  const R c = token.dlog_ratio + token.dlogprob, c_h = -in.entropy_weight;
-  const R own_slope = slope_at<kPlain>(in.target, loss.transform);
+      token_loss(result.logprob, log_ratio, log_ratio, loss.ref_logprobs ? &in.values[kRefLogprob] : nullptr,
+                 in.values[kAdvantage], in.values[kPolicyWeight], in.values[kKlWeight], loss.options);
+  const R c = token.dlog_ratio + token.dlogprob, c_h = -in.values[kEntropyWeight];
+  const R own_slope = slope_at<kPlain>(in.values[kTarget], loss.transform);
   return {gradient_weights(result.offset, result.log_sum, result.logprob, result.entropy, c, c_h, own_slope,
                            loss.transform.slope),
           in.id, c != 0 || c_h != 0};
@@ -177,7 +177,7 @@ loss_on_chip(const __grid_constant__ Loss<Arithmetic<T>> loss) {
         }
       }
       if (is_leader) {
-        const RowResult<R> result = row_result(state, shared.inputs.target, loss.transform.rate);
+        const RowResult<R> result = row_result(state, shared.inputs.values[kTarget], loss.transform.rate);
         shared.plan = plan_row<kPlain>(loss, shared.inputs, result);
         if (rank == 0) write_token(loss, token.n, result.logprob, result.entropy, shared.plan.is_live);
       }
@@ -243,7 +243,7 @@ loss_in_two_passes(const __grid_constant__ Loss<Arithmetic<T>> loss) {
       reader.finish(loss.transform, shared.inputs);
       const Softmax<R> state = softmax_over_block<kTwoPassThreads<T>>(own, shared.parts, loss.transform.rate);
       if (is_leader) {
-        const RowResult<R> result = row_result(state, shared.inputs.target, loss.transform.rate);
+        const RowResult<R> result = row_result(state, shared.inputs.values[kTarget], loss.transform.rate);
         shared.plan = plan_row<kPlain>(loss, shared.inputs, result);
         write_token(loss, token.n, result.logprob, result.entropy, shared.plan.is_live);
       }

@@ -142,15 +142,12 @@ def _add_live(  # type: ignore[no-untyped-def]
     backend, grads, dlogits, inputs, live, which
 ) -> None:
     """Adds a chunk, without its dead rows if they are known."""
-    if live is None:
-        grads.add(dlogits, inputs, which)
-        return
-    packed, index = pack_live(backend, dlogits, live)
-    if packed.shape[0] == inputs.shape[0]:
-        grads.add(dlogits, inputs, which)
-        return
-    rows = index + which.start if isinstance(which, slice) else which[index]
-    grads.add(packed, inputs[index], rows)
+    index = None
+    if live is not None:
+        dlogits, index = pack_live(backend, dlogits, live)
+    if index is not None:
+        inputs, which = inputs[index], index + which.start if isinstance(which, slice) else which[index]
+    grads.add(dlogits, inputs, which)
 
 
 def _fake(hidden, weight, bias, compute_dtype, logits_dtype, workspace_bytes, *options):  # type: ignore[no-untyped-def]

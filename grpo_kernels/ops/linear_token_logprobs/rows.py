@@ -100,18 +100,19 @@ def row_chunks(begin: int, end: int, row_bytes: int, workspace_bytes: int, multi
         yield slice(start, min(start + size, end))
 
 
-def pack_live(backend: str, values: Tensor, live: Tensor) -> tuple[Tensor, Tensor]:  # [n, V], [n] -> [m, V], [m]
-    """The live rows of ``values``, in its memory, and which rows they were. One sync, for their number.
+def pack_live(backend: str, values: Tensor, live: Tensor) -> tuple[Tensor, Tensor | None]:
+    """The live rows of ``values [n, V]``, ``[m, V]`` in its memory, and which rows they were; None where all are kept.
 
-    "cuda" moves no more rows than there are dead ones, in whatever order that makes; elsewhere the order is kept.
+    One sync, for their number. "cuda" moves no more rows than there are dead ones, in whatever order that makes;
+    elsewhere the order is kept, and rows stay where moving them would cost more than their GEMMs.
     """
     if backend == "cuda":
         order, count = torch.ops.grpo_kernels.pack_rows_cuda(values, live)
         number = int(count)
-        return values[:number], order[:number]
+        return values[:number], None if number == live.shape[0] else order[:number]
     index = live.nonzero()[:, 0]
     if index.shape[0] >= (1 - _WORTH_PACKING) * live.shape[0]:
-        return values, torch.arange(live.shape[0], device=live.device)
+        return values, None
     return pack_rows(values, index), index
 
 
