@@ -50,7 +50,7 @@ test-full: lint
 
 bench: $(VENV)/.bench
 	$(BIN)/python -m pytest benchmarks --benchmark-only; status=$$?; \
-	$(BIN)/grpo-kernels bench report --readme README.md && exit $$status
+	$(BIN)/python benchmarks/report.py --readme README.md && exit $$status
 
 bench-quick: $(VENV)/.bench
 	$(BIN)/python -m pytest benchmarks --benchmark-only --quick

@@ -17,10 +17,10 @@ import torch
 from interleaved import Comparison
 from memory import available
 from qualify import Sizes, Verdicts, qualify
+from records import Results
+from tables import OURS, terminal_lines
 
 from grpo_kernels import registry
-from grpo_kernels.bench.results import Results
-from grpo_kernels.bench.tables import OURS, terminal_lines
 from grpo_kernels.version import __version__
 
 _STORE = pytest.StashKey["Store"]()

@@ -28,15 +28,15 @@ from pathlib import Path
 from typing import Any
 
 import dram
+import tables
 import torch
 from gpu_work import CASES, Sizes, accuracy, comparisons
 from interleaved import Comparison, failure
 from providers import GPU_BACKENDS, OURS, providers
 from qualify import qualify
+from records import Results
 
 from grpo_kernels import registry
-from grpo_kernels.bench import tables
-from grpo_kernels.bench.results import Results
 from grpo_kernels.version import __version__
 
 ROOT = Path(__file__).parents[1]

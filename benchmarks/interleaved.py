@@ -13,8 +13,7 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
-
-from grpo_kernels.bench.results import Row
+from records import Row
 
 if TYPE_CHECKING:
     from pytest_benchmark.fixture import BenchmarkFixture

@@ -16,10 +16,10 @@ from pathlib import Path
 import torch
 from naive import loss_of_logprobs, naive_logprobs
 from problems import Function, Problem
+from tables import OURS
 from torch import Tensor
 
 from grpo_kernels import grpo_loss, linear_grpo_loss, linear_token_logprobs, registry, token_logprobs
-from grpo_kernels.bench.tables import OURS
 
 #: Log-probs [N] of hidden states [N, H], a head [V, H] and ids [N].
 Head = Callable[[Tensor, Tensor, Tensor], Tensor]

@@ -29,10 +29,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     page = found.add_parser("report", help="an HTML page of a run: curves, samples, configuration")
     page.add_argument("run", type=Path, help="its output_dir")
     found.add_parser("info", help="versions, backends and the compiled extension's build")
-    bench = found.add_parser("bench", help="results of the benchmarks").add_subparsers(dest="what", required=True)
-    report = bench.add_parser("report", help="tables, charts and the README from the newest result of each device")
-    report.add_argument("results", type=Path, nargs="?", default=Path("benchmarks/results"))
-    report.add_argument("--readme", type=Path, help="whose blocks of results to fill")
     arguments, rest = parser.parse_known_args(argv)
     if os.getcwd() not in sys.path:  # for "module:function" of the folder at hand, which a console script leaves out
         sys.path.append(os.getcwd())
@@ -44,9 +40,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return commands.stage(arguments.command, arguments.recipe, rest)
     if rest:
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
-    if arguments.command == "report":
-        return _page(arguments.run)
-    return _report(arguments.results, arguments.readme) if arguments.command == "bench" else _info()
+    return _page(arguments.run) if arguments.command == "report" else _info()
 
 
 def _page(run: Path) -> int:
@@ -58,19 +52,6 @@ def _page(run: Path) -> int:
         return commands.fail(f"reports need the extra grpo-kernels[train]: {error}")
     except (ValueError, OSError) as error:
         return commands.fail(str(error))
-    return 0
-
-
-def _report(results: Path, readme: Path | None) -> int:
-    try:
-        from grpo_kernels.bench.report import report
-
-        written = report(results, readme)
-    except ImportError as error:
-        return commands.fail(f"charts need the extra grpo-kernels[bench]: {error}")
-    except (OSError, ValueError) as error:
-        return commands.fail(str(error))
-    print("\n".join(map(str, written)))
     return 0
 
 

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from hypothesis import strategies as st
+from testing.inputs import Inputs
 from torch import Tensor
 
 from grpo_kernels import GRPOLossConfig
@@ -18,7 +19,6 @@ from grpo_kernels.options import (
     LOSS_AGG_MODES,
     LOSS_TYPES,
 )
-from grpo_kernels.testing.inputs import Inputs
 
 TRL_LOSS_TYPES = ("grpo", "bnpo", "dr_grpo", "dapo", "luspo", "cispo", "sapo", "vespo")
 _WITHOUT_LEVEL = ("vespo", "gmpo", "reinforce", "clip_cov", "kl_cov")

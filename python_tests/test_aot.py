@@ -17,13 +17,14 @@ triton = pytest.importorskip("triton", reason="Triton is not installed")
 if triton.knobs.runtime.interpret:
     pytest.skip("the interpreter compiles nothing", allow_module_level=True)
 
+from testing.calls import SOURCES, applies, run  # noqa: E402
+from testing.cases import Case  # noqa: E402
+from testing.compiled import TARGETS, Launch, launches, loop_instructions, resources  # noqa: E402
+from testing.inputs import build  # noqa: E402
+
 from grpo_kernels import GRPOLossConfig, gae, group_advantages  # noqa: E402
 from grpo_kernels.ops.linear_token_logprobs import rows  # noqa: E402
 from grpo_kernels.ops.token_logprobs import triton_rows  # noqa: E402
-from grpo_kernels.testing.calls import SOURCES, applies, run  # noqa: E402
-from grpo_kernels.testing.cases import Case  # noqa: E402
-from grpo_kernels.testing.compiled import TARGETS, Launch, launches, loop_instructions, resources  # noqa: E402
-from grpo_kernels.testing.inputs import build  # noqa: E402
 
 EVERYTHING = GRPOLossConfig(beta=0.1, entropy_coef=0.05)
 SEQUENCE = GRPOLossConfig(beta=0.1, importance_sampling_level="sequence")

@@ -6,12 +6,12 @@ from typing import Any
 
 import pytest
 import torch
+from testing.calls import BACKENDS, SOURCES, applies, call, leaves, run
+from testing.cases import INPUT_CASES, LOSS_CASES, Case
+from testing.inputs import build
 from torch import Tensor
 
 from grpo_kernels import GRPOLossConfig, grpo_loss, linear_grpo_loss, policy_loss, token_logprobs
-from grpo_kernels.testing.calls import BACKENDS, SOURCES, applies, call, leaves, run
-from grpo_kernels.testing.cases import INPUT_CASES, LOSS_CASES, Case
-from grpo_kernels.testing.inputs import build
 
 pytestmark = pytest.mark.usefixtures("poison")
 CASES = {case.name: case for case in (*INPUT_CASES, *LOSS_CASES)}

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from testing.calls import BACKENDS
 
 from grpo_kernels import (
     GRPOLossConfig,
@@ -21,7 +22,6 @@ from grpo_kernels import (
     registry,
     token_logprobs,
 )
-from grpo_kernels.testing.calls import BACKENDS
 
 B, T, V, H = 2, 3, 7, 4
 IDS, MASK, ADVANTAGES = torch.tensor([[0, 1, 2], [3, 4, 6]]), torch.ones(B, T), torch.tensor([1.0, -1.0])

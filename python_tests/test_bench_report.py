@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import charts
 import pytest
-
-from grpo_kernels.bench import charts, tables
-from grpo_kernels.bench.report import markdown_report, report
-from grpo_kernels.bench.results import Results, Row, newest
-from grpo_kernels.cli import main
+import tables
+from records import Results, Row, newest
+from report import main, markdown_report, report
 
 ROOT = Path(__file__).parents[1]
 FOLDERS = sorted({path.parent for path in (ROOT / "benchmarks" / "results").glob("*/*.json")})
@@ -18,7 +17,7 @@ FOLDERS = sorted({path.parent for path in (ROOT / "benchmarks" / "results").glob
 @pytest.mark.parametrize("folder", FOLDERS, ids=lambda folder: folder.name)
 def test_committed_tables_and_charts_are_of_the_newest_result(folder: Path) -> None:
     results = Results.load(newest(folder))
-    again = "run: grpo-kernels bench report --readme README.md"
+    again = "run: python benchmarks/report.py --readme README.md"
     assert (folder / "report.md").read_text() == markdown_report(results), again
     assert charts.stale(results, folder) == [], again
 
@@ -26,7 +25,7 @@ def test_committed_tables_and_charts_are_of_the_newest_result(folder: Path) -> N
 def test_the_readme_agrees_with_the_results() -> None:
     text = (ROOT / "README.md").read_text()
     assert text.count("<!-- results: ") >= 1
-    assert tables.with_results(text, ROOT) == text, "run: grpo-kernels bench report --readme README.md"
+    assert tables.with_results(text, ROOT) == text, "run: python benchmarks/report.py --readme README.md"
 
 
 def timed(provider: str, median_ms: float, live: float = 1.0, tokens: int = 512, **options: object) -> Row:
@@ -99,7 +98,7 @@ def test_the_command_writes_all(results: Results, tmp_path: Path, capsys: pytest
     readme = tmp_path / "README.md"
     block = "<!-- results: results/here {} -->\nold\n<!-- end of results -->\nafter\n"
     readme.write_text("before\n" + block.format("hidden"))
-    assert main(["bench", "report", str(tmp_path / "results"), "--readme", str(readme)]) == 0
+    assert main([str(tmp_path / "results"), "--readme", str(readme)]) == 0
     filled = readme.read_text()
     assert filled.startswith("before\n<!-- results") and filled.endswith("<!-- end of results -->\nafter\n")
     assert "| grpo_kernels | 110 ms" in filled and "old" not in filled
@@ -113,6 +112,6 @@ def test_the_command_writes_all(results: Results, tmp_path: Path, capsys: pytest
     report(tmp_path / "results", None)
     assert tables.with_results(filled, tmp_path) == filled
     readme.write_text(block.format("unknown"))
-    assert main(["bench", "report", str(tmp_path / "results"), "--readme", str(readme)]) == 2
+    assert main([str(tmp_path / "results"), "--readme", str(readme)]) == 2
     assert "has no work unknown" in capsys.readouterr().err
-    assert main(["bench", "report", str(tmp_path / "empty")]) == 2
+    assert main([str(tmp_path / "empty")]) == 2

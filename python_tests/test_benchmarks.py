@@ -15,8 +15,7 @@ from typing import Any
 
 import pytest
 import torch
-
-from grpo_kernels.bench.results import Results
+from records import Results
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 CASES = [("logits", "float32"), ("hidden", "float32"), ("logprobs", "float32"), ("upstream", "float32")]
@@ -160,7 +159,7 @@ def test_an_interrupted_run_leaves_what_finished(tmp_path: Path) -> None:
     script = """
         import sys
         from pathlib import Path
-        from grpo_kernels.bench.results import Results, Row
+        from records import Results, Row
         results = Results("here", "2026-01-01", {})
         for i in range(10**6):
             results.rows.append(Row("hidden", f"title {i}", "ours", {"N": i}, "float32", median_ms=1.0, p20_ms=1.0,
@@ -169,7 +168,8 @@ def test_an_interrupted_run_leaves_what_finished(tmp_path: Path) -> None:
             print(i, flush=True)
     """
     path = tmp_path / "results.json"
-    process = subprocess.Popen([sys.executable, "-c", textwrap.dedent(script), str(path)], stdout=subprocess.PIPE)
+    command = [sys.executable, "-c", textwrap.dedent(script), str(path)]
+    process = subprocess.Popen(command, cwd=BENCHMARKS, stdout=subprocess.PIPE)
     for _ in itertools.islice(process.stdout, 50):
         pass
     time.sleep(0.05)

@@ -7,6 +7,9 @@ from typing import Any
 
 import pytest
 import torch
+from testing.calls import BACKENDS, SOURCES, applies, call, leaves, run
+from testing.cases import FAMILY_CASES, INPUT_CASES, LOSS_CASES, Case
+from testing.inputs import Inputs, build
 from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -14,9 +17,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import grpo_kernels
 from grpo_kernels import GRPOLossConfig, gae, group_advantages
 from grpo_kernels.ops.library import KERNEL_BACKENDS
-from grpo_kernels.testing.calls import BACKENDS, SOURCES, applies, call, leaves, run
-from grpo_kernels.testing.cases import FAMILY_CASES, INPUT_CASES, LOSS_CASES, Case
-from grpo_kernels.testing.inputs import Inputs, build
 
 CASES = {case.name: case for case in (*INPUT_CASES, *LOSS_CASES, *FAMILY_CASES)}
 #: One of each way through the code.

@@ -7,13 +7,13 @@ from functools import cache
 
 import pytest
 import torch
+from testing.assertions import assert_near_baseline
+from testing.calls import SOURCES, applies, rounded_dlogits, run
+from testing.cases import ALL_CASES, FAMILY_CASES, VARIANT_CASES, VOCABULARY_CASES, Case
+from testing.emulated import emulated
+from testing.inputs import Inputs, build
 
 from grpo_kernels import registry
-from grpo_kernels.testing.assertions import assert_near_baseline
-from grpo_kernels.testing.calls import SOURCES, applies, rounded_dlogits, run
-from grpo_kernels.testing.cases import ALL_CASES, FAMILY_CASES, VARIANT_CASES, VOCABULARY_CASES, Case
-from grpo_kernels.testing.emulated import emulated
-from grpo_kernels.testing.inputs import Inputs, build
 
 pytestmark = pytest.mark.usefixtures("poison", "one_thread")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)

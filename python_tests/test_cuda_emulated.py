@@ -6,15 +6,15 @@ from collections.abc import Iterator
 
 import pytest
 import torch
+from testing.assertions import assert_near_baseline
+from testing.calls import call, leaves, run
+from testing.cases import FOUND_CASES, INPUT_CASES, LOSS_CASES, Case
+from testing.emulated import emulated
+from testing.inputs import build
 from torch import Tensor
 
 from grpo_kernels import GRPOLossConfig, check_device_values, grpo_loss, registry
 from grpo_kernels.ops.linear_token_logprobs import head
-from grpo_kernels.testing.assertions import assert_near_baseline
-from grpo_kernels.testing.calls import call, leaves, run
-from grpo_kernels.testing.cases import FOUND_CASES, INPUT_CASES, LOSS_CASES, Case
-from grpo_kernels.testing.emulated import emulated
-from grpo_kernels.testing.inputs import build
 
 if registry.cuda_architectures():
     pytest.skip("test_gpu.py runs the kernels themselves", allow_module_level=True)

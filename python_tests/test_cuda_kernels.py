@@ -7,10 +7,10 @@ from collections.abc import Iterator
 
 import pytest
 import torch
+from testing.emulated import emulated
 from torch import Tensor
 
 from grpo_kernels import check_device_values, group_advantages
-from grpo_kernels.testing.emulated import emulated
 
 CPU = torch.device("cpu")
 OPS = torch.ops.grpo_kernels

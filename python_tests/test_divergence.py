@@ -6,6 +6,7 @@ import math
 
 import pytest
 import torch
+from testing.calls import BACKENDS
 from torch import Tensor
 
 from grpo_kernels import (
@@ -22,7 +23,6 @@ from grpo_kernels import (
 from grpo_kernels.ops.linear_token_divergence.reference import Reference, ReferenceRows
 from grpo_kernels.ops.linear_token_logprobs.rows import Rows
 from grpo_kernels.options import DIVERGENCES
-from grpo_kernels.testing.calls import BACKENDS
 
 KERNELS = [backend for backend in BACKENDS if backend != "torch"]
 HALF, QUARTER = math.log(2), math.log(4)

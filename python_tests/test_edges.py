@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from testing.calls import BACKENDS
 from torch import Tensor
 
 from grpo_kernels import (
@@ -21,7 +22,6 @@ from grpo_kernels import (
     token_logprobs,
 )
 from grpo_kernels.ops.library import lazily
-from grpo_kernels.testing.calls import BACKENDS
 
 
 def _problem(batch: int = 2, length: int = 3, vocab: int = 11) -> tuple[Tensor, Tensor, Tensor, Tensor]:

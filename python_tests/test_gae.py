@@ -8,10 +8,10 @@ import hypothesis
 import pytest
 import torch
 from hypothesis import strategies as st
+from testing.calls import BACKENDS
 from torch import Tensor
 
 from grpo_kernels import gae
-from grpo_kernels.testing.calls import BACKENDS
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 NAN = float("nan")

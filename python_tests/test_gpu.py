@@ -21,13 +21,13 @@ import cuda_resources
 import pytest
 import torch
 from test_conformance import is_tested
+from testing.assertions import assert_near_baseline
+from testing.calls import SOURCES, rounded_dlogits, run
+from testing.cases import ALL_CASES, Case
+from testing.inputs import Inputs, build
 from torch import Tensor
 
 from grpo_kernels import GRPOLossConfig, check_device_values, grpo_loss, linear_grpo_loss, registry, token_logprobs
-from grpo_kernels.testing.assertions import assert_near_baseline
-from grpo_kernels.testing.calls import SOURCES, rounded_dlogits, run
-from grpo_kernels.testing.cases import ALL_CASES, Case
-from grpo_kernels.testing.inputs import Inputs, build
 
 ON_GPU = torch.cuda.is_available()
 DEVICE = torch.device("cuda" if ON_GPU else "cpu")

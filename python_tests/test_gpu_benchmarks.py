@@ -13,10 +13,10 @@ from types import SimpleNamespace
 import cuda_resources
 import pytest
 import torch
+from records import Results, Row
+from testing.emulated import emulated
 
 from grpo_kernels import registry
-from grpo_kernels.bench.results import Results, Row
-from grpo_kernels.testing.emulated import emulated
 
 ROOT = Path(__file__).parents[1]
 CPU = torch.device("cpu")

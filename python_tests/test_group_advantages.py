@@ -8,11 +8,11 @@ from typing import Any
 
 import pytest
 import torch
+from testing.assertions import assert_near_baseline
+from testing.calls import BACKENDS
 from torch import Tensor
 
 from grpo_kernels import group_advantages
-from grpo_kernels.testing.assertions import assert_near_baseline
-from grpo_kernels.testing.calls import BACKENDS
 
 pytestmark = pytest.mark.usefixtures("poison")
 NAN = float("nan")

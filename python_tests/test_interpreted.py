@@ -14,6 +14,9 @@ if not triton.knobs.runtime.interpret:
     pytest.skip("test_triton.py runs these under the interpreter", allow_module_level=True)
 
 import triton.language as tl  # noqa: E402
+from testing.calls import call, leaves, rounded_dlogits, run  # noqa: E402
+from testing.cases import INPUT_CASES, LOSS_CASES, Case  # noqa: E402
+from testing.inputs import build  # noqa: E402
 
 from grpo_kernels import GRPOLossConfig, check_device_values, grpo_loss  # noqa: E402
 from grpo_kernels.ops.device_values import first_bad  # noqa: E402
@@ -21,9 +24,6 @@ from grpo_kernels.ops.grpo_loss import triton_kernels as loss_kernels  # noqa: E
 from grpo_kernels.ops.linear_token_logprobs import head  # noqa: E402
 from grpo_kernels.ops.token_logprobs import triton_kernels, triton_math  # noqa: E402
 from grpo_kernels.ops.token_logprobs.triton_rows import Blocks  # noqa: E402
-from grpo_kernels.testing.calls import call, leaves, rounded_dlogits, run  # noqa: E402
-from grpo_kernels.testing.cases import INPUT_CASES, LOSS_CASES, Case  # noqa: E402
-from grpo_kernels.testing.inputs import build  # noqa: E402
 
 OPS = torch.ops.grpo_kernels
 CPU = torch.device("cpu")

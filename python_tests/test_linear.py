@@ -9,13 +9,13 @@ from typing import Any
 
 import pytest
 import torch
+from testing.calls import call, leaves, run
+from testing.cases import FAMILY_CASES, INPUT_CASES, LOSS_CASES, VOCABULARY_CASES, Case
+from testing.inputs import Inputs, build
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
 from grpo_kernels import GRPOLossConfig, grpo_loss, linear_grpo_loss, linear_token_logprobs, token_logprobs
-from grpo_kernels.testing.calls import call, leaves, run
-from grpo_kernels.testing.cases import FAMILY_CASES, INPUT_CASES, LOSS_CASES, VOCABULARY_CASES, Case
-from grpo_kernels.testing.inputs import Inputs, build
 
 CASES = {case.name: case for case in (*INPUT_CASES, *LOSS_CASES, *FAMILY_CASES)}
 LINEAR = ("linear_token_logprobs", "linear_grpo_loss")

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import pytest
 import torch
+from testing.calls import run
+from testing.cases import Case
+from testing.inputs import build
 from torch import Tensor
 
 from grpo_kernels import GRPOLossConfig
 from grpo_kernels.ops.linear_token_logprobs.head import project_back
 from grpo_kernels.ops.linear_token_logprobs.rows import pack_rows, row_chunks
-from grpo_kernels.testing.calls import run
-from grpo_kernels.testing.cases import Case
-from grpo_kernels.testing.inputs import build
 
 
 def test_chunks_are_of_about_equal_size_and_of_a_multiple() -> None:

@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 import torch
+from testing.calls import BACKENDS
 
 from grpo_kernels import AdaptiveEntropy, GRPOLossConfig, grpo_loss, linear_grpo_loss, policy_loss, token_logprobs
-from grpo_kernels.testing.calls import BACKENDS
 
 # Two completions of two and one tokens, ratios 1.5, 0.5 and 0.5, advantages 1 and -1.
 P = (0.3, 0.2, 0.4)

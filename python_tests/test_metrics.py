@@ -7,13 +7,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from testing.calls import BACKENDS
+from testing.cases import Case
+from testing.inputs import Inputs, build
 from torch import distributed, multiprocessing
 
 from grpo_kernels import GRPOLossConfig, policy_loss
 from grpo_kernels.ops.policy_loss.metrics import PolicyMetrics
-from grpo_kernels.testing.calls import BACKENDS
-from grpo_kernels.testing.cases import Case
-from grpo_kernels.testing.inputs import Inputs, build
 
 CONFIGS = {
     level: GRPOLossConfig(beta=0.1, importance_sampling_level=level, loss_type="grpo")

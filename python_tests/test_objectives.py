@@ -7,10 +7,10 @@ from typing import Any
 
 import pytest
 import torch
+from testing.calls import BACKENDS
 from torch import Tensor
 
 from grpo_kernels import dpo_loss, linear_token_logprobs, reward_model_loss, sft_loss
-from grpo_kernels.testing.calls import BACKENDS
 
 
 def _head() -> tuple[Tensor, Tensor, Tensor, Tensor]:

@@ -1,4 +1,4 @@
-"""Shapes, masks and values by hypothesis; a case that it finds is kept in ``grpo_kernels.testing.cases``."""
+"""Shapes, masks and values by hypothesis; a case that it finds is kept in ``testing.cases``."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ import pytest
 import torch
 from drawn import are_top_covariances_settled, configs
 from hypothesis import strategies as st
+from testing.assertions import ATOL, assert_near_baseline
+from testing.calls import SOURCES, applies, run
+from testing.cases import Case
+from testing.inputs import Inputs, build
 from torch import Tensor
 
 from grpo_kernels import GRPOLossConfig, group_advantages
 from grpo_kernels.options import DIVERGENCES
-from grpo_kernels.testing.assertions import ATOL, assert_near_baseline
-from grpo_kernels.testing.calls import SOURCES, applies, run
-from grpo_kernels.testing.cases import Case
-from grpo_kernels.testing.inputs import Inputs, build
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -7,6 +7,9 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from testing.calls import BACKENDS, SOURCES, applies, call, leaves
+from testing.cases import FAMILY_CASES, INPUT_CASES, LOSS_CASES, VARIANT_CASES, Case
+from testing.inputs import Inputs, build
 from torch import Tensor
 
 from grpo_kernels import (
@@ -18,9 +21,6 @@ from grpo_kernels import (
     token_logprobs,
 )
 from grpo_kernels.options import Level
-from grpo_kernels.testing.calls import BACKENDS, SOURCES, applies, call, leaves
-from grpo_kernels.testing.cases import FAMILY_CASES, INPUT_CASES, LOSS_CASES, VARIANT_CASES, Case
-from grpo_kernels.testing.inputs import Inputs, build
 
 SMOOTH = [
     case

@@ -6,12 +6,12 @@ from collections.abc import Iterator
 
 import pytest
 import torch
+from testing.assertions import assert_near_baseline
+from testing.calls import applies, run
+from testing.cases import INPUT_CASES, VOCABULARY_CASES, Case
+from testing.inputs import build
 
 from grpo_kernels import registry, token_logprobs
-from grpo_kernels.testing.assertions import assert_near_baseline
-from grpo_kernels.testing.calls import applies, run
-from grpo_kernels.testing.cases import INPUT_CASES, VOCABULARY_CASES, Case
-from grpo_kernels.testing.inputs import build
 
 pytestmark = pytest.mark.usefixtures("poison", "one_thread")
 LEVELS = ("baseline", "avx2", "avx512")

@@ -12,9 +12,8 @@ from pathlib import Path
 
 import pytest
 import torch
-
-from grpo_kernels.bench.results import Results
-from grpo_kernels.testing.calls import SOURCES
+from records import Results
+from testing.calls import SOURCES
 
 TESTS = Path(__file__).parent
 TABLE = TESTS.parent / "grpo_kernels" / "ops" / "token_logprobs" / "triton_blocks.json"

@@ -12,12 +12,12 @@ import pytest
 import torch
 from drawn import TRL_LOSS_TYPES, configs
 from hypothesis import strategies as st
+from testing.calls import BACKENDS
+from testing.cases import FAMILY_CASES, VARIANT_CASES, Case
+from testing.inputs import Inputs, build
 from torch import Tensor
 
 from grpo_kernels import AdaptiveEntropy, GRPOLossConfig, group_advantages, policy_loss, presets
-from grpo_kernels.testing.calls import BACKENDS
-from grpo_kernels.testing.cases import FAMILY_CASES, VARIANT_CASES, Case
-from grpo_kernels.testing.inputs import Inputs, build
 
 trl = pytest.importorskip("trl")
 

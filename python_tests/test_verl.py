@@ -16,12 +16,12 @@ import numpy as np
 import pytest
 import torch
 from hypothesis import strategies as st
+from testing.calls import BACKENDS
+from testing.cases import Case
+from testing.inputs import build
 from torch import Tensor
 
 from grpo_kernels import GRPOLossConfig, gae, group_advantages, policy_loss, presets
-from grpo_kernels.testing.calls import BACKENDS
-from grpo_kernels.testing.cases import Case
-from grpo_kernels.testing.inputs import build
 
 if importlib.util.find_spec("verl") is None:
     pytest.skip("verl is not installed", allow_module_level=True)

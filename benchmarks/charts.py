@@ -11,8 +11,9 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from grpo_kernels.bench.results import Results, Row
-from grpo_kernels.bench.tables import OURS, scaling
+from records import Results, Row
+from tables import OURS, scaling
+
 from grpo_kernels.files import replacing
 
 if TYPE_CHECKING:

@@ -20,8 +20,8 @@ from grpo_kernels.ops.policy_loss import policy_loss
 from grpo_kernels.ops.token_divergence import token_divergence
 from grpo_kernels.ops.token_logprobs import token_logprobs
 from grpo_kernels.ops.token_logprobs.reference import OUTPUTS
-from grpo_kernels.testing.cases import Case
-from grpo_kernels.testing.inputs import Inputs
+from testing.cases import Case
+from testing.inputs import Inputs
 
 #: The backends that run on the CPU, here and now.
 BACKENDS = tuple(name for name in registry.BACKENDS if registry.supports("grpo_loss", name, torch.device("cpu")))

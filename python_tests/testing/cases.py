@@ -11,7 +11,7 @@ from grpo_kernels.options import DIVERGENCES, KL_ESTIMATORS, KL_GRADIENTS, ROLLO
 
 @dataclass(frozen=True)
 class Case:
-    """A recipe for inputs; ``grpo_kernels.testing.inputs.build`` makes the tensors.
+    """A recipe for inputs; ``testing.inputs.build`` makes the tensors.
 
     Args:
         name: What is peculiar about it.

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from grpo_kernels.ops.sequences import Sequences
 from grpo_kernels.ops.token_logprobs import reference
-from grpo_kernels.testing.cases import Case
+from testing.cases import Case
 
 #: Ratios of the policies, well off every clip bound that the cases use (0.8, 1.2, 1.28; delta 1.6; 1).
 _RATIOS = (0.55, 0.7, 0.9, 0.97, 1.1, 1.24, 1.45, 1.9)

@@ -1,11 +1,16 @@
-"""The command behind ``grpo-kernels bench report``: tables, charts and the README, all from committed results."""
+"""Writes tables, charts and the README's blocks from the newest committed result of each device."""
 
 from __future__ import annotations
 
+import argparse
+import sys
+from collections.abc import Sequence
 from pathlib import Path
 
-from grpo_kernels.bench import charts, tables
-from grpo_kernels.bench.results import Results, newest
+import charts
+import tables
+from records import Results, newest
+
 from grpo_kernels.files import replace_text
 
 
@@ -41,3 +46,22 @@ def markdown_report(results: Results) -> str:
     """Every table of a result, with the run's versions and what its errors are of."""
     parts = [f"# {tables.described(results)}", results.extra.get("checked", ""), tables.markdown(results)]
     return "\n\n".join(part for part in parts if part)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the command line and returns its exit status: 0, or 2 for results that cannot be reported."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("results", type=Path, nargs="?", default=Path(__file__).parent / "results")
+    parser.add_argument("--readme", type=Path, help="whose blocks of results to fill")
+    options = parser.parse_args(argv)
+    try:
+        written = report(options.results, options.readme)
+    except (OSError, ValueError) as error:
+        print(f"report.py: {error}", file=sys.stderr)
+        return 2
+    print("\n".join(map(str, written)))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -7,7 +7,7 @@ import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from grpo_kernels.bench.results import Results, Row, newest
+from records import Results, Row, newest
 
 #: This package among the providers; its variants' names begin with it.
 OURS = "grpo_kernels"

@@ -1,1 +1,0 @@
-"""Results of the benchmarks: their rows, tables and charts."""
