@@ -2,9 +2,9 @@
 #   PYTHON=python3.12 make test     another interpreter (3.11 or newer)
 #   MAX_JOBS=2 make test            fewer compiler processes
 # The targets for a GPU run in an environment of yours, with torch for it, Triton, pytest and hypothesis:
-#   GPU_PYTHON=python3 make gpu
-#   make gpu CUDA_ARCHS=90                          builds the CUDA library in place first, by the nvcc that is there
-#   make gpu GPU_OPTIONS="--only 'checks|^calls'"   a part of it: benchmarks/gpu.py --help
+#   GPU_PYTHON=python3 make gpu                     what to run with how many minutes: benchmarks/GPU.md
+#   make gpu STAGES="alive headline"                some of its stages
+#   make gpu GPU_OPTIONS="--seconds 300"            further options: GPU_OPTIONS=--help
 
 PYTHON ?= python3
 VENV := .venv
@@ -12,6 +12,8 @@ BIN := $(VENV)/bin
 GPU_PYTHON ?= python3
 RESULTS ?= benchmarks/results
 GPU_OPTIONS ?=
+STAGES ?=
+GPU_ARCH ?= 90
 REVISION ?= main
 CUDA_ARCHS ?=
 DIST ?= dist
@@ -22,7 +24,7 @@ PYTEST := $(BIN)/python -m pytest --numprocesses auto --maxprocesses 8 --dist wo
 # A change to one of these builds the package again; Python sources are used in place.
 BUILD_INPUTS := pyproject.toml setup.py CMakeLists.txt grpo_kernels/version.py $(shell find csrc -type f)
 
-.PHONY: demo test test-full bench bench-quick bench-guard gpu tune lint format install wheel check-portable clean help
+.PHONY: demo test test-full bench bench-quick bench-guard gpu gpu-kit tune lint format install wheel check-portable clean help
 
 help:
 	@echo "make demo            train a small reasoning model on the CPU and watch the reward rise"
@@ -30,8 +32,8 @@ help:
 	@echo "make test-full       lint and all tests, the slow ones too"
 	@echo "make bench           benchmarks against every peer, into benchmarks/results;  make bench-quick: small shapes"
 	@echo "make bench-guard     whether this checkout is slower than REVISION (main)"
-	@echo "make gpu             on a GPU: the checks that need one, and the benchmarks, into $(RESULTS);"
-	@echo "                     CUDA_ARCHS=90: the CUDA library for it is built in place first"
+	@echo "make gpu             on a GPU: checks and benchmarks in stages, into $(RESULTS); STAGES=\"alive headline\""
+	@echo "make gpu-kit         here: what a GPU machine without a network needs beside the tree, GPU_ARCH=$(GPU_ARCH)"
 	@echo "make tune            on a GPU: its rows of the table of block sizes"
 	@echo "make install         the package with its training extra, in .venv"
 	@echo "make wheel           a wheel of its own environment, into $(DIST); CUDA_ARCHS=\"80;90;100\": with CUDA kernels for these"
@@ -59,8 +61,10 @@ bench-guard: $(VENV)/.bench
 	$(BIN)/python benchmarks/guard.py $(REVISION)
 
 gpu:
-	$(if $(CUDA_ARCHS),GRPO_KERNELS_CUDA_ARCHS="$(CUDA_ARCHS)" $(GPU_PYTHON) setup.py --quiet build_ext --inplace)
-	PYTHONPATH=.:$(PYTHONPATH) $(GPU_PYTHON) benchmarks/gpu.py --results $(RESULTS) $(GPU_OPTIONS)
+	PYTHONPATH=.:benchmarks:$(PYTHONPATH) $(GPU_PYTHON) -m gpu --results $(RESULTS) $(GPU_OPTIONS) $(STAGES)
+
+gpu-kit: $(VENV)/.torch
+	PYTHONPATH=.:benchmarks $(BIN)/python -m gpu.kit --arch $(GPU_ARCH)
 
 tune:
 	PYTHONPATH=.:$(PYTHONPATH) $(GPU_PYTHON) benchmarks/tune.py

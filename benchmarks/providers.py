@@ -242,8 +242,14 @@ def _ours_rows(backend: str) -> Function:
     return loss
 
 
-def providers(backend: str = "auto") -> tuple[Provider, ...]:
-    """All of them, ours last; ``backend``: of ours."""
+#: Ours on a CPU: the name of a provider, and the backend that it asks for.
+OURS_ON_CPU = {OURS: "auto"}
+#: Ours on a GPU, each backend by its own name: "auto" would be one of them once more.
+OURS_ON_GPU = {f"{OURS}, {label}": backend for backend, label in GPU_BACKENDS.items()}
+
+
+def providers(ours: Mapping[str, str] = OURS_ON_CPU) -> tuple[Provider, ...]:
+    """All of them, ours last; ``ours``: backends by the names of providers."""
     return (
         Provider("naive PyTorch", _of_head(_naive_head) | _of_rows(lambda: naive_logprobs)),
         Provider("torch.compile of naive", _of_head(_compiled_head) | _of_rows(_compiled_rows), compiles=True),
@@ -276,20 +282,13 @@ def providers(backend: str = "auto") -> tuple[Provider, ...]:
                 "upstream": partial(_ours_head, "torch"),
             },
         ),
-        Provider(f"{OURS}, fresh gradient", {"logits": partial(_ours_loss, backend, inplace=False)}),
-        Provider(f"{OURS}, 1/8 workspace", {"hidden": partial(_ours_linear, backend, 1 / 8)}, device="cpu"),
-        Provider(f"{OURS}, logits retained", {"upstream": partial(_ours_head, backend, retained=True)}),
-        *(
-            provider
-            for name, label in GPU_BACKENDS.items()
-            for provider in _ours(f"{OURS}, {label}", name, device="cuda", needs_backend=name)
-        ),
-        *_ours(OURS, backend),
+        *(provider for name, backend in ours.items() for provider in _ours(name, backend)),
     )
 
 
-def _ours(name: str, backend: str, **needs: str) -> tuple[Provider, ...]:
-    """What a backend is held to, in its settings, the plain one last; ``needs``: of ``Provider``."""
+def _ours(name: str, backend: str) -> tuple[Provider, ...]:
+    """A backend in its settings, the plain one last."""
+    needs = {} if backend == "auto" else {"needs_backend": backend}
     every = {
         "logits": partial(_ours_loss, backend),
         "hidden": partial(_ours_linear, backend),
@@ -297,9 +296,13 @@ def _ours(name: str, backend: str, **needs: str) -> tuple[Provider, ...]:
         "upstream": partial(_ours_head, backend),
     }
     half = {"hidden": partial(_ours_linear, backend, logits_dtype=torch.bfloat16)}
+    eighth = {"hidden": partial(_ours_linear, backend, 1 / 8)}
     rows = {"logits": partial(_ours_rows, backend)}
     return (
+        Provider(f"{name}, fresh gradient", {"logits": partial(_ours_loss, backend, inplace=False)}, **needs),
+        Provider(f"{name}, 1/8 workspace", eighth, device="cpu", **needs),
+        Provider(f"{name}, logits retained", {"upstream": partial(_ours_head, backend, retained=True)}, **needs),
         Provider(f"{name}, token_logprobs", rows, in_place=True, **needs),
-        Provider(f"{name}, bf16 logits", half, **{"device": "cuda"} | needs),
+        Provider(f"{name}, bf16 logits", half, device="cuda", **needs),
         Provider(name, every, in_place=True, **needs),
     )

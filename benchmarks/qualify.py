@@ -16,9 +16,10 @@ import signal
 import subprocess
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,8 @@ import torch
 from interleaved import failure
 from memory import Peak, available
 from problems import TASKS, TOLERANCES, Problem, buffer, errors, head_problem, logits_problem, refill
-from providers import Provider, providers
+from providers import OURS_ON_CPU, Provider, providers
+from tables import OURS
 
 #: What is asked of a provider: a task and a dtype.
 Case = tuple[str, str]
@@ -84,7 +86,7 @@ def qualify(
     cases: Sequence[Case],
     sizes: Sizes,
     device: str = "cpu",
-    backend: str = "auto",
+    ours: Mapping[str, str] = OURS_ON_CPU,
     among: Sequence[Provider] | None = None,
     seconds: float = 120,
     processes: int = os.cpu_count() or 1,
@@ -96,28 +98,32 @@ def qualify(
         cases: What to ask.
         sizes: Of the problems.
         device: "cpu" or "cuda".
-        backend: Ours.
-        among: Whom; all, if not given.
-        seconds: That one case may take, and the imports before the first. What times out is not asked again.
+        ours: Our backends by the names of providers. They are checked first, and by themselves.
+        among: Which providers; all, if not given.
+        seconds: That one case may take, and the imports before the first. Of the others on a GPU a third of it.
         processes: How many providers at a time, each with its share of the memory and one thread.
         script: What runs in the processes; a test's own, to try what it must withstand.
     """
 
-    def ask(provider: Provider) -> Verdicts:
+    def ask(provider: Provider, seconds: float) -> Verdicts:
         served = [case for case in cases if case[0] in provider.tasks]
         missing = provider.missing(device)
         if missing:
             return {(provider.name, case): Verdict("cannot run", missing) for case in served}
         found: list[Verdict] = []
         while len(found) < len(served):
-            command = [sys.executable, str(script), provider.name, device, backend]
+            command = [sys.executable, str(script), provider.name, device, json.dumps(dict(ours))]
             found += _one_process(command, served[len(found) :], sizes, seconds, processes)
-            if found[-1].status == "timed out":
-                found += [Verdict("left out", "an earlier task timed out")] * (len(served) - len(found))
         return {(provider.name, case): verdict for case, verdict in zip(served, found, strict=True)}
 
-    with ThreadPoolExecutor(processes) as pool:
-        return {key: verdict for part in pool.map(ask, among or providers(backend)) for key, verdict in part.items()}
+    every = providers(ours) if among is None else among
+    groups = [[one for one in every if one.name.startswith(OURS) == is_ours] for is_ours in (True, False)]
+    found: Verdicts = {}
+    for group, limit in zip(groups, (seconds, seconds if device == "cpu" else seconds / 3), strict=True):
+        with ThreadPoolExecutor(processes) as pool:
+            for part in pool.map(partial(ask, seconds=limit), group):
+                found |= part
+    return found
 
 
 def _one_process(
@@ -133,6 +139,9 @@ def _one_process(
                                    env=_environment(), start_new_session=True)  # fmt: skip
         os.close(writer)
         line, has_ended = _line(lines, max(seconds, _STARTUP_SECONDS))  # that the imports are done
+        if not line and not has_ended:  # another process would hang in them too
+            _ended(process, 0)
+            return [Verdict("timed out", f"in its imports, after {max(seconds, _STARTUP_SECONDS):.0f} s")] * len(cases)
         while line and len(found) < len(cases):
             line, has_ended = _line(lines, seconds)
             if line:
@@ -239,13 +248,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("provider")
     parser.add_argument("device")
-    parser.add_argument("backend")
+    parser.add_argument("ours", type=json.loads)
     parser.add_argument("--cases", type=json.loads, required=True)
     parser.add_argument("--sizes", type=json.loads, required=True)
     parser.add_argument("--write-to", type=int, required=True)
     parser.add_argument("--processes", type=int, default=1)
     options = parser.parse_args()
-    provider = next(provider for provider in providers(options.backend) if provider.name == options.provider)
+    provider = next(provider for provider in providers(options.ours) if provider.name == options.provider)
     sizes = Sizes(**options.sizes)
     if options.device == "cpu":  # an allocation beyond what is free raises, where the system would kill the process
         resource.setrlimit(resource.RLIMIT_DATA, (available() // options.processes,) * 2)

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import charts
 import tables
+from gpu import summary
 from records import Results, newest
 
 from grpo_kernels.files import replace_text
@@ -34,7 +35,7 @@ def report(results_folder: Path, readme: Path | None) -> list[Path]:
     written = []
     for folder in folders:
         results = Results.load(newest(folder))
-        written.append(replace_text(folder / "report.md", markdown_report(results)))
+        written.append(report_device(folder))
         if charts.stale(results, folder):  # another matplotlib would draw other bytes
             written += charts.draw(results, folder)
     if readme is not None:
@@ -42,9 +43,15 @@ def report(results_folder: Path, readme: Path | None) -> list[Path]:
     return written
 
 
+def report_device(folder: Path) -> Path:
+    """Writes ``report.md`` of a device's newest result; returns its path."""
+    return replace_text(folder / "report.md", markdown_report(Results.load(newest(folder))))
+
+
 def markdown_report(results: Results) -> str:
-    """Every table of a result, with the run's versions and what its errors are of."""
-    parts = [f"# {tables.described(results)}", results.extra.get("checked", ""), tables.markdown(results)]
+    """Every table of a result, with the run's versions, its stages on a GPU, and what its errors are of."""
+    head = [f"# {tables.described(results)}", *summary.lines(results), results.extra.get("checked", "")]
+    parts = [*head, tables.markdown(results)]
     return "\n\n".join(part for part in parts if part)
 
 

@@ -15,18 +15,13 @@ from interleaved import Comparison, compare
 from problems import HEADS
 from providers import OURS
 from pytest_benchmark.fixture import BenchmarkFixture
-from torch import Tensor
 
 pytest.importorskip("trl")
 
 import trl_trainer
-from trl.trainer import utils as trl_utils
+from trl_head import HeadStep
 
-from grpo_kernels import GRPOLossConfig
 from grpo_kernels.integrations import trl as drop_in
-from grpo_kernels.integrations.trl_head import Expected
-from grpo_kernels.ops.linear_grpo_loss.speculation import ExpectedLoss
-from grpo_kernels.ops.policy_loss.inputs import PolicyInputs
 
 HIDDEN, VOCAB = HEADS["Qwen2.5-0.5B"]
 GEMMS, STOCK = "bare GEMMs on the counted rows", "stock TRL"
@@ -34,55 +29,11 @@ Report = Callable[[Comparison], None]
 
 
 def test_head(benchmark: BenchmarkFixture, report: Report, quick: bool) -> None:
-    torch.manual_seed(0)
-    positions, counted, groups = (102, 40, 8) if quick else (510, 200, 8)
+    positions, counted = (102, 40) if quick else (510, 200)
     hidden_size, vocab = (64, 4099) if quick else (HIDDEN, VOCAB)
-    hidden = torch.randn(positions, hidden_size) * 0.3
-    weight = torch.randn(vocab, hidden_size) * 0.05
-    targets = torch.randint(0, vocab, (positions,))
-    mask = torch.zeros(positions, dtype=torch.bool)
-    mask[torch.randperm(positions)[:counted]] = True
-    rows = hidden[mask]
-    advantages = torch.randn(groups)[torch.arange(counted) * groups // counted]  # of 8 completions of equal length
-    quarter = advantages * (torch.arange(counted) < counted // 4)
-
-    def gemms() -> None:
-        logits = rows @ weight.t()
-        _ = logits @ weight, logits.t() @ rows
-
-    def step(head: Callable[..., Any], select: bool, advantages: Tensor, expect: bool = False) -> None:
-        x, w = hidden.detach().requires_grad_(), weight.detach().requires_grad_()
-        given, ids = (x[mask], targets[mask]) if select else (x, targets)
-        token = drop_in._EXPECTED.set(_expected(advantages) if expect else None)
-        try:
-            logprobs, *_ = head(given, w, None, ids, 1.0, 32768, None, 1.0, ("log_probs", "entropy"))
-        finally:
-            drop_in._EXPECTED.reset(token)
-        logprobs = logprobs if select else logprobs[mask]
-        ratio = torch.exp(logprobs - logprobs.detach())
-        (-(torch.minimum(ratio, ratio.clamp(0.8, 1.2)) * advantages).sum() / counted).backward()
-
-    def _expected(advantages: Tensor) -> Expected:
-        ids, every = torch.zeros(1, counted, dtype=torch.int64), torch.ones(1, counted)
-        inputs = PolicyInputs.of(
-            ids, torch.float32, advantages[None], every, num_items_in_batch=None, cu_seqlens=None, loss_scale=1.0,
-            config=GRPOLossConfig(), debug=False,
-        )  # fmt: skip
-        loss = ExpectedLoss.of(inputs, GRPOLossConfig(), torch.arange(counted))
-        return Expected(every[0] != 0, None, loss)
-
-    stock = trl_utils._ChunkedLogProbFunction
+    head = HeadStep(positions, counted, hidden_size, vocab, torch.float32, torch.device("cpu"))
+    every, quarter = head.advantages, head.advantages * (torch.arange(counted) < counted // 4)
     with drop_in.apply() as applied:
-        ours = trl_utils._ChunkedLogProbFunction.apply
-        settings = drop_in.Settings(max_logits_bytes=1 << 30)
-
-        def retaining(*arguments: Any) -> Any:
-            token = drop_in._WITHIN.set(settings)
-            try:
-                return ours(*arguments)
-            finally:
-                drop_in._WITHIN.reset(token)
-
         comparison = Comparison(
             "trl_head",
             f"TRL's head, forward and backward, {counted} of {positions} positions count, "
@@ -92,14 +43,14 @@ def test_head(benchmark: BenchmarkFixture, report: Report, quick: bool) -> None:
             operations=6.0 * counted * hidden_size * vocab,
             targets={} if quick else {OURS: 1.15, f"{OURS}, a quarter live": 0.75},
             contenders={
-                GEMMS: gemms,
-                STOCK: lambda: step(stock.apply, False, advantages),
-                "TRL's function, counted rows": lambda: step(stock.apply, True, advantages),
-                f"{OURS}, projected again": lambda: step(ours, True, advantages),
-                f"{OURS}, logits retained": lambda: step(retaining, True, advantages),
-                f"{OURS}, a quarter live, projected again": lambda: step(ours, True, quarter),
-                f"{OURS}, a quarter live": lambda: step(ours, True, quarter, expect=True),
-                OURS: lambda: step(ours, True, advantages, expect=True),
+                GEMMS: head.gemms,
+                STOCK: lambda: head.stock(every, select=False),
+                "TRL's function, counted rows": lambda: head.stock(every),
+                f"{OURS}, projected again": lambda: head.ours(every, expect=False),
+                f"{OURS}, logits retained": lambda: head.ours(every, expect=False, max_logits_bytes=1 << 30),
+                f"{OURS}, a quarter live, projected again": lambda: head.ours(quarter, expect=False),
+                f"{OURS}, a quarter live": lambda: head.ours(quarter),
+                OURS: lambda: head.ours(every),
             },
         )
         compare(benchmark, comparison, rounds=2 if quick else 3)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import replace
 from functools import partial
 
@@ -10,7 +10,7 @@ import torch
 from interleaved import Comparison
 from naive import naive_policy_step
 from problems import COMPLETIONS, TASKS, Problem, buffers, head_problem, logits_problem, refill
-from providers import GPU_BACKENDS, OURS, providers
+from providers import OURS, OURS_ON_CPU, providers
 from qualify import Sizes, Verdicts
 from torch import Tensor
 
@@ -29,7 +29,7 @@ def from_logits(
     dtype: torch.dtype,
     device: torch.device,
     verdicts: Verdicts,
-    backend: str = "auto",
+    ours: Mapping[str, str] = OURS_ON_CPU,
     only: Collection[str] = (),
 ) -> Comparison:
     """Logits to loss and gradient. Floor: one warm copy of the logits, 2 N V s bytes."""
@@ -38,7 +38,7 @@ def from_logits(
     comparison = _titled("logits", "logits to loss and dlogits", {"N": tokens, "V": vocab}, dtype, COPY)
     comparison.bytes = 2.0 * problem.logits.nbytes
     comparison.contenders[COPY] = comparison.prepare[COPY] = partial(refill, work[False], problem)
-    _enter(comparison, "logits", problem, verdicts, backend, only, peaks_at=tokens, work=work)
+    _enter(comparison, "logits", problem, verdicts, ours, only, peaks_at=tokens, work=work)
     return comparison
 
 
@@ -48,7 +48,7 @@ def from_hidden(
     dtype: torch.dtype,
     device: torch.device,
     verdicts: Verdicts,
-    backend: str = "auto",
+    ours: Mapping[str, str] = OURS_ON_CPU,
     live: float = 1.0,
     frozen: bool = False,
     only: Collection[str] = (),
@@ -63,19 +63,24 @@ def from_hidden(
     comparison.operations = (4.0 if frozen else 6.0) * tokens * head[0] * head[1]
     comparison.contenders[GEMMS] = _gemms(problem, "dX" if frozen else "dX, dW")
     whole = sizes is not None and head == sizes.head and live == 1 and not frozen
-    _enter(comparison, "hidden", problem, verdicts, backend, only, peaks_at=tokens if whole else None)
+    _enter(comparison, "hidden", problem, verdicts, ours, only, peaks_at=tokens if whole else None)
     return comparison
 
 
 def logprobs_alone(
-    tokens: int, head: Head, dtype: torch.dtype, device: torch.device, verdicts: Verdicts, backend: str = "auto"
+    tokens: int,
+    head: Head,
+    dtype: torch.dtype,
+    device: torch.device,
+    verdicts: Verdicts,
+    ours: Mapping[str, str] = OURS_ON_CPU,
 ) -> Comparison:
     """Log-probs without a gradient, as for old and reference policies. Floor: one GEMM, 2 N H V operations."""
     problem = head_problem(tokens, *head, dtype, device)
     comparison = _titled("logprobs", "hidden states to log-probs", _shape(tokens, head), dtype, GEMMS)
     comparison.operations = 2.0 * tokens * head[0] * head[1]
     comparison.contenders[GEMMS] = _gemms(problem, "")
-    _enter(comparison, "logprobs", problem, verdicts, backend, peaks_at=tokens)
+    _enter(comparison, "logprobs", problem, verdicts, ours, peaks_at=tokens)
     return comparison
 
 
@@ -85,7 +90,7 @@ def under_upstream(
     dtype: torch.dtype,
     device: torch.device,
     verdicts: Verdicts,
-    backend: str = "auto",
+    ours: Mapping[str, str] = OURS_ON_CPU,
     live: float = 1.0,
     only: Collection[str] = (),
 ) -> Comparison:
@@ -96,16 +101,14 @@ def under_upstream(
     comparison = _titled("upstream", title, _shape(tokens, head), dtype, GEMMS, live)
     comparison.operations = 6.0 * tokens * head[0] * head[1]
     comparison.contenders[GEMMS] = _gemms(problem, "dX, dW")
-    _enter(comparison, "upstream", problem, verdicts, backend, only, peaks_at=tokens if live == 1 else None)
+    _enter(comparison, "upstream", problem, verdicts, ours, only, peaks_at=tokens if live == 1 else None)
     return comparison
 
 
-def policy(
-    completions: int, length: int, device: torch.device, backend: str = "auto", others: Collection[str] = ()
-) -> Comparison:
+def policy(completions: int, length: int, device: torch.device, ours: Mapping[str, str] = OURS_ON_CPU) -> Comparison:
     """Rewards and log-probs [B, T] to loss, gradient and TRL's metrics. Floor: a copy of as many bytes.
 
-    Read: log-probs, old and reference log-probs, mask; written: the gradient. ``others``: more backends of ours.
+    Read: log-probs, old and reference log-probs, mask; written: the gradient.
     """
     config = GRPOLossConfig(beta=0.04, use_bias_correction_kl=False)
     torch.manual_seed(0)
@@ -114,7 +117,7 @@ def policy(
     mask = (torch.rand_like(logprobs) < 0.9).float()
     rewards = torch.rand(completions, device=device)
 
-    def ours(backend: str = backend) -> tuple[Tensor, Tensor]:
+    def fused(backend: str) -> tuple[Tensor, Tensor]:
         leaf = logprobs.detach().requires_grad_()
         advantages = group_advantages(rewards, COMPLETIONS, backend=backend)
         given = {"old_logprobs": old, "ref_logprobs": ref, "config": config, "backend": backend}
@@ -128,7 +131,7 @@ def policy(
         loss.backward()
         return loss.detach(), leaf.grad
 
-    named = {f"{OURS}, {GPU_BACKENDS[other]}": partial(ours, other) for other in others} | {OURS: ours}
+    named = {name: partial(fused, backend) for name, backend in ours.items()}
     values = torch.empty(5, completions, length, device=device)  # 20 B T bytes are moved: half are read, half written
     source, target = values.flatten()[: values.numel() // 2], torch.empty_like(values.flatten()[: values.numel() // 2])
     shape = {"B": completions, "T": length}
@@ -176,7 +179,7 @@ def _enter(
     task: str,
     problem: Problem,
     verdicts: Verdicts,
-    backend: str,
+    ours: Mapping[str, str],
     only: Collection[str] = (),
     peaks_at: int | None = None,
     work: dict[bool, Tensor] | None = None,
@@ -185,7 +188,7 @@ def _enter(
 
     ``work``: of logits, what ``buffers`` gives.
     """
-    for provider in providers(backend):
+    for provider in providers(ours):
         name = provider.name
         if task not in provider.tasks or (only and name not in only):
             continue

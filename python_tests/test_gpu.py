@@ -5,29 +5,23 @@ Under Triton's interpreter the same checks of Triton run at small sizes, but for
 
 from __future__ import annotations
 
-import os
-import shutil
-import signal
-import subprocess
-import sys
 import warnings
 from collections.abc import Iterable, Iterator
-from contextlib import nullcontext
-from functools import lru_cache
-from pathlib import Path
 from typing import Any
+from unittest import mock
 
-import cuda_resources
 import pytest
 import torch
 from test_conformance import is_tested
 from testing.assertions import assert_near_baseline
 from testing.calls import SOURCES, rounded_dlogits, run
 from testing.cases import ALL_CASES, Case
+from testing.conformance import assert_conforms
 from testing.inputs import Inputs, build
 from torch import Tensor
 
 from grpo_kernels import GRPOLossConfig, check_device_values, grpo_loss, linear_grpo_loss, registry, token_logprobs
+from grpo_kernels.ops.linear_token_logprobs.head import Head, row_width
 
 ON_GPU = torch.cuda.is_available()
 DEVICE = torch.device("cuda" if ON_GPU else "cpu")
@@ -74,51 +68,8 @@ def _is_run(op: str, backend: str, dtype: torch.dtype, case: Case) -> bool:
     return is_tested(op, "triton", dtype, case) and all(registry.supports(each, backend, DEVICE) for each in ops)
 
 
-@lru_cache(maxsize=1)  # the next test asks the other backend for the same
-def _expected(op: str, case: Case, dtype: torch.dtype) -> tuple[Inputs, dict[str, Tensor], dict[str, Tensor]]:
-    inputs = build(case, dtype, SOURCES[op]).to(DEVICE)
-    with nullcontext() if dtype == SINGLE else rounded_dlogits(dtype):
-        reference = run(op, inputs, "torch")
-    return inputs, reference, run(op, inputs.double(), "torch")
-
-
 def _assert_conforms(op: str, backend: str, case: Case, dtype: torch.dtype) -> None:
-    inputs, reference, baseline = _expected(op, case, dtype)
-    assert_near_baseline(run(op, inputs, backend), reference, baseline, dtype)
-
-
-#: As the sanitizer names our kernels: Triton's by their ending, of CUDA's all that the build has.
-KERNELS = ("_kernel", *{name.split("<")[0] for name in cuda_resources.recorded()[1]})
-
-
-@pytest.mark.gpu
-@pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("tool", ["memcheck", "racecheck"])
-def test_compute_sanitizer(tool: str, backend: str) -> None:
-    sanitizer = shutil.which("compute-sanitizer", path=os.environ.get("PATH", "") + ":/usr/local/cuda/bin")
-    if sanitizer is None:
-        pytest.skip("compute-sanitizer is not installed")
-    command = [sanitizer, "--tool", tool, "--error-exitcode", "99"]
-    if "--report-api-errors" in subprocess.run([sanitizer, "--help"], capture_output=True, text=True).stdout:
-        command += ["--report-api-errors", "no"]  # libraries probe for what a device lacks
-    command += [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "no:xdist", __file__]
-    environment = dict(os.environ, PYTORCH_NO_CUDA_MEMORY_CACHING="1")
-    with subprocess.Popen(
-        [*command, "-k", f"test_small_shapes and {backend}"], cwd=Path(__file__).parents[1], env=environment, text=True,
-        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True,
-    ) as run:  # fmt: skip
-        try:
-            output, _ = run.communicate(timeout=240)
-        except subprocess.TimeoutExpired:
-            os.killpg(run.pid, signal.SIGKILL)
-            output, _ = run.communicate()
-            pytest.fail(f"{tool} took over 240 s: {output[-2000:]}")
-    if "Device not supported" in output:
-        pytest.skip("compute-sanitizer does not support this device")
-    told = [line for line in output.splitlines() if "=========" in line]
-    ours = [line for line in told if any(name in line for name in KERNELS)]
-    assert run.returncode == 0 or not ours, output[-4000:]
-    assert " passed" in output, output[-4000:]
+    assert_conforms(op, backend, case, dtype, DEVICE)
 
 
 @pytest.mark.gpu
@@ -187,7 +138,7 @@ def test_more_than_2_to_the_31_logits(op: str, backend: str, vocab: int) -> None
 
 def _real(op: str, dtype: torch.dtype = HALF, vocab: int = VOCABULARIES[2], **options: Any) -> Inputs:
     size = {"batch": 4, "length": 256, "hidden": 256} if ON_GPU else {"batch": 2, "length": 3}
-    return build(Case("real", vocab=vocab, **({"config": KL} | size | options)), dtype, SOURCES[op]).to(DEVICE)
+    return build(Case("real", vocab=vocab, **({"config": KL} | size | options)), dtype, SOURCES[op], DEVICE)
 
 
 @on_each_backend(SOURCES)
@@ -195,6 +146,43 @@ def test_runs_are_bit_equal(op: str, backend: str) -> None:
     inputs = _real(op)
     first, second = run(op, inputs, backend), run(op, inputs, backend)
     assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("vocab", VOCABULARIES[-2:])
+@pytest.mark.parametrize("dtype", [SINGLE, HALF], ids=str)
+def test_the_gradient_in_place_is_that_of_a_second_buffer(dtype: torch.dtype, vocab: int, backend: str) -> None:
+    """Bit for bit over 100 launches: a row's gradient is written where other threads may still read its logits."""
+    inputs = _real("grpo_loss", dtype, vocab)
+    given = (inputs.ids, inputs.advantages, inputs.mask)
+    options = {"old_logprobs": inputs.old, "ref_logprobs": inputs.ref, "config": KL, "backend": backend}
+
+    def gradient(inplace: bool) -> Tensor:
+        leaf = inputs.logits.clone().requires_grad_()
+        grpo_loss(leaf, *given, inplace=inplace, **options).loss.backward()
+        assert leaf.grad is not None
+        return leaf.grad
+
+    expected = gradient(inplace=False)
+    for launch in range(100 if ON_GPU else 2):
+        assert torch.equal(gradient(inplace=True), expected), f"launch {launch}"
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("vocab", VOCABULARIES[-2:])
+def test_a_heads_gradient_in_its_logits_rows_is_that_of_a_second_buffer(vocab: int, backend: str) -> None:
+    """The same for bf16 gradients, which a head writes into the back half of each row of its fp32 logits."""
+
+    def in_a_buffer(self: Head, workspace: Tensor, rows: int) -> Tensor:
+        width = row_width(self.vocab, self.gradient_dtype, workspace.device)
+        return workspace.new_empty(rows, width, dtype=self.gradient_dtype)[:, : self.vocab]
+
+    inputs = _real("linear_grpo_loss", HALF, vocab, length=64) if ON_GPU else _real("linear_grpo_loss", HALF, vocab)
+    with mock.patch.object(Head, "gradient", in_a_buffer):
+        expected = run("linear_grpo_loss", inputs, backend, logits_dtype=SINGLE)
+    for launch in range(100 if ON_GPU else 2):
+        found = run("linear_grpo_loss", inputs, backend, logits_dtype=SINGLE)
+        assert all(torch.equal(found[name], expected[name]) for name in expected), f"launch {launch}"
 
 
 @pytest.mark.gpu
@@ -205,7 +193,7 @@ def test_captured_graphs_replay(op: str, backend: str, vocab: int, level: str) -
     """Forward and backward, on values that were not there when they were captured."""
     config = GRPOLossConfig(beta=0.1, importance_sampling_level=level)
     size = {"batch": 8, "length": 24, "vocab": vocab, "mask": "holes", "config": config}
-    static, other = (build(Case(name, **size), HALF, SOURCES[op]).to(DEVICE) for name in ("captured", "replayed"))
+    static, other = (build(Case(name, **size), HALF, SOURCES[op], DEVICE) for name in ("captured", "replayed"))
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):

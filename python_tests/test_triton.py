@@ -12,7 +12,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from records import Results
 from testing.calls import SOURCES
 
 TESTS = Path(__file__).parent
@@ -61,22 +60,9 @@ def _smoke(script: str, *arguments: str, interpret: bool = True) -> str:
     return result.stdout
 
 
-@pytest.mark.parametrize("script", ["gpu.py", "tune.py"])
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
-def test_what_needs_a_gpu_says_so(script: str) -> None:
-    assert "sees no CUDA or ROCm device" in _smoke(script, interpret=False)
-
-
-def test_what_gpus_are_checked_and_timed_for_at_toy_sizes(tmp_path: Path) -> None:
-    printed = _smoke("gpu.py", "--smoke", "--rounds", "1", "--results", str(tmp_path))
-    (path,) = tmp_path.glob("smoke/*.json")
-    results = Results.load(path)
-    extra, checks = results.extra, results.extra["checks"]
-    assert checks["passes"] and checks["counts"]["PASSED"] > 80 and set(checks["counts"]) == {"PASSED", "SKIPPED"}
-    assert extra["left_out"] == extra["failed"] == [] and path.with_suffix(".md").read_text() in printed
-    assert {row.work for row in results.rows} > {"hidden", "frozen", "logits", "settings", "logprobs", "upstream"}
-    assert {row.status for row in results.rows if row.provider in ("grpo_kernels", "naive PyTorch")} == {"ok"}
-    assert len(extra["accuracy"]) == 3 and all(0 < row["ratio"] < row["asked"] for row in extra["accuracy"])
+def test_tuning_without_a_gpu_says_so() -> None:
+    assert "sees no CUDA or ROCm device" in _smoke("tune.py", interpret=False)
 
 
 def test_tuned_rows_join_the_shipped_table(tmp_path: Path) -> None:

@@ -76,16 +76,21 @@ class Inputs:
         return dataclasses.replace(self, **{name: function(x) for name, x in self.tensors().items()})
 
 
-def build(case: Case, dtype: torch.dtype, source: str = "logits") -> Inputs:
-    """The inputs of a case.
+def build(case: Case, dtype: torch.dtype, source: str = "logits", device: torch.device | str = "cpu") -> Inputs:
+    """The inputs of a case, made on the device: the same values on every run there.
 
     Args:
         case: The recipe.
         dtype: Of hidden states, head, logits, log-probabilities and entropy.
         source: Where the op under test takes log-probabilities from: "logprobs", "logits" or "hidden". Old and
             reference log-probs lie around those.
+        device: Where.
     """
-    rng = torch.Generator().manual_seed(zlib.crc32(case.name.encode()))
+    with torch.device(device):
+        return _build(case, dtype, source, torch.Generator(device).manual_seed(zlib.crc32(case.name.encode())))
+
+
+def _build(case: Case, dtype: torch.dtype, source: str, rng: torch.Generator) -> Inputs:
     shape = (case.batch, case.length) if case.lengths is None else (sum(case.lengths),)
     bounds = None if case.lengths is None else torch.tensor([0, *case.lengths]).cumsum(0)
     ids = torch.randint(case.vocab, shape, generator=rng)

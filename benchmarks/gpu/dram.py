@@ -1,7 +1,4 @@
-"""Bytes that our row kernels move to and from a GPU's memory, as Nsight Compute counts them, beside what they must.
-
-Run as a script, it is the process that is profiled: a few launches and nothing else.
-"""
+"""The stage "bytes": what our loss kernels move to and from a GPU's memory, by Nsight Compute, beside the least."""
 
 from __future__ import annotations
 
@@ -10,7 +7,6 @@ import csv
 import os
 import re
 import shutil
-import signal
 import subprocess
 import sys
 import tempfile
@@ -18,21 +14,16 @@ from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
-import torch
-from gpu_work import calls
-from problems import buffer, logits_problem, refill
+from gpu.sizes import Sizes
+from gpu.stage import Stage, main
 
 #: How many times a kernel must read and write the logits' N V s bytes.
 KERNELS = {
     "loss_on_chip": (1, 1),
     "loss_in_two_passes": (1, 1),
-    "statistics_of_rows": (1, 0),
-    "gradient_of_rows": (1, 1),
     "_grpo_loss_kernel": (1, 1),
-    "_token_logprobs_fwd_kernel": (1, 0),
-    "_token_logprobs_bwd_kernel": (1, 1),
 }
-ASKED = 0.05  # most that the sum is meant to be off by, relative
+TARGET = 0.05  # most that the sum is meant to be off by, relative
 _METRICS = {"read": "dram__bytes_read.sum", "written": "dram__bytes_write.sum"}
 _UNITS = {"byte": 1, "Kbyte": 1e3, "Mbyte": 1e6, "Gbyte": 1e9}
 
@@ -77,73 +68,60 @@ def beside_counted(launches: list[tuple[str, dict[str, float]]], tokens: int, vo
         kernel = re.search(rf"\b({'|'.join(KERNELS)})\b", name)[0]
         counted = sum(KERNELS[kernel]) * tokens * vocab * 2
         ratio = (moved["read"] + moved["written"]) / counted
-        rows.append({"kernel": kernel, "N": tokens, "V": vocab, **moved, "counted": counted, "ratio": ratio})
+        shape = {"kernel": kernel, "N": tokens, "V": vocab}
+        rows.append({**shape, **moved, "counted": counted, "ratio": ratio, "target": TARGET})
     return rows
 
 
-def told(row: dict[str, Any]) -> str:
-    """A row of ``beside_counted`` as a sentence."""
-    read, written, counted = (row[name] / 1e9 for name in ("read", "written", "counted"))
-    return (
-        f"DRAM bytes of {row['kernel']}, N={row['N']} V={row['V']} bfloat16: {read:.3f} GB read, {written:.3f} GB "
-        f"written, {row['ratio']:.3f} of the {counted:.3f} GB that it must (asked: within {ASKED:.0%})"
-    )
-
-
-def measure(ncu: str, backends: Collection[str], tokens: int, vocab: int, seconds: float) -> list[dict[str, Any]]:
-    """``beside_counted`` of ``grpo_loss`` and ``token_logprobs`` in place, by every backend.
+def measure(ncu: str, backends: Collection[str], tokens: int, vocab: int) -> list[dict[str, Any]]:
+    """``beside_counted`` of ``grpo_loss`` in place, by every backend.
 
     Args:
         ncu: Its path.
         backends: Ours.
         tokens, vocab: N and V.
-        seconds: After which it is stopped.
 
     Raises:
         NotCountedError: The counters cannot be read.
-        RuntimeError: The process that was profiled failed, or time ran out.
+        RuntimeError: The process that was profiled failed.
     """
     with tempfile.TemporaryDirectory() as folder:
         log = Path(folder) / "log"
         command = [ncu, "--clock-control", "none", "--metrics", ",".join(_METRICS.values()), "--csv", "--print-units",
                    "base", "--kernel-name", f"regex:^({'|'.join(KERNELS)})$", "--log-file", str(log),
-                   sys.executable, __file__, str(tokens), str(vocab), *backends]  # fmt: skip
-        process = subprocess.Popen(
-            command, env=os.environ | {"LC_ALL": "C"}, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-            start_new_session=True,
-        )  # fmt: skip
-        try:
-            output, _ = process.communicate(timeout=seconds)
-        except subprocess.TimeoutExpired:
-            os.killpg(process.pid, signal.SIGKILL)
-            output, _ = process.communicate()
-            raise RuntimeError(f"ncu took over {seconds:.0f} s: {output[-300:]}") from None
+                   sys.executable, "-m", "gpu.dram_launches", str(tokens), str(vocab), *backends]  # fmt: skip
+        done = subprocess.run(command, env=os.environ | {"LC_ALL": "C"}, stdout=subprocess.PIPE,
+                              stderr=subprocess.STDOUT, text=True)  # fmt: skip
         text = log.read_text(encoding="utf-8", errors="replace") if log.exists() else ""
     launches = parse(text)
     if not launches:
-        errors = [line for line in (text + output).splitlines() if line.startswith("==ERROR==")]
+        errors = [line for line in (text + done.stdout).splitlines() if line.startswith("==ERROR==")]
         own = [line for line in errors if "application returned an error" not in line]
         if own:
             raise NotCountedError(own[0].removeprefix("==ERROR==").strip())
-        raise RuntimeError(f"ncu profiled no kernel of ours: {(text + output)[-300:]}")
+        raise RuntimeError(f"ncu profiled no kernel of ours: {(text + done.stdout)[-300:]}")
     return beside_counted(launches, tokens, vocab)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("tokens", type=int)
-    parser.add_argument("vocab", type=int)
-    parser.add_argument("backends", nargs="+")
-    options = parser.parse_args()
-    problem = logits_problem(options.tokens, options.vocab, torch.bfloat16, "cuda")
-    work = buffer(problem)
-    for backend in options.backends:
-        steps = calls(problem, work, backend)
-        for name in ("grpo_loss", "token_logprobs, both"):
-            refill(work, problem)
-            steps[name]()
-    torch.cuda.synchronize()
+def run(stage: Stage, options: argparse.Namespace) -> None:
+    """Counts the bytes of the loss kernels, where Nsight Compute is there and may read the counters."""
+    stage.need_a_backend()
+    sizes = Sizes.dry() if stage.is_dry else Sizes()
+    ncu = find_ncu()
+    if ncu is None:
+        stage.leave_out("ncu is neither on PATH nor where CUDA is installed")
+        return
+
+    def count() -> None:
+        try:
+            rows = measure(ncu, stage.backends, sizes.tokens[0], sizes.vocabularies[0])
+        except NotCountedError as error:
+            stage.leave_out(str(error))
+        else:
+            stage.entry["found"]["dram"] = rows
+
+    stage.attempt("DRAM bytes", count)
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main(run))

@@ -1,0 +1,151 @@
+"""The stage "headline": the figures that README and DESIGN state, our backends by name beside three peers."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable, Mapping
+from functools import partial
+
+import torch
+from interleaved import Comparison, time_in_turns
+from providers import providers
+from qualify import Case, Verdicts, qualify
+from tables import OURS
+from works import from_hidden, from_logits
+
+from gpu.settings import captured, in_place, target_captured
+from gpu.sizes import HALF, Sizes
+from gpu.stage import Stage, main
+
+PEERS = ("naive PyTorch", "TRL", "TRL, Triton", "Liger", "Liger, Triton")
+CASES: tuple[Case, ...] = (("logits", "bfloat16"), ("hidden", "bfloat16"))
+#: Of the GEMMs alone: at the head's size with N = 8192 and 1024, at a hidden size of 896; live a quarter; frozen.
+DENSE, FEWER, NARROW, QUARTER, FROZEN = 1.08, 1.10, 1.25, 0.6, 1.125
+PEAK_BYTES = 2.5e9  # target of what a dense call takes beyond its inputs and gradients
+#: Targets of TRL's time over ours, by share of live rows.
+OVER_TRL = {1.0: 1.4, 0.25: 2.5}
+
+
+def run(stage: Stage, options: argparse.Namespace) -> None:
+    """Measures the card, checks the providers, then times them in the order of what their figures are worth."""
+    stage.need_a_backend()
+    sizes = Sizes.dry() if stage.is_dry else Sizes()
+    stage.attempt("card", lambda: stage.entry["found"].update(card=measure_card(stage.device)))
+    verdicts: Verdicts = {}
+    stage.results.extra["checked"] = sizes.checked.told()
+    stage.attempt("checks of the providers", lambda: verdicts.update(check(sizes, stage, PEERS, CASES)))
+    for name, measure in comparisons(sizes, stage, verdicts, options.rounds).items():
+        stage.attempt(name, lambda measure=measure: stage.compare(measure))
+
+
+def check(sizes: Sizes, stage: Stage, peers: tuple[str, ...], cases: tuple[Case, ...]) -> Verdicts:
+    """Verdicts on ours and on these peers; in a dry run on ours and on naive PyTorch. ours that fail are failures."""
+    wanted = ("naive PyTorch",) if stage.is_dry else peers
+    among = [one for one in providers(stage.ours) if one.name in wanted or one.name.startswith(tuple(stage.ours))]
+    verdicts = qualify(cases, sizes.checked, stage.device.type, stage.ours, among, processes=4)
+    for (name, case), verdict in verdicts.items():
+        if name.startswith(OURS) and verdict.status not in ("ok", "cannot run"):
+            stage.entry["failed"].append(f"{name}, {' '.join(case)}: {verdict.status}, {verdict.reason}")
+    return verdicts
+
+
+def measure_card(device: torch.device) -> dict[str, float]:
+    """What the card reaches: TB/s of a copy, read and written, and TFLOP/s of a bf16 GEMM of random numbers."""
+    on_gpu = device.type == "cuda"
+    source = torch.empty((1 << 30) if on_gpu else 1 << 16, dtype=HALF, device=device).normal_()
+    target, side = torch.empty_like(source), 8192 if on_gpu else 64
+    a, b = (torch.empty(side, side, dtype=HALF, device=device).normal_() for _ in range(2))
+    product = torch.empty_like(a)
+    comparison = Comparison("card", "the card", "copy")
+    comparison.contenders = {"copy": lambda: target.copy_(source), "gemm": lambda: torch.mm(a, b, out=product)}
+    time_in_turns(comparison, 10, device)
+    copy, gemm = comparison.median("copy"), comparison.median("gemm")
+    return {"copy_tb_s": 2 * source.nbytes / copy / 1e12, "gemm_tflop_s": 2.0 * side**3 / gemm / 1e12}
+
+
+def comparisons(sizes: Sizes, stage: Stage, verdicts: Verdicts, rounds: int) -> dict[str, Callable[[], Comparison]]:
+    """Every comparison of this stage by name, as a function that makes and times it."""
+    common = {"device": stage.device, "verdicts": verdicts, "ours": stage.ours}
+    tokens, head = sizes.heads[0]
+    fewer, narrow = (1024, sizes.heads[1]) if len(sizes.heads) > 1 else (tokens, sizes.heads[0])
+    only = (*PEERS, *variants(stage.ours))
+    hidden = partial(from_hidden, dtype=HALF, only=only, **common)
+    vocab = sizes.vocabularies[0]
+
+    def timed(make: Callable[[], Comparison], targets: Mapping[str, float]) -> Comparison:
+        comparison = make()
+        comparison.targets |= targets
+        time_in_turns(comparison, rounds, stage.device, stage.deadline)
+        note_peers(comparison, stage.ours)
+        return comparison
+
+    logits = partial(from_logits, sizes.tokens[0], vocab, HALF, only=only, **common)
+    return {
+        f"logits, N={sizes.tokens[0]} V={vocab}": partial(timed, logits, targets_of_logits(stage.ours)),
+        "hidden": partial(timed, partial(hidden, tokens, head), of_each(stage.ours, DENSE)),
+        "hidden, a quarter live": partial(
+            timed, partial(hidden, tokens, head, live=0.25), of_each(stage.ours, QUARTER)
+        ),
+        f"calls, N={sizes.few_tokens}": partial(few_rows, sizes.few_tokens, vocab, stage, rounds),
+        f"hidden, N={fewer}": partial(timed, partial(hidden, fewer, head), of_each(stage.ours, FEWER)),
+        f"hidden, H={narrow[1][0]}": partial(timed, partial(hidden, *narrow), of_each(stage.ours, NARROW)),
+        "frozen": partial(timed, partial(hidden, tokens, head, frozen=True), of_each(stage.ours, FROZEN)),
+        f"hidden, N={sizes.few_tokens}": partial(
+            timed, partial(with_captured, partial(hidden, sizes.few_tokens, head), stage.ours), {}
+        ),
+    }
+
+
+def variants(ours: Mapping[str, str]) -> tuple[str, ...]:
+    """Ours as they are timed: with fp32 logits and with bf16's, and log-probs with the loss by torch."""
+    return tuple(f"{name}{setting}" for name in ours for setting in ("", ", bf16 logits", ", token_logprobs"))
+
+
+def of_each(ours: Mapping[str, str], share: float) -> dict[str, float]:
+    """The same target for each backend, with fp32 and bf16 logits."""
+    return {f"{name}{setting}": share for name in ours for setting in ("", ", bf16 logits")}
+
+
+def targets_of_logits(ours: Mapping[str, str]) -> dict[str, float]:
+    """Targets of ``grpo_loss`` over a copy, by backend."""
+    return {name: {"triton": 1.25, "cuda": 1.10}[backend] for name, backend in ours.items()}
+
+
+def few_rows(tokens: int, vocab: int, stage: Stage, rounds: int) -> Comparison:
+    """Our functions over few tokens' logits, eager and captured."""
+    comparison = in_place(HALF, tokens, vocab, stage.device, stage.backends)
+    time_in_turns(comparison, rounds, stage.device, stage.deadline)
+    target_captured(comparison, stage.device)
+    return comparison
+
+
+def with_captured(make: Callable[[], Comparison], ours: Mapping[str, str]) -> Comparison:
+    """A comparison with ours as replays of CUDA graphs too."""
+    comparison = make()
+    if torch.cuda.is_available():
+        for name in ours:
+            if name in comparison.contenders:
+                comparison.contenders[f"{name}, captured"] = captured(comparison.contenders[name])
+    return comparison
+
+
+def note_peers(comparison: Comparison, ours: Mapping[str, str]) -> None:
+    """Notes TRL's time over ours, and what a dense call takes beyond its inputs and gradients."""
+    for name in variants(ours):
+        if name not in comparison.times or comparison.work != "hidden":
+            continue
+        if "TRL" in comparison.times:
+            ratio = comparison.median("TRL") / comparison.median(name)
+            target = OVER_TRL.get(comparison.live)
+            of_dense = f" (target: {target}x)" if target and comparison.shape["N"] == 8192 else ""
+            comparison.notes.append(f"TRL over {name}: {ratio:.2f}x{of_dense}")
+        if comparison.peaks.get(name):
+            n, h, v = (comparison.shape[letter] for letter in "NHV")
+            beyond = comparison.peaks[name] - (n + v) * h * HALF.itemsize
+            target = f" (target: {PEAK_BYTES / 1e9} GB)" if n == 8192 and comparison.live == 1 else ""
+            comparison.notes.append(f"{name}: peak of {beyond / 1e9:.2f} GB beyond inputs and gradients{target}")
+
+
+if __name__ == "__main__":
+    sys.exit(main(run))

@@ -1,0 +1,85 @@
+"""Prepares a checkout for a GPU machine without a network: built libraries, and wheels of the peers that it may lack.
+
+Builds the CUDA and the C++ library into the package, downloads the wheels into ``build/gpu-kit/wheels``, writes down
+the commit, says the size of it all and prints the command to run there. Needs nvcc and no GPU.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+from gpu.identity import KIT, ROOT, commit, sources_digest
+
+#: What stages import that a machine with torch, Triton, transformers, accelerate and pytest may lack; pinned by
+#: constraints.txt.
+PACKAGES = ("trl", "liger-kernel", "datasets", "dill", "multiprocess", "xxhash")
+MOST_BYTES = 64 << 20
+#: Of wheels with compiled parts.
+PLATFORMS = ("manylinux_2_28_x86_64", "manylinux_2_17_x86_64", "manylinux2014_x86_64")
+
+
+def build_libraries(architecture: str) -> list[Path]:
+    """Builds the package's libraries in place; returns those to carry."""
+    environment = os.environ | {"GRPO_KERNELS_CUDA_ARCHS": architecture}
+    command = [sys.executable, "setup.py", "--quiet", "build_ext", "--inplace"]
+    subprocess.run(command, cwd=ROOT, env=environment, check=True)
+    return [ROOT / "grpo_kernels" / name for name in ("_cuda.so", "_cpu.so")]
+
+
+def download_wheels(folder: Path, python: str) -> None:
+    """Downloads the wheels for another Python, without what they need."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for wheel in folder.glob("*.whl"):
+        wheel.unlink()
+    command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--only-binary=:all:"]
+    command += ["--python-version", python, "--implementation", "cp", "--dest", str(folder)]
+    command += [argument for platform in PLATFORMS for argument in ("--platform", platform)]
+    subprocess.run([*command, "--constraint", str(ROOT / "constraints.txt"), *PACKAGES], check=True)
+
+
+def tree_bytes() -> int:
+    """Bytes of what git does not ignore."""
+    command = ["git", "ls-files", "--cached", "--others", "--exclude-standard", "-z"]
+    names = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout.split("\0")
+    return sum((ROOT / name).stat().st_size for name in names if name and (ROOT / name).is_file())
+
+
+def command_there(wheels: Path) -> str:
+    """What to run on the GPU machine, in the checkout's root."""
+    site = wheels.with_name("site").relative_to(ROOT)
+    install = f"python3 -m pip install -q --no-index --no-deps --target {site} {wheels.relative_to(ROOT)}/*.whl"
+    return f"{install} && PYTHONPATH={site} GPU_PYTHON=python3 make gpu"
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument(
+        "--arch", default="90", help="the GPU's architecture, as 90 for 9.0; PTX for newer ones is added"
+    )
+    parser.add_argument("--python", default="3.12", help="the Python there")
+    options = parser.parse_args()
+    libraries = build_libraries(options.arch)
+    wheels = KIT.parent / "wheels"
+    download_wheels(wheels, options.python)
+    KIT.write_text(json.dumps({"commit": commit(), "csrc": sources_digest(ROOT, ("csrc",))}) + "\n")
+    carried = [*libraries, KIT, *wheels.glob("*.whl")]
+    sizes = {str(path.relative_to(ROOT)): path.stat().st_size for path in carried} | {"the tree": tree_bytes()}
+    total = sum(sizes.values())
+    for name, size in sizes.items():
+        print(f"{size / 2**20:8.1f} MiB  {name}")
+    print(f"{total / 2**20:8.1f} MiB  together (at most {MOST_BYTES >> 20})")
+    if total > MOST_BYTES:
+        print("too large", file=sys.stderr)
+        return 1
+    print(f"\nCarry with the tree: {' '.join(str(path.relative_to(ROOT)) for path in libraries)} "
+          f"{KIT.parent.relative_to(ROOT)}\nRun there: {command_there(wheels)}")  # fmt: skip
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,75 @@
+"""Steps of TRL's GRPOTrainer on a tiny random model in bf16: stock, stock from another seed, and with our kernels.
+
+Every batch is used twice, so that ratios differ from 1 and losses from 0.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import tempfile
+from typing import Any
+
+import torch
+
+#: What is compared of a trainer's log; rewards and lengths come from the samples, which are the same for all.
+LOGGED = ("loss", "grad_norm", "reward", "entropy", "completions/mean_length")
+
+
+def curves(steps: int, device: torch.device) -> dict[str, Any]:
+    """The logged curves of three runs, and their mean distances over the steps.
+
+    Args:
+        steps: Of each run.
+        device: A GPU, or the CPU of a dry run.
+
+    Returns:
+        ``steps``; ``distances``: by name the mean distance of ours from stock TRL, and of stock TRL's from that of
+        another seed; ``logged``: the curves by run.
+    """
+    stock, other, ours = train(steps, 0, device), train(steps, 1, device), train(steps, 0, device, with_kernels=True)
+    distances = {name: (_distance(ours[name], stock[name]), _distance(other[name], stock[name])) for name in stock}
+    return {"steps": steps, "distances": distances, "logged": {"stock": stock, "another seed": other, "ours": ours}}
+
+
+def assert_same_curves(found: dict[str, Any]) -> None:
+    """Raises AssertionError where ours is further from stock TRL than another seed is."""
+    far = [name for name, (ours, other) in found["distances"].items() if not ours <= other]
+    assert not far, f"ours differs from stock TRL by more than another seed does in {', '.join(far)}"
+
+
+def train(steps: int, seed: int, device: torch.device, with_kernels: bool = False) -> dict[str, list[float]]:
+    """The curves of one run, by name."""
+    from datasets import Dataset
+    from trl import GRPOConfig, GRPOTrainer
+    from trl_trainer import build_model, build_tokenizer
+
+    from grpo_kernels.integrations import trl as drop_in
+
+    words = ["a", "b", "c", "d"]
+    with tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as stack:
+        if with_kernels:
+            stack.enter_context(drop_in.apply())
+        arguments = GRPOConfig(
+            output_dir=folder, use_cpu=device.type == "cpu", bf16=True, report_to=[], seed=seed, data_seed=seed,
+            per_device_train_batch_size=16, num_generations=8, num_iterations=2, max_completion_length=16,
+            max_steps=steps, save_strategy="no", logging_steps=1, learning_rate=1e-3, disable_tqdm=True,
+        )  # fmt: skip
+        trainer = GRPOTrainer(
+            model=build_model(layers=2, hidden_size=64, vocab=1031),
+            reward_funcs=count_of_low_ids,
+            args=arguments,
+            train_dataset=Dataset.from_dict({"prompt": words * 8}),
+            processing_class=build_tokenizer(),
+        )
+        trainer.train()
+        history = [line for line in trainer.state.log_history if "loss" in line]
+    return {name: [line[name] for line in history if name in line] for name in LOGGED}  # rewards where it sampled
+
+
+def count_of_low_ids(completion_ids: list[list[int]], **_: object) -> list[float]:
+    """Rewards: the share of a completion's tokens in the lower half of the vocabulary."""
+    return [sum(token < 515 for token in ids) / max(len(ids), 1) for ids in completion_ids]
+
+
+def _distance(curve: list[float], other: list[float]) -> float:
+    return sum(abs(x - y) for x, y in zip(curve, other, strict=True)) / len(curve)

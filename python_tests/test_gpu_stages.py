@@ -1,0 +1,259 @@
+"""`make gpu` without a GPU: a dry run of every stage, stages that fail, hang or are killed, and what is taken over."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+import textwrap
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from gpu import identity, kit, processes, summary
+from gpu.currencies import longest_sequence
+from gpu.stages import STAGES
+from records import Results
+
+ROOT = Path(__file__).parents[1]
+pytestmark = pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="finds processes by Linux's /proc")
+
+#: The command, with stages that end in every way there is: given as ``odd:<what>`` among the names.
+ODD_COMMAND = """
+    import sys
+    from dataclasses import replace
+    from gpu import __main__ as command
+    from gpu import stages
+
+    first = command.STAGES[0]
+    odd = [replace(first, name=name, seconds=12, module="odd_stage", arguments=(name,), by_default=False)
+           for name in ("works_well", "fails", "hangs", "is_killed", "runs_out_of_memory", "runs_out_of_time",
+                         "leaves_a_process")]
+    command.STAGES = stages.STAGES = (*command.STAGES, *odd)
+    sys.exit(command.main(sys.argv[1:]))
+"""
+ODD_STAGE = """
+    import os, signal, subprocess, sys, time
+    import torch
+    from gpu.stage import Stage, main
+
+    def run(stage, options):
+        stage.entry["found"]["kept"] = options.what
+        stage.save()
+        if options.what in ("hangs", "leaves_a_process"):  # in a session of its own, as compute-sanitizer is
+            subprocess.Popen([sys.executable, "-c", f"import time; {MARK!r}; time.sleep(600)"], start_new_session=True)
+        if options.what == "hangs":
+            signal.signal(signal.SIGTERM, signal.SIG_IGN)
+            time.sleep(600)
+        if options.what == "is_killed":
+            os.kill(os.getpid(), signal.SIGKILL)
+        if options.what == "runs_out_of_memory":
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 3 GiB")
+        if options.what == "runs_out_of_time":
+            stage.deadline = 0
+            stage.attempt("a part", lambda: None)
+        if options.what == "fails":
+            stage.attempt("a part", lambda: 1 // 0)
+            stage.attempt("another part", lambda: stage.entry["found"].update(other=1))
+
+    if __name__ == "__main__":
+        sys.exit(main(run))
+"""
+
+
+def run_command(folder: Path, *arguments: str, script: str = "", interpret: bool = True) -> tuple[int, str]:
+    """Exit status and output of the command in a dry run, with ``folder`` for its odd stages and its results."""
+    environment = dict(os.environ, TRITON_INTERPRET=str(int(interpret)))
+    environment["PYTHONPATH"] = os.pathsep.join(map(str, (folder, ROOT, ROOT / "benchmarks")))
+    start = ["-c", textwrap.dedent(script)] if script else ["-m", "gpu"]
+    command = [sys.executable, *start, "--results", str(folder / "results"), "--rounds", "1", *arguments]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    return done.returncode, done.stdout + done.stderr
+
+
+def processes_with(mark: str) -> list[str]:
+    """The command lines of living processes that hold a mark."""
+    lines = []
+    for path in Path("/proc").glob("[0-9]*/cmdline"):
+        try:
+            lines.append(path.read_bytes().replace(b"\0", b" ").decode(errors="replace"))
+        except OSError:  # it has ended since
+            continue
+    return [line for line in lines if mark in line]
+
+
+@pytest.fixture
+def odd(tmp_path: Path) -> Path:
+    """A folder with the odd stages' module."""
+    source = f"MARK = {str(tmp_path)!r}\n" + textwrap.dedent(ODD_STAGE)
+    (tmp_path / "odd_stage.py").write_text(source)
+    return tmp_path
+
+
+def results_of(folder: Path) -> Results:
+    (path,) = folder.glob("results/dry-run/*.json")
+    return Results.load(path)
+
+
+def test_a_stage_may_fail_hang_or_be_killed_and_the_others_run(odd: Path) -> None:
+    names = ("fails", "hangs", "is_killed", "runs_out_of_memory", "runs_out_of_time", "leaves_a_process", "works_well")
+    code, output = run_command(odd, "--dry-run", *names, script=ODD_COMMAND)
+    assert code == 1, output
+    stages = results_of(odd).extra["stages"]
+    assert {name: stages[name]["status"] for name in names} == {
+        "fails": "failed", "hangs": "timeout", "is_killed": "killed", "runs_out_of_memory": "failed",
+        "runs_out_of_time": "timeout", "leaves_a_process": "ok", "works_well": "ok",
+    }  # fmt: skip
+    assert all(stages[name]["found"]["kept"] == name for name in names), "what a stage had found is lost"
+    assert (
+        stages["fails"]["failed"] == ["a part: failed, ZeroDivisionError: integer division or modulo by zero"]
+        and stages["fails"]["found"]["other"] == 1
+    )
+    assert stages["fails"]["reason"] == stages["fails"]["failed"][0]
+    assert stages["hangs"]["reason"] == "stopped at its limit of 12 s" and 12 <= stages["hangs"]["seconds"] < 24
+    assert stages["is_killed"]["reason"] == "ended by SIGKILL, as the system does when memory runs out"
+    assert "OutOfMemoryError: CUDA out of memory. Tried to allocate 3 GiB" in stages["runs_out_of_memory"]["reason"]
+    assert stages["runs_out_of_time"]["reason"] == "a part: no time was left"
+    for name in names:
+        assert "\n" not in stages[name]["reason"]
+        assert f"| {name} | {summary.outcome(stages[name])} |" in output
+    assert processes_with(str(odd)) == []
+
+
+def test_a_dry_run_goes_through_every_stage(tmp_path: Path) -> None:
+    code, output = run_command(
+        tmp_path, "--dry-run", "--seconds", "900", *(s.name for s in STAGES if s.name != "works")
+    )
+    results = results_of(tmp_path)
+    stages = results.extra["stages"]
+    assert {name: (found["status"], found["failed"]) for name, found in stages.items()} == {
+        stage.name: ("ok", []) for stage in STAGES if stage.name != "works"
+    }, output
+    assert code == 0 and all(0 < found["seconds"] <= 300 for found in stages.values())
+    assert stages["alive"]["found"]["checks"].keys() > {"triton, grpo_loss", "triton, gae", "addmm into fp32, in place"}
+    assert len(stages["alive"]["found"]["checks"]) == 16
+    assert {row.work for row in results.rows} == {"logits", "hidden", "frozen", "calls"}
+    ours = [row for row in results.rows if row.provider.startswith("grpo_kernels")]
+    assert ours and {row.status for row in ours} == {"ok"} and "grpo_kernels" not in {row.provider for row in ours}
+    assert [row["longest"] for row in stages["currencies"]["found"]["currencies"]] == [64, 64, 64]
+    assert all(0 < row["ratio"] < 2 for row in stages["proof"]["found"]["accuracy"])
+    assert stages["proof"]["found"]["curves"]["distances"].keys() >= {"loss", "grad_norm", "reward"}
+    assert stages["conformance"]["found"]["tests"]["counts"].keys() == {"PASSED"}
+    assert (tmp_path / "results" / "dry-run" / "report.md").read_text() in output
+    assert {row["itemsize"] for row in stages["tune"]["found"]["tuned"]} == {2, 4}
+    assert processes_with(str(tmp_path)) == []
+
+
+def test_stages_of_the_same_code_are_taken_over(odd: Path) -> None:
+    given = ("--dry-run", "works_well", "is_killed")
+    run_command(odd, *given, script=ODD_COMMAND)
+    (path,) = odd.glob("results/dry-run/*.json")
+    # by default: what is "ok" is not repeated, what is not is tried again
+    by_default = ODD_COMMAND.replace("by_default=False", 'by_default=name in ("works_well", "is_killed")')
+    by_default = by_default.replace("(*command.STAGES, *odd)", "tuple(odd)")
+    code, output = run_command(odd, "--dry-run", script=by_default)
+    assert code == 1 and "works_well: taken over from an earlier run" in output, output
+    assert "is_killed: taken over" not in output
+    assert list(odd.glob("results/dry-run/*.json")) == [path]
+    # a stage that is named is run again
+    assert "taken over" not in run_command(odd, "--dry-run", "works_well", script=ODD_COMMAND)[1]
+    # other code: a new file
+    text = json.loads(path.read_text())
+    text["extra"]["identity"]["torch"] = "2.0"
+    path.write_text(json.dumps(text))
+    time.sleep(1)  # files are named by the second
+    assert "taken over" not in run_command(odd, "--dry-run", script=by_default)[1]
+    assert len(list(odd.glob("results/dry-run/*.json"))) == 2
+
+
+def test_a_run_without_time_says_what_it_left_out(odd: Path) -> None:
+    code, output = run_command(odd, "--dry-run", "--seconds", "1", "works_well", script=ODD_COMMAND)
+    assert code == 1 and "left out, 0 s: no time was left of 1 s" in output
+
+
+def test_where_nothing_of_ours_runs_the_run_ends(tmp_path: Path) -> None:
+    """Without its interpreter Triton does not run on a CPU."""
+    code, output = run_command(tmp_path, "--dry-run", "alive", "bytes", interpret=False)
+    stages = results_of(tmp_path).extra["stages"]
+    assert code == 1 and stages.keys() == {"alive"}, output
+    assert "nothing of ours runs here: backend 'triton' cannot run: its tensors must be on a GPU" in output
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_without_a_gpu_the_run_is_skipped_or_refused(tmp_path: Path) -> None:
+    code, output = run_command(tmp_path, interpret=False)
+    assert code == 0 and output.splitlines()[-1].startswith("skipped: ")
+    assert run_command(tmp_path, "--require-gpu", interpret=False)[0] == 3
+
+
+def test_an_unknown_stage_is_refused(tmp_path: Path) -> None:
+    code, output = run_command(tmp_path, "--dry-run", "headlines")
+    assert code == 2 and "unknown stage headlines; the stages are build, alive, headline" in output
+
+
+def test_the_digest_of_the_sources_is_theirs(tmp_path: Path) -> None:
+    (tmp_path / "csrc").mkdir()
+    (tmp_path / "benchmarks" / "results").mkdir(parents=True)
+    source = tmp_path / "csrc" / "a.cu"
+    source.write_text("1")
+    first = identity.sources_digest(tmp_path)
+    (tmp_path / "benchmarks" / "results" / "a.json").write_text("{}")
+    assert identity.sources_digest(tmp_path) == first
+    source.write_text("2")
+    assert identity.sources_digest(tmp_path) != first
+    source.rename(source.with_name("b.cu"))
+    assert identity.sources_digest(tmp_path) not in (first, identity.sources_digest(ROOT))
+
+
+def test_a_copy_without_git_has_the_kits_commit(tmp_path: Path) -> None:
+    assert re.fullmatch(r"[0-9a-f]{40}|unknown", identity.commit())
+    assert identity.commit(tmp_path) == "unknown"
+    kit = tmp_path / "build" / "gpu-kit" / "kit.json"
+    kit.parent.mkdir(parents=True)
+    kit.write_text('{"commit": "abc"}')
+    assert identity.commit(tmp_path) == "abc"
+
+
+def test_other_processes_are_left_alone(tmp_path: Path) -> None:
+    other = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
+    try:
+        outcome = processes.run([sys.executable, "-c", "print('a'); print('last line'); exit(4)"], 30, tmp_path / "log")
+        assert (outcome.status, outcome.reason) == ("failed", "last line")
+        assert processes.run(["true"], 30, tmp_path / "log").status == "ok"
+        assert other.poll() is None
+    finally:
+        other.kill()
+        other.wait()
+
+
+@pytest.mark.parametrize("memory", [100_000, 123_456, 8192, 1_000_000])
+def test_the_longest_sequence_is_found(memory: int) -> None:
+    tried = []
+
+    def attempt(tokens: int) -> tuple[int, float] | None:
+        tried.append(tokens)
+        return None if tokens > memory else (tokens << 20, 0.1)
+
+    longest, is_measured = longest_sequence(attempt, 8192)
+    assert is_measured and memory * 15 // 16 - 1 <= longest <= memory and len(tried) <= 14
+
+
+def test_where_calls_become_long_the_slope_of_the_peak_tells() -> None:
+    def attempt(tokens: int) -> tuple[int, float]:
+        return (5 << 30) + tokens * (1 << 20), tokens * 2e-5
+
+    longest, is_measured = longest_sequence(attempt, 8192)
+    assert not is_measured and longest == (74 << 30) // (1 << 20)
+
+
+def test_the_kits_packages_are_pinned_and_fit_beside_the_tree() -> None:
+    """What it downloads is 3 MiB, and its libraries 6: the tree must leave room."""
+    pinned = {line.split("==")[0].lower() for line in (ROOT / "constraints.txt").read_text().splitlines()}
+    assert {name for name in kit.PACKAGES if name.replace("_", "-") not in pinned} == set()
+    there = kit.command_there(ROOT / "build" / "gpu-kit" / "wheels")
+    assert there.endswith("PYTHONPATH=build/gpu-kit/site GPU_PYTHON=python3 make gpu") and "\n" not in there
+    if (ROOT / ".git").exists():
+        assert kit.tree_bytes() < kit.MOST_BYTES - (16 << 20)
