@@ -13,6 +13,7 @@ from torch import Tensor
 
 from grpo_kernels import registry
 from grpo_kernels.config import GRPOLossConfig
+from grpo_kernels.measured_backends import RowClass
 from grpo_kernels.ops.linear_grpo_loss import linear_grpo_loss
 from grpo_kernels.ops.linear_grpo_loss.op import one_pass_loss
 from grpo_kernels.ops.linear_token_divergence.reference import Reference
@@ -220,7 +221,9 @@ def distillation_loss(
         debug=debug,
     )
     check_id_range("completion_ids", completion_ids, inputs.mask, lm_head_weight.shape[0], debug)
-    backend = registry.resolve("linear_token_divergence", backend, hidden_states.device)
+    backend = registry.resolve(
+        "linear_token_divergence", backend, hidden_states.device, RowClass.of_head(lm_head_weight)
+    )
     found = one_pass_loss(
         hidden_states,
         lm_head_weight,

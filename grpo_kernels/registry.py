@@ -11,6 +11,8 @@ from pathlib import Path
 
 import torch
 
+from grpo_kernels.measured_backends import MEASURED, RowClass
+
 OPS = (
     "group_advantages",
     "gae",
@@ -24,7 +26,7 @@ OPS = (
 )
 BACKENDS = ("cpu", "torch", "triton", "cuda")
 #: What "auto" takes by device type and op, the first that can run; elsewhere "torch", the reference, which runs
-#: everywhere. No results of a GPU are committed that put "cuda" before "triton": an op's entry changes with such.
+#: everywhere. On an NVIDIA GPU ``measured_backends.MEASURED`` comes first.
 PREFERENCE = {
     "cpu": dict.fromkeys(OPS, ("cpu", "torch")),
     "cuda": dict.fromkeys(OPS, ("triton", "cuda", "torch")),
@@ -182,26 +184,51 @@ def supports(op: str, backend: str, device: torch.device) -> bool:
     return unsupported_reason(op, backend, device) is None
 
 
-def resolve(op: str, backend: str, device: torch.device) -> str:
+def resolve(op: str, backend: str, device: torch.device, rows: RowClass | None = None) -> str:
     """The backend that runs ``op``: the first that can for "auto", else the named one.
+
+    Args:
+        op: Of ``OPS``.
+        backend: "auto", or one of ``BACKENDS``.
+        device: Of the tensors.
+        rows: The class of the rows of logits, of an op that has such.
 
     Raises:
         ValueError: The backend is unknown.
         RuntimeError: The named backend cannot run here; the message says why.
     """
     if backend == "auto":
-        return _automatic(op, device)
+        return _automatic(op, device, _measured(op, device, rows) if device.type == "cuda" else None)
     reason = unsupported_reason(op, backend, device)
     if reason is not None:
         raise RuntimeError(f"backend {backend!r} cannot run {op}: {reason}")
     return backend
 
 
+def _measured(op: str, device: torch.device, rows: RowClass | None) -> str | None:
+    """The backend that results show to be the fastest, or None."""
+    for measured in MEASURED:
+        if measured.covers(op, _architecture(device), rows):
+            return measured.backend
+    return None
+
+
 @torch.compiler.assume_constant_result
-def _automatic(op: str, device: torch.device) -> str:
+@cache
+def _architecture(device: torch.device) -> int:
+    """Of an NVIDIA GPU, as 90 for 9.0; 0 of another."""
+    if torch.version.cuda is None:
+        return 0
+    major, minor = torch.cuda.get_device_capability(device)
+    return 10 * major + minor
+
+
+@torch.compiler.assume_constant_result
+def _automatic(op: str, device: torch.device, preferred: str | None = None) -> str:
     if device.type == "cuda" and _CUDA_ERROR is None and (reason := _cuda_reason(device)) is not None:
         _say_once("cuda", device, reason)  # also where another is preferred: it was installed to run
-    for name in PREFERENCE[device.type][op] if device.type in PREFERENCE else ("torch",):
+    names = PREFERENCE[device.type][op] if device.type in PREFERENCE else ("torch",)
+    for name in names if preferred is None else (preferred, *names):
         reason = unsupported_reason(op, name, device)
         if reason is None:
             return name

@@ -31,7 +31,7 @@ def run(stage: Stage, options: argparse.Namespace) -> None:
     stage.need_a_backend()
     sizes = Sizes.dry() if stage.is_dry else Sizes()
     selected = "second_buffer and 131" if stage.is_dry else " or ".join(TESTS)
-    stage.attempt("tests at real sizes", lambda: run_tests(stage, "proof", selected, workers=3))
+    stage.attempt("tests at real sizes", lambda: run_tests(stage, "proof", selected, workers=1 if stage.is_dry else 3))
     stage.entry["found"]["accuracy"] = rows = []
     for backend in stage.backends:
 

@@ -7,6 +7,8 @@ from typing import Any
 
 from records import Results
 
+from gpu.evidence import evidence
+
 
 def lines(results: Results) -> list[str]:
     """The parts of a report: the stages, then their findings; empty for results without stages."""
@@ -27,6 +29,12 @@ def lines(results: Results) -> list[str]:
     ]
     parts = ["\n".join(table), "\n".join(details), *findings]
     parts.append("\n".join(["Over the target:", "", *missed]) if missed else "")
+    faster = [
+        f"- {one.op}{f', V={one.vocab}' if one.vocab else ''}{'' if one.is_aligned else ', rows not aligned'}: "
+        f"{one.ratio:.2f}x ({one.title})"
+        for one in sorted(evidence(results), key=lambda one: (one.op, one.vocab))
+    ]
+    parts.append("\n".join(["CUDA's time over Triton's:", "", *faster]) if faster else "")
     return [part for part in parts if part]
 
 

@@ -13,6 +13,7 @@ from torch import Tensor
 from trl.trainer import utils as trl_utils
 
 from grpo_kernels import registry
+from grpo_kernels.measured_backends import RowClass
 from grpo_kernels.ops.linear_grpo_loss.speculation import ExpectedLoss, SpeculatedLogprobs
 from grpo_kernels.ops.linear_token_divergence.op import LinearTokenDivergence
 from grpo_kernels.ops.linear_token_divergence.reference import Reference
@@ -68,9 +69,9 @@ class Settings:
             backends = ", ".join(map(repr, registry.BACKENDS))
             raise ValueError(f"backend must be 'auto' or one of {backends}, got {self.backend!r}")
 
-    def backend_on(self, device: torch.device) -> str:
-        """The backend of the head there; "torch" where TRL's own function is to run."""
-        return registry.resolve("linear_token_logprobs", self.backend, device)
+    def backend_on(self, device: torch.device, rows: RowClass | None = None) -> str:
+        """The backend of a head there; "torch" where TRL's own function is to run."""
+        return registry.resolve("linear_token_logprobs", self.backend, device, rows)
 
 
 @dataclass
@@ -134,7 +135,7 @@ def head_logprobs(
     """Log-probability, entropy, log sum of squared probabilities, mean logit, is top 1; None where not asked for."""
     dtypes = _dtypes(hidden, weight)
     device, vocab = hidden.device, weight.shape[0]
-    backend = settings.backend_on(device)
+    backend = settings.backend_on(device, RowClass.of_head(weight))
     transform = Transform.of(temperature, softcap, logit_scale)
     workspace = check_workspace(settings.workspace_bytes, 0, vocab, dtypes[1], device)
     needs = tuple(torch.is_grad_enabled() and x is not None and x.requires_grad for x in (hidden, weight, bias))
@@ -182,7 +183,7 @@ def head_divergence(
     dtypes = _dtypes(student_hidden, student_weight)
     teacher_dtype, _ = _dtypes(teacher_hidden, teacher_weight)
     device, vocab = student_hidden.device, student_weight.shape[0]
-    backend = settings.backend_on(device)
+    backend = settings.backend_on(device, RowClass.of_head(student_weight))
     own = Transform.of(temperature, student_softcap, student_logit_scale)
     comparison = Comparison(float(beta), *own, *Transform.of(temperature, teacher_softcap, teacher_logit_scale))
     workspace = check_workspace(settings.workspace_bytes, 0, vocab, dtypes[1], device, models=2)

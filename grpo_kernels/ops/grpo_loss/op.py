@@ -10,6 +10,7 @@ from torch import Tensor
 
 from grpo_kernels import registry
 from grpo_kernels.config import GRPOLossConfig, PolicyLossCode
+from grpo_kernels.measured_backends import RowClass
 from grpo_kernels.ops.device_values import check_device_values
 from grpo_kernels.ops.gradients import hand_over, mark_written, refuse_double_backward
 from grpo_kernels.ops.group_advantages.op import EPS, check_rewards, group_advantages
@@ -192,7 +193,7 @@ def grpo_loss(
     if inplace:
         check_writable("logits", logits, "inplace=True")
     op = "grpo_loss" if reference_logits is None else "token_divergence"
-    backend = registry.resolve(op, backend, logits.device)
+    backend = registry.resolve(op, backend, logits.device, RowClass.of_logits(logits))
     dtype = accumulation_dtype(logits.dtype)
     check_group_rewards(advantages, rewards, num_generations, scale_rewards, completion_ids, cu_seqlens, debug)
     check_reference(reference_logits is not None, ref_logprobs, config, "reference_logits")

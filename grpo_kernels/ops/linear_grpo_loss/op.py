@@ -9,6 +9,7 @@ from torch import Tensor
 
 from grpo_kernels import registry
 from grpo_kernels.config import GRPOLossConfig
+from grpo_kernels.measured_backends import RowClass
 from grpo_kernels.ops.device_values import check_device_values
 from grpo_kernels.ops.gradients import hand_over, refuse_double_backward
 from grpo_kernels.ops.group_advantages import group_advantages
@@ -209,7 +210,7 @@ def linear_grpo_loss(
     given = (reference_logits, reference_hidden_states, reference_lm_head_weight, reference_bias)
     is_compared = any(x is not None for x in given)
     op = "linear_token_divergence" if is_compared else "linear_grpo_loss"
-    backend = registry.resolve(op, backend, hidden_states.device)
+    backend = registry.resolve(op, backend, hidden_states.device, RowClass.of_head(lm_head_weight))
     check_reference(is_compared, ref_logprobs, config, "reference_logits, or reference_hidden_states with their head,")
     vocab = lm_head_weight.shape[0]
     reference = Reference.of(completion_ids, vocab, *given) if is_compared else NO_REFERENCE

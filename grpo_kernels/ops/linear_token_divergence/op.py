@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from grpo_kernels import registry
+from grpo_kernels.measured_backends import RowClass
 from grpo_kernels.ops.device_values import check_device_values
 from grpo_kernels.ops.gradients import refuse_double_backward
 from grpo_kernels.ops.library import KERNEL_BACKENDS, define
@@ -214,7 +215,9 @@ def linear_token_divergence(
         check_device_values(hidden_states.device)
     dtypes = head_dtypes(hidden_states, lm_head_weight, logits_dtype)
     workspace = check_workspace(workspace_bytes, 0, vocab, dtypes[1], hidden_states.device, models=2)
-    backend = registry.resolve("linear_token_divergence", backend, hidden_states.device)
+    backend = registry.resolve(
+        "linear_token_divergence", backend, hidden_states.device, RowClass.of_head(lm_head_weight)
+    )
     if backend == "torch":
         logits = linear_reference.project(hidden_states, lm_head_weight, bias, mask, *dtypes)
         others = reference.whole(None if mask is None else mask.reshape(-1), dtypes[1]).view(logits.shape)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from grpo_kernels import registry
+from grpo_kernels.measured_backends import RowClass
 from grpo_kernels.ops.device_values import check_device_values
 from grpo_kernels.ops.gradients import refuse_double_backward
 from grpo_kernels.ops.library import KERNEL_BACKENDS, define
@@ -314,7 +315,7 @@ def linear_token_logprobs(
     workspace = check_workspace(
         workspace_bytes, max_logits_bytes, lm_head_weight.shape[0], dtypes[1], hidden_states.device
     )
-    backend = registry.resolve("linear_token_logprobs", backend, hidden_states.device)
+    backend = registry.resolve("linear_token_logprobs", backend, hidden_states.device, RowClass.of_head(lm_head_weight))
     if backend == "torch":
         logits = reference.project(hidden_states, lm_head_weight, bias, mask, *dtypes)
         return token_reference.token_logprobs(logits, ids, mask, temperature, softcap, logit_scale, tuple(outputs))

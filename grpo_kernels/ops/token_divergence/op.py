@@ -9,6 +9,7 @@ from torch import Tensor
 
 from grpo_kernels import registry
 from grpo_kernels.config_checks import mixture_of
+from grpo_kernels.measured_backends import RowClass
 from grpo_kernels.ops.device_values import check_device_values
 from grpo_kernels.ops.gradients import mark_written, refuse_double_backward, refuse_second_backward
 from grpo_kernels.ops.library import define, lazily
@@ -220,7 +221,7 @@ def token_divergence(
     check_id_range("ids", ids, mask, logits.shape[-1], debug)
     if debug:
         check_device_values(logits.device)
-    backend = registry.resolve("token_divergence", backend, logits.device)
+    backend = registry.resolve("token_divergence", backend, logits.device, RowClass.of_logits(logits))
     if backend == "torch":
         rows = [z if ids.dim() == 1 else z[:, : ids.shape[1]] for z in (logits, reference_logits)]
         found = reference.token_divergence(*rows, ids, mask, comparison)

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from grpo_kernels import registry
+from grpo_kernels.measured_backends import RowClass
 from grpo_kernels.ops.device_values import check_device_values
 from grpo_kernels.ops.gradients import mark_written, refuse_double_backward, refuse_second_backward
 from grpo_kernels.ops.library import define, lazily
@@ -233,7 +234,7 @@ def token_logprobs(
     check_id_range("ids", ids, mask, logits.shape[-1], debug)
     if debug:
         check_device_values(logits.device)
-    backend = registry.resolve("token_logprobs", backend, logits.device)
+    backend = registry.resolve("token_logprobs", backend, logits.device, RowClass.of_logits(logits))
     if backend == "torch":
         rows = logits if ids.dim() == 1 else logits[:, : ids.shape[1]]
         return reference.token_logprobs(rows, ids, mask, temperature, softcap, logit_scale, tuple(outputs))
