@@ -7,11 +7,11 @@ from functools import cache
 
 import pytest
 import torch
-from testing.assertions import assert_near_baseline
-from testing.calls import SOURCES, applies, rounded_dlogits, run
+from testing.calls import SOURCES, applies, run
 from testing.cases import ALL_CASES, FAMILY_CASES, VARIANT_CASES, VOCABULARY_CASES, Case
 from testing.emulated import emulated
-from testing.inputs import Inputs, build
+from testing.expected import Expected
+from testing.inputs import build
 
 from grpo_kernels import registry
 
@@ -58,11 +58,8 @@ GRID = [
 
 
 @cache
-def _expected(op: str, dtype: torch.dtype, case: Case, rounds_dlogits: bool) -> tuple[Inputs, dict, dict]:
-    inputs = build(case, dtype, SOURCES[op])
-    with rounded_dlogits(dtype) if rounds_dlogits else nullcontext():
-        reference = run(op, inputs, "torch")
-    return inputs, reference, run(op, inputs.double(), "torch")
+def _expected(op: str, dtype: torch.dtype, case: Case, rounds_dlogits: bool) -> Expected:
+    return Expected.of(op, build(case, dtype, SOURCES[op]), dtype, rounds_dlogits)
 
 
 @pytest.mark.parametrize(("op", "backend", "dtype", "case"), GRID)
@@ -73,11 +70,11 @@ def test_op_is_near_its_fp64_baseline(op: str, backend: str, dtype: torch.dtype,
             pytest.skip(reason)
         # GEMMs in half precision take gradients in half precision; the C++ backend widens instead
         rounds_dlogits = backend in ("triton", "cuda") and dtype in (torch.bfloat16, torch.float16)
-        inputs, reference, baseline = _expected(op, dtype, case, rounds_dlogits)
-        before = inputs.clone().tensors()
-        results = run(op, inputs, backend)
-    assert_near_baseline(results, reference, baseline, dtype)
-    for name, tensor in inputs.tensors().items():
+        expected = _expected(op, dtype, case, rounds_dlogits)
+        before = expected.inputs.clone().tensors()
+        results = run(op, expected.inputs, backend)
+    expected.assert_near(results)
+    for name, tensor in expected.inputs.tensors().items():
         assert torch.equal(tensor.nan_to_num(), before[name].nan_to_num()), f"{name} was changed"
 
 

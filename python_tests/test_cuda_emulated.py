@@ -10,6 +10,7 @@ from testing.assertions import assert_near_baseline
 from testing.calls import call, leaves, run
 from testing.cases import FOUND_CASES, INPUT_CASES, LOSS_CASES, Case
 from testing.emulated import emulated
+from testing.expected import Expected
 from testing.inputs import build
 from torch import Tensor
 
@@ -45,9 +46,9 @@ def nothing_bad() -> Iterator[None]:
 def test_a_loss_is_near_its_fp64_baseline_on_any_device(case: Case, device: str) -> None:
     for dtype in (torch.float32, torch.bfloat16):
         inputs = build(case, dtype, "logits")
-        reference, baseline = run("grpo_loss", inputs, "torch"), run("grpo_loss", inputs.double(), "torch")
+        expected = Expected.of("grpo_loss", inputs, dtype)
         with emulated(**DEVICES[device]):
-            assert_near_baseline(run("grpo_loss", inputs, "cuda"), reference, baseline, dtype)
+            expected.assert_near(run("grpo_loss", inputs, "cuda"))
 
 
 @pytest.mark.parametrize("vocab", [8, 64, 1016, 1024, 1032, 2048, 4104, 9000])

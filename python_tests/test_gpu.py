@@ -14,9 +14,10 @@ import pytest
 import torch
 from test_conformance import is_tested
 from testing.assertions import assert_near_baseline
-from testing.calls import SOURCES, rounded_dlogits, run
+from testing.calls import SOURCES, run
 from testing.cases import ALL_CASES, Case
 from testing.conformance import assert_conforms
+from testing.expected import Expected
 from testing.inputs import Inputs, build
 from torch import Tensor
 
@@ -205,9 +206,7 @@ def test_captured_graphs_replay(op: str, backend: str, vocab: int, level: str) -
     for name, values in static.tensors().items():
         values.copy_(other.tensors()[name])
     graph.replay()
-    with rounded_dlogits(HALF):
-        reference = run(op, other, "torch")
-    assert_near_baseline(captured, reference, run(op, other.double(), "torch"), HALF)
+    Expected.of(op, other, HALF, rounds_dlogits=True).assert_near(captured)
 
 
 BONUS, PLAIN = GRPOLossConfig(entropy_coef=0.01), GRPOLossConfig()

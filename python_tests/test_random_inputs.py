@@ -9,9 +9,10 @@ import pytest
 import torch
 from drawn import are_top_covariances_settled, configs
 from hypothesis import strategies as st
-from testing.assertions import ATOL, assert_near_baseline
+from testing.assertions import ATOL
 from testing.calls import SOURCES, applies, run
 from testing.cases import Case
+from testing.expected import Expected
 from testing.inputs import Inputs, build
 from torch import Tensor
 
@@ -69,9 +70,9 @@ def test_any_case_is_near_its_fp64_baseline(op: str, data: st.DataObject, dtype:
     case = data.draw(cases(SOURCES[op]))
     assert applies(op, case)
     inputs = build(case, dtype, SOURCES[op])
-    baseline, reference = run(op, inputs.double(), "torch"), run(op, inputs, "torch")
-    hypothesis.assume(_is_settled(inputs, baseline, reference))
-    assert_near_baseline(run(op, inputs, "cpu"), reference, baseline, dtype)
+    expected = Expected.of(op, inputs, dtype)
+    hypothesis.assume(_is_settled(inputs, expected.baseline, expected.reference))
+    expected.assert_near(run(op, inputs, "cpu"))
 
 
 def _is_settled(inputs: Inputs, baseline: dict[str, Tensor], reference: dict[str, Tensor]) -> bool:

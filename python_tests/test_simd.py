@@ -6,9 +6,9 @@ from collections.abc import Iterator
 
 import pytest
 import torch
-from testing.assertions import assert_near_baseline
 from testing.calls import applies, run
 from testing.cases import INPUT_CASES, VOCABULARY_CASES, Case
+from testing.expected import Expected
 from testing.inputs import build
 
 from grpo_kernels import registry, token_logprobs
@@ -42,8 +42,7 @@ def test_the_limit_takes_effect(level: str) -> None:
 @pytest.mark.parametrize("op", ["token_logprobs", "grpo_loss"])
 def test_level_is_near_the_fp64_baseline(op: str, case: Case, dtype: torch.dtype, level: str) -> None:
     inputs = build(case, dtype)
-    baseline = run(op, inputs.double(), "torch")
-    assert_near_baseline(run(op, inputs, "cpu"), run(op, inputs, "torch"), baseline, dtype)
+    Expected.of(op, inputs, dtype).assert_near(run(op, inputs, "cpu"))
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

@@ -23,6 +23,7 @@ def assert_near_baseline(
     references: dict[str, Tensor],
     baselines: dict[str, Tensor],
     dtype: torch.dtype,
+    reference_baselines: dict[str, Tensor] | None = None,
 ) -> None:
     """Asserts that results have the names, shapes and dtypes of the references, and hardly more than their error.
 
@@ -33,18 +34,22 @@ def assert_near_baseline(
         references: Of plain torch, on the same inputs.
         baselines: Of plain torch, on the same values in fp64.
         dtype: Of the inputs.
+        reference_baselines: What the references are compared with, where that is something else.
     """
+    reference_baselines = baselines if reference_baselines is None else reference_baselines
     assert results.keys() == references.keys(), f"got {sorted(results)}, expected {sorted(references)}"
     failures = []
     for name, result in results.items():
         reference, baseline = references[name], baselines[name]
         assert result.shape == reference.shape, f"{name}: shape {list(result.shape)}, not {list(reference.shape)}"
         assert result.dtype == reference.dtype, f"{name}: {result.dtype}, not {reference.dtype}"
-        failures += _failures(name, result, reference, baseline, dtype)
+        failures += _failures(name, result, reference, baseline, reference_baselines[name], dtype)
     assert not failures, "\n".join(failures)
 
 
-def _failures(name: str, result: Tensor, reference: Tensor, baseline: Tensor, dtype: torch.dtype) -> list[str]:
+def _failures(
+    name: str, result: Tensor, reference: Tensor, baseline: Tensor, reference_baseline: Tensor, dtype: torch.dtype
+) -> list[str]:
     if not result.is_floating_point():
         right = (result == baseline) | (result == reference)  # equal but for rounding may fall either way
         return [] if right.all() else [f"{name}: {result} is not {baseline}"]
@@ -52,16 +57,17 @@ def _failures(name: str, result: Tensor, reference: Tensor, baseline: Tensor, dt
     if not torch.equal(result[~finite].double().nan_to_num(), reference[~finite].double().nan_to_num()):
         return [f"{name}: {result[~finite]} where the reference has {reference[~finite]}"]
     result, reference, baseline = result[finite].double(), reference[finite].double(), baseline[finite]
+    of_reference = reference - reference_baseline[finite]
     if baseline.numel() == 0:
         return []
     failures = []
     atol = ATOL[dtype] * max(1.0, baseline.abs().max().item())
-    error, allowed = _largest(result - baseline), 2 * _largest(reference - baseline) + atol
+    error, allowed = _largest(result - baseline), 2 * _largest(of_reference) + atol
     if not error <= allowed:
         failures.append(f"{name}: largest error {error:.3g}, allowed {allowed:.3g}")
     if baseline.numel() >= _FEWEST:
         norm = baseline.norm().item()
-        error, allowed = _norm(result - baseline), 2 * _norm(reference - baseline)
+        error, allowed = _norm(result - baseline), 2 * _norm(of_reference)
         allowed += RTOL[dtype] * norm + _FLOOR[dtype] * baseline.numel() ** 0.5
         if not error <= allowed:
             failures.append(f"{name}: error of norm {error:.3g}, allowed {allowed:.3g}, of {norm:.3g}")

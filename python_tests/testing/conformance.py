@@ -1,30 +1,25 @@
-"""An op on a backend held to the reference and its fp64 baseline, on any device."""
+"""An op on a backend held to what is expected of it, on any device."""
 
 from __future__ import annotations
 
-from contextlib import nullcontext
 from functools import lru_cache
 
 import torch
-from torch import Tensor
 
-from testing.assertions import assert_near_baseline
-from testing.calls import SOURCES, rounded_dlogits, run
+from testing.calls import SOURCES, run
 from testing.cases import Case
-from testing.inputs import Inputs, build
+from testing.expected import Expected
+from testing.inputs import build
 
 
 def assert_conforms(op: str, backend: str, case: Case, dtype: torch.dtype, device: torch.device) -> None:
     """Runs an op on a case's inputs, made on the device, and compares all that it gives with the reference's."""
-    inputs, reference, baseline = _expected(op, case, dtype, device)
-    assert_near_baseline(run(op, inputs, backend), reference, baseline, dtype)
+    expected = expected_of(op, case, dtype, device)
+    expected.assert_near(run(op, expected.inputs, backend))
 
 
 @lru_cache(maxsize=1)  # the next call asks another backend for the same
-def _expected(
-    op: str, case: Case, dtype: torch.dtype, device: torch.device
-) -> tuple[Inputs, dict[str, Tensor], dict[str, Tensor]]:
+def expected_of(op: str, case: Case, dtype: torch.dtype, device: torch.device) -> Expected:
+    """What a GPU's backends are to give, whose heads round the gradient of logits to half precision before a GEMM."""
     inputs = build(case, dtype, SOURCES[op], device)
-    with nullcontext() if dtype == torch.float32 else rounded_dlogits(dtype):
-        reference = run(op, inputs, "torch")
-    return inputs, reference, run(op, inputs.double(), "torch")
+    return Expected.of(op, inputs, dtype, rounds_dlogits=dtype != torch.float32)
