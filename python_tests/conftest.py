@@ -8,9 +8,21 @@ import hypothesis
 import pytest
 import torch
 
+from grpo_kernels import registry
+
+SIMD_LEVELS = ("baseline", "avx2", "avx512")
+
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--part", default="0/1", help="I/N: of the selected tests every N-th, from the I-th")
+    parser.addoption("--simd-level", choices=SIMD_LEVELS, help="the C++ kernels' instructions: no wider than these")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    level = config.getoption("--simd-level")
+    if level is not None:
+        registry.cpu_simd_level()  # loads the library
+        torch.ops.grpo_kernels.cpu_limit_simd_level(SIMD_LEVELS.index(level))
 
 
 @pytest.hookimpl(trylast=True)  # after -k and -m

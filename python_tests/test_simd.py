@@ -30,7 +30,7 @@ def level(request: pytest.FixtureRequest) -> Iterator[str]:
         pytest.skip(f"this processor has {WIDEST} at most")
     torch.ops.grpo_kernels.cpu_limit_simd_level(LEVELS.index(request.param))
     yield request.param
-    torch.ops.grpo_kernels.cpu_limit_simd_level(len(LEVELS) - 1)
+    torch.ops.grpo_kernels.cpu_limit_simd_level(LEVELS.index(WIDEST or "baseline"))
 
 
 def test_the_limit_takes_effect(level: str) -> None:

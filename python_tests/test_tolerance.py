@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import os
+import re
+import subprocess
+import sys
 from functools import partial
+from pathlib import Path
 from typing import Any
 from unittest import mock
 
@@ -19,6 +24,7 @@ from grpo_kernels.ops.policy_loss import reference as policy
 from grpo_kernels.ops.policy_loss import weights
 
 pytestmark = pytest.mark.usefixtures("poison", "one_thread")
+TESTS = Path(__file__).parent
 CASES = {case.name: case for case in ALL_CASES}
 SINGLE = torch.float32
 #: Of log-probs: what an fp32 GEMM leaves of logits of about 10.
@@ -109,3 +115,14 @@ def test_any_gradient_off_by_one_in_1e5_fails(name: str, op: str) -> None:
         if gradient in expected.reference:
             with pytest.raises(AssertionError, match=f"{gradient}: error of norm"):
                 expected.assert_near(expected.reference | {gradient: expected.reference[gradient] * (1 + PLANTED)})
+
+
+def test_another_processor_passes() -> None:
+    """The instructions that every x86-64 has, of torch and of our kernels: other roundings, in another order."""
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "no:xdist"]
+    command += ["--simd-level", "baseline", f"{TESTS}/test_conformance.py"]
+    command += ["-k", "linear_grpo_loss and float32 and not triton and (vespo or gmpo or num_items or sequence_level)"]
+    environment = dict(os.environ, ATEN_CPU_CAPABILITY="default")
+    done = subprocess.run(command, cwd=TESTS.parent, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert int(re.search(r"(\d+) passed", done.stdout)[1]) >= 20
