@@ -124,15 +124,13 @@ def test_a_stage_may_fail_hang_or_be_killed_and_the_others_run(odd: Path) -> Non
 
 
 def test_a_dry_run_goes_through_every_stage(tmp_path: Path) -> None:
-    code, output = run_command(
-        tmp_path, "--dry-run", "--seconds", "900", *(s.name for s in STAGES if s.name != "works")
-    )
+    code, output = run_command(tmp_path, "--dry-run", "--patience", "6", *(s.name for s in STAGES if s.name != "works"))
     results = results_of(tmp_path)
     stages = results.extra["stages"]
     assert {name: (found["status"], found["failed"]) for name, found in stages.items()} == {
         stage.name: ("ok", []) for stage in STAGES if stage.name != "works"
     }, output
-    assert code == 0 and all(0 < found["seconds"] <= 300 for found in stages.values())
+    assert code == 0 and all(0 < found["seconds"] <= 1200 for found in stages.values())
     assert stages["alive"]["found"]["checks"].keys() > {"triton, grpo_loss", "triton, gae", "addmm into fp32, in place"}
     assert len(stages["alive"]["found"]["checks"]) == 16
     assert {row.work for row in results.rows} == {"logits", "hidden", "frozen", "calls"}

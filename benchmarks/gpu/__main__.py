@@ -58,7 +58,9 @@ def results_to_add_to(folder: Path, device: torch.device) -> Path:
     return path
 
 
-def run(stages: Sequence[Stage], path: Path, seconds: float, named: Sequence[str], options: Sequence[str]) -> bool:
+def run(
+    stages: Sequence[Stage], path: Path, seconds: float, patience: float, named: Sequence[str], options: Sequence[str]
+) -> bool:
     """Runs the stages that are not there yet, in order, within ``seconds``; returns whether all are "ok"."""
     end = time.monotonic() + seconds
     is_ok = True
@@ -71,8 +73,9 @@ def run(stages: Sequence[Stage], path: Path, seconds: float, named: Sequence[str
         if left < _LEAST_SECONDS:
             found = leave_out(path, stage.name, f"no time was left of {seconds:.0f} s")
         else:
-            print(f"{stage.name}: {stage.what} (at most {min(left, stage.seconds):.0f} s)", flush=True)
-            found = run_stage(stage, path, min(left, stage.seconds), options)
+            limit = min(left, patience * stage.seconds)
+            print(f"{stage.name}: {stage.what} (at most {limit:.0f} s)", flush=True)
+            found = run_stage(stage, path, limit, options)
         print(f"  {summary.outcome(found)}", flush=True)
         is_ok &= found["status"] == "ok"
         if found["found"].get("backends") == []:  # none of the other stages could do anything
@@ -96,6 +99,7 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
                         f"{' and '.join(stage.name for stage in STAGES if not stage.by_default)}")  # fmt: skip
     parser.add_argument("--results", type=Path, default=ROOT / "benchmarks" / "results")
     parser.add_argument("--seconds", type=float, default=900, help="of the whole run")
+    parser.add_argument("--patience", type=float, default=1.0, help="factor of every stage's limit, for a busy machine")
     parser.add_argument("--rounds", type=int, default=7, help="of each timing")
     parser.add_argument("--tune", default="loss:131072", help="what the stage tune tries, as kernel:vocabulary")
     parser.add_argument("--require-gpu", action="store_true", help="exit with 3 where there is no GPU")
@@ -117,7 +121,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     path = results_to_add_to(options.results / re.sub(r"[^a-z0-9]+", "-", name.lower()), device)
     stages = [stage for stage in STAGES if stage.name in options.stages or (stage.by_default and not options.stages)]
     given = ["--rounds", str(options.rounds), "--tune", options.tune, *(["--dry-run"] if options.dry_run else [])]
-    is_ok = run(stages, path, options.seconds, options.stages, given)
+    is_ok = run(stages, path, options.seconds, options.patience, options.stages, given)
     report_device(path.parent)
     print(f"\n{(path.parent / 'report.md').read_text()}\nwritten: {path}")
     return int(not is_ok)

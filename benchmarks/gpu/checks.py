@@ -38,7 +38,7 @@ def run(stage: Stage, options: argparse.Namespace) -> None:
     if sanitizer is None:
         stage.leave_out("compute-sanitizer is neither on PATH nor where CUDA is installed")
         return
-    for backend in stage.backends:
+    for backend in sorted(stage.backends):  # CUDA C++ first, where addresses are written out
         stage.attempt(f"{options.what}, {backend}", lambda b=backend: sanitize(stage, sanitizer, options.what, b))
 
 

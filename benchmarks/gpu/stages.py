@@ -48,8 +48,8 @@ STAGES = (
     Stage("conformance", 300, "every conformance case", "gpu.checks", ("conformance",)),
     Stage("works", 420, "every other comparison, with every peer", "gpu.works", by_default=False),
     Stage("tune", 180, "one kernel's block sizes at one vocabulary: --tune loss:131072", "gpu.tune", by_default=False),
-    Stage("memcheck", 120, "compute-sanitizer: accesses out of bounds", "gpu.checks", ("memcheck",)),
-    Stage("racecheck", 120, "compute-sanitizer: races of shared memory", "gpu.checks", ("racecheck",)),
+    Stage("memcheck", 200, "compute-sanitizer: accesses out of bounds", "gpu.checks", ("memcheck",)),
+    Stage("racecheck", 200, "compute-sanitizer: races of shared memory", "gpu.checks", ("racecheck",)),
 )
 
 
