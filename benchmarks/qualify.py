@@ -113,7 +113,8 @@ def qualify(
         found: list[Verdict] = []
         while len(found) < len(served):
             command = [sys.executable, str(script), provider.name, device, json.dumps(dict(ours))]
-            found += _one_process(command, served[len(found) :], sizes, seconds, processes)
+            startup = seconds if device == "cuda" else max(seconds, _STARTUP_SECONDS)
+            found += _one_process(command, served[len(found) :], sizes, seconds, startup, processes)
         return {(provider.name, case): verdict for case, verdict in zip(served, found, strict=True)}
 
     every = providers(ours) if among is None else among
@@ -127,7 +128,7 @@ def qualify(
 
 
 def _one_process(
-    command: list[str], cases: Sequence[Case], sizes: Sizes, seconds: float, processes: int
+    command: list[str], cases: Sequence[Case], sizes: Sizes, seconds: float, startup: float, processes: int
 ) -> list[Verdict]:
     """The verdicts of one process: on all cases, or up to the one that ended it."""
     reader, writer = os.pipe()
@@ -138,10 +139,10 @@ def _one_process(
         process = subprocess.Popen([*command, *arguments], pass_fds=[writer], stdout=output, stderr=output,
                                    env=_environment(), start_new_session=True)  # fmt: skip
         os.close(writer)
-        line, has_ended = _line(lines, max(seconds, _STARTUP_SECONDS))  # that the imports are done
+        line, has_ended = _line(lines, startup)  # that the imports are done
         if not line and not has_ended:  # another process would hang in them too
             _ended(process, 0)
-            return [Verdict("timed out", f"in its imports, after {max(seconds, _STARTUP_SECONDS):.0f} s")] * len(cases)
+            return [Verdict("timed out", f"in its imports, after {startup:.0f} s")] * len(cases)
         while line and len(found) < len(cases):
             line, has_ended = _line(lines, seconds)
             if line:

@@ -6,6 +6,7 @@ and what is left is a few numbers a token or a completion, in torch.
 
 from __future__ import annotations
 
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -222,7 +223,7 @@ def distillation_loss(
     )
     check_id_range("completion_ids", completion_ids, inputs.mask, lm_head_weight.shape[0], debug)
     backend = registry.resolve(
-        "linear_token_divergence", backend, hidden_states.device, RowClass.of_head(lm_head_weight)
+        "linear_token_divergence", backend, hidden_states.device, partial(RowClass.of_head, lm_head_weight)
     )
     found = one_pass_loss(
         hidden_states,

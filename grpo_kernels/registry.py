@@ -184,14 +184,14 @@ def supports(op: str, backend: str, device: torch.device) -> bool:
     return unsupported_reason(op, backend, device) is None
 
 
-def resolve(op: str, backend: str, device: torch.device, rows: RowClass | None = None) -> str:
+def resolve(op: str, backend: str, device: torch.device, rows: Callable[[], RowClass] | None = None) -> str:
     """The backend that runs ``op``: the first that can for "auto", else the named one.
 
     Args:
         op: Of ``OPS``.
         backend: "auto", or one of ``BACKENDS``.
         device: Of the tensors.
-        rows: The class of the rows of logits, of an op that has such.
+        rows: Gives the class of the rows of logits, of an op that has such.
 
     Raises:
         ValueError: The backend is unknown.
@@ -205,10 +205,10 @@ def resolve(op: str, backend: str, device: torch.device, rows: RowClass | None =
     return backend
 
 
-def _measured(op: str, device: torch.device, rows: RowClass | None) -> str | None:
+def _measured(op: str, device: torch.device, rows: Callable[[], RowClass] | None) -> str | None:
     """The backend that results show to be the fastest, or None."""
     for measured in MEASURED:
-        if measured.covers(op, _architecture(device), rows):
+        if measured.op == op and measured.covers(op, _architecture(device), None if rows is None else rows()):
             return measured.backend
     return None
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import math
 import re
 import sys
+import time
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -12,9 +14,9 @@ import cuda_resources
 import pytest
 import qualify
 import torch
-from gpu import checks, dram, headline, settings, summary, works
+from gpu import checks, currencies, dram, headline, other_works, settings, summary
 from gpu.sizes import CASES, Sizes
-from gpu.stage import Stage
+from gpu.stage import RunningStage
 from gpu.stages import entry
 from interleaved import Comparison
 from providers import GPU_BACKENDS, OURS_ON_GPU, Provider, providers
@@ -42,13 +44,13 @@ class Emulated:
 
 def test_the_headline_has_what_the_readme_and_the_design_state() -> None:
     sizes = Sizes()
-    assert {128256, 129280, 151936} == set(sizes.vocabularies) and sizes.tokens == (8192, 65536)
+    assert {128256, 129280, 151936, 131071} == set(sizes.vocabularies) and sizes.tokens == (8192, 65536)
     on_gpu = SimpleNamespace(device=torch.device("cuda"), backends=list(GPU_BACKENDS), ours=OURS_ON_GPU, deadline=0)
     assert list(headline.comparisons(sizes, on_gpu, {}, 1)) == [
-        "logits, N=8192 V=151936", "hidden", "hidden, a quarter live", "calls, N=64", "hidden, N=1024", "hidden, H=896",
-        "frozen", "hidden, N=64",
+        "logits, N=8192 V=151936", "hidden", "hidden, a quarter live", "calls, N=64", "calls, N=8192 V=151936",
+        "hidden, N=1024", "hidden, H=896", "frozen", "hidden, N=64",
     ]  # fmt: skip
-    others = works.comparisons(sizes, on_gpu, {})
+    others = other_works.comparisons(sizes, on_gpu, {})
     for vocab in sizes.vocabularies:
         for tokens in sizes.tokens:
             assert {f"logits, N={tokens} V={vocab}", f"calls, N={tokens} V={vocab}"} <= others.keys()
@@ -73,7 +75,7 @@ def test_a_backend_is_held_to_its_target_in_every_comparison() -> None:
     with emulated():
         made = headline.comparisons(Sizes.dry(), Emulated, verdicts, 1)
         found = {what: measure() for what, measure in made.items() if re.match("logits|calls", what)}
-    assert list(found) == ["logits, N=8 V=96", "calls, N=8"]
+    assert list(found) == ["logits, N=8 V=96", "calls, N=8", "calls, N=8 V=96"]
     rows = {what: {row.provider: row for row in comparison.rows()} for what, comparison in found.items()}
     logits = rows["logits, N=8 V=96"]
     assert logits["Liger, Triton"].reason == "it is not installed"
@@ -127,7 +129,7 @@ def test_ours_are_checked_first_and_by_themselves(monkeypatch: pytest.MonkeyPatc
     asked: list[tuple[str, float, int]] = []
 
     def answer(
-        command: list[str], cases: list[tuple[str, str]], sizes: object, seconds: float, _: int
+        command: list[str], cases: list[tuple[str, str]], sizes: object, seconds: float, *_: object
     ) -> list[Verdict]:
         asked.append((command[2], seconds, len(cases)))
         return [Verdict("timed out" if command[2] == "grpo_kernels, b" and len(cases) == 2 else "ok")]
@@ -160,9 +162,52 @@ def test_what_is_over_its_target_is_in_the_report() -> None:
 
 
 def test_the_sanitizers_lines_on_our_kernels_are_found() -> None:
-    log = "========= Invalid __global__ read\n=========     at loss_on_chip+0x10\nother\n========= at gemm_kernel_x\n"
-    assert checks.findings(log) == ["at loss_on_chip+0x10", "at gemm_kernel_x"]
+    log = "========= Invalid read\n=========     at loss_on_chip+0x10\nloss_on_chip\n========= at a_gemm_kernel\n"
+    log += "========= at void vectorized_elementwise_kernel<4>\n=========     at _grpo_loss_kernel+0x1f0 in _grpo.cu"
+    assert checks.findings(log) == ["at loss_on_chip+0x10", "at _grpo_loss_kernel+0x1f0 in _grpo.cu"]
     assert checks.findings("========= ERROR SUMMARY: 0 errors\n") == []
+
+
+@pytest.mark.parametrize(
+    ("then", "expected"),
+    [
+        ("print('x.py::test_a PASSED')", None),
+        ("print('x.py::test_a PASSED'); print('=========     at loss_on_chip+0x1'); sys.exit(99)",
+         "memcheck found at loss_on_chip"),
+        ("print('x.py::test_a PASSED'); print('=========     at gemm+0x1'); sys.exit(99)", None),
+        ("print('x.py::test_a FAILED'); print('1 failed'); sys.exit(1)", "the tests under memcheck failed"),
+        ("print('x.py::test_a PASSED', flush=True); time.sleep(60)", "no time was left to finish"),
+    ],
+)  # fmt: skip
+def test_what_the_sanitizer_says_becomes_of_its_stage(tmp_path: Path, then: str, expected: str | None) -> None:
+    tool = tmp_path / "compute-sanitizer"
+    tool.write_text(f"#!{sys.executable}\nimport sys, time\nif '--help' not in sys.argv:\n    {then}\n")
+    tool.chmod(0o755)
+    stage = stage_at(tmp_path)
+    stage.deadline = time.monotonic() + (2 if "sleep" in then else 60)
+    stage.attempt("memcheck, cuda", lambda: checks.sanitize(stage, str(tool), "memcheck", "cuda"))
+    assert len(stage.entry["failed"]) == (expected is not None), stage.entry["failed"]
+    assert all(expected in line for line in stage.entry["failed"])
+    assert stage.entry["found"]["tests"]["counts"] == {f"{'FAILED' if 'FAILED' in then else 'PASSED'}, cuda": 1}
+
+
+def test_a_head_that_does_not_fit_is_none_and_another_error_is_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("empty_cache", "reset_peak_memory_stats", "synchronize", "max_memory_allocated"):
+        monkeypatch.setattr(torch.cuda, name, lambda *_: 5)
+
+    def failing(error: Exception) -> Callable[[], None]:
+        def step() -> None:
+            raise error
+
+        return step
+
+    assert currencies.peak_of(lambda: None, CPU)[0] == 5
+    for message in ("CUDA out of memory. Tried", "CUDA error: out of memory", "CUBLAS_STATUS_ALLOC_FAILED when calling",
+                    "Triton Error [CUDA]: out of memory"):  # fmt: skip
+        assert currencies.peak_of(failing(RuntimeError(message)), CPU) is None
+    assert currencies.peak_of(failing(torch.OutOfMemoryError("CUDA out of memory")), CPU) is None
+    with pytest.raises(RuntimeError, match="illegal"):
+        currencies.peak_of(failing(RuntimeError("CUDA error: an illegal memory access")), CPU)
 
 
 # ---- bytes of DRAM
@@ -245,7 +290,8 @@ def test_a_process_is_profiled(ncu: Path) -> None:
     assert given[given.index("--clock-control") + 1] == "none"
     assert given[given.index("--metrics") + 1] == f"{READ},{WRITTEN}"
     assert given[-5:] == ["-m", "gpu.dram_launches", "64", "192", "cuda"]
-    assert all(re.search(given[given.index("--kernel-name") + 1].removeprefix("regex:"), name) for name in dram.KERNELS)
+    pattern = given[given.index("--kernel-name") + 1].removeprefix("regex:")
+    assert all(re.search(pattern, name) for names in dram.KERNELS.values() for name in names)
 
 
 @pytest.mark.parametrize(
@@ -266,18 +312,24 @@ def test_counters_that_cannot_be_read_are_told(ncu: Path, tmp_path: Path, told: 
     assert stage.entry["left_out"][-1].startswith(expected) and stage.entry["failed"] == []
 
 
-def stage_at(folder: Path) -> Stage:
+def stage_at(folder: Path) -> RunningStage:
     """A stage as its process has it, with the emulated backend."""
     Results("here", "2026-01-02", {}).save(folder / "results.json")
-    stage = Stage(folder / "results.json", "bytes", 60, is_dry=True)
+    stage = RunningStage(folder / "results.json", "bytes", math.inf, is_dry=True)
     stage.backends = ["cuda"]
     return stage
+
+
+def test_a_backend_without_a_row_is_an_error(ncu: Path) -> None:
+    ncu.with_name("told").write_text(log_of((ON_CHIP, "24,576", "24,000")))
+    with pytest.raises(RuntimeError, match="profiled no kernel of ours of triton"):
+        dram.measure(str(ncu), ["cuda", "triton"], 64, 192)
 
 
 def test_a_process_that_fails_is_an_error(ncu: Path) -> None:
     ncu.with_name("told").write_text("==ERROR== The application returned an error code (1).\n")
     ncu.with_name("then").write_text("print('RuntimeError: no GPU'); sys.exit(1)")
-    with pytest.raises(RuntimeError, match=r"(?s)profiled no kernel of ours: .*RuntimeError: no GPU"):
+    with pytest.raises(RuntimeError, match=r"(?s)profiled no kernel of ours of cuda: .*RuntimeError: no GPU"):
         dram.measure(str(ncu), ["cuda"], 64, 192)
 
 
@@ -297,4 +349,5 @@ def test_kernels_go_by_their_names_in_the_sources() -> None:
     assert len(cuda) == sum(text.count("__global__") for text in sources)
     ops = [path.read_text() for path in (ROOT / "grpo_kernels" / "ops").rglob("*.py")]
     triton = {name for text in ops for name in re.findall(r"^def (_\w+_kernel)\(", text, re.MULTILINE)}
-    assert dram.KERNELS.keys() <= cuda | triton
+    assert {name for names in dram.KERNELS.values() for name in names} <= cuda | triton
+    assert cuda | triton == checks.KERNELS

@@ -45,24 +45,25 @@ def hopper(monkeypatch: pytest.MonkeyPatch) -> None:
     ],
 )
 def test_an_entry_holds_for_its_op_and_its_rows(hopper: None, op: str, rows: RowClass | None, expected: str) -> None:
-    assert registry.resolve(op, "auto", GPU, rows) == expected
-    assert registry.resolve(op, "triton", GPU, rows) == "triton"
+    given = None if rows is None else lambda: rows
+    assert registry.resolve(op, "auto", GPU, given) == expected
+    assert registry.resolve(op, "triton", GPU, given) == "triton"
 
 
 def test_an_entry_holds_for_its_architecture(hopper: None, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(registry, "_architecture", lambda device: 100)
-    assert registry.resolve("grpo_loss", "auto", GPU, RowClass(151936, True)) == "triton"
+    assert registry.resolve("grpo_loss", "auto", GPU, lambda: RowClass(151936, True)) == "triton"
 
 
 def test_what_cannot_run_is_not_taken(hopper: None, monkeypatch: pytest.MonkeyPatch) -> None:
     reasons = {"cuda": "it is not built"}
     monkeypatch.setattr(registry, "unsupported_reason", lambda op, backend, device: reasons.get(backend))
-    assert registry.resolve("grpo_loss", "auto", GPU, RowClass(151936, True)) == "triton"
+    assert registry.resolve("grpo_loss", "auto", GPU, lambda: RowClass(151936, True)) == "triton"
 
 
 def test_where_nothing_is_measured_it_is_triton(hopper: None, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(registry, "MEASURED", ())
-    assert {registry.resolve(op, "auto", GPU, RowClass(151936, True)) for op in registry.OPS} == {"triton"}
+    assert {registry.resolve(op, "auto", GPU, lambda: RowClass(151936, True)) for op in registry.OPS} == {"triton"}
 
 
 @pytest.mark.parametrize(
@@ -89,7 +90,7 @@ def test_a_result_shows_which_backend_is_faster() -> None:
         times = {"median_ms": median_ms, "p20_ms": 1.0, "p80_ms": 1.0, "rounds": 3}
         return Row(work, f"{work} V={vocab}", provider, {"N": 8, "V": vocab}, dtype, **times)
 
-    results = Results("here", "2026-01-02", {}, [
+    results = Results("here", "2026-01-02", {"architecture": "sm_90"}, [
         row("logits", "grpo_kernels, CUDA", 1.0, 151936), row("logits", "grpo_kernels, Triton", 2.0, 151936),
         row("logits", "grpo_kernels, CUDA, token_logprobs", 3.0, 50257),
         row("logits", "grpo_kernels, Triton, token_logprobs", 1.0, 50257),
@@ -106,5 +107,6 @@ def test_a_result_shows_which_backend_is_faster() -> None:
     ]
     assert contradictions(LARGE, results) == []
     assert contradictions(replace(LARGE, backend="triton"), results) == ["logits V=151936: 0.50x"]
+    assert contradictions(replace(LARGE, architecture=100), results) == ["the results are of sm_90"]
     assert contradictions(replace(LARGE, vocabularies=(1, 64)), results) == ["no comparison of this class"]
     assert contradictions(replace(LARGE, op="token_logprobs", is_aligned=True), results) != []

@@ -43,6 +43,6 @@ def accuracy(tokens: int, head: tuple[int, int], device: torch.device, backend: 
         f"{GPU_BACKENDS[backend]}, {what}" for what in ("log-probs, largest", "dX, relative L2", "dW, relative L2")
     )
     return [
-        {"what": name, "error": error, "reference": reference, "ratio": error / reference, "asked": 2}
+        {"name": name, "error": error, "reference": reference, "ratio": error / reference, "target": 2}
         for name, reference, error in zip(names, *errors, strict=True)
     ]

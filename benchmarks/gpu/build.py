@@ -11,41 +11,52 @@ import sys
 import torch
 
 from gpu.identity import KIT, ROOT, sources_digest
-from gpu.stage import Stage, main
+from gpu.stage import RunningStage, main
 
-_ARCHITECTURES = "from grpo_kernels import registry; print(*registry.cuda_architectures())"
+_ARCHITECTURES = "from grpo_kernels import registry; print(registry._CUDA_ERROR or registry.cuda_architectures())"
 
 
-def run(stage: Stage, options: argparse.Namespace) -> None:
+def run(stage: RunningStage, options: argparse.Namespace) -> None:
     """Says which architectures the library that is there has, or builds it; a build that fails leaves Triton's part."""
-    built = _built_for()
-    if built:
-        stage.entry["found"]["library"] = f"was there, for {built}{_other_sources()}"
+    if stage.device.type == "cuda":
+        _try_the_allocator(stage)
+    what = _library()
+    if what.startswith("("):
+        stage.entry["found"]["library"] = f"was there, for sm_{what}"
+        if KIT.exists() and json.loads(KIT.read_text())["csrc"] != sources_digest(ROOT, ("csrc",)):
+            stage.entry["failed"].append("the library was built from other sources than these: run make gpu-kit again")
         return
+    print(what)
     if stage.is_dry:
-        stage.leave_out("a dry run builds nothing")
+        stage.leave_out(f"a dry run builds nothing: {what}")
         return
+    stage.attempt("the CUDA library", lambda: _build(stage), seconds=170)
+
+
+def _build(stage: RunningStage) -> None:
     major, minor = torch.cuda.get_device_capability()
     environment = os.environ | {"GRPO_KERNELS_CUDA_ARCHS": f"{10 * major + minor}"}
     command = [sys.executable, "setup.py", "--quiet", "build_ext", "--inplace"]
     subprocess.run(command, cwd=ROOT, env=environment, check=True)
-    built = _built_for()
-    if not built:
-        raise SystemExit("the CUDA library was built and does not load")
-    stage.entry["found"]["library"] = f"built here, for {built}"
+    what = _library()
+    assert what.startswith("("), f"it was built and does not load: {what}"
+    stage.entry["found"]["library"] = f"built here, for sm_{what}"
 
 
-def _built_for() -> str:
-    """The architectures of the library that is there and loads, asked in a process that loads it anew."""
+def _library() -> str:
+    """The architectures of the library that is there, in brackets, or why none loads: asked of a new process."""
     done = subprocess.run([sys.executable, "-c", _ARCHITECTURES], cwd=ROOT, capture_output=True, text=True)
-    return ", ".join(f"sm_{arch}" for arch in done.stdout.split()) if done.returncode == 0 else ""
+    return (done.stdout.strip() or done.stderr.strip() or "no answer").splitlines()[-1]
 
 
-def _other_sources() -> str:
-    """That the kit's library was made of other sources than these, if it was."""
-    if not KIT.exists() or json.loads(KIT.read_text())["csrc"] == sources_digest(ROOT, ("csrc",)):
-        return ""
-    return ", built from other sources than these: run make gpu-kit again"
+def _try_the_allocator(stage: RunningStage) -> None:
+    """Notes for the other stages where memory that grows in place does not work, by one allocation."""
+    try:
+        torch.empty(64 << 20, device=stage.device).zero_()
+        torch.cuda.synchronize()
+    except RuntimeError as error:
+        print(f"without expandable segments: {error}")
+        stage.results.extra["allocator"] = ""
 
 
 if __name__ == "__main__":

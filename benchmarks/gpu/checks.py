@@ -9,75 +9,105 @@ import re
 import shutil
 import subprocess
 import sys
+import threading
+import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import cuda_resources
 
 from gpu.identity import ROOT
-from gpu.stage import Stage, main
+from gpu.stage import RunningStage, main
 
 TESTS = ROOT / "python_tests" / "test_gpu.py"
 #: A test's line in pytest's verbose output, in one process or from a worker.
 _OUTCOME = re.compile(r"(?:^\[gw\d+\] \[ *\d+%\]|^\S+\.py::.*) (PASSED|FAILED|ERROR|SKIPPED)\b")
-#: As the sanitizer names our kernels: Triton's by their ending, of CUDA's all that the build has.
-KERNELS = ("_kernel", *{name.split("<")[0] for name in cuda_resources.recorded()[1]})
+_SOURCES = (ROOT / "grpo_kernels" / "ops").rglob("*.py")
+#: Our kernels by name: Triton's of the sources, and CUDA's.
+KERNELS = frozenset(
+    {name.split("<")[0] for name in cuda_resources.recorded()[1]}
+    | {name for path in _SOURCES for name in re.findall(r"^def (_\w+_kernel)\(", path.read_text(), re.MULTILINE)}
+)
 
 
-def run(stage: Stage, options: argparse.Namespace) -> None:
+def run(stage: RunningStage, options: argparse.Namespace) -> None:
     """Runs the conformance suite in several processes, or the smallest shapes under a tool of compute-sanitizer."""
     stage.need_a_backend()
-    if options.what == "conformance":
-        selected = "test_small_shapes and 67 and bfloat16 and grpo_loss" if stage.is_dry else "test_conformance_suite"
-        stage.attempt(
-            "the conformance suite", lambda: run_tests(stage, "conformance", selected, workers=1 if stage.is_dry else 8)
-        )
+    if options.tool == "conformance":
+        selection = [f"{TESTS}::test_conformance_suite"]
+        if stage.is_dry:
+            selection = [str(TESTS), "-k", "test_small_shapes and 67 and bfloat16 and grpo_loss"]
+        suite = partial(run_tests, stage, "conformance", selection, workers=1 if stage.is_dry else 8)
+        stage.attempt("the conformance suite", suite, seconds=600)
         return
     sanitizer = find_sanitizer()
     if sanitizer is None:
         stage.leave_out("compute-sanitizer is neither on PATH nor where CUDA is installed")
         return
     for backend in sorted(stage.backends):  # CUDA C++ first, where addresses are written out
-        stage.attempt(f"{options.what}, {backend}", lambda b=backend: sanitize(stage, sanitizer, options.what, b))
+        run_tool = partial(sanitize, stage, sanitizer, options.tool, backend)
+        stage.attempt(f"{options.tool}, {backend}", run_tool, seconds=180)
 
 
-def run_tests(stage: Stage, what: str, selected: str, workers: int) -> None:
+def run_tests(stage: RunningStage, what: str, selection: Sequence[str], workers: int) -> None:
     """Runs tests of ``TESTS``, counts them as they end, and keeps a line for each that fails or is skipped.
 
     Args:
-        stage: Where the counts go.
+        stage: Where the counts go; at its deadline the tests are stopped.
         what: Which tests, for the report.
-        selected: An expression of pytest's ``-k``.
+        selection: Arguments of pytest that select them, in their order.
         workers: Processes at once, where pytest-xdist is installed.
 
     Raises:
-        RuntimeError: A test failed, or none ran.
+        RuntimeError: A test failed, none ran, or time ran out.
     """
-    command = [sys.executable, "-m", "pytest", str(TESTS), "-v", "-rfEs", "--tb=short", "-p", "no:cacheprovider"]
+    command = [sys.executable, "-m", "pytest", "-v", "-rEs", "--tb=short", "-p", "no:cacheprovider"]
     if importlib.util.find_spec("xdist") is not None:
         command += ["--numprocesses", str(min(workers, os.cpu_count() or 1)), "--dist", "worksteal"]
+    if importlib.util.find_spec("pytest_timeout") is not None:
+        command += ["--timeout", "60"]
     tests: dict[str, Any] = {"what": what, "counts": {}, "lines": []}
     stage.entry["found"]["tests"] = tests
-    environment = os.environ | {"CUBLAS_WORKSPACE_CONFIG": ":4096:8"}
     counts: Counter[str] = Counter()
-    command += ["-k", selected]
+    environment = os.environ | {"CUBLAS_WORKSPACE_CONFIG": ":4096:8"}
+    for line in lines_of([*command, *selection], stage.deadline, environment):
+        if outcome := _OUTCOME.search(line):
+            counts[outcome[1]] += 1
+            tests["counts"] = dict(counts)
+            if outcome[1] in ("FAILED", "ERROR"):
+                tests["lines"].append(line.strip()[:300])
+            if sum(counts.values()) % 25 == 0:
+                stage.save()
+        elif line.startswith("SKIPPED "):
+            tests["lines"].append(line.strip()[:300])
+    failed = counts["FAILED"] + counts["ERROR"]
+    if failed or not counts["PASSED"]:
+        raise RuntimeError(f"{failed} tests failed, {counts['PASSED']} passed")
+
+
+def lines_of(command: Sequence[str], deadline: float, environment: Mapping[str, str]) -> Iterator[str]:
+    """The lines of a command's output as they come, which are printed too.
+
+    Raises:
+        TimeoutError: It ran until the deadline, of ``time.monotonic``.
+    """
     with subprocess.Popen(
         command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
     ) as process:
-        assert process.stdout is not None
-        for line in process.stdout:
-            print(line, end="")
-            if found := _OUTCOME.search(line):
-                counts[found[1]] += 1
-                tests["counts"] = dict(counts)
-                if sum(counts.values()) % 25 == 0:
-                    stage.save()
-            elif re.match(r"(FAILED|ERROR|SKIPPED) ", line):
-                tests["lines"].append(line.strip()[:300])
-    if process.returncode or not counts["PASSED"]:
-        failed = [line for line in tests["lines"] if not line.startswith("SKIPPED")]
-        raise RuntimeError(f"pytest ended with {process.returncode}: {'; '.join(failed)[:200] or 'no test failed'}")
+        timer = threading.Timer(max(0.0, deadline - time.monotonic()), process.kill)
+        timer.start()
+        try:
+            assert process.stdout is not None
+            for line in process.stdout:
+                print(line, end="")
+                yield line
+        finally:
+            timer.cancel()
+            process.kill()
+    if time.monotonic() > deadline:
+        raise TimeoutError("no time was left to finish")
 
 
 def find_sanitizer() -> str | None:
@@ -85,38 +115,44 @@ def find_sanitizer() -> str | None:
     return shutil.which("compute-sanitizer", path=os.environ.get("PATH", "") + os.pathsep + "/usr/local/cuda/bin")
 
 
-def sanitize(stage: Stage, sanitizer: str, tool: str, backend: str) -> None:
+def sanitize(stage: RunningStage, sanitizer: str, tool: str, backend: str) -> None:
     """Runs the smallest shapes of a backend under a tool; what it finds in our kernels is an error.
 
     Raises:
         RuntimeError: It found something in a kernel of ours, or a test failed.
+        TimeoutError: It did not end in time.
     """
     command = [sanitizer, "--tool", tool, "--error-exitcode", "99"]
     if "--report-api-errors" in subprocess.run([sanitizer, "--help"], capture_output=True, text=True).stdout:
         command += ["--report-api-errors", "no"]  # libraries probe for what a device lacks
-    command += [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "no:xdist", str(TESTS)]
+    command += [sys.executable, "-m", "pytest", "-v", "-p", "no:cacheprovider", "-p", "no:xdist", str(TESTS)]
+    selected = f"test_small_shapes and {backend}" + (" and 67 and grpo_loss" if stage.is_dry else "")
     environment = os.environ | {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
-    selected = ["-k", f"test_small_shapes and {backend}"]
-    done = subprocess.run([*command, *selected], cwd=ROOT, env=environment, text=True, stdout=subprocess.PIPE,
-                          stderr=subprocess.STDOUT)  # fmt: skip
-    print(done.stdout)
-    if "Device not supported" in done.stdout:
+    tests = stage.entry["found"].setdefault("tests", {"what": f"{tool}", "counts": {}, "lines": []})
+    output: list[str] = []
+    for line in lines_of([*command, "-k", selected], stage.deadline, environment):
+        output.append(line)
+        if outcome := _OUTCOME.search(line):
+            name = f"{outcome[1]}, {backend}"
+            tests["counts"][name] = tests["counts"].get(name, 0) + 1
+        if findings(line):
+            tests["lines"].append(line.strip()[:300])
+            stage.save()
+    text = "".join(output)
+    if "Device not supported" in text:
         stage.leave_out("compute-sanitizer does not support this device")
         return
-    ours = findings(done.stdout)
-    if done.returncode and ours:
+    ours = findings(text)
+    if ours:
         raise RuntimeError(f"{tool} found {ours[0]} (and {len(ours) - 1} more lines)")
-    passed = re.search(r"(\d+) passed", done.stdout)
-    if passed is None or re.search(r"\d+ (failed|error)", done.stdout):
-        raise RuntimeError(f"the tests under {tool} failed: {done.stdout.strip()[-200:]}")
-    tests = stage.entry["found"].setdefault("tests", {"what": tool, "counts": {}, "lines": []})
-    tests["counts"][f"passed, {backend}"] = int(passed[1])
+    if not tests["counts"].get(f"PASSED, {backend}") or re.search(r"\d+ (failed|error)", text):
+        raise RuntimeError(f"the tests under {tool} failed: {text.strip()[-200:]}")
 
 
-def findings(output: str) -> Sequence[str]:
+def findings(output: str) -> list[str]:
     """The lines of the sanitizer that name a kernel of ours."""
-    lines = [line for line in output.splitlines() if "=========" in line]
-    return [line.strip("= ") for line in lines if any(name in line for name in KERNELS)]
+    lines = [line.strip("= \n") for line in output.splitlines() if "=========" in line]
+    return [line for line in lines if KERNELS.intersection(re.findall(r"\w+", line))]
 
 
 if __name__ == "__main__":

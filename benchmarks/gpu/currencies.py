@@ -7,21 +7,24 @@ import importlib.util
 import sys
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
 
 import torch
 from interleaved import Comparison, time_in_turns
 
-from gpu.stage import Stage, main
+from gpu.stage import RunningStage, main
 
 #: Heads of models: hidden size and vocabulary.
 MODELS = {"gemma-3-1b": (1152, 262144), "Qwen3-8B": (4096, 151936)}
 TOKENS = 8192  # where peak and time are taken
-MEMORY = 79 << 30  # bytes of the GPU whose longest sequence is searched for
-_CALL_SECONDS = 1.0  # a longer call is not tried: from there on the peak's slope tells
+#: Bytes of the GPU whose longest sequence is searched for, less what CUDA and the libraries keep for themselves.
+KEPT_FREE = 1 << 30
+MEMORY = (79 << 30) - KEPT_FREE
+_CALL_SECONDS = 1.0  # after a longer call no longer sequence is tried: the peak's slope tells
 
 
-def run(stage: Stage, options: argparse.Namespace) -> None:
+def run(stage: RunningStage, options: argparse.Namespace) -> None:
     """Measures each model's head with stock TRL, with our kernels under TRL, and with all logits at once."""
     stage.need_a_backend()
     if importlib.util.find_spec("trl") is None:
@@ -29,7 +32,7 @@ def run(stage: Stage, options: argparse.Namespace) -> None:
         return
     from grpo_kernels.integrations import trl as drop_in
 
-    stage.entry["found"]["currencies"] = rows = []
+    rows = stage.entry["found"].setdefault("currencies", [])
     if stage.device.type == "cuda":
         total = torch.cuda.get_device_properties(stage.device).total_memory
         torch.cuda.set_per_process_memory_fraction(min(1.0, MEMORY / total))
@@ -41,18 +44,19 @@ def run(stage: Stage, options: argparse.Namespace) -> None:
 
             def measure(model: str = model, size: tuple[int, int] = size, head: str = head,
                         backend: str | None = backend) -> None:  # fmt: skip
-                if backend in (None, "naive"):
-                    found = currencies(size, backend, stage)
-                else:
-                    with drop_in.apply(backend=backend):
-                        found = currencies(size, backend, stage)
-                rows.append({"model": model, "head": head} | found)
+                is_ours = backend not in (None, "naive")
+                with drop_in.apply(backend=backend) if is_ours else nullcontext():
+                    rows.append({"model": model, "head": head})
+                    measure_head(rows[-1], size, backend, stage)
 
             stage.attempt(f"{model}, {head}", measure)
 
 
-def currencies(size: tuple[int, int], backend: str | None, stage: Stage) -> dict[str, Any]:
-    """Milliseconds and peak at ``TOKENS``, and the longest sequence; ``backend``: None is stock, "naive" all logits."""
+def measure_head(row: dict[str, Any], size: tuple[int, int], backend: str | None, stage: RunningStage) -> None:
+    """Adds to a row milliseconds and peak at ``TOKENS``, then the longest sequence.
+
+    ``backend``: None is stock TRL, "naive" all logits at once.
+    """
     from trl_head import HeadStep
 
     def step_of(tokens: int) -> Callable[[], None]:
@@ -64,19 +68,20 @@ def currencies(size: tuple[int, int], backend: str | None, stage: Stage) -> dict
     step = step_of(tokens)
     comparison = Comparison("currencies", "a head", "head", contenders={"head": step})
     time_in_turns(comparison, 5, stage.device)
+    row["ms"] = comparison.median("head") * 1e3
     del step, comparison.contenders["head"]
     attempt = toy_attempt if stage.is_dry else lambda n: peak_of(lambda: step_of(n)(), stage.device)
-    longest, is_measured = longest_sequence(attempt, tokens)
-    return {
-        "ms": comparison.median("head") * 1e3,
-        "peak_gib": (attempt(tokens) or (0, 0.0))[0] / 2**30,
-        "longest": longest,
-        "longest_is_measured": is_measured,
-    }
+    row["peak_gib"] = (attempt(tokens) or (0, 0.0))[0] / 2**30
+    stage.save()
+    row["longest"], row["longest_is_measured"] = longest_sequence(attempt, tokens)
+
+
+#: What is said where memory runs out: by the allocator or CUDA, by Triton, by cuBLAS.
+_OUT_OF_MEMORY = ("out of memory", "CUBLAS_STATUS_ALLOC_FAILED")
 
 
 def toy_attempt(tokens: int) -> tuple[int, float] | None:
-    """What a dry run takes for a GPU: 1 GiB, of which a token takes 16 MiB."""
+    """What a dry run takes for a GPU: one with memory for 64 tokens."""
     return (tokens << 24, 0.0) if tokens <= 64 else None
 
 
@@ -88,8 +93,10 @@ def peak_of(step: Callable[[], None], device: torch.device) -> tuple[int, float]
     try:
         step()
         torch.cuda.synchronize(device)
-    except torch.OutOfMemoryError:
-        return None
+    except RuntimeError as error:
+        if any(words in str(error) for words in _OUT_OF_MEMORY):
+            return None
+        raise
     return torch.cuda.max_memory_allocated(device), time.monotonic() - start
 
 
@@ -98,7 +105,7 @@ def longest_sequence(attempt: Callable[[int], tuple[int, float] | None], tokens:
 
     Args:
         attempt: Bytes and seconds of a call over so many tokens, or None where memory runs out.
-        tokens: That surely fit.
+        tokens: A number of tokens that fits.
 
     Returns:
         The tokens, and whether they were tried.

@@ -8,6 +8,7 @@ from records import Results, Row
 
 from grpo_kernels.measured_backends import Measured
 
+_EQUAL = 1.03  # ratios nearer to 1 are noise
 _CUDA, _TRITON = ", CUDA", ", Triton"
 #: By the name of a work: the op that its provider of ours is, and whether the head pads its rows.
 _OPS = {
@@ -54,7 +55,9 @@ def evidence(results: Results) -> list[Evidence]:
 
 
 def contradictions(measured: Measured, results: Results) -> list[str]:
-    """Why an entry is not what its results show; empty where every comparison of its class has it as the faster."""
+    """Why an entry is not what its results show: another backend is faster by more than noise, or none was timed."""
+    if results.versions.get("architecture") != f"sm_{measured.architecture}":
+        return [f"the results are of {results.versions.get('architecture', 'no NVIDIA GPU')}"]
     least, most = measured.vocabularies or (0, 0)
     shown = [
         one
@@ -63,7 +66,8 @@ def contradictions(measured: Measured, results: Results) -> list[str]:
     ]
     if not shown:
         return ["no comparison of this class"]
-    return [f"{one.title}: {one.ratio:.2f}x" for one in shown if (one.ratio < 1) != (measured.backend == "cuda")]
+    slower = [one for one in shown if (one.ratio > _EQUAL if measured.backend == "cuda" else one.ratio < 1 / _EQUAL)]
+    return [f"{one.title}: {one.ratio:.2f}x" for one in slower]
 
 
 def _op_of(row: Row) -> tuple[str, bool] | None:

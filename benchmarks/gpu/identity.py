@@ -16,6 +16,7 @@ ROOT = Path(__file__).parents[2]
 #: Of a checkout without git, as it is copied to a machine: written by kit.py.
 KIT = ROOT / "build" / "gpu-kit" / "kit.json"
 _SOURCES = ("grpo_kernels", "csrc", "benchmarks", "python_tests")
+_FILES = ("setup.py", "CMakeLists.txt", "constraints.txt")
 _SUFFIXES = (".py", ".json", ".cpp", ".h", ".cu", ".cuh")
 
 
@@ -33,17 +34,20 @@ def sources_digest(root: Path = ROOT, folders: tuple[str, ...] = _SOURCES) -> st
     """A digest of the sources as they are: it changes with every uncommitted change too."""
     digest = hashlib.sha256()
     results = root / "benchmarks" / "results"
-    for path in sorted(path for folder in folders for path in (root / folder).rglob("*")):
-        if path.suffix in _SUFFIXES and results not in path.parents:
+    paths = [path for folder in folders for path in (root / folder).rglob("*") if path.suffix in _SUFFIXES]
+    for path in sorted([*paths, *(root / name for name in _FILES if (root / name).exists())]):
+        if results not in path.parents:
             digest.update(str(path.relative_to(root)).encode() + b"\0" + path.read_bytes() + b"\0")
     return digest.hexdigest()[:16]
 
 
 def identity(device: torch.device) -> dict[str, str]:
-    """Commit, sources, device, torch and Triton."""
+    """Commit, sources, CUDA library, device, torch and Triton."""
+    library = ROOT / "grpo_kernels" / "_cuda.so"
     return {
         "commit": commit(),
         "sources": sources_digest(),
+        "library": hashlib.sha256(library.read_bytes()).hexdigest()[:16] if library.exists() else "none",
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "dry run",
         "torch": torch.__version__,
         "triton": metadata.version("triton") if importlib.util.find_spec("triton") else "none",

@@ -15,9 +15,9 @@ from pathlib import Path
 
 from gpu.identity import KIT, ROOT, commit, sources_digest
 
-#: What stages import that a machine with torch, Triton, transformers, accelerate and pytest may lack; pinned by
-#: constraints.txt.
-PACKAGES = ("trl", "liger-kernel", "datasets", "dill", "multiprocess", "xxhash")
+#: What stages import that a machine with torch, Triton, transformers, accelerate, pandas, xxhash and pytest may lack;
+#: pinned by constraints.txt, and of no platform but for multiprocess, which has a wheel for each Python.
+PACKAGES = ("trl", "liger-kernel", "datasets", "dill", "multiprocess")
 MOST_BYTES = 64 << 20
 #: Of wheels with compiled parts.
 PLATFORMS = ("manylinux_2_28_x86_64", "manylinux_2_17_x86_64", "manylinux2014_x86_64")
@@ -52,8 +52,9 @@ def tree_bytes() -> int:
 def command_there(wheels: Path) -> str:
     """What to run on the GPU machine, in the checkout's root."""
     site = wheels.with_name("site").relative_to(ROOT)
-    install = f"python3 -m pip install -q --no-index --no-deps --target {site} {wheels.relative_to(ROOT)}/*.whl"
-    return f"{install} && PYTHONPATH={site} GPU_PYTHON=python3 make gpu"
+    install = "python3 -m pip install -q --no-index --no-deps --no-compile --no-cache-dir --upgrade"
+    run = f"PYTHONPATH=.:benchmarks:{site} python3 -m gpu --results gpu-results"
+    return f"{install} --target {site} {wheels.relative_to(ROOT)}/*.whl; {run}"
 
 
 def main() -> int:

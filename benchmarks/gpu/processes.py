@@ -6,13 +6,15 @@ import ctypes
 import os
 import signal
 import subprocess
+import sys
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-_PR_SET_CHILD_SUBREAPER = 36
+_PR_SET_PDEATHSIG, _PR_SET_CHILD_SUBREAPER = 1, 36
+_KILL_SECONDS = 20  # after which a process that cannot be killed, as in a driver's call, is left and named
 
 
 @dataclass(frozen=True)
@@ -23,11 +25,13 @@ class Outcome:
         status: "ok" (exit status 0), "failed" (another), "timeout", or "killed" (ended by a signal that is not ours).
         seconds: How long it ran.
         reason: One line; empty with "ok".
+        code: The exit status; negative after a signal, None at the limit.
     """
 
     status: str
     seconds: float
     reason: str = ""
+    code: int | None = None
 
 
 def run(command: Sequence[str], seconds: float, log: Path, environment: Mapping[str, str] | None = None) -> Outcome:
@@ -46,7 +50,7 @@ def run(command: Sequence[str], seconds: float, log: Path, environment: Mapping[
         begin = output.tell()
         process = subprocess.Popen(
             command, env=environment, stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT,
-            start_new_session=True,
+            start_new_session=True, preexec_fn=_end_with_parent,
         )  # fmt: skip
         try:
             code: int | None = process.wait(seconds)
@@ -54,14 +58,18 @@ def run(command: Sequence[str], seconds: float, log: Path, environment: Mapping[
             code = None
         finally:  # also when this process is interrupted
             took = time.monotonic() - start
-            _kill_all_but(kept, process)
+            left = _kill_all_but(kept, process)
+            if left:
+                output.write(f"could not be killed: {left}\n".encode())
     if code is None:
         return Outcome("timeout", took, f"stopped at its limit of {seconds:.0f} s")
     if code < 0:
         name = signal.Signals(-code).name
         hint = ", as the system does when memory runs out" if name == "SIGKILL" else ""
-        return Outcome("killed", took, f"ended by {name}{hint}")
-    return Outcome("failed", took, _last_line(log, begin) or f"exit status {code}") if code else Outcome("ok", took)
+        return Outcome("killed", took, f"ended by {name}{hint}", code)
+    if code:
+        return Outcome("failed", took, _last_line(log, begin) or f"exit status {code}", code)
+    return Outcome("ok", took, code=0)
 
 
 def _last_line(log: Path, begin: int) -> str:
@@ -74,16 +82,25 @@ def _last_line(log: Path, begin: int) -> str:
 
 def _adopt_orphans() -> None:
     """Makes this process the parent of a descendant whose own parent ends, so that it can be found."""
-    if ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0) != 0:
-        raise OSError(ctypes.get_errno(), "prctl(PR_SET_CHILD_SUBREAPER) failed")
+    if ctypes.CDLL(None).prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0) != 0:
+        print("prctl(PR_SET_CHILD_SUBREAPER) failed: what a stage leaves may outlive it", file=sys.stderr)
 
 
-def _kill_all_but(kept: set[int], process: subprocess.Popen[bytes]) -> None:
-    """Kills every descendant that is new, until there is none: one may start another while they are listed."""
+def _end_with_parent() -> None:
+    """Has the child killed when this process ends, however it ends."""
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+
+
+def _kill_all_but(kept: set[int], process: subprocess.Popen[bytes]) -> list[int]:
+    """Kills every descendant that is new, until there is none: one may start another while they are listed.
+
+    Returns those that are still there after ``_KILL_SECONDS``.
+    """
+    end = time.monotonic() + _KILL_SECONDS
     while True:
         new = [pid for pid in _descendants() if pid not in kept]
-        if not new:
-            break
+        if not new or time.monotonic() > end:
+            return new
         for pid in new:
             with suppress(ProcessLookupError):  # it has ended by itself
                 os.kill(pid, signal.SIGKILL)
@@ -93,7 +110,6 @@ def _kill_all_but(kept: set[int], process: subprocess.Popen[bytes]) -> None:
                     os.waitpid(pid, os.WNOHANG)
         process.poll()
         time.sleep(0.01)
-    process.wait()
 
 
 def _descendants() -> list[int]:

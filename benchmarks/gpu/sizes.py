@@ -19,7 +19,8 @@ CASES: tuple[Case, ...] = (("logits", "bfloat16"), ("logits", "float32"), ("hidd
 class Sizes:
     """Heads ``(N, (H, V))``, the first with fewer live rows too and with other N; logits ``(dtype, N, V)``.
 
-    Of bf16 logits much is asked: at ``vocabularies`` with ``tokens``, the fewest beside all peers, and ``few_tokens``.
+    bf16 logits are taken at each of ``vocabularies`` with each of ``tokens``, and at ``few_tokens``. Peers are
+    beside us at the fewest of ``tokens``. The last of ``vocabularies`` is a prime: no row but the first is aligned.
     """
 
     heads: tuple[tuple[int, Head], ...] = (
@@ -30,7 +31,7 @@ class Sizes:
     )
     head_tokens: tuple[int, ...] = (1024, 32768, 131072)  # at the first head
     head_vocabularies: tuple[int, ...] = (32000, 65536)  # with its hidden size and number of tokens
-    vocabularies: tuple[int, ...] = (151936, 129280, 128256)
+    vocabularies: tuple[int, ...] = (151936, 129280, 128256, 131071)
     tokens: tuple[int, ...] = (8192, 65536)
     few_tokens: int = 64
     logits: tuple[tuple[torch.dtype, int, int], ...] = (
@@ -40,7 +41,16 @@ class Sizes:
     )
     policy: tuple[int, int] = (256, 8192)
     exact_tokens: int = 256  # where the whole is formed in fp64
-    checked: ProblemSizes = field(default_factory=ProblemSizes)
+    #: Of what providers are checked on: rows as they are timed, whose kernels are then compiled too.
+    checked: ProblemSizes = field(default_factory=lambda: ProblemSizes(exact=(64, 896, 151936)))
+
+    def told(self) -> str:
+        """What errors are of, for a report."""
+        n, h, v = self.checked.exact
+        return (
+            f"Errors are the largest against fp64 on problems of N={n} H={h} V={v}: log-probs in nats, the loss over "
+            "the mean advantage, gradients relative to their norm. Memory is the allocator's peak beyond the inputs."
+        )
 
     @classmethod
     def dry(cls) -> Sizes:

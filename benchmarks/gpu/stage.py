@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import faulthandler
 import gc
+import re
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -15,35 +17,38 @@ from providers import GPU_BACKENDS
 from records import Results
 from tables import OURS
 
-from gpu.stages import NO_TIME, entry
+from gpu.stages import LOST_CONTEXT, NO_TIME, entry
 from grpo_kernels import registry
 
-#: The share of its limit that a stage keeps to write and to end in, and the most seconds of it.
-_RESERVE_SHARE, _RESERVE_SECONDS = 0.1, 6
+_RESERVE_SECONDS = 5  # of the limit, to write the results and to end
+_PART_SECONDS = 60  # most that a part may take on a GPU: one that hangs does not cost the others their time
 
 
-class Stage:
-    """A running stage.
+class RunningStage:
+    """A stage in its own process.
 
     Attributes:
         results: The whole file's.
         entry: This stage's part of it.
         device: The GPU; in a dry run the CPU.
+        only: A regular expression of the parts to do.
         is_dry: Whether it is a dry run: toy sizes on a CPU, under Triton's interpreter.
-        deadline: Of ``time.monotonic``: after it nothing new is begun.
+        deadline: Of ``time.monotonic``: after it no part is begun.
         backends: Ours that run on the device.
     """
 
-    def __init__(self, path: Path, name: str, seconds: float, is_dry: bool) -> None:
-        self.path, self.is_dry = path, is_dry
-        self.deadline = time.monotonic() + seconds - min(_RESERVE_SHARE * seconds, _RESERVE_SECONDS)
+    def __init__(self, path: Path, name: str, deadline: float, is_dry: bool, only: str = "") -> None:
+        self.path, self.is_dry, self.only = path, is_dry, only
+        self.deadline = deadline - _RESERVE_SECONDS
         self.results = Results.load(path)
         self.entry = entry(self.results, name)
         self.device = torch.device("cpu" if is_dry else "cuda")
-        asked = ("triton",) if is_dry else tuple(GPU_BACKENDS)
-        reasons = {name: registry.unsupported_reason("grpo_loss", name, self.device) for name in asked}
+        names = ("triton",) if is_dry else tuple(GPU_BACKENDS)
+        reasons = {name: registry.unsupported_reason("grpo_loss", name, self.device) for name in names}
         self.backends = [name for name, reason in reasons.items() if reason is None]
-        self.entry["left_out"] += [f"backend {n!r} cannot run: {why}" for n, why in reasons.items() if why is not None]
+        for backend, reason in reasons.items():
+            if reason is not None:
+                self.leave_out(f"backend {backend!r} cannot run: {reason}")
 
     @property
     def ours(self) -> dict[str, str]:
@@ -57,19 +62,37 @@ class Stage:
             self.save()
             raise SystemExit("nothing of ours runs here: " + "; ".join(self.entry["left_out"]))
 
-    def attempt(self, what: str, function: Callable[[], object]) -> None:
-        """Does a part of the stage, if time is left; what fails is said in the results, and the rest still runs."""
-        if time.monotonic() > self.deadline:
-            self.entry["failed"].append(f"{what}: {NO_TIME}")
+    def attempt(self, part: str, function: Callable[[], object], seconds: float = _PART_SECONDS) -> None:
+        """Does a part of the stage, if time is left and no process before this one has tried it.
+
+        What fails is said in the results, and the next part is done. A part that takes longer than ``seconds``, or
+        leaves the GPU in an error, ends the process; another one goes on after it.
+        """
+        if part in self.entry["parts"]:
             return
+        if not re.search(self.only, part):
+            self.leave_out(f"{part}: not in --only {self.only}")
+            return
+        if time.monotonic() > self.deadline:
+            self.entry["failed"].append(f"{part}: {NO_TIME}")
+            return
+        self.entry["parts"][part] = "begun"
+        self.save()
+        status = "ok"
+        faulthandler.dump_traceback_later(seconds * (10 if self.is_dry else 1), exit=True)
         try:
             function()
+            if self.device.type == "cuda":
+                torch.cuda.synchronize()
         except Exception as error:  # of whatever kind: the stage goes on and ends with 1
-            self.entry["failed"].append(f"{what}: {', '.join(failure(error))}")
+            self.entry["failed"].append(f"{part}: {', '.join(failure(error))}")
+            status = "failed"
+        faulthandler.cancel_dump_traceback_later()
+        self.entry["parts"][part] = status
         self.save()
         gc.collect()
         if self.device.type == "cuda":
-            torch.cuda.synchronize()  # an error of the device that stays ends the stage here
+            _end_if_lost(self.entry["failed"])
             torch.cuda.empty_cache()
 
     def compare(self, measure: Callable[[], Comparison]) -> None:
@@ -78,25 +101,37 @@ class Stage:
         self.results.put(comparison.title, comparison.rows(), comparison.notes)
 
     def leave_out(self, line: str) -> None:
-        self.entry["left_out"].append(line)
-        self.save()
+        """Writes what the stage does not do, and why."""
+        if line not in self.entry["left_out"]:
+            self.entry["left_out"].append(line)
+            self.save()
 
     def save(self) -> None:
         self.results.save(self.path)
 
 
-def main(run: Callable[[Stage, argparse.Namespace], None], argv: Sequence[str] | None = None) -> int:
+def _end_if_lost(failed: list[str]) -> None:
+    """Ends the process where an error stays with its context on the GPU, as after an illegal access."""
+    try:
+        torch.cuda.synchronize()
+    except RuntimeError as error:
+        print(f"the GPU's context is lost: {', '.join(failure(error))}", file=sys.stderr)
+        raise SystemExit(LOST_CONTEXT) from None
+
+
+def main(run: Callable[[RunningStage, argparse.Namespace], None], argv: Sequence[str] | None = None) -> int:
     """The command line of a stage's process; returns 1 if a part of it failed."""
     parser = argparse.ArgumentParser(description=run.__doc__)
     parser.add_argument("results", type=Path)
-    parser.add_argument("what", nargs="?", default="")
+    parser.add_argument("tool", nargs="?", default="")
     parser.add_argument("--stage", required=True)
-    parser.add_argument("--seconds", type=float, required=True)
+    parser.add_argument("--deadline", type=float, required=True, help="of the monotonic clock")
     parser.add_argument("--dry-run", action="store_true")
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--tune", default="loss:131072")
+    parser.add_argument("--only", default="")
     options = parser.parse_args(argv)
-    stage = Stage(options.results, options.stage, options.seconds, options.dry_run)
+    stage = RunningStage(options.results, options.stage, options.deadline, options.dry_run, options.only)
     run(stage, options)
     stage.save()
     for line in stage.entry["failed"]:

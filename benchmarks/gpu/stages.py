@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -36,8 +37,11 @@ class Stage:
     by_default: bool = True
 
 
+_LEAST_SECONDS = 15  # with less than that left no process is started again
 #: How a line of ``failed`` ends for a part that was not begun.
 NO_TIME = "no time was left"
+#: The exit status of a stage's process whose GPU context is of no more use: another process goes on.
+LOST_CONTEXT = 75
 STAGES = (
     Stage("build", 180, "the CUDA library: the one that is there, or a build for this GPU", "gpu.build"),
     Stage("alive", 30, "fp32 output of addmm; every op and six conformance cases on each backend", "gpu.alive"),
@@ -46,8 +50,14 @@ STAGES = (
     Stage("bytes", 60, "DRAM bytes of the loss kernels, by Nsight Compute", "gpu.dram"),
     Stage("proof", 180, "real sizes, 2^31 logits, bit-equal runs, graphs, waits, TRL's trainer", "gpu.proof"),
     Stage("conformance", 300, "every conformance case", "gpu.checks", ("conformance",)),
-    Stage("works", 420, "every other comparison, with every peer", "gpu.works", by_default=False),
-    Stage("tune", 180, "one kernel's block sizes at one vocabulary: --tune loss:131072", "gpu.tune", by_default=False),
+    Stage("works", 420, "every other comparison, with every peer", "gpu.other_works", by_default=False),
+    Stage(
+        "tune",
+        180,
+        "a kernel's block sizes at one vocabulary",
+        "gpu.tune_blocks",
+        by_default=False,
+    ),
     Stage("memcheck", 200, "compute-sanitizer: accesses out of bounds", "gpu.checks", ("memcheck",)),
     Stage("racecheck", 200, "compute-sanitizer: races of shared memory", "gpu.checks", ("racecheck",)),
 )
@@ -57,18 +67,19 @@ def entry(results: Results, name: str) -> dict[str, Any]:
     """What the results say of a stage, to be added to; a new entry where they say nothing.
 
     ``status`` is "ok", "failed", "timeout", "killed", or "left out" where no time was left to begin it; ``seconds``
-    what it took; ``reason`` a line, empty with "ok"; ``left_out`` and ``failed`` a line for each part that was
-    not done or failed; ``found`` what it found beside rows.
+    what it took; ``reason`` a line, empty with "ok"; ``parts`` what became of each part; ``left_out`` and ``failed`` a
+    line for each part that was not done or failed; ``found`` what it found beside rows.
     """
     new = {"status": "killed", "seconds": 0.0, "reason": "the run ended before it did", "left_out": [], "failed": []}
-    return results.extra.setdefault("stages", {}).setdefault(name, {**new, "found": {}})
+    return results.extra.setdefault("stages", {}).setdefault(name, {**new, "parts": {}, "found": {}})
 
 
 def run_stage(stage: Stage, path: Path, seconds: float, options: Sequence[str] = ()) -> dict[str, Any]:
     """Runs a stage within ``seconds`` and writes its entry into the results at ``path``; returns the entry.
 
     The stage's process adds rows and findings to the same file as it gets them, so that what it has is kept however
-    it ends. Its output goes to the end of the file ``.log`` beside the results.
+    it ends. Where its process ends within a part of the stage, another one goes on with the parts after it. Its output
+    goes to the end of the file ``.log`` beside the results.
     """
     results = Results.load(path)
     results.extra.setdefault("stages", {}).pop(stage.name, None)
@@ -77,29 +88,52 @@ def run_stage(stage: Stage, path: Path, seconds: float, options: Sequence[str] =
     log = path.with_suffix(".log")
     with log.open("a") as file:
         file.write(f"\n==== {stage.name}: {stage.what}\n")
-    command = [sys.executable, "-m", stage.module, str(path), *stage.arguments]
-    command += ["--stage", stage.name, "--seconds", f"{seconds:.0f}", *options]
-    outcome = processes.run(command, seconds, log, environment())
-    results = Results.load(path)
-    found = entry(results, stage.name)
+    start = time.monotonic()
+    while True:
+        left = start + seconds - time.monotonic()
+        command = [sys.executable, "-m", stage.module, str(path), *stage.arguments, "--stage", stage.name]
+        command += ["--deadline", f"{start + seconds:.1f}", *options]
+        outcome = processes.run(command, left, log, environment(Results.load(path)))
+        results = Results.load(path)
+        found = entry(results, stage.name)
+        lost = [part for part, status in found["parts"].items() if status == "begun"]
+        for part in lost:
+            found["parts"][part] = "failed"
+            found["failed"].append(f"{part}: {_why_it_ended(outcome, log)}")
+        results.save(path)
+        may_go_on = outcome.status != "timeout" and start + seconds - time.monotonic() > _LEAST_SECONDS
+        if not may_go_on or not (lost or outcome.code == LOST_CONTEXT):
+            break
     status, reason = outcome.status, outcome.reason
-    if status == "failed" and found["failed"]:
-        reason = found["failed"][0]
+    if found["failed"]:
+        status = "failed" if status == "ok" else status
+        reason = found["failed"][0] if status == "failed" else f"{reason}; {found['failed'][0]}"
         reason += f" (and {len(found['failed']) - 1} more)" if len(found["failed"]) > 1 else ""
         if all(line.endswith(NO_TIME) for line in found["failed"]):
             status = "timeout"
-    found |= {"status": status, "seconds": round(outcome.seconds, 1), "reason": reason}
+    found |= {"status": status, "seconds": round(time.monotonic() - start, 1), "reason": reason}
     results.save(path)
     return found
 
 
-def environment() -> dict[str, str]:
-    """Of a stage's process: this checkout's packages; memory that can grow in place; results that can be repeated."""
+def _why_it_ended(outcome: processes.Outcome, log: Path) -> str:
+    """Why a part was the last of its process, in a line."""
+    tail = log.read_bytes()[-20_000:].decode(errors="replace")
+    if outcome.status == "failed" and "\nTimeout (" in tail:  # as faulthandler begins
+        return "took longer than a part may; the log shows where it was"
+    return outcome.reason or "its process ended"
+
+
+def environment(results: Results) -> dict[str, str]:
+    """Of a stage's process: this checkout's packages; memory that can grow in place; no hub of models."""
     folders = [ROOT, ROOT / "benchmarks", ROOT / "python_tests"]
     paths = [*map(str, folders), *filter(None, [os.environ.get("PYTHONPATH")])]
+    # blocks that can grow do not make the allocator give memory back inside a timing
+    allocator = results.extra.get("allocator", "expandable_segments:True")
     return os.environ | {
         "PYTHONPATH": os.pathsep.join(paths),
         "PYTHONUNBUFFERED": "1",
-        # read when CUDA starts: blocks of another size do not make the allocator give memory back inside a timing
-        "PYTORCH_ALLOC_CONF": os.environ.get("PYTORCH_ALLOC_CONF", "expandable_segments:True"),
+        "PYTORCH_ALLOC_CONF": os.environ.get("PYTORCH_ALLOC_CONF", allocator),
+        "HF_HUB_OFFLINE": "1",
+        "HF_HUB_DISABLE_TELEMETRY": "1",
     }

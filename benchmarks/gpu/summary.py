@@ -74,8 +74,10 @@ def _tests(tests: dict[str, Any]) -> str:
 def _currencies(rows: list[dict[str, Any]]) -> str:
     table = ["| head | by | longest sequence | peak at 8,192 tokens | ms at 8,192 tokens |", "|---|---|---|---|---|"]
     for row in rows:
-        longest = f"{row['longest']:,}" + ("" if row["longest_is_measured"] else " (by the slope of the peak)")
-        table.append(f"| {row['model']} | {row['head']} | {longest} | {row['peak_gib']:.2f} GiB | {row['ms']:.2f} |")
+        longest = f"{row['longest']:,}" if "longest" in row else "not measured"
+        longest += "" if row.get("longest_is_measured", True) else " (by the slope of the peak)"
+        peak, time = (f"{row[name]:.2f}" if name in row else "" for name in ("peak_gib", "ms"))
+        table.append(f"| {row['model']} | {row['head']} | {longest} | {peak} GiB | {time} |")
     return "\n".join(table)
 
 
@@ -90,8 +92,8 @@ def _dram(rows: list[dict[str, Any]]) -> str:
 
 def _accuracy(rows: list[dict[str, Any]]) -> str:
     return "\n".join(
-        f"- Error of {row['what']}: {row['error']:.3g}, of whole fp32 logits {row['reference']:.3g}, ratio "
-        f"{row['ratio']:.2f} (target: at most {row['asked']})"
+        f"- Error of {row['name']}: {row['error']:.3g}, of whole fp32 logits {row['reference']:.3g}, ratio "
+        f"{row['ratio']:.2f} (target: at most {row['target']})"
         for row in rows
     )
 

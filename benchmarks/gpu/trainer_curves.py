@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import tempfile
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -15,30 +16,37 @@ import torch
 LOGGED = ("loss", "grad_norm", "reward", "entropy", "completions/mean_length")
 
 
-def curves(steps: int, device: torch.device) -> dict[str, Any]:
-    """The logged curves of three runs, and their mean distances over the steps.
+def curves(steps: int, device: torch.device, backends: Sequence[str]) -> dict[str, Any]:
+    """The logged curves of a run of stock TRL, of another seed, and of ours by each backend; with mean distances.
 
     Args:
         steps: Of each run.
         device: A GPU, or the CPU of a dry run.
+        backends: Ours.
 
     Returns:
-        ``steps``; ``distances``: by name the mean distance of ours from stock TRL, and of stock TRL's from that of
-        another seed; ``logged``: the curves by run.
+        ``steps``; ``logged``: the curves by run; ``distances``: by backend and name the mean distance of ours from
+        stock TRL's, and of stock TRL's from that of another seed.
     """
-    stock, other, ours = train(steps, 0, device), train(steps, 1, device), train(steps, 0, device, with_kernels=True)
-    distances = {name: (_distance(ours[name], stock[name]), _distance(other[name], stock[name])) for name in stock}
-    return {"steps": steps, "distances": distances, "logged": {"stock": stock, "another seed": other, "ours": ours}}
+    logged = {"stock": train(steps, 0, device), "another seed": train(steps, 1, device)}
+    logged |= {backend: train(steps, 0, device, backend) for backend in backends}
+    distances = {
+        f"{name}, {backend}": (_distance(logged[backend][name], logged["stock"][name]),
+                               _distance(logged["another seed"][name], logged["stock"][name]))
+        for backend in backends
+        for name in LOGGED
+    }  # fmt: skip
+    return {"steps": steps, "distances": distances, "logged": logged}
 
 
-def assert_same_curves(found: dict[str, Any]) -> None:
+def assert_same_curves(measured: dict[str, Any]) -> None:
     """Raises AssertionError where ours is further from stock TRL than another seed is."""
-    far = [name for name, (ours, other) in found["distances"].items() if not ours <= other]
+    far = [name for name, (ours, other) in measured["distances"].items() if not ours <= other]
     assert not far, f"ours differs from stock TRL by more than another seed does in {', '.join(far)}"
 
 
-def train(steps: int, seed: int, device: torch.device, with_kernels: bool = False) -> dict[str, list[float]]:
-    """The curves of one run, by name."""
+def train(steps: int, seed: int, device: torch.device, backend: str | None = None) -> dict[str, list[float]]:
+    """The curves of one run, by name; ``backend``: ours, or None for stock TRL."""
     from datasets import Dataset
     from trl import GRPOConfig, GRPOTrainer
     from trl_trainer import build_model, build_tokenizer
@@ -47,8 +55,8 @@ def train(steps: int, seed: int, device: torch.device, with_kernels: bool = Fals
 
     words = ["a", "b", "c", "d"]
     with tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as stack:
-        if with_kernels:
-            stack.enter_context(drop_in.apply())
+        if backend is not None:
+            stack.enter_context(drop_in.apply(backend=backend))
         arguments = GRPOConfig(
             output_dir=folder, use_cpu=device.type == "cpu", bf16=True, report_to=[], seed=seed, data_seed=seed,
             per_device_train_batch_size=16, num_generations=8, num_iterations=2, max_completion_length=16,

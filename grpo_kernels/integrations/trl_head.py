@@ -5,7 +5,9 @@ Both gather a head that DeepSpeed's ZeRO-3 has partitioned again in the backward
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -69,7 +71,7 @@ class Settings:
             backends = ", ".join(map(repr, registry.BACKENDS))
             raise ValueError(f"backend must be 'auto' or one of {backends}, got {self.backend!r}")
 
-    def backend_on(self, device: torch.device, rows: RowClass | None = None) -> str:
+    def backend_on(self, device: torch.device, rows: Callable[[], RowClass] | None = None) -> str:
         """The backend of a head there; "torch" where TRL's own function is to run."""
         return registry.resolve("linear_token_logprobs", self.backend, device, rows)
 
@@ -135,7 +137,7 @@ def head_logprobs(
     """Log-probability, entropy, log sum of squared probabilities, mean logit, is top 1; None where not asked for."""
     dtypes = _dtypes(hidden, weight)
     device, vocab = hidden.device, weight.shape[0]
-    backend = settings.backend_on(device, RowClass.of_head(weight))
+    backend = settings.backend_on(device, partial(RowClass.of_head, weight))
     transform = Transform.of(temperature, softcap, logit_scale)
     workspace = check_workspace(settings.workspace_bytes, 0, vocab, dtypes[1], device)
     needs = tuple(torch.is_grad_enabled() and x is not None and x.requires_grad for x in (hidden, weight, bias))
@@ -183,7 +185,7 @@ def head_divergence(
     dtypes = _dtypes(student_hidden, student_weight)
     teacher_dtype, _ = _dtypes(teacher_hidden, teacher_weight)
     device, vocab = student_hidden.device, student_weight.shape[0]
-    backend = settings.backend_on(device, RowClass.of_head(student_weight))
+    backend = settings.backend_on(device, partial(RowClass.of_head, student_weight))
     own = Transform.of(temperature, student_softcap, student_logit_scale)
     comparison = Comparison(float(beta), *own, *Transform.of(temperature, teacher_softcap, teacher_logit_scale))
     workspace = check_workspace(settings.workspace_bytes, 0, vocab, dtypes[1], device, models=2)

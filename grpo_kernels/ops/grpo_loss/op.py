@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -193,7 +194,7 @@ def grpo_loss(
     if inplace:
         check_writable("logits", logits, "inplace=True")
     op = "grpo_loss" if reference_logits is None else "token_divergence"
-    backend = registry.resolve(op, backend, logits.device, RowClass.of_logits(logits))
+    backend = registry.resolve(op, backend, logits.device, partial(RowClass.of_logits, logits))
     dtype = accumulation_dtype(logits.dtype)
     check_group_rewards(advantages, rewards, num_generations, scale_rewards, completion_ids, cu_seqlens, debug)
     check_reference(reference_logits is not None, ref_logprobs, config, "reference_logits")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -210,7 +211,7 @@ def linear_grpo_loss(
     given = (reference_logits, reference_hidden_states, reference_lm_head_weight, reference_bias)
     is_compared = any(x is not None for x in given)
     op = "linear_token_divergence" if is_compared else "linear_grpo_loss"
-    backend = registry.resolve(op, backend, hidden_states.device, RowClass.of_head(lm_head_weight))
+    backend = registry.resolve(op, backend, hidden_states.device, partial(RowClass.of_head, lm_head_weight))
     check_reference(is_compared, ref_logprobs, config, "reference_logits, or reference_hidden_states with their head,")
     vocab = lm_head_weight.shape[0]
     reference = Reference.of(completion_ids, vocab, *given) if is_compared else NO_REFERENCE

@@ -216,7 +216,7 @@ def linear_token_divergence(
     dtypes = head_dtypes(hidden_states, lm_head_weight, logits_dtype)
     workspace = check_workspace(workspace_bytes, 0, vocab, dtypes[1], hidden_states.device, models=2)
     backend = registry.resolve(
-        "linear_token_divergence", backend, hidden_states.device, RowClass.of_head(lm_head_weight)
+        "linear_token_divergence", backend, hidden_states.device, partial(RowClass.of_head, lm_head_weight)
     )
     if backend == "torch":
         logits = linear_reference.project(hidden_states, lm_head_weight, bias, mask, *dtypes)

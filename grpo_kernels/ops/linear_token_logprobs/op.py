@@ -315,7 +315,9 @@ def linear_token_logprobs(
     workspace = check_workspace(
         workspace_bytes, max_logits_bytes, lm_head_weight.shape[0], dtypes[1], hidden_states.device
     )
-    backend = registry.resolve("linear_token_logprobs", backend, hidden_states.device, RowClass.of_head(lm_head_weight))
+    backend = registry.resolve(
+        "linear_token_logprobs", backend, hidden_states.device, partial(RowClass.of_head, lm_head_weight)
+    )
     if backend == "torch":
         logits = reference.project(hidden_states, lm_head_weight, bias, mask, *dtypes)
         return token_reference.token_logprobs(logits, ids, mask, temperature, softcap, logit_scale, tuple(outputs))

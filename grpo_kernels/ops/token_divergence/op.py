@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -221,7 +222,7 @@ def token_divergence(
     check_id_range("ids", ids, mask, logits.shape[-1], debug)
     if debug:
         check_device_values(logits.device)
-    backend = registry.resolve("token_divergence", backend, logits.device, RowClass.of_logits(logits))
+    backend = registry.resolve("token_divergence", backend, logits.device, partial(RowClass.of_logits, logits))
     if backend == "torch":
         rows = [z if ids.dim() == 1 else z[:, : ids.shape[1]] for z in (logits, reference_logits)]
         found = reference.token_divergence(*rows, ids, mask, comparison)

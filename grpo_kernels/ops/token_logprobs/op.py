@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -234,7 +235,7 @@ def token_logprobs(
     check_id_range("ids", ids, mask, logits.shape[-1], debug)
     if debug:
         check_device_values(logits.device)
-    backend = registry.resolve("token_logprobs", backend, logits.device, RowClass.of_logits(logits))
+    backend = registry.resolve("token_logprobs", backend, logits.device, partial(RowClass.of_logits, logits))
     if backend == "torch":
         rows = logits if ids.dim() == 1 else logits[:, : ids.shape[1]]
         return reference.token_logprobs(rows, ids, mask, temperature, softcap, logit_scale, tuple(outputs))

@@ -8,16 +8,16 @@ import sys
 import torch
 from tune import best, write
 
-from gpu.stage import Stage, main
+from gpu.stage import RunningStage, main
 
 
-def run(stage: Stage, options: argparse.Namespace) -> None:
+def run(stage: RunningStage, options: argparse.Namespace) -> None:
     """Times the candidates for ``--tune kernel:vocabulary``, over a gibibyte of bf16 and of fp32 logits."""
     kernel, vocab = options.tune.split(":")
     if "triton" not in stage.backends:
         raise SystemExit("Triton does not run here: " + "; ".join(stage.entry["left_out"]))
     vocab, size = (64, 1 << 10) if stage.is_dry else (int(vocab), 1 << 30)
-    stage.entry["found"]["tuned"] = rows = []
+    rows = stage.entry["found"].setdefault("tuned", [])
     table = stage.path.parent / "tuned" / "triton_blocks.json"
     table.parent.mkdir(exist_ok=True)
     for dtype in (torch.bfloat16, torch.float32):

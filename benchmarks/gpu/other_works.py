@@ -12,20 +12,18 @@ from providers import providers
 from qualify import Verdicts
 from works import FEW, from_hidden, from_logits, logprobs_alone, policy, under_upstream
 
-from gpu.headline import check, of_each
+from gpu.headline import of_each, verdicts_on
 from gpu.settings import in_place
 from gpu.sizes import CASES, HALF, Sizes
-from gpu.stage import Stage, main
+from gpu.stage import RunningStage, main
 
 
-def run(stage: Stage, options: argparse.Namespace) -> None:
+def run(stage: RunningStage, options: argparse.Namespace) -> None:
     """Checks every provider, then times them at every work."""
     stage.need_a_backend()
     sizes = Sizes.dry() if stage.is_dry else Sizes()
-    verdicts: Verdicts = {}
-    stage.results.extra["checked"] = sizes.checked.told()
-    everybody = tuple(provider.name for provider in providers(stage.ours))
-    stage.attempt("checks of the providers", lambda: verdicts.update(check(sizes, stage, everybody, CASES)))
+    peers = tuple(provider.name for provider in providers(stage.ours))
+    verdicts = verdicts_on(sizes, stage, peers, CASES)
     for name, make in comparisons(sizes, stage, verdicts).items():
 
         def measure(make: Callable[[], Comparison] = make) -> Comparison:
@@ -34,7 +32,7 @@ def run(stage: Stage, options: argparse.Namespace) -> None:
         stage.attempt(name, lambda measure=measure: stage.compare(measure))
 
 
-def comparisons(sizes: Sizes, stage: Stage, verdicts: Verdicts) -> dict[str, Callable[[], Comparison]]:
+def comparisons(sizes: Sizes, stage: RunningStage, verdicts: Verdicts) -> dict[str, Callable[[], Comparison]]:
     """Every comparison of this stage by name, as a function that makes it; those first that say most."""
     common = {"device": stage.device, "verdicts": verdicts, "ours": stage.ours}
     (tokens, head), *others = sizes.heads
