@@ -26,7 +26,7 @@ class Expected:
     """Outputs and gradients of plain torch by name, in the inputs' dtype and in fp64.
 
     A loss ``f(l)`` of log-probs that are off by ``d`` is off by ``f'(l) d``, however exact the arithmetic of ``f`` is.
-    VESPO's ``exp(lambda + k w - lambda e^w)``, with ``w`` a sum over a sequence, multiplies ``d`` tenfold; a small
+    VESPO's ``exp(lambda + k w - lambda e^w)``, with ``w`` a sum over a sequence, multiplies ``d`` by up to 20; a small
     ``num_items_in_batch``, the ratio and ``k3`` multiply it too. ``d`` is what the GEMM of a processor gives, so a
     reference that is near by luck says nothing of another one. Hence the baseline of loss, metrics and gradients is
     ``f`` in fp64 at ``l + d``, with the ``d`` of the results that are judged, be they the reference's or the
