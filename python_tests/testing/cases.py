@@ -34,6 +34,8 @@ class Case:
         loss_scale, softcap, logit_scale, bias: As the ops take them.
         divergence: Which one the ops of divergences take; None says that the case tells nothing new of them.
         soft: The divergence has a temperature of its own, and the reference a transform.
+        coarse: Hidden states and head are multiples of 1/16, so that logits are exact in any order of sums: for a
+            transform so steep that a logit's rounding decides its gradient.
         on_bound: The ratio is exactly 1 and so are the clip bounds.
         grad_output: What the loss's backward is started with.
     """
@@ -62,6 +64,7 @@ class Case:
     bias: bool = False
     divergence: str | None = None
     soft: bool = False
+    coarse: bool = False
     on_bound: bool = False
     grad_output: float = 1.0
 
@@ -113,7 +116,7 @@ INPUT_CASES = (
     Case("logits_holes", logits="holes", config=_ENTROPY),
     Case("logits_holes_block", logits="holes", vocab=6000, batch=2, config=_ENTROPY),
     Case("softcap", softcap=3.0, config=_ENTROPY),
-    Case("softcap_saturated", softcap=0.5, logit_scale=20.0, config=_ENTROPY),
+    Case("softcap_saturated", softcap=0.5, logit_scale=20.0, coarse=True, config=_ENTROPY),
     Case("logit_scale", logit_scale=0.0625, config=_KL),
     Case("temperature", config=GRPOLossConfig(temperature=0.7, beta=0.1, entropy_coef=0.05)),
     Case("transform_all", softcap=5.0, logit_scale=1.5, config=GRPOLossConfig(temperature=1.3, entropy_coef=0.05)),

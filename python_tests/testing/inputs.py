@@ -97,9 +97,13 @@ def _build(case: Case, dtype: torch.dtype, source: str, rng: torch.Generator) ->
     mask = _mask(case, shape, bounds, rng)
     sequences = Sequences.of(ids, bounds)
     logits, ids = _logits(case, ids, rng)
+    hidden = _normal((*shape, case.hidden), rng)
+    weight = _normal((case.vocab, case.hidden), rng) * (2 / case.hidden**0.5)
+    if case.coarse:
+        hidden, weight = ((16 * x).round() / 16 for x in (hidden, weight))
     tensors: dict[str, Any] = {
-        "hidden": _normal((*shape, case.hidden), rng).to(dtype),
-        "weight": (_normal((case.vocab, case.hidden), rng) * (2 / case.hidden**0.5)).to(dtype),
+        "hidden": hidden.to(dtype),
+        "weight": weight.to(dtype),
         "bias": _normal((case.vocab,), rng).to(dtype) if case.bias else None,
         "logits": logits.to(dtype),
         "logprobs": (-0.1 - 2 * _normal(shape, rng).abs()).to(dtype),
