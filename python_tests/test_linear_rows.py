@@ -61,12 +61,12 @@ def test_a_bound_on_live_rows_needs_a_loss_token_by_token() -> None:
 @pytest.mark.parametrize("threads", [1, 2])
 @pytest.mark.parametrize("rows", [1, 2, 3, 5, 7, 10, 13])
 def test_few_rows_lose_no_more_digits_than_many(rows: int, threads: int) -> None:
-    """Libraries sum the vocabulary in sequence for very few rows: one on Intel, up to three on AMD, or in a thread.
+    """Libraries sum the vocabulary in sequence for few rows: one on Intel, three on AMD, 15 with MKL_CBWR.
 
     The same rows alone and among others, each by its own size: what is not the sum's is then alike.
     """
     torch.manual_seed(0)
-    hidden, weight = torch.randn(16, 16), 0.02 * torch.randn(129280, 16)
+    hidden, weight = torch.randn(64, 16), 0.02 * torch.randn(129280, 16)
     dlogits = (hidden @ weight.mT).softmax(-1)
     exact = dlogits.double() @ weight.double()
 
@@ -77,6 +77,6 @@ def test_few_rows_lose_no_more_digits_than_many(rows: int, threads: int) -> None
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
-        assert error(rows).max() <= 4 * error(16).max()
+        assert error(rows).max() <= 4 * error(64).max()
     finally:
         torch.set_num_threads(before)

@@ -15,8 +15,10 @@ from grpo_kernels.ops.library import lazily
 from grpo_kernels.ops.linear_token_logprobs.rows import Rows
 from grpo_kernels.ops.token_logprobs.op import accumulation_dtype
 
-_FEWEST_ROWS = 4  # below which a GEMM on a CPU may sum the vocabulary in sequence
-_PADDED_ROWS_A_THREAD = 16  # above which a thread's share is many rows, and a copy of all of them dear
+_FEWEST_ROWS = 4  # of a GEMM on a GPU
+_FEW_ROWS_A_THREAD = 16  # below which a GEMM on a CPU may sum the vocabulary in sequence
+_SUMS = 16  # of the vocabulary, for so few rows: partial ones
+_FEWEST_SUMMED = 2048  # columns that are more than one sum
 _GPU_MULTIPLE = 128  # of rows in a chunk, and of bytes between rows
 
 
@@ -186,16 +188,27 @@ class HeadGradients:
 def project_back(dlogits: Tensor, weight: Tensor, dtype: torch.dtype) -> Tensor:  # [n, V], [V, H] -> [n, H]
     """``dlogits W``, in ``dtype`` where a GEMM can write it.
 
-    A GEMM even for few rows: the kernels that libraries keep for fewer than four sum the vocabulary in sequence. That
-    is 80 times the error over 129280 columns: seen for one row on Intel, for up to three on AMD. Threads share rows by
-    fours, and the last one may be left with so few: of 10 rows two threads take 8 and 2.
+    On a CPU few rows sum a large vocabulary in blocks. Libraries have kernels for few rows, and for those left over in
+    a thread's share, that sum it in sequence: ten times the error of a GEMM of many rows over 129280 columns. How many
+    rows are few differs: one on Intel, up to three on AMD, up to 15 with MKL_CBWR. Half precision is rounded anyway.
     """
-    rows = dlogits.shape[0]
-    missing = -rows % _FEWEST_ROWS
-    threads = torch.get_num_threads() if weight.device.type == "cpu" else 1
-    if missing and rows < (_FEWEST_ROWS if threads == 1 else threads * _PADDED_ROWS_A_THREAD):
-        dlogits = torch.nn.functional.pad(dlogits, (0, 0, 0, missing))
+    rows, vocab = dlogits.shape
     if not writes_fp32(weight.device):
         dtype = torch.promote_types(dlogits.dtype, weight.dtype)
+    on_cpu = weight.device.type == "cpu"
+    is_few = on_cpu and rows < _FEW_ROWS_A_THREAD * torch.get_num_threads()
+    if is_few and vocab > _FEWEST_SUMMED and dtype in (torch.float32, torch.float64):
+        return _sum_in_blocks(dlogits.to(dtype), weight.to(dtype))
+    if not on_cpu and rows < _FEWEST_ROWS:
+        dlogits = torch.nn.functional.pad(dlogits, (0, 0, 0, -rows % _FEWEST_ROWS))
     out = torch.empty(dlogits.shape[0], weight.shape[1], dtype=dtype, device=weight.device)
     return matmul(dlogits, weight, out)[:rows]
+
+
+def _sum_in_blocks(a: Tensor, b: Tensor) -> Tensor:  # [n, k], [k, m] -> [n, m]
+    """``a b`` as partial sums over ``k``, and their sum."""
+    size = a.shape[1] // _SUMS
+    summed = size * _SUMS
+    blocks = a[:, :summed].unflatten(1, (_SUMS, size)).transpose(0, 1)
+    out = torch.bmm(blocks, b[:summed].unflatten(0, (_SUMS, size))).sum(0)
+    return out.addmm_(a[:, summed:], b[summed:])
