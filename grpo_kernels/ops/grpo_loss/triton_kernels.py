@@ -93,7 +93,7 @@ def _grpo_loss_kernel(
     live_ptr,
     rewards_ptr,  # [S] or None
     offsets_ptr,  # [S + 1] where packed, else None
-    first_bad_ptr,  # [2]
+    first_bad_ptr,  # [3]
     rows,
     rows_per_batch,
     length,

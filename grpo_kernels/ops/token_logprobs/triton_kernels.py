@@ -61,7 +61,7 @@ def _token_logprobs_fwd_kernel(
     log_sum_squares_ptr,  # or None, like the next two
     mean_logits_ptr,
     is_top1_ptr,
-    first_bad_ptr,  # [2]
+    first_bad_ptr,  # [3]
     rows,
     length,
     vocab,
@@ -232,7 +232,7 @@ def _token_logprobs_bwd_kernel(
     entropy_ptr,
     dlogprobs_ptr,  # or None
     dentropy_ptr,  # or None
-    first_bad_ptr,  # [2]
+    first_bad_ptr,  # [3]
     rows,
     rows_per_batch,
     length,
