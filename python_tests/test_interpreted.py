@@ -114,6 +114,17 @@ def test_interpreted_ids_outside_the_vocabulary_are_held_and_told_once(bad: int)
         check_device_values(CPU)
 
 
+@pytest.mark.parametrize("vocab", [511, 1101])
+def test_interpreted_gradients_may_be_narrower_than_logits_whose_rows_begin_anywhere(vocab: int) -> None:
+    """In memory of their own, with rows as far apart as the logits'."""
+    logits, ids = torch.randn(2, 3, vocab), torch.randint(0, vocab, (2, 3))
+    wide = _loss_arguments(logits, ids)
+    narrow = [*wide[:-1], torch.empty(2, 3, vocab, dtype=torch.float16)]
+    for arguments in (wide, narrow):
+        OPS.grpo_loss_fwd_triton(*arguments)
+    torch.testing.assert_close(narrow[-1].float(), wide[-1], rtol=1e-3, atol=1e-6)
+
+
 def test_interpreted_ids_of_chunks_are_told_by_their_place_in_the_whole() -> None:
     hidden, weight, ids = torch.randn(6, 4), torch.randn(11, 4), torch.randint(0, 11, (6,))
     mask = torch.tensor([True, False, True, True, True, True])

@@ -94,7 +94,7 @@ class Launch:
 def launches(function: Callable[[], Any], target: str) -> list[Launch]:
     """What ``function``, given tensors on the CPU, would launch if they were on a GPU; each distinct launch once.
 
-    Nothing runs, so whatever the kernels should have written holds what happens to lie there.
+    Nothing runs, so whatever the kernels should have written holds NaN, True or the largest integer, on every call.
 
     Args:
         function: Calls ops with ``backend="triton"``.
@@ -116,7 +116,11 @@ def launches(function: Callable[[], Any], target: str) -> list[Launch]:
         mock.patch.object(triton_rows, "architecture", lambda device: target),
         mock.patch.object(triton_rows, "processors_of", lambda device: (1, TARGETS[target].warp_size)),
     ):
-        function()
+        torch.use_deterministic_algorithms(True)  # fills memory that nobody has written
+        try:
+            function()
+        finally:
+            torch.use_deterministic_algorithms(False)
     return list(found)
 
 

@@ -11,6 +11,7 @@ from grpo_kernels.ops.device_values import first_bad
 from grpo_kernels.ops.token_logprobs.triton_rows import check_tokens
 
 _BLOCK = 256  # rewards that a program holds at once
+_WARPS = 8  # a reward a thread: with two, registers go to memory around the calls that divide in fp64
 _GROUP, _BATCH, _NONE = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)  # in the order of op.SCALE_REWARDS
 _NORMALIZE_THEN_SUM = 1  # in the order of op.AGGREGATIONS
 
@@ -126,15 +127,16 @@ def group_advantages(
     advantages = rewards.new_empty(batch)
     bad = first_bad(rewards.device)
     groups = batch // num_generations
+    options = {"BLOCK": _BLOCK, "num_warps": _WARPS}
     if aggregation == _NORMALIZE_THEN_SUM:
         table = torch.empty_like(rewards)
         sizes = (batch, num_generations, functions, 1)
         _normalize_kernel[(groups * functions,)](
-            rewards, None, table, bad, *sizes, eps, SCALE=_GROUP.value, NAN_TO_ZERO=False, BLOCK=_BLOCK
+            rewards, None, table, bad, *sizes, eps, SCALE=_GROUP.value, NAN_TO_ZERO=False, **options
         )
         rewards, groups, num_generations, scale_rewards = table, 1, batch, _GROUP.value
     sizes = (batch, num_generations, functions, functions)
     _normalize_kernel[(groups,)](
-        rewards, weights, advantages, bad, *sizes, eps, SCALE=scale_rewards, NAN_TO_ZERO=True, BLOCK=_BLOCK
+        rewards, weights, advantages, bad, *sizes, eps, SCALE=scale_rewards, NAN_TO_ZERO=True, **options
     )
     return advantages

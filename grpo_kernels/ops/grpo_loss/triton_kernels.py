@@ -276,7 +276,8 @@ def grpo_loss_fwd(
     with nullcontext() if dlogits is None else rounded(dlogits) as out:
         strides = row_strides(logits)
         dstrides = strides if out is None else row_strides(out)
-        alignment = alignment_of(vector, strides, dstrides)
+        is_narrowed = out is not None and out.element_size() < logits.element_size()
+        alignment = alignment_of(vector, strides, dstrides, is_narrowed)
         is_plain = alignment == Alignment.ALIGNED and vocab % vector == 0 and rewards is None
         grid, sizes = blocks.launch(rows, vector, logits.device, is_plain)
         _grpo_loss_kernel[grid](
@@ -309,7 +310,7 @@ def grpo_loss_fwd(
             eps,
             IS_SCALED=is_scaled,
             **variant,
-            IS_NARROWED=out is not None and out.element_size() < logits.element_size(),
+            IS_NARROWED=is_narrowed,
             CURVE=curve_of(softcap, logit_scale),
             ALIGNMENT=alignment,
             ACC=arithmetic(logits.dtype),

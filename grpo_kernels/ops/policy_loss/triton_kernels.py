@@ -13,7 +13,7 @@ from grpo_kernels.ops.token_logprobs.triton_rows import arithmetic, as_bytes, ch
 from grpo_kernels.options import KL_ESTIMATORS, Level, Option, Param, Surrogate
 
 _BLOCK = 1024  # tokens, or sequences, that a program holds at once
-_WARPS = 8
+_WARPS = 16
 
 # rows of the table of per-sequence totals: those of Partial, then the loss
 _TOKENS = tl.constexpr(int(Partial.TOKENS))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from grpo_kernels.ops.token_logprobs.triton_math import load_columns, log_near_one, over_block, row_shift, slope_at
+from grpo_kernels.ops.token_logprobs.triton_math import load_columns, log_near_one, row_shift, slope_at
 
 #: By how the mixture lies, as ``grpo_kernels.config.DIVERGENCES`` names them.
 _FORWARD, _REVERSE, BETWEEN = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
@@ -29,6 +29,32 @@ def times(probability, log_ratio):
 @triton.jit
 def log_softmax(v, base, log_sum, rate):
     return ((v - base) * rate - log_sum) * _LN2
+
+
+@triton.jit
+def divergence_terms(log_p, log_q, mixture, KIND: tl.constexpr):
+    """What the elements add to the divergence, and, of a mixture, to the mean that its gradient is centred by.
+
+    What is added beside a term ``p log`` sums to 0, and makes up for what its logarithm, or both of the log-sum-exps,
+    are rounded by: their errors count in second order alone.
+    """
+    p = tl.exp(log_p)
+    q = tl.exp(log_q)
+    d = log_p - log_q
+    if KIND == _FORWARD:
+        value = times(q, -d) + (p - q)
+        return value, value
+    elif KIND == _REVERSE:
+        value = times(p, d) + (q - p)
+        return value, value
+    else:
+        share = over_larger(d, mixture)
+        rest = -log_near_one(share)
+        of_p = times(p, rest + tl.where(d > 0, 0.0, d))
+        of_q = times(q, rest - tl.where(d > 0, d, 0.0))
+        m = times(tl.where(d > 0, p, q), share)
+        mean = (1.0 - mixture) * p + mixture * q
+        return (1.0 - mixture) * of_p + mixture * of_q + (m - mean), of_p
 
 
 @triton.jit
@@ -57,34 +83,23 @@ def row_divergence(
     ACC: tl.constexpr,
 ):
     """The divergence, and the mean that its gradient is centred by."""
-    LANES: tl.constexpr = columns.shape[1]
-    BLOCK: tl.constexpr = LANES * columns.shape[0] * columns.shape[2]
+    LANES: tl.constexpr = columns[0].shape[0]
+    BLOCK: tl.constexpr = columns[0].numel * len(columns)
     lane_value = tl.zeros([LANES], ACC)
     lane_centre = tl.zeros([LANES], ACC)
     for start in range(0, vocab, BLOCK):
-        at = start + columns
-        v = load_columns(row_ptr, at, 0, vocab, inner, float("-inf"), CURVE, ACC)
-        u = load_columns(reference_ptr, at, 0, vocab, reference_inner, float("-inf"), REFERENCE_CURVE, ACC)
-        log_p = log_softmax(v, base, log_sum, rate)
-        log_q = log_softmax(u, reference_base, reference_log_sum, reference_rate)
-        p = tl.exp(log_p)
-        q = tl.exp(log_q)
-        d = log_p - log_q
-        # what is added beside a term p log sums to 0, and makes up for what its logarithm, or both of the log-sum-exps,
-        # are rounded by: their errors count in second order alone
-        if KIND == _FORWARD:
-            lane_value += over_block(times(q, -d) + (p - q))
-        elif KIND == _REVERSE:
-            lane_value += over_block(times(p, d) + (q - p))
-        else:
-            share = over_larger(d, mixture)
-            rest = -log_near_one(share)
-            of_p = times(p, rest + tl.where(d > 0, 0.0, d))
-            of_q = times(q, rest - tl.where(d > 0, d, 0.0))
-            m = times(tl.where(d > 0, p, q), share)
-            lane_centre += over_block(of_p)
-            mean = (1.0 - mixture) * p + mixture * q
-            lane_value += over_block((1.0 - mixture) * of_p + mixture * of_q + (m - mean))
+        v = [load_columns(row_ptr, start + at, 0, vocab, inner, float("-inf"), CURVE, ACC) for at in columns]
+        u = [
+            load_columns(reference_ptr, start + at, 0, vocab, reference_inner, float("-inf"), REFERENCE_CURVE, ACC)
+            for at in columns
+        ]
+        for i in tl.static_range(len(columns)):
+            log_p = log_softmax(v[i], base, log_sum, rate)
+            log_q = log_softmax(u[i], reference_base, reference_log_sum, reference_rate)
+            value, centre = divergence_terms(log_p, log_q, mixture, KIND)
+            lane_value += tl.sum(value, 1)
+            if KIND == BETWEEN:
+                lane_centre += tl.sum(centre, 1)
     value = tl.sum(lane_value, 0)
     if KIND != BETWEEN:
         return value, value
@@ -138,25 +153,34 @@ def row_divergence_gradient(
     ACC: tl.constexpr,
 ):
     """Writes the gradient of every logit as if none were the token's, from the row's end, as token_logprobs does."""
-    BLOCK: tl.constexpr = columns.shape[0] * columns.shape[1] * columns.shape[2]
+    BLOCK: tl.constexpr = columns[0].numel * len(columns)
+    OUT: tl.constexpr = drow_ptr.dtype.element_ty
     blocks = tl.cdiv(vocab, BLOCK)
     for done in range(0, blocks):
-        at = (blocks - 1 - done) * BLOCK + columns
-        v = load_columns(row_ptr, at, 0, vocab, inner, float("-inf"), CURVE, ACC)
-        u = load_columns(reference_ptr, at, 0, vocab, reference_inner, float("-inf"), REFERENCE_CURVE, ACC)
-        log_policy = log_softmax(v, base, log_sum, rate)
-        log_q = log_softmax(u, reference_base, reference_log_sum, reference_rate)
-        policy = tl.exp(log_policy)
-        gradient = -policy * (c + c_h * (tl.maximum(log_policy, _FLOOR) + entropy)) * slope_at(v, slope, CURVE)
-        if IS_ONE:
-            log_p = log_policy
-            p = policy
-        else:
-            log_p = log_softmax(v, own_base, own_log_sum, own_rate)
-            p = tl.exp(log_p)
-        of_divergence = c_d * divergence_gradient(log_p, p, log_q, centre, mixture, KIND)
-        # without a weight no gradient, not even of an infinite divergence
-        gradient += tl.where(c_d != 0, of_divergence * slope_at(v, own_slope, CURVE), 0.0)
+        start = (blocks - 1 - done) * BLOCK
+        v = [load_columns(row_ptr, start + at, 0, vocab, inner, float("-inf"), CURVE, ACC) for at in columns]
+        u = [
+            load_columns(reference_ptr, start + at, 0, vocab, reference_inner, float("-inf"), REFERENCE_CURVE, ACC)
+            for at in columns
+        ]
+        gradients = ()
+        for i in tl.static_range(len(columns)):
+            log_policy = log_softmax(v[i], base, log_sum, rate)
+            log_q = log_softmax(u[i], reference_base, reference_log_sum, reference_rate)
+            policy = tl.exp(log_policy)
+            gradient = -policy * (c + c_h * (tl.maximum(log_policy, _FLOOR) + entropy)) * slope_at(v[i], slope, CURVE)
+            if IS_ONE:
+                log_p = log_policy
+                p = policy
+            else:
+                log_p = log_softmax(v[i], own_base, own_log_sum, own_rate)
+                p = tl.exp(log_p)
+            of_divergence = c_d * divergence_gradient(log_p, p, log_q, centre, mixture, KIND)
+            # without a weight no gradient, not even of an infinite divergence
+            gradient += tl.where(c_d != 0, of_divergence * slope_at(v[i], own_slope, CURVE), 0.0)
+            gradients += (gradient.to(OUT),)
         if IS_NARROWED:
             tl.debug_barrier()
-        tl.store(drow_ptr + at, gradient.to(drow_ptr.dtype.element_ty), mask=at < vocab)
+        for i in tl.static_range(len(columns)):
+            at = start + columns[i]
+            tl.store(drow_ptr + at, gradients[i], mask=at < vocab)

@@ -16,7 +16,6 @@ from grpo_kernels.ops.token_logprobs.triton_math import (
     held_inside,
     load_columns,
     log2,
-    over_block,
     row_gradient,
     row_results,
     row_shift,
@@ -131,18 +130,20 @@ def _row_extras(
     ACC: tl.constexpr,
 ):
     """``sum 4^t``, ``sum v``, and how many columns come before the token in the order of their logits."""
-    LANES: tl.constexpr = columns.shape[1]
-    BLOCK: tl.constexpr = LANES * columns.shape[0] * columns.shape[2]
+    LANES: tl.constexpr = columns[0].shape[0]
+    BLOCK: tl.constexpr = columns[0].numel * len(columns)
     squares = tl.zeros([LANES], ACC)
     total = tl.zeros([LANES], ACC)
     before = tl.zeros([LANES], tl.int32)
     for start in range(0, vocab + shift, BLOCK):
-        column = start + columns - shift
-        inside = (column >= 0) & (column < vocab)
-        v = load_columns(row_ptr, start + columns, shift, vocab, inner, float("-inf"), CURVE, ACC)
-        squares += over_block(tl.exp2((v - base) * (2.0 * rate)))
-        total += over_block(tl.where(inside, v, 0.0))
-        before += over_block((inside & ((v > target) | ((v == target) & (column < token)))).to(tl.int32))
+        block = [load_columns(row_ptr, start + at, shift, vocab, inner, float("-inf"), CURVE, ACC) for at in columns]
+        for i in tl.static_range(len(columns)):
+            v = block[i]
+            column = start + columns[i] - shift
+            inside = (column >= 0) & (column < vocab)
+            squares += tl.sum(tl.exp2((v - base) * (2.0 * rate)), 1)
+            total += tl.sum(tl.where(inside, v, 0.0), 1)
+            before += tl.sum((inside & ((v > target) | ((v == target) & (column < token)))).to(tl.int32), 1)
     return tl.sum(squares, 0), tl.sum(total, 0), tl.sum(before, 0)
 
 
@@ -314,7 +315,8 @@ def token_logprobs_bwd(
     blocks = blocks_of("gradient", vocab, logits.element_size(), logits.device)
     with rounded(dlogits) as out:
         strides, dstrides = row_strides(logits), row_strides(out)
-        alignment = alignment_of(vector, strides, dstrides)
+        is_narrowed = out.element_size() < logits.element_size()
+        alignment = alignment_of(vector, strides, dstrides, is_narrowed)
         is_plain = alignment == Alignment.ALIGNED and vocab % vector == 0
         grid, sizes = blocks.launch(rows, vector, logits.device, is_plain)
         _token_logprobs_bwd_kernel[grid](
@@ -335,7 +337,7 @@ def token_logprobs_bwd(
             ids.shape[1],
             vocab,
             *transform_arguments(temperature, softcap, logit_scale),
-            IS_NARROWED=out.element_size() < logits.element_size(),
+            IS_NARROWED=is_narrowed,
             CURVE=curve_of(softcap, logit_scale),
             ALIGNMENT=alignment,
             ACC=arithmetic(logits.dtype),

@@ -5,8 +5,11 @@ of an element is ``t = (v - base) rate`` for ``rate = outer log2 e``. The differ
 in common costs no digits then, and the largest has exponent 0 exactly. Kernels take ``inner``, ``rate`` and ``slope``
 in fp64, for fp64 logits, and bring them to the arithmetic's type by ``tl.full([], x, ACC)``.
 
-A block is ``[UNROLL, LANES, VECTOR]``: a lane is a thread, a vector one load of 16 bytes. The online state is kept per
-lane, so that the loop over a row needs no reduction across threads, and one rescaling serves UNROLL * VECTOR elements.
+A block is a tuple of UNROLL parts, tensors ``[LANES, VECTOR]``: a lane is a thread, a vector one load of 16 bytes. A
+thread loads all its vectors of a block before it uses one. The online state is kept per lane, so that the loop over a
+row needs no reduction across threads, and one rescaling serves UNROLL * VECTOR elements. UNROLL is no dimension of a
+tensor, for releases of Triton differ in whether such a dimension lies across threads: with ``[UNROLL, LANES, VECTOR]``
+3.6 exchanged maxima and sums between threads in every block. What does not fill a block, a row's edges, goes by parts.
 """
 
 from __future__ import annotations
@@ -100,38 +103,58 @@ def row_shift(b, t, batch_stride, row_stride, ALIGNMENT: tl.constexpr, VECTOR: t
 
 @triton.jit
 def block_columns(LANES: tl.constexpr, UNROLL: tl.constexpr, VECTOR: tl.constexpr):
-    """``[UNROLL, LANES, VECTOR]``: the elements of a block, a thread's next to each other."""
-    unrolled = tl.arange(0, UNROLL)[:, None, None] * (LANES * VECTOR)
-    return unrolled + tl.arange(0, LANES)[None, :, None] * VECTOR + tl.arange(0, VECTOR)[None, None, :]
+    """The columns of a block, part by part; those of a thread's vector are next to each other."""
+    first = tl.arange(0, LANES)[:, None] * VECTOR + tl.arange(0, VECTOR)[None, :]
+    columns = ()
+    for i in tl.static_range(UNROLL):
+        columns += (first + i * LANES * VECTOR,)
+    return columns
 
 
 @triton.jit
-def row_parts(extent, BLOCK: tl.constexpr, ALIGNMENT: tl.constexpr):
-    """Where a row's whole blocks begin and end, and the range of its edges: 0, the block that it ends in, unless it
-    ends with a block; 1, the one that it begins in, where it may begin within it."""
-    begin = BLOCK if ALIGNMENT == _SHIFTED else 0
-    edges = 2 if ALIGNMENT == _SHIFTED else 1
-    end = tl.maximum(extent // BLOCK * BLOCK, begin)
-    return begin, end, tl.where(end < extent, 0, 1), edges
+def row_edges(extent, BLOCK: tl.constexpr, PART: tl.constexpr, ALIGNMENT: tl.constexpr):
+    """Where a row's whole blocks begin and end, and how many parts hold the rest of it, its edges."""
+    begin = PART if ALIGNMENT == _SHIFTED else 0  # a row may begin within its first part
+    end = begin + tl.maximum(extent - begin, 0) // BLOCK * BLOCK
+    return begin, end, tl.cdiv(tl.maximum(extent - end, 0), PART) + begin // PART
+
+
+@triton.jit
+def edge_start(edge, end, PART: tl.constexpr, ALIGNMENT: tl.constexpr):
+    """Where an edge begins: the first of a shifted row with the row, all others after its whole blocks."""
+    if ALIGNMENT == _SHIFTED:
+        return 0 if edge == 0 else end + (edge - 1) * PART
+    else:
+        return end + edge * PART
 
 
 @triton.jit
 def over_block(values):
     """Sum over a lane's elements of a block."""
-    return tl.sum(tl.sum(values, 2), 0)
+    total = tl.sum(values[0], 1)
+    for i in tl.static_range(1, len(values)):
+        total += tl.sum(values[i], 1)
+    return total
 
 
 @triton.jit
-def add_block(v, lane_max, lane_sum, lane_weighted, rate):
+def add_block(block, lane_max, lane_sum, lane_weighted, rate):
     """The state of lanes with a block of ``v`` added."""
-    largest = tl.maximum(lane_max, tl.max(tl.max(v, 2), 0))
+    largest = lane_max
+    for i in tl.static_range(len(block)):
+        largest = tl.maximum(largest, tl.max(block[i], 1))
     base = tl.maximum(largest, _LOWEST)
     shift = tl.maximum((lane_max - base) * rate, _FLOOR)
     factor = tl.exp2(shift)
-    t = (v - base[None, :, None]) * rate
-    e = tl.exp2(t)  # a NaN stays one; -inf is 0
-    lane_weighted = (lane_weighted + shift * lane_sum) * factor + over_block(tl.maximum(t, _FLOOR) * e)
-    return largest, lane_sum * factor + over_block(e), lane_weighted
+    powers = ()
+    weighted = ()
+    for i in tl.static_range(len(block)):
+        t = (block[i] - base[:, None]) * rate
+        e = tl.exp2(t)  # a NaN stays one; -inf is 0
+        powers += (e,)
+        weighted += (tl.maximum(t, _FLOOR) * e,)
+    lane_weighted = (lane_weighted + shift * lane_sum) * factor + over_block(weighted)
+    return largest, lane_sum * factor + over_block(powers), lane_weighted
 
 
 @triton.jit
@@ -155,19 +178,23 @@ def row_statistics(
     ACC: tl.constexpr,
 ):
     """``base``, ``sum 2^t`` and ``sum t 2^t`` in one read of the row. NaN is no maximum, and reaches the sums."""
-    LANES: tl.constexpr = columns.shape[1]
-    BLOCK: tl.constexpr = LANES * columns.shape[0] * columns.shape[2]
+    LANES: tl.constexpr = columns[0].shape[0]
+    PART: tl.constexpr = columns[0].numel
+    BLOCK: tl.constexpr = PART * len(columns)
     lane_max = tl.full([LANES], float("-inf"), ACC)
     lane_sum = tl.zeros([LANES], ACC)
     lane_weighted = tl.zeros([LANES], ACC)
-    begin, end, first_edge, edges = row_parts(vocab + shift, BLOCK, ALIGNMENT)
-    for start in tl.range(begin, end, BLOCK, loop_unroll_factor=2):  # the loads of both come first
-        v = transform(tl.load(row_ptr + start + columns).to(ACC), inner, CURVE)
+    begin, end, edges = row_edges(vocab + shift, BLOCK, PART, ALIGNMENT)
+    block_ptr = row_ptr + begin
+    for _ in tl.range(begin, end, BLOCK, loop_unroll_factor=2):  # the loads of both come first
+        z = [tl.load(block_ptr + at) for at in columns]
+        block_ptr += BLOCK
+        v = [transform(x.to(ACC), inner, CURVE) for x in z]
         lane_max, lane_sum, lane_weighted = add_block(v, lane_max, lane_sum, lane_weighted, rate)
-    for edge in range(first_edge, edges):
-        start = end * (1 - edge)
-        v = load_columns(row_ptr, start + columns, shift, vocab, inner, float("-inf"), CURVE, ACC)
-        lane_max, lane_sum, lane_weighted = add_block(v, lane_max, lane_sum, lane_weighted, rate)
+    for edge in range(0, edges):
+        at = edge_start(edge, end, PART, ALIGNMENT) + columns[0]
+        v = load_columns(row_ptr, at, shift, vocab, inner, float("-inf"), CURVE, ACC)
+        lane_max, lane_sum, lane_weighted = add_block((v,), lane_max, lane_sum, lane_weighted, rate)
     base = tl.maximum(tl.max(lane_max, 0), _LOWEST)
     moved = tl.maximum((lane_max - base) * rate, _FLOOR)
     factor = tl.exp2(moved)
@@ -222,7 +249,7 @@ def token_gradient(target, logprob, entropy, c, c_h, slope, CURVE: tl.constexpr)
 
 
 @triton.jit
-def block_gradient(v, base, w, w_t, rate, HAS_ENTROPY: tl.constexpr, CURVE: tl.constexpr):
+def part_gradient(v, base, w, w_t, rate, HAS_ENTROPY: tl.constexpr, CURVE: tl.constexpr):
     """``2^t (w + w_t t)``, and a softcap's slope."""
     t = (v - base) * rate
     if HAS_ENTROPY:
@@ -255,26 +282,32 @@ def row_gradient(
     last is the likeliest to be in the cache still.
 
     IS_NARROWED: the gradient has half the logits' width and lies in the back half of the row's own memory, so that
-    threads must not store before all have loaded.
+    threads must not store before all have loaded. Rows are not shifted then: the edge that a row begins with, written
+    first, would lie over logits that are still to be read.
     """
-    BLOCK: tl.constexpr = columns.shape[0] * columns.shape[1] * columns.shape[2]
+    tl.static_assert(not (IS_NARROWED and ALIGNMENT == _SHIFTED), "a narrowed gradient meets shifted rows")
+    PART: tl.constexpr = columns[0].numel
+    BLOCK: tl.constexpr = PART * len(columns)
     OUT: tl.constexpr = drow_ptr.dtype.element_ty
-    begin, end, first_edge, edges = row_parts(vocab + shift, BLOCK, ALIGNMENT)
-    for edge in range(first_edge, edges):
-        at = end * (1 - edge) + columns
+    begin, end, edges = row_edges(vocab + shift, BLOCK, PART, ALIGNMENT)
+    for edge in range(0, edges):
+        at = edge_start(edges - 1 - edge, end, PART, ALIGNMENT) + columns[0]
         v = load_columns(row_ptr, at, shift, vocab, inner, 0.0, CURVE, ACC)
-        gradient = block_gradient(v, base, w, w_t, rate, HAS_ENTROPY, CURVE)
+        gradient = part_gradient(v, base, w, w_t, rate, HAS_ENTROPY, CURVE)
         if IS_NARROWED:
             tl.debug_barrier()
         inside = (at >= shift) & (at < vocab + shift)
         tl.store(drow_ptr + at, gradient.to(OUT), mask=inside, eviction_policy="evict_first")
-    for done in range(begin, end, BLOCK):
-        start = end + begin - BLOCK - done
-        z = tl.load(row_ptr + start + columns, eviction_policy="evict_first").to(ACC)
-        gradient = block_gradient(transform(z, inner, CURVE), base, w, w_t, rate, HAS_ENTROPY, CURVE)
+    start = end
+    for _ in range(begin, end, BLOCK):
+        start -= BLOCK
+        z = [tl.load(row_ptr + start + at, eviction_policy="evict_first") for at in columns]
+        v = [transform(x.to(ACC), inner, CURVE) for x in z]
+        gradient = [part_gradient(x, base, w, w_t, rate, HAS_ENTROPY, CURVE).to(OUT) for x in v]
         if IS_NARROWED:
             tl.debug_barrier()
-        tl.store(drow_ptr + start + columns, gradient.to(OUT), eviction_policy="evict_first")
+        for i in tl.static_range(len(columns)):
+            tl.store(drow_ptr + start + columns[i], gradient[i], eviction_policy="evict_first")
 
 
 @triton.jit
@@ -286,13 +319,15 @@ def zero_row(
     ALIGNMENT: tl.constexpr,
 ):
     """Writes 0 to a row."""
-    BLOCK: tl.constexpr = columns.shape[0] * columns.shape[1] * columns.shape[2]
-    zeros = tl.zeros(columns.shape, drow_ptr.dtype.element_ty)
-    begin, end, first_edge, edges = row_parts(vocab + shift, BLOCK, ALIGNMENT)
+    PART: tl.constexpr = columns[0].numel
+    BLOCK: tl.constexpr = PART * len(columns)
+    zeros = tl.zeros(columns[0].shape, drow_ptr.dtype.element_ty)
+    begin, end, edges = row_edges(vocab + shift, BLOCK, PART, ALIGNMENT)
     for start in range(begin, end, BLOCK):
-        tl.store(drow_ptr + start + columns, zeros)
-    for edge in range(first_edge, edges):
-        at = end * (1 - edge) + columns
+        for i in tl.static_range(len(columns)):
+            tl.store(drow_ptr + start + columns[i], zeros)
+    for edge in range(0, edges):
+        at = edge_start(edge, end, PART, ALIGNMENT) + columns[0]
         tl.store(drow_ptr + at, zeros, mask=(at >= shift) & (at < vocab + shift))
 
 

@@ -189,12 +189,21 @@ def vector_of(dtype: torch.dtype) -> int:
     return 16 // dtype.itemsize
 
 
-def alignment_of(vector: int, strides: tuple[int, int], other: tuple[int, int] | None = None) -> Alignment:
-    """How rows lie that are read, and those that are written, if any; ``vector`` elements make 16 bytes."""
+def alignment_of(
+    vector: int, strides: tuple[int, int], other: tuple[int, int] | None = None, is_narrowed: bool = False
+) -> Alignment:
+    """How rows lie that are read, and those that are written, if any.
+
+    Args:
+        vector: Elements of 16 bytes.
+        strides: Of the rows that are read.
+        other: Of those that are written.
+        is_narrowed: Whether what is written is narrower, and may lie over what is read: it is never shifted then.
+    """
     both = strides + (other or ())
     if all(stride % vector == 0 for stride in both):
         return Alignment.ALIGNED
-    return Alignment.SHIFTED if other is None or other == strides else Alignment.LOOSE
+    return Alignment.SHIFTED if (other is None or other == strides) and not is_narrowed else Alignment.LOOSE
 
 
 @contextmanager
