@@ -176,16 +176,18 @@ def test_the_sanitizers_lines_on_our_kernels_are_found() -> None:
          "memcheck found at loss_on_chip"),
         ("print('x.py::test_a PASSED'); print('=========     at gemm+0x1'); sys.exit(99)", None),
         ("print('x.py::test_a FAILED'); print('1 failed'); sys.exit(1)", "the tests under memcheck failed"),
-        ("print('x.py::test_a PASSED', flush=True); time.sleep(60)", "no time was left to finish"),
+        ("print('x.py::test_a PASSED', flush=True); time.sleep(60)", "not all of it: no time was left"),
     ],
 )  # fmt: skip
 def test_what_the_sanitizer_says_becomes_of_its_stage(tmp_path: Path, then: str, expected: str | None) -> None:
-    tool = tmp_path / "compute-sanitizer"
-    tool.write_text(f"#!{sys.executable}\nimport sys, time\nif '--help' not in sys.argv:\n    {then}\n")
+    tool, summary = tmp_path / "compute-sanitizer", "========= RACECHECK SUMMARY: 0 hazards (0 errors, 0 warnings)"
+    tool.write_text(
+        f"#!{sys.executable}\nimport sys, time\nif '--help' not in sys.argv:\n    print('{summary}')\n    {then}\n"
+    )
     tool.chmod(0o755)
     stage = stage_at(tmp_path)
     stage.deadline = time.monotonic() + (2 if "sleep" in then else 60)
-    stage.attempt("memcheck, cuda", lambda: checks.sanitize(stage, str(tool), "memcheck", "cuda"))
+    stage.attempt("memcheck, cuda", lambda: checks.sanitize(stage, str(tool), "memcheck", "cuda", stage.deadline))
     assert len(stage.entry["failed"]) == (expected is not None), stage.entry["failed"]
     assert all(expected in line for line in stage.entry["failed"])
     assert stage.entry["found"]["tests"]["counts"] == {f"{'FAILED' if 'FAILED' in then else 'PASSED'}, cuda": 1}

@@ -160,6 +160,7 @@ TOOLS = {
         if sys.argv[1:] == ["--help"]:
             sys.exit("--report-api-errors")
         print("========= COMPUTE-SANITIZER", flush=True)
+        print("========= ERROR SUMMARY: 0 errors", flush=True)
         os.execv(sys.executable, sys.argv[sys.argv.index(sys.executable):])
     """,
 }

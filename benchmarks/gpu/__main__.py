@@ -25,7 +25,7 @@ from records import Results
 from report import report_device
 
 from gpu import summary
-from gpu.identity import ROOT, identity
+from gpu.identity import ROOT, identity, library_digest
 from gpu.stages import STAGES, Stage, entry, run_stage
 from grpo_kernels.version import __version__
 
@@ -84,12 +84,21 @@ def run(stages: Sequence[Stage], path: Path, seconds: float, named: Sequence[str
             limit = min(left, factor * stage.seconds)
             print(f"{stage.name}: {stage.what} (at most {limit:.0f} s)", flush=True)
             found = run_stage(stage, path, limit, options)
+            if stage.name == "build":
+                name_library(path)
         print(f"  {summary.outcome(found)}", flush=True)
         report_device(path.parent)
         is_ok &= found["status"] == "ok"
         if found["found"].get("backends") == []:  # none of the other stages could do anything
             break
     return is_ok
+
+
+def name_library(path: Path) -> None:
+    """Puts the CUDA library as it is now into the results' identity."""
+    results = Results.load(path)
+    results.extra["identity"]["library"] = library_digest()
+    results.save(path)
 
 
 def leave_out(path: Path, name: str, reason: str) -> dict[str, Any]:
@@ -128,7 +137,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 3 if options.require_gpu else 0
     name = "dry-run" if options.dry_run else torch.cuda.get_device_name(device)
     path = results_to_add_to(options.results / re.sub(r"[^a-z0-9]+", "-", name.lower()), device)
-    stages = [stage for stage in STAGES if stage.name in options.stages or (stage.by_default and not options.stages)]
+    by_name = {stage.name: stage for stage in STAGES}
+    stages = [by_name[name] for name in dict.fromkeys(options.stages)]
+    stages = stages or [stage for stage in STAGES if stage.by_default]
     given = [
         "--rounds",
         str(options.rounds),

@@ -46,6 +46,7 @@ def run(stage: RunningStage, options: argparse.Namespace) -> None:
                         backend: str | None = backend) -> None:  # fmt: skip
                 is_ours = backend not in (None, "naive")
                 with drop_in.apply(backend=backend) if is_ours else nullcontext():
+                    rows[:] = [row for row in rows if (row["model"], row["head"]) != (model, head)]
                     rows.append({"model": model, "head": head})
                     measure_head(rows[-1], size, backend, stage)
 

@@ -37,7 +37,7 @@ def run(stage: RunningStage, options: argparse.Namespace) -> None:
     stage.attempt("card", lambda: stage.entry["found"].update(card=measure_card(stage.device)))
     verdicts = verdicts_on(sizes, stage, PEERS, CASES)
     for name, measure in comparisons(sizes, stage, verdicts, options.rounds).items():
-        stage.attempt(name, lambda measure=measure: stage.compare(measure))
+        stage.attempt(name, lambda measure=measure: stage.compare(measure), seconds=120 if name == "hidden" else 60)
 
 
 def verdicts_on(sizes: Sizes, stage: RunningStage, peers: tuple[str, ...], cases: tuple[Case, ...]) -> Verdicts:
@@ -53,14 +53,15 @@ def verdicts_on(sizes: Sizes, stage: RunningStage, peers: tuple[str, ...], cases
 
     def check(is_ours: bool) -> None:
         among = [one for one in everybody if one.name.startswith(OURS) == is_ours]
-        verdicts = qualify(cases, sizes.checked, stage.device.type, stage.ours, among, processes=4)
+        limit = 45 if is_ours and stage.device.type == "cuda" else 120  # of the peers on a GPU a third of it
+        verdicts = qualify(cases, sizes.checked, stage.device.type, stage.ours, among, limit, processes=8)
         for (name, case), verdict in verdicts.items():
             kept.append([name, case, asdict(verdict)])
             if is_ours and verdict.status not in ("ok", "cannot run"):
                 stage.entry["failed"].append(f"{name}, {' '.join(case)}: {verdict.status}, {verdict.reason}")
 
-    stage.attempt("checks of ours", lambda: check(True), seconds=150)
-    stage.attempt("checks of the peers", lambda: check(False), seconds=100)
+    stage.attempt("checks of ours", lambda: check(True), seconds=150, always=True)
+    stage.attempt("checks of the peers", lambda: check(False), seconds=300, always=True)
     return {(name, tuple(case)): Verdict(**verdict) for name, case, verdict in kept}
 
 

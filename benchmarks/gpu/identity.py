@@ -41,13 +41,18 @@ def sources_digest(root: Path = ROOT, folders: tuple[str, ...] = _SOURCES) -> st
     return digest.hexdigest()[:16]
 
 
+def library_digest() -> str:
+    """A digest of the CUDA library that is there; "none" without one."""
+    library = ROOT / "grpo_kernels" / "_cuda.so"
+    return hashlib.sha256(library.read_bytes()).hexdigest()[:16] if library.exists() else "none"
+
+
 def identity(device: torch.device) -> dict[str, str]:
     """Commit, sources, CUDA library, device, torch and Triton."""
-    library = ROOT / "grpo_kernels" / "_cuda.so"
     return {
         "commit": commit(),
         "sources": sources_digest(),
-        "library": hashlib.sha256(library.read_bytes()).hexdigest()[:16] if library.exists() else "none",
+        "library": library_digest(),
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "dry run",
         "torch": torch.__version__,
         "triton": metadata.version("triton") if importlib.util.find_spec("triton") else "none",

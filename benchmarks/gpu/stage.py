@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import faulthandler
 import gc
+import os
 import re
 import sys
 import time
@@ -62,15 +63,17 @@ class RunningStage:
             self.save()
             raise SystemExit("nothing of ours runs here: " + "; ".join(self.entry["left_out"]))
 
-    def attempt(self, part: str, function: Callable[[], object], seconds: float = _PART_SECONDS) -> None:
+    def attempt(
+        self, part: str, function: Callable[[], object], seconds: float = _PART_SECONDS, always: bool = False
+    ) -> None:
         """Does a part of the stage, if time is left and no process before this one has tried it.
 
         What fails is said in the results, and the next part is done. A part that takes longer than ``seconds``, or
-        leaves the GPU in an error, ends the process; another one goes on after it.
+        leaves the GPU in an error, ends the process; another one goes on after it. ``always``: whatever ``only`` says.
         """
         if part in self.entry["parts"]:
             return
-        if not re.search(self.only, part):
+        if not always and not re.search(self.only, part):
             self.leave_out(f"{part}: not in --only {self.only}")
             return
         if time.monotonic() > self.deadline:
@@ -90,15 +93,24 @@ class RunningStage:
         faulthandler.cancel_dump_traceback_later()
         self.entry["parts"][part] = status
         self.save()
+        if self.device.type == "cuda":
+            _end_if_lost()
         gc.collect()
         if self.device.type == "cuda":
-            _end_if_lost(self.entry["failed"])
             torch.cuda.empty_cache()
 
     def compare(self, measure: Callable[[], Comparison]) -> None:
-        """Adds the rows and the notes of a comparison."""
+        """Adds the rows and the notes of a comparison.
+
+        Raises:
+            RuntimeError: One of ours failed in it.
+        """
         comparison = measure()
         self.results.put(comparison.title, comparison.rows(), comparison.notes)
+        is_ours = comparison.work in ("calls", "settings")
+        for name, (status, reason) in comparison.refused.items():
+            if (is_ours or name.startswith(OURS)) and status != "cannot run":
+                raise RuntimeError(f"{name}: {status}, {reason}")
 
     def leave_out(self, line: str) -> None:
         """Writes what the stage does not do, and why."""
@@ -110,13 +122,13 @@ class RunningStage:
         self.results.save(self.path)
 
 
-def _end_if_lost(failed: list[str]) -> None:
+def _end_if_lost() -> None:
     """Ends the process where an error stays with its context on the GPU, as after an illegal access."""
     try:
         torch.cuda.synchronize()
     except RuntimeError as error:
-        print(f"the GPU's context is lost: {', '.join(failure(error))}", file=sys.stderr)
-        raise SystemExit(LOST_CONTEXT) from None
+        print(f"the GPU's context is lost: {', '.join(failure(error))}", file=sys.stderr, flush=True)
+        os._exit(LOST_CONTEXT)  # without destructors, which would abort in such a context
 
 
 def main(run: Callable[[RunningStage, argparse.Namespace], None], argv: Sequence[str] | None = None) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import sys
 import time
 from collections.abc import Sequence
@@ -44,7 +45,7 @@ NO_TIME = "no time was left"
 LOST_CONTEXT = 75
 STAGES = (
     Stage("build", 180, "the CUDA library: the one that is there, or a build for this GPU", "gpu.build"),
-    Stage("alive", 30, "fp32 output of addmm; every op and six conformance cases on each backend", "gpu.alive"),
+    Stage("alive", 45, "fp32 output of addmm; every op and six conformance cases on each backend", "gpu.alive"),
     Stage("headline", 200, "the figures of README and DESIGN, with naive PyTorch, TRL and Liger", "gpu.headline"),
     Stage("currencies", 90, "longest sequence, peak memory and time of two models' heads under TRL", "gpu.currencies"),
     Stage("bytes", 60, "DRAM bytes of the loss kernels, by Nsight Compute", "gpu.dram"),
@@ -82,7 +83,11 @@ def run_stage(stage: Stage, path: Path, seconds: float, options: Sequence[str] =
     goes to the end of the file ``.log`` beside the results.
     """
     results = Results.load(path)
-    results.extra.setdefault("stages", {}).pop(stage.name, None)
+    earlier = results.extra.setdefault("stages", {}).pop(stage.name, None)
+    only = options[options.index("--only") + 1] if "--only" in options else ""
+    if only and earlier is not None:  # what the other parts found is kept
+        parts = {part: status for part, status in earlier["parts"].items() if not re.search(only, part)}
+        entry(results, stage.name).update(parts=parts, found=earlier["found"])
     entry(results, stage.name)
     results.save(path)
     log = path.with_suffix(".log")
@@ -90,6 +95,7 @@ def run_stage(stage: Stage, path: Path, seconds: float, options: Sequence[str] =
         file.write(f"\n==== {stage.name}: {stage.what}\n")
     start = time.monotonic()
     while True:
+        parts = len(entry(Results.load(path), stage.name)["parts"])
         left = start + seconds - time.monotonic()
         command = [sys.executable, "-m", stage.module, str(path), *stage.arguments, "--stage", stage.name]
         command += ["--deadline", f"{start + seconds:.1f}", *options]
@@ -102,7 +108,8 @@ def run_stage(stage: Stage, path: Path, seconds: float, options: Sequence[str] =
             found["failed"].append(f"{part}: {_why_it_ended(outcome, log)}")
         results.save(path)
         may_go_on = outcome.status != "timeout" and start + seconds - time.monotonic() > _LEAST_SECONDS
-        if not may_go_on or not (lost or outcome.code == LOST_CONTEXT):
+        has_died = outcome.code == LOST_CONTEXT or (outcome.code or 0) < 0
+        if not may_go_on or not (lost or (has_died and len(found["parts"]) > parts)):
             break
     status, reason = outcome.status, outcome.reason
     if found["failed"]:
