@@ -227,6 +227,15 @@ def test_stages_of_the_same_code_are_taken_over(odd: Path) -> None:
     assert len(list(odd.glob("results/dry-run/*.json"))) == 2
 
 
+def test_a_part_that_is_named_is_done_again_and_the_others_findings_are_kept(odd: Path) -> None:
+    assert run_command(odd, "--dry-run", "fails", "--only", "another", script=ODD_COMMAND)[0] == 0
+    found = results_of(odd).extra["stages"]["fails"]
+    assert found["parts"] == {"another part": "ok"} and found["left_out"] == ["a part: not in --only another"]
+    assert run_command(odd, "--dry-run", "fails", "--only", "^a part", script=ODD_COMMAND)[0] == 1
+    found = results_of(odd).extra["stages"]["fails"]
+    assert found["parts"] == {"a part": "failed", "another part": "ok"} and found["found"]["other"] == 1
+
+
 def test_a_run_without_time_says_what_it_left_out(odd: Path) -> None:
     code, output = run_command(odd, "--dry-run", "--seconds", "1", "works_well", script=ODD_COMMAND)
     assert code == 1 and "left out, 0 s: no time was left of 1 s" in output

@@ -82,20 +82,13 @@ def run_stage(stage: Stage, path: Path, seconds: float, options: Sequence[str] =
     it ends. Where its process ends within a part of the stage, another one goes on with the parts after it. Its output
     goes to the end of the file ``.log`` beside the results.
     """
-    results = Results.load(path)
-    earlier = results.extra.setdefault("stages", {}).pop(stage.name, None)
-    only = options[options.index("--only") + 1] if "--only" in options else ""
-    if only and earlier is not None:  # what the other parts found is kept
-        parts = {part: status for part, status in earlier["parts"].items() if not re.search(only, part)}
-        entry(results, stage.name).update(parts=parts, found=earlier["found"])
-    entry(results, stage.name)
-    results.save(path)
+    _begin(stage.name, path, options[options.index("--only") + 1] if "--only" in options else "")
     log = path.with_suffix(".log")
     with log.open("a") as file:
         file.write(f"\n==== {stage.name}: {stage.what}\n")
     start = time.monotonic()
     while True:
-        parts = len(entry(Results.load(path), stage.name)["parts"])
+        parts_before = len(entry(Results.load(path), stage.name)["parts"])
         left = start + seconds - time.monotonic()
         command = [sys.executable, "-m", stage.module, str(path), *stage.arguments, "--stage", stage.name]
         command += ["--deadline", f"{start + seconds:.1f}", *options]
@@ -109,18 +102,34 @@ def run_stage(stage: Stage, path: Path, seconds: float, options: Sequence[str] =
         results.save(path)
         may_go_on = outcome.status != "timeout" and start + seconds - time.monotonic() > _LEAST_SECONDS
         has_died = outcome.code == LOST_CONTEXT or (outcome.code or 0) < 0
-        if not may_go_on or not (lost or (has_died and len(found["parts"]) > parts)):
+        if not may_go_on or not (lost or (has_died and len(found["parts"]) > parts_before)):
             break
-    status, reason = outcome.status, outcome.reason
-    if found["failed"]:
-        status = "failed" if status == "ok" else status
-        reason = found["failed"][0] if status == "failed" else f"{reason}; {found['failed'][0]}"
-        reason += f" (and {len(found['failed']) - 1} more)" if len(found["failed"]) > 1 else ""
-        if all(line.endswith(NO_TIME) for line in found["failed"]):
-            status = "timeout"
+    status, reason = _judge(outcome, found["failed"])
     found |= {"status": status, "seconds": round(time.monotonic() - start, 1), "reason": reason}
     results.save(path)
     return found
+
+
+def _begin(name: str, path: Path, only: str) -> None:
+    """Begins a stage's entry anew; where ``only`` some of its parts are done, what the others found is kept."""
+    results = Results.load(path)
+    earlier = results.extra.setdefault("stages", {}).pop(name, None)
+    new = entry(results, name)
+    if only and earlier is not None:
+        kept = {part: status for part, status in earlier["parts"].items() if not re.search(only, part)}
+        new.update(parts=kept, found=earlier["found"])
+    results.save(path)
+
+
+def _judge(outcome: processes.Outcome, failed: Sequence[str]) -> tuple[str, str]:
+    """The status and the reason of a stage, by how its last process ended and what failed in it."""
+    if not failed:
+        return outcome.status, outcome.reason
+    status = "failed" if outcome.status == "ok" else outcome.status
+    if all(line.endswith(NO_TIME) for line in failed):
+        status = "timeout"
+    reason = failed[0] if outcome.status in ("ok", "failed") else f"{outcome.reason}; {failed[0]}"
+    return status, reason + (f" (and {len(failed) - 1} more)" if len(failed) > 1 else "")
 
 
 def _why_it_ended(outcome: processes.Outcome, log: Path) -> str:
