@@ -13,7 +13,10 @@ import torch
 from gpu.identity import KIT, ROOT, sources_digest
 from gpu.stage import RunningStage, main
 
-_ARCHITECTURES = "from grpo_kernels import registry; print(registry._CUDA_ERROR or registry.cuda_architectures())"
+_ARCHITECTURES = """
+from grpo_kernels import registry
+print(registry._CUDA_ERROR or "for " + ", ".join(f"sm_{arch}" for arch in registry.cuda_architectures()))
+"""
 
 
 def run(stage: RunningStage, options: argparse.Namespace) -> None:
@@ -21,8 +24,8 @@ def run(stage: RunningStage, options: argparse.Namespace) -> None:
     if stage.device.type == "cuda":
         _try_the_allocator(stage)
     what = _library()
-    if what.startswith("("):
-        stage.entry["found"]["library"] = f"was there, for sm_{what}"
+    if what.startswith("for "):
+        stage.entry["found"]["library"] = f"was there, {what}"
         if KIT.exists() and json.loads(KIT.read_text())["csrc"] != sources_digest(ROOT, ("csrc",)):
             stage.entry["failed"].append("the library was built from other sources than these: run make gpu-kit again")
         return
@@ -39,12 +42,12 @@ def _build(stage: RunningStage) -> None:
     command = [sys.executable, "setup.py", "--quiet", "build_ext", "--inplace"]
     subprocess.run(command, cwd=ROOT, env=environment, check=True)
     what = _library()
-    assert what.startswith("("), f"it was built and does not load: {what}"
-    stage.entry["found"]["library"] = f"built here, for sm_{what}"
+    assert what.startswith("for "), f"it was built and does not load: {what}"
+    stage.entry["found"]["library"] = f"built here, {what}"
 
 
 def _library() -> str:
-    """The architectures of the library that is there, in brackets, or why none loads: asked of a new process."""
+    """The architectures of the library that is there, as "for sm_90", or why none loads: asked of a new process."""
     done = subprocess.run([sys.executable, "-c", _ARCHITECTURES], cwd=ROOT, capture_output=True, text=True)
     return (done.stdout.strip() or done.stderr.strip() or "no answer").splitlines()[-1]
 

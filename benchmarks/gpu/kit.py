@@ -52,9 +52,10 @@ def tree_bytes() -> int:
 def command_there(wheels: Path) -> str:
     """What to run on the GPU machine, in the checkout's root."""
     site = wheels.with_name("site").relative_to(ROOT)
-    install = "python3 -m pip install -q --no-index --no-deps --no-compile --no-cache-dir --upgrade"
+    install = f"python3 -m pip install -q --no-index --no-deps --no-compile --no-cache-dir --upgrade --target {site}"
     run = f"PYTHONPATH=.:benchmarks:{site} python3 -m gpu --results gpu-results"
-    return f"{install} --target {site} {wheels.relative_to(ROOT)}/*.whl; {run}"
+    # one by one: a wheel that the Python there refuses keeps out no other
+    return f"for wheel in {wheels.relative_to(ROOT)}/*.whl; do {install} $wheel; done; {run}"
 
 
 def main() -> int:
