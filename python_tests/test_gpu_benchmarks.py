@@ -177,6 +177,8 @@ def test_the_sanitizers_lines_on_our_kernels_are_found() -> None:
         ("print('x.py::test_a PASSED'); print('=========     at gemm+0x1'); sys.exit(99)", None),
         ("print('x.py::test_a FAILED'); print('1 failed'); sys.exit(1)", "the tests under memcheck failed"),
         ("print('x.py::test_a PASSED', flush=True); time.sleep(60)", "not all of it: no time was left"),
+        ("print('x.py::test_a PASSED'); print('=========     at loss_on_chip+0x1', flush=True); time.sleep(60)",
+         "memcheck found at loss_on_chip"),
     ],
 )  # fmt: skip
 def test_what_the_sanitizer_says_becomes_of_its_stage(tmp_path: Path, then: str, expected: str | None) -> None:

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from gpu import identity, kit, processes, summary
+from gpu import identity, kit, processes, stages, summary
 from gpu.currencies import MEMORY, longest_sequence
 from gpu.stages import STAGES
 from records import Results
@@ -234,6 +234,23 @@ def test_a_part_that_is_named_is_done_again_and_the_others_findings_are_kept(odd
     assert run_command(odd, "--dry-run", "fails", "--only", "^a part", script=ODD_COMMAND)[0] == 1
     found = results_of(odd).extra["stages"]["fails"]
     assert found["parts"] == {"a part": "failed", "another part": "ok"} and found["found"]["other"] == 1
+    # what failed is not kept: the stage is not whole, and is not taken over
+    assert run_command(odd, "--dry-run", "fails", "--only", "another", script=ODD_COMMAND)[0] == 0
+    found = results_of(odd).extra["stages"]["fails"]
+    assert found["parts"] == {"another part": "ok"} and found["left_out"] == ["a part: not in --only another"]
+
+
+def test_comparisons_that_are_done_again_go_by_the_verdicts_that_are_there(tmp_path: Path) -> None:
+    results = Results("here", "2026-01-02", {})
+    parts = {"checks of ours": "ok", "checks of the peers": "failed", "hidden": "ok", "frozen": "ok"}
+    stages.entry(results, "headline").update(parts=parts, found={"card": 1}, verdicts=[["a", ["hidden", "bf16"], {}]])
+    results.save(tmp_path / "results.json")
+    stages._begin("headline", tmp_path / "results.json", "^hidden")
+    again = Results.load(tmp_path / "results.json").extra["stages"]["headline"]
+    assert again["parts"] == {"checks of ours": "ok", "frozen": "ok"} and again["status"] == "killed"
+    assert again["verdicts"] == [["a", ["hidden", "bf16"], {}]] and again["found"] == {"card": 1}
+    stages._begin("headline", tmp_path / "results.json", "")
+    assert Results.load(tmp_path / "results.json").extra["stages"]["headline"]["parts"] == {}
 
 
 def test_a_run_without_time_says_what_it_left_out(odd: Path) -> None:

@@ -87,17 +87,15 @@ def run_tests(stage: RunningStage, what: str, selection: Sequence[str], workers:
                 stage.save()
         elif line.startswith("SKIPPED "):
             tests["lines"].append(line.strip()[:300])
-    failed = counts["FAILED"] + counts["ERROR"]
-    if failed or not counts["PASSED"]:
+    failed, has_ended = counts["FAILED"] + counts["ERROR"], time.monotonic() < stage.deadline
+    if failed or (has_ended and not counts["PASSED"]):
         raise RuntimeError(f"{failed} tests failed, {counts['PASSED']} passed")
+    if not has_ended:
+        raise TimeoutError(f"not all of it: {NO_TIME}")
 
 
 def lines_of(command: Sequence[str], deadline: float, environment: Mapping[str, str]) -> Iterator[str]:
-    """The lines of a command's output as they come, which are printed too.
-
-    Raises:
-        TimeoutError: It ran until the deadline, of ``time.monotonic``.
-    """
+    """The lines of a command's output as they come, up to the deadline, of ``time.monotonic``; they are printed too."""
     with subprocess.Popen(
         command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
         start_new_session=True,
@@ -117,8 +115,6 @@ def lines_of(command: Sequence[str], deadline: float, environment: Mapping[str, 
         finally:
             timer.cancel()
             kill()
-    if time.monotonic() > deadline:
-        raise TimeoutError(f"not all of it: {NO_TIME}")
 
 
 def find_sanitizer() -> str | None:
@@ -157,6 +153,8 @@ def sanitize(stage: RunningStage, sanitizer: str, tool: str, backend: str, deadl
     ours = findings(text)
     if ours:
         raise RuntimeError(f"{tool} found {ours[0]} (and {len(ours) - 1} more lines)")
+    if time.monotonic() > deadline:
+        raise TimeoutError(f"not all of it: {NO_TIME}")
     counts = [tests["counts"].get(f"{outcome}, {backend}", 0) for outcome in ("PASSED", "FAILED", "ERROR")]
     if not counts[0] or any(counts[1:]):
         raise RuntimeError(f"the tests under {tool} failed: {text.strip()[-200:]}")

@@ -15,7 +15,7 @@ from qualify import Case, Verdict, Verdicts, qualify
 from tables import OURS
 from works import from_hidden, from_logits
 
-from gpu.settings import captured, in_place, target_captured
+from gpu.settings import TARGETS, captured, in_place, target_captured
 from gpu.sizes import HALF, Sizes
 from gpu.stage import RunningStage, main
 
@@ -55,10 +55,15 @@ def verdicts_on(sizes: Sizes, stage: RunningStage, peers: tuple[str, ...], cases
         among = [one for one in everybody if one.name.startswith(OURS) == is_ours]
         limit = 45 if is_ours and stage.device.type == "cuda" else 120  # of the peers on a GPU a third of it
         verdicts = qualify(cases, sizes.checked, stage.device.type, stage.ours, among, limit, processes=8)
-        for (name, case), verdict in verdicts.items():
-            kept.append([name, case, asdict(verdict)])
-            if is_ours and verdict.status not in ("ok", "cannot run"):
-                stage.entry["failed"].append(f"{name}, {' '.join(case)}: {verdict.status}, {verdict.reason}")
+        kept[:] = [one for one in kept if one[0] not in {provider.name for provider in among}]
+        kept.extend([name, case, asdict(verdict)] for (name, case), verdict in verdicts.items())
+        wrong = [
+            f"{name}, {' '.join(case)}: {verdict.status}, {verdict.reason}"
+            for (name, case), verdict in verdicts.items()
+            if is_ours and verdict.status not in ("ok", "cannot run")
+        ]
+        if wrong:
+            raise RuntimeError("; ".join(wrong))
 
     stage.attempt("checks of ours", lambda: check(True), seconds=150, always=True)
     stage.attempt("checks of the peers", lambda: check(False), seconds=300, always=True)
@@ -131,7 +136,7 @@ def of_each(ours: Mapping[str, str], share: float) -> dict[str, float]:
 
 def targets_of_logits(ours: Mapping[str, str]) -> dict[str, float]:
     """Targets of ``grpo_loss`` over a copy, by backend."""
-    return {name: {"triton": 1.25, "cuda": 1.10}[backend] for name, backend in ours.items()}
+    return {name: TARGETS[backend]["grpo_loss"] for name, backend in ours.items()}
 
 
 def few_rows(tokens: int, vocab: int, stage: RunningStage, rounds: int) -> Comparison:

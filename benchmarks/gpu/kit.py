@@ -19,8 +19,6 @@ from gpu.identity import KIT, ROOT, commit, sources_digest
 #: pinned by constraints.txt, and of no platform but for multiprocess, which has a wheel for each Python.
 PACKAGES = ("trl", "liger-kernel", "datasets", "dill", "multiprocess")
 MOST_BYTES = 64 << 20
-#: Of wheels with compiled parts.
-PLATFORMS = ("manylinux_2_28_x86_64", "manylinux_2_17_x86_64", "manylinux2014_x86_64")
 
 
 def build_libraries(architecture: str) -> list[Path]:
@@ -38,7 +36,6 @@ def download_wheels(folder: Path, python: str) -> None:
         wheel.unlink()
     command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--only-binary=:all:"]
     command += ["--python-version", python, "--implementation", "cp", "--dest", str(folder)]
-    command += [argument for platform in PLATFORMS for argument in ("--platform", platform)]
     subprocess.run([*command, "--constraint", str(ROOT / "constraints.txt"), *PACKAGES], check=True)
 
 

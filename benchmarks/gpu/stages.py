@@ -89,7 +89,7 @@ def run_stage(stage: Stage, path: Path, seconds: float, options: Sequence[str] =
     start = time.monotonic()
     while True:
         parts_before = len(entry(Results.load(path), stage.name)["parts"])
-        left = start + seconds - time.monotonic()
+        left, begin = start + seconds - time.monotonic(), log.stat().st_size
         command = [sys.executable, "-m", stage.module, str(path), *stage.arguments, "--stage", stage.name]
         command += ["--deadline", f"{start + seconds:.1f}", *options]
         outcome = processes.run(command, left, log, environment(Results.load(path)))
@@ -98,7 +98,7 @@ def run_stage(stage: Stage, path: Path, seconds: float, options: Sequence[str] =
         lost = [part for part, status in found["parts"].items() if status == "begun"]
         for part in lost:
             found["parts"][part] = "failed"
-            found["failed"].append(f"{part}: {_why_it_ended(outcome, log)}")
+            found["failed"].append(f"{part}: {_why_it_ended(outcome, log, begin)}")
         results.save(path)
         may_go_on = outcome.status != "timeout" and start + seconds - time.monotonic() > _LEAST_SECONDS
         has_died = outcome.code == LOST_CONTEXT or (outcome.code or 0) < 0
@@ -111,13 +111,13 @@ def run_stage(stage: Stage, path: Path, seconds: float, options: Sequence[str] =
 
 
 def _begin(name: str, path: Path, only: str) -> None:
-    """Begins a stage's entry anew; where ``only`` some of its parts are done, what the others found is kept."""
+    """Begins a stage's entry anew; where ``only`` some of its parts are done, those that are "ok" are kept."""
     results = Results.load(path)
     earlier = results.extra.setdefault("stages", {}).pop(name, None)
     new = entry(results, name)
     if only and earlier is not None:
-        kept = {part: status for part, status in earlier["parts"].items() if not re.search(only, part)}
-        new.update(parts=kept, found=earlier["found"])
+        kept = {part: "ok" for part, status in earlier["parts"].items() if status == "ok" and not re.search(only, part)}
+        new.update(parts=kept, found=earlier["found"], verdicts=earlier.get("verdicts", []))
     results.save(path)
 
 
@@ -132,10 +132,9 @@ def _judge(outcome: processes.Outcome, failed: Sequence[str]) -> tuple[str, str]
     return status, reason + (f" (and {len(failed) - 1} more)" if len(failed) > 1 else "")
 
 
-def _why_it_ended(outcome: processes.Outcome, log: Path) -> str:
-    """Why a part was the last of its process, in a line."""
-    tail = log.read_bytes()[-20_000:].decode(errors="replace")
-    if outcome.status == "failed" and "\nTimeout (" in tail:  # as faulthandler begins
+def _why_it_ended(outcome: processes.Outcome, log: Path, begin: int) -> str:
+    """Why a part was the last of its process, in a line; ``begin``: where the process's output begins."""
+    if outcome.status == "failed" and b"Timeout (" in log.read_bytes()[begin:]:  # as faulthandler begins
         return "took longer than a part may; the log shows where it was"
     return outcome.reason or "its process ended"
 

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-#: What is compared of a trainer's log; rewards and lengths come from the samples, which are the same for all.
+#: What is compared of a trainer's log.
 LOGGED = ("loss", "grad_norm", "reward", "entropy", "completions/mean_length")
 
 
