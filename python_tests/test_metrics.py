@@ -14,6 +14,7 @@ from torch import distributed, multiprocessing
 
 from grpo_kernels import GRPOLossConfig, policy_loss
 from grpo_kernels.ops.policy_loss.metrics import PolicyMetrics
+from grpo_kernels.training.processes import end_process_group
 
 CONFIGS = {
     level: GRPOLossConfig(beta=0.1, importance_sampling_level=level, loss_type="grpo")
@@ -51,7 +52,7 @@ def _worker(rank: int, port: int, folder: str) -> None:
         for backend in BACKENDS
     }
     torch.save(reduced, Path(folder) / f"{rank}.pt")
-    distributed.destroy_process_group()
+    end_process_group()
 
 
 @pytest.fixture(scope="module")

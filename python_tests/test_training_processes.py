@@ -14,8 +14,11 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from torch import Tensor
+from testing.processes import end_worker
+from torch import Tensor, distributed
+from torch.nn.parallel import DistributedDataParallel
 
+from grpo_kernels import cli
 from grpo_kernels.training.recipe import Recipe
 
 SETTINGS: dict[str, Any] = {
@@ -95,7 +98,6 @@ def worker(folder: Path, mode: str) -> None:
         steps_of(folder, mode, name, accelerator)
     if mode == "fsdp2":
         gradients_of_a_head_that_lets_its_weight_go()
-    accelerator.end_training()
 
 
 def loop_of(name: str, accelerator: Any) -> Any:
@@ -227,5 +229,25 @@ def test_two_processes_take_the_steps_of_one(mode: str, one: Found, tmp_path: Pa
         assert all(torch.equal(loaded[key], value) for key, value in two.weights[name].items())
 
 
+def test_a_command_ends_the_process_group_and_gloos_threads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def train(recipe: Recipe) -> None:
+        distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+        model = DistributedDataParallel(torch.nn.Linear(2, 2))
+        model.cycle = [model]  # as accelerate holds it
+        model(torch.ones(1, 2)).sum().backward()
+        assert gloo_threads()
+
+    monkeypatch.setattr("grpo_kernels.training.run.train", train)
+    assert not gloo_threads()
+    assert cli.main(["train", "--output_dir", str(tmp_path / "run")]) == 0
+    assert not distributed.is_initialized() and not gloo_threads()
+
+
+def gloo_threads() -> list[str]:
+    names = [path.read_text().strip() for path in Path("/proc/self/task").glob("*/comm")]
+    return [name for name in names if "gloo" in name]
+
+
 if __name__ == "__main__":
     worker(Path(sys.argv[1]), sys.argv[2])
+    end_worker()

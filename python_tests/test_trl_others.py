@@ -17,6 +17,7 @@ trl = pytest.importorskip("trl")
 from datasets import Dataset  # noqa: E402
 from test_trl import _tokenizer  # noqa: E402
 from test_trl_drop_in import _assert_equal, _length, _reward, _train, folder, trl_as_it_was  # noqa: E402, F401
+from testing.processes import end_worker  # noqa: E402
 from transformers import AutoModelForCausalLM  # noqa: E402
 
 from grpo_kernels.integrations import trl as drop_in  # noqa: E402
@@ -179,7 +180,7 @@ def _ddp(path: str, out: str, use: str) -> None:
 
 def _fsdp2(path: str, out: str, use: str) -> None:
     """What each process runs: a model's forward and backward, its parameters divided."""
-    from torch.distributed import destroy_process_group, get_rank, init_process_group
+    from torch.distributed import get_rank, init_process_group
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
     from trl.trainer.utils import add_fused_lm_head
@@ -201,8 +202,8 @@ def _fsdp2(path: str, out: str, use: str) -> None:
     if get_rank() == 0:
         logprobs = found.log_probs.flatten().tolist()
         Path(out).write_text(json.dumps({"logprobs": logprobs, "gradients": gradients}))
-    destroy_process_group()
 
 
 if __name__ == "__main__":
     {"ddp": _ddp, "fsdp2": _fsdp2}[sys.argv[1]](*sys.argv[2:])
+    end_worker()

@@ -87,7 +87,10 @@ def fail(message: str) -> int:
 def _guarded(run: Callable[[], None], left: Callable[[], str]) -> int:
     """Runs a command. What a person can put right is one line; any other error keeps its traceback."""
     try:
+        from grpo_kernels.training.processes import end_process_group  # before there is a group
+
         run()
+        end_process_group()
     except ImportError as error:
         return fail(f"training needs the extra grpo-kernels[train]: {error}")
     except (ValueError, OSError) as error:
