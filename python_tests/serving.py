@@ -138,7 +138,10 @@ class _Handler(BaseHTTPRequestHandler):
         self.respond(None)
 
     def do_POST(self) -> None:
-        self.respond(json.loads(self.rfile.read(int(self.headers["Content-Length"] or 0)) or "null"))
+        length = int(self.headers["Content-Length"] or 0)
+        content = self.rfile.read(length)
+        if len(content) == length:  # else the client hung up before it had asked
+            self.respond(json.loads(content or "null"))
 
     def respond(self, body: Any) -> None:
         path = self.path.split("?")[0]

@@ -322,10 +322,11 @@ def test_wheel_from_the_sdist(tmp_path):
         names = set(archive.namelist())
         archive.extractall(tmp_path / "site")
     dist_info = f"grpo_kernels-{grpo_kernels.__version__}.dist-info/"
-    recipes = {f"grpo_kernels/training/recipes/{path.name}" for path in PACKAGE.glob("training/recipes/*.yaml")}
-    modules = {f"grpo_kernels/{path.relative_to(PACKAGE)}" for path in PACKAGE.rglob("*.py")}
-    shipped = {"grpo_kernels/_cpu.so", "grpo_kernels/py.typed", dist_info + "licenses/LICENSE"} | recipes | modules
-    assert recipes and shipped <= names
+    sources = [path for kind in ("*.py", "*.yaml", "*.json") for path in PACKAGE.rglob(kind)]
+    assert {path.suffix for path in sources} == {".py", ".yaml", ".json"}
+    shipped = {"grpo_kernels/_cpu.so", "grpo_kernels/py.typed", dist_info + "licenses/LICENSE"}
+    shipped |= {f"grpo_kernels/{path.relative_to(PACKAGE)}" for path in sources}
+    assert shipped <= names
     rest = names - shipped
     assert {
         name for name in rest if not re.match(rf"grpo_kernels/_build_info\..*\.so$|{re.escape(dist_info)}", name)
