@@ -6,6 +6,7 @@ import itertools
 import math
 import statistics
 import time
+import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -96,9 +97,10 @@ def in_turns(comparison: Comparison, device: torch.device) -> Iterator[Callable[
     """A function that times one name once, after all were warmed up by one run; a name that fails leaves the turns.
 
     On a GPU: by the device's clock, with the preparation queued before so that the host is ahead, and the cache
-    between one name and the next overwritten.
+    filled with something else between one name and the next.
     """
-    flush = torch.empty(_CACHE_BYTES, dtype=torch.uint8, device=device) if device.type == "cuda" else None
+    on_gpu = device.type == "cuda"
+    flush = torch.zeros(_CACHE_BYTES // 8, dtype=torch.int64, device=device) if on_gpu else None
 
     def attempt(name: str, timed: Callable[[Step], float]) -> float | None:
         if name in comparison.refused:
@@ -106,11 +108,12 @@ def in_turns(comparison: Comparison, device: torch.device) -> Iterator[Callable[
         try:
             comparison.prepare.get(name, lambda: None)()
             if flush is not None:
-                flush.zero_()
+                flush.sum()  # read, not written: what is timed would write the lines back
             return timed(comparison.contenders[name])
         except Exception as error:  # of whatever kind: it is this name's row, and the others go on
             if name == comparison.floor:
                 raise
+            traceback.print_exc()
             comparison.refused[name] = failure(error)
             comparison.times.pop(name, None)
             return None
@@ -122,7 +125,7 @@ def in_turns(comparison: Comparison, device: torch.device) -> Iterator[Callable[
 
     for name in comparison.contenders:
         peak = attempt(name, partial(_peak, device=device))
-        if device.type == "cuda" and peak is not None:
+        if on_gpu and peak is not None:
             comparison.peaks[name] = int(peak)
     comparison.times = {}
     yield once

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from gpu import identity, kit, processes, stages, summary
+from gpu import checks, failures, identity, kit, processes, stages, summary
 from gpu.currencies import MEMORY, longest_sequence
 from gpu.stages import STAGES
 from records import Results
@@ -295,10 +295,29 @@ def test_the_digest_of_the_sources_is_theirs(tmp_path: Path) -> None:
 def test_a_copy_without_git_has_the_kits_commit(tmp_path: Path) -> None:
     assert re.fullmatch(r"[0-9a-f]{40}|unknown", identity.commit())
     assert identity.commit(tmp_path) == "unknown"
-    kit = tmp_path / "build" / "gpu-kit" / "kit.json"
+    source, kit = tmp_path / "setup.py", tmp_path / "build" / "gpu-kit" / "kit.json"
+    source.write_text("1")
     kit.parent.mkdir(parents=True)
-    kit.write_text('{"commit": "abc"}')
+    kit.write_text(json.dumps({"commit": "abc", "sources": identity.sources_digest(tmp_path)}))
     assert identity.commit(tmp_path) == "abc"
+    source.write_text("2")
+    assert identity.commit(tmp_path) == "unknown"
+
+
+@pytest.mark.parametrize("options", [(), ("--numprocesses", "1")])
+def test_why_a_test_failed_is_told_before_the_next_one_ends(tmp_path: Path, options: tuple[str, ...]) -> None:
+    source = "import time\ndef test_a():\n    assert 1 == 2, 'too\\n  few'\ndef test_b():\n    time.sleep(600)\n"
+    path = tmp_path / "test_of_a_failure.py"
+    path.write_text(source)
+    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-p", "gpu.failures", *options, str(path)]
+    environment = os.environ | {"PYTHONPATH": str(ROOT / "benchmarks")}
+    lines = []
+    for line in checks.lines_of(command, time.monotonic() + 120, environment):
+        lines.append(line)
+        if line.startswith(failures.REASON):
+            break
+    assert re.match(r"REASON \S*test_of_a_failure.py::test_a: AssertionError: too few", lines[-1]), lines
+    assert any("assert 1 == 2" in line for line in lines[:-1]), lines
 
 
 def test_other_processes_are_left_alone(tmp_path: Path) -> None:
@@ -334,13 +353,10 @@ def test_where_calls_become_long_the_slope_of_the_peak_tells() -> None:
 
 
 def test_the_kits_packages_are_pinned_and_fit_beside_the_tree() -> None:
-    """What it downloads is 3 MiB, and its libraries 6: the tree must leave room."""
+    """Its packages are 10 MiB, and its libraries 6: the tree must leave room."""
     pinned = {line.split("==")[0].lower() for line in (ROOT / "constraints.txt").read_text().splitlines()}
     assert {name for name in kit.PACKAGES if name.replace("_", "-") not in pinned} == set()
-    there = kit.command_there(ROOT / "build" / "gpu-kit" / "wheels")
-    assert (
-        there.endswith("PYTHONPATH=.:benchmarks:build/gpu-kit/site python3 -m gpu --results gpu-results")
-        and "\n" not in there
-    )
+    there = kit.command_there(ROOT / "build" / "gpu-kit" / "site")
+    assert there == "PYTHONPATH=.:benchmarks:build/gpu-kit/site python3 -m gpu --results gpu-results"
     if (ROOT / ".git").exists():
         assert kit.tree_bytes() < kit.MOST_BYTES - (16 << 20)

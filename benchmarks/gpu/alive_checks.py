@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 import time
+import traceback
 from collections.abc import Callable
 
 import torch
@@ -34,6 +35,7 @@ def outcome_of(function: Callable[[], None]) -> str:
     try:
         function()
     except Exception as error:  # of whatever kind: it is this check's line
+        traceback.print_exc()
         return ", ".join(failure(error))
     return "ok"
 

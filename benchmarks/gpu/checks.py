@@ -20,6 +20,7 @@ from typing import Any
 
 import cuda_resources
 
+from gpu.failures import REASON
 from gpu.identity import ROOT
 from gpu.stage import RunningStage, main
 from gpu.stages import NO_TIME
@@ -27,6 +28,7 @@ from gpu.stages import NO_TIME
 TESTS = ROOT / "python_tests" / "test_gpu.py"
 #: A test's line in pytest's verbose output, in one process or from a worker.
 _OUTCOME = re.compile(r"(?:^\[gw\d+\] \[ *\d+%\]|^\S+\.py::.*) (PASSED|FAILED|ERROR|SKIPPED)\b")
+_TELLING = ("-p", "gpu.failures")  # why a test failed, at once
 _SOURCES = (ROOT / "grpo_kernels" / "ops").rglob("*.py")
 #: Our kernels by name: Triton's of the sources, and CUDA's.
 KERNELS = frozenset(
@@ -42,7 +44,7 @@ def run(stage: RunningStage, options: argparse.Namespace) -> None:
         selection = [f"{TESTS}::test_conformance_suite"]
         if stage.is_dry:
             selection = [str(TESTS), "-k", "test_small_shapes and 67 and bfloat16 and grpo_loss"]
-        suite = partial(run_tests, stage, "conformance", selection, workers=1 if stage.is_dry else 8)
+        suite = partial(run_tests, stage, "conformance", selection, workers=1 if stage.is_dry else 12)
         stage.attempt("the conformance suite", suite, seconds=600)
         return
     sanitizer = find_sanitizer()
@@ -56,19 +58,23 @@ def run(stage: RunningStage, options: argparse.Namespace) -> None:
         stage.attempt(f"{options.tool}, {backend}", run_tool, seconds=600)
 
 
-def run_tests(stage: RunningStage, what: str, selection: Sequence[str], workers: int) -> None:
+def run_tests(
+    stage: RunningStage, what: str, selection: Sequence[str], workers: int, deadline: float | None = None
+) -> None:
     """Runs tests of ``TESTS``, counts them as they end, and keeps a line for each that fails or is skipped.
 
     Args:
-        stage: Where the counts go; at its deadline the tests are stopped.
+        stage: Where the counts go.
         what: Which tests, for the report.
         selection: Arguments of pytest that select them, in their order.
         workers: Processes at once, where pytest-xdist is installed.
+        deadline: Of ``time.monotonic``: when the tests are stopped. By default the stage's.
 
     Raises:
         RuntimeError: A test failed, none ran, or time ran out.
     """
-    command = [sys.executable, "-m", "pytest", "-v", "-rEs", "--tb=short", "-p", "no:cacheprovider"]
+    deadline = stage.deadline if deadline is None else deadline
+    command = [sys.executable, "-m", "pytest", "-v", "-rs", "--tb=short", "-p", "no:cacheprovider", *_TELLING]
     if importlib.util.find_spec("xdist") is not None:
         command += ["--numprocesses", str(min(workers, os.cpu_count() or 1)), "--dist", "worksteal"]
     if importlib.util.find_spec("pytest_timeout") is not None:
@@ -77,17 +83,15 @@ def run_tests(stage: RunningStage, what: str, selection: Sequence[str], workers:
     stage.entry["found"]["tests"] = tests
     counts: Counter[str] = Counter()
     environment = os.environ | {"CUBLAS_WORKSPACE_CONFIG": ":4096:8"}
-    for line in lines_of([*command, *selection], stage.deadline, environment):
+    for line in lines_of([*command, *selection], deadline, environment):
         if outcome := _OUTCOME.search(line):
             counts[outcome[1]] += 1
             tests["counts"] = dict(counts)
-            if outcome[1] in ("FAILED", "ERROR"):
-                tests["lines"].append(line.strip()[:300])
             if sum(counts.values()) % 25 == 0:
                 stage.save()
-        elif line.startswith("SKIPPED "):
-            tests["lines"].append(line.strip()[:300])
-    failed, has_ended = counts["FAILED"] + counts["ERROR"], time.monotonic() < stage.deadline
+        elif line.startswith(("SKIPPED ", REASON)):
+            tests["lines"].append(line.strip()[:500])
+    failed, has_ended = counts["FAILED"] + counts["ERROR"], time.monotonic() < deadline
     if failed or (has_ended and not counts["PASSED"]):
         raise RuntimeError(f"{failed} tests failed, {counts['PASSED']} passed")
     if not has_ended:
@@ -132,7 +136,8 @@ def sanitize(stage: RunningStage, sanitizer: str, tool: str, backend: str, deadl
     command = [sanitizer, "--tool", tool, "--error-exitcode", "99"]
     if "--report-api-errors" in subprocess.run([sanitizer, "--help"], capture_output=True, text=True).stdout:
         command += ["--report-api-errors", "no"]  # libraries probe for what a device lacks
-    command += [sys.executable, "-m", "pytest", "-v", "-p", "no:cacheprovider", "-p", "no:xdist", str(TESTS)]
+    command += [sys.executable, "-m", "pytest", "-v", "-p", "no:cacheprovider", "-p", "no:xdist", *_TELLING,
+                str(TESTS)]  # fmt: skip
     selected = f"test_small_shapes and {backend}" + (" and 67 and grpo_loss" if stage.is_dry else "")
     environment = os.environ | {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
     tests = stage.entry["found"].setdefault("tests", {"what": f"{tool}", "counts": {}, "lines": []})
@@ -143,8 +148,8 @@ def sanitize(stage: RunningStage, sanitizer: str, tool: str, backend: str, deadl
             name = f"{outcome[1]}, {backend}"
             tests["counts"][name] = tests["counts"].get(name, 0) + 1
             stage.save()
-        if findings(line):
-            tests["lines"].append(line.strip()[:300])
+        if findings(line) or line.startswith(REASON):
+            tests["lines"].append(line.strip()[:500])
             stage.save()
     text = "".join(output)
     if "Device not supported" in text:

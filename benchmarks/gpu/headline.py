@@ -115,7 +115,11 @@ def comparisons(
         f"calls, N={sizes.tokens[0]} V={vocab}": partial(
             timed, partial(in_place, HALF, sizes.tokens[0], vocab, stage.device, stage.backends), {}
         ),
-        f"hidden, N={fewer}": partial(timed, partial(hidden, fewer, head, only=some), of_each(stage.ours, FEWER)),
+        f"hidden, N={fewer}": partial(
+            timed,
+            partial(with_captured, partial(hidden, fewer, head, only=some), stage.ours),
+            of_each(stage.ours, FEWER),
+        ),
         f"hidden, H={narrow[1][0]}": partial(timed, partial(hidden, *narrow, only=some), of_each(stage.ours, NARROW)),
         "frozen": partial(timed, partial(hidden, tokens, head, frozen=True, only=some), of_each(stage.ours, FROZEN)),
         f"hidden, N={sizes.few_tokens}": partial(

@@ -21,13 +21,14 @@ _SUFFIXES = (".py", ".json", ".cpp", ".h", ".cu", ".cuh")
 
 
 def commit(root: Path = ROOT) -> str:
-    """The commit that is checked out, by git or as the kit says; "unknown" without either."""
+    """The commit that is checked out, by git or by a kit of the same sources; "unknown" without either."""
     if shutil.which("git") is not None:
         found = subprocess.run(["git", "rev-parse", "HEAD"], cwd=root, capture_output=True, text=True)
         if found.returncode == 0:
             return found.stdout.strip()
-    kit = root / KIT.relative_to(ROOT)
-    return json.loads(kit.read_text())["commit"] if kit.exists() else "unknown"
+    path = root / KIT.relative_to(ROOT)
+    kit = json.loads(path.read_text()) if path.exists() else {}
+    return kit["commit"] if kit and kit["sources"] == sources_digest(root) else "unknown"
 
 
 def sources_digest(root: Path = ROOT, folders: tuple[str, ...] = _SOURCES) -> str:

@@ -1,7 +1,7 @@
-"""Prepares a checkout for a GPU machine without a network: built libraries, and wheels of the peers that it may lack.
+"""Prepares a checkout for a GPU machine without a network: built libraries, and the peers' packages that it may lack.
 
-Builds the CUDA and the C++ library into the package, downloads the wheels into ``build/gpu-kit/wheels``, writes down
-the commit, says the size of it all and prints the command to run there. Needs nvcc and no GPU.
+Builds the CUDA and the C++ library into the package, installs the packages into ``build/gpu-kit/site``, writes down the
+commit, says the size of it all and prints the command to run there. Needs nvcc and no GPU.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -16,7 +17,7 @@ from pathlib import Path
 from gpu.identity import KIT, ROOT, commit, sources_digest
 
 #: What stages import that a machine with torch, Triton, transformers, accelerate, pandas, xxhash and pytest may lack;
-#: pinned by constraints.txt, and of no platform but for multiprocess, which has a wheel for each Python.
+#: pinned by constraints.txt, and of no platform: multiprocess has a wheel for each Python, of Python alone.
 PACKAGES = ("trl", "liger-kernel", "datasets", "dill", "multiprocess")
 MOST_BYTES = 64 << 20
 
@@ -29,13 +30,12 @@ def build_libraries(architecture: str) -> list[Path]:
     return [ROOT / "grpo_kernels" / name for name in ("_cuda.so", "_cpu.so")]
 
 
-def download_wheels(folder: Path, python: str) -> None:
-    """Downloads the wheels for another Python, without what they need."""
-    folder.mkdir(parents=True, exist_ok=True)
-    for wheel in folder.glob("*.whl"):
-        wheel.unlink()
-    command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--only-binary=:all:"]
-    command += ["--python-version", python, "--implementation", "cp", "--dest", str(folder)]
+def install_packages(folder: Path, python: str) -> None:
+    """Installs the packages for another Python into an empty folder, without what they need."""
+    if folder.exists():
+        shutil.rmtree(folder)
+    command = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--only-binary=:all:", "--no-compile"]
+    command += ["--python-version", python, "--implementation", "cp", "--target", str(folder)]
     subprocess.run([*command, "--constraint", str(ROOT / "constraints.txt"), *PACKAGES], check=True)
 
 
@@ -46,13 +46,9 @@ def tree_bytes() -> int:
     return sum((ROOT / name).stat().st_size for name in names if name and (ROOT / name).is_file())
 
 
-def command_there(wheels: Path) -> str:
+def command_there(site: Path) -> str:
     """What to run on the GPU machine, in the checkout's root."""
-    site = wheels.with_name("site").relative_to(ROOT)
-    install = f"python3 -m pip install -q --no-index --no-deps --no-compile --no-cache-dir --upgrade --target {site}"
-    run = f"PYTHONPATH=.:benchmarks:{site} python3 -m gpu --results gpu-results"
-    # one by one: a wheel that the Python there refuses keeps out no other
-    return f"for wheel in {wheels.relative_to(ROOT)}/*.whl; do {install} $wheel; done; {run}"
+    return f"PYTHONPATH=.:benchmarks:{site.relative_to(ROOT)} python3 -m gpu --results gpu-results"
 
 
 def main() -> int:
@@ -63,11 +59,13 @@ def main() -> int:
     parser.add_argument("--python", default="3.12", help="the Python there")
     options = parser.parse_args()
     libraries = build_libraries(options.arch)
-    wheels = KIT.parent / "wheels"
-    download_wheels(wheels, options.python)
-    KIT.write_text(json.dumps({"commit": commit(), "csrc": sources_digest(ROOT, ("csrc",))}) + "\n")
-    carried = [*libraries, KIT, *wheels.glob("*.whl")]
-    sizes = {str(path.relative_to(ROOT)): path.stat().st_size for path in carried} | {"the tree": tree_bytes()}
+    site = KIT.parent / "site"
+    install_packages(site, options.python)
+    digests = {"csrc": sources_digest(ROOT, ("csrc",)), "sources": sources_digest()}
+    KIT.write_text(json.dumps({"commit": commit(), **digests}) + "\n")
+    sizes = {str(path.relative_to(ROOT)): path.stat().st_size for path in libraries}
+    sizes |= {str(site.relative_to(ROOT)): sum(path.stat().st_size for path in site.rglob("*") if path.is_file())}
+    sizes["the tree"] = tree_bytes()
     total = sum(sizes.values())
     for name, size in sizes.items():
         print(f"{size / 2**20:8.1f} MiB  {name}")
@@ -76,7 +74,7 @@ def main() -> int:
         print("too large", file=sys.stderr)
         return 1
     print(f"\nCarry with the tree: {' '.join(str(path.relative_to(ROOT)) for path in libraries)} "
-          f"{KIT.parent.relative_to(ROOT)}\nRun there: {command_there(wheels)}")  # fmt: skip
+          f"{KIT.parent.relative_to(ROOT)}\nRun there: {command_there(site)}")  # fmt: skip
     return 0
 
 

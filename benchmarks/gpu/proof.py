@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import sys
+from functools import partial
 
 from gpu.accuracy import accuracy
 from gpu.checks import TESTS as FILE
@@ -13,6 +14,7 @@ from gpu.sizes import Sizes
 from gpu.stage import RunningStage, main
 from gpu.trainer_curves import assert_same_curves, curves
 
+_CURVES_SECONDS = 75  # left to the curves, which say less than the tests
 #: The tests, in this order: those first that say most in little time.
 TESTS = (
     "test_runs_are_bit_equal",
@@ -30,7 +32,7 @@ TESTS = (
 
 
 def run(stage: RunningStage, options: argparse.Namespace) -> None:
-    """Measures the errors of our heads, trains a tiny model with stock TRL and with ours, and runs the tests."""
+    """Measures the errors of our heads, runs the tests, and trains a tiny model with stock TRL and with ours."""
     stage.need_a_backend()
     sizes = Sizes.dry() if stage.is_dry else Sizes()
     rows = stage.entry["found"].setdefault("accuracy", [])
@@ -43,15 +45,16 @@ def run(stage: RunningStage, options: argparse.Namespace) -> None:
             assert not over, f"over {errors[0]['target']} times the error of whole fp32 logits: {', '.join(over)}"
 
         stage.attempt(f"errors of the head, {backend}", measure)
+    selection = [f"{FILE}::{name}" for name in TESTS]
+    if stage.is_dry:
+        selection = [str(FILE), "-k", "second_buffer and 8209"]
+    until = stage.deadline - (0 if stage.is_dry else _CURVES_SECONDS)
+    tests = partial(run_tests, stage, "proof", selection, workers=1 if stage.is_dry else 12, deadline=until)
+    stage.attempt("tests at real sizes", tests, seconds=600)
     if importlib.util.find_spec("trl") is None:
         stage.leave_out("curves of GRPOTrainer: trl is not installed")
     else:
         stage.attempt("curves of GRPOTrainer", lambda: compare_curves(stage), seconds=120)
-    selection = [f"{FILE}::{name}" for name in TESTS]
-    if stage.is_dry:
-        selection = [str(FILE), "-k", "second_buffer and 8209"]
-    workers = 1 if stage.is_dry else 6
-    stage.attempt("tests at real sizes", lambda: run_tests(stage, "proof", selection, workers), seconds=600)
 
 
 def compare_curves(stage: RunningStage) -> None:

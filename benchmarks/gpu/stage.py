@@ -9,6 +9,7 @@ import os
 import re
 import sys
 import time
+import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -88,6 +89,7 @@ class RunningStage:
             if self.device.type == "cuda":
                 torch.cuda.synchronize()
         except Exception as error:  # of whatever kind: the stage goes on and ends with 1
+            traceback.print_exc()
             self.entry["failed"].append(f"{part}: {', '.join(failure(error))}")
             status = "failed"
         faulthandler.cancel_dump_traceback_later()

@@ -48,8 +48,8 @@ STAGES = (
     Stage("alive", 45, "fp32 output of addmm; every op and six conformance cases on each backend", "gpu.alive"),
     Stage("headline", 200, "the figures of README and DESIGN, with naive PyTorch, TRL and Liger", "gpu.headline"),
     Stage("currencies", 90, "longest sequence, peak memory and time of two models' heads under TRL", "gpu.currencies"),
-    Stage("bytes", 60, "DRAM bytes of the loss kernels, by Nsight Compute", "gpu.dram"),
-    Stage("proof", 180, "real sizes, 2^31 logits, bit-equal runs, graphs, waits, TRL's trainer", "gpu.proof"),
+    Stage("bytes", 110, "DRAM bytes of the loss kernels, by Nsight Compute", "gpu.dram"),
+    Stage("proof", 240, "real sizes, 2^31 logits, bit-equal runs, graphs, waits, TRL's trainer", "gpu.proof"),
     Stage("conformance", 300, "every conformance case", "gpu.checks", ("conformance",)),
     Stage("works", 420, "every other comparison, with every peer", "gpu.other_works", by_default=False),
     Stage(
@@ -59,8 +59,8 @@ STAGES = (
         "gpu.tune_blocks",
         by_default=False,
     ),
-    Stage("memcheck", 200, "compute-sanitizer: accesses out of bounds", "gpu.checks", ("memcheck",)),
-    Stage("racecheck", 200, "compute-sanitizer: races of shared memory", "gpu.checks", ("racecheck",)),
+    Stage("memcheck", 120, "compute-sanitizer: accesses out of bounds", "gpu.checks", ("memcheck",)),
+    Stage("racecheck", 120, "compute-sanitizer: races of shared memory", "gpu.checks", ("racecheck",)),
 )
 
 

@@ -1,0 +1,32 @@
+"""A plugin of pytest: prints why a test failed when it fails. A run that is stopped never comes to pytest's own end."""
+
+from __future__ import annotations
+
+import pytest
+
+#: How the line begins that has the error in short.
+REASON = "REASON "
+_MOST_CHARACTERS = 4000
+
+
+class Failures:
+    """Writes through pytest's own terminal, in the process that has it."""
+
+    def __init__(self, terminal: pytest.TerminalReporter) -> None:
+        self._terminal = terminal
+
+    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        if not report.failed:
+            return
+        self._terminal.ensure_newline()
+        self._terminal.write_line(report.longreprtext[-_MOST_CHARACTERS:])
+        crash = getattr(report.longrepr, "reprcrash", None)  # not there for what is no exception of the test
+        message = crash.message if crash is not None else report.longreprtext
+        self._terminal.write_line(f"{REASON}{report.nodeid}: {' '.join(message.split())[:300]}")
+
+
+@pytest.hookimpl(trylast=True)  # when the terminal is there
+def pytest_configure(config: pytest.Config) -> None:
+    terminal = config.pluginmanager.get_plugin("terminalreporter")
+    if terminal is not None:  # a worker of pytest-xdist has none
+        config.pluginmanager.register(Failures(terminal), "failures_as_they_come")
