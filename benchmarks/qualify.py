@@ -18,7 +18,6 @@ import sys
 import tempfile
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -101,7 +100,7 @@ def qualify(
         device: "cpu" or "cuda".
         ours: Our backends by the names of providers. They are checked first, and by themselves.
         among: Which providers; all, if not given.
-        seconds: That one case may take, and the imports before the first. Of the others on a GPU a third of it.
+        seconds: That one case may take, and the imports before the first. Of the others on a GPU half of it.
         processes: How many providers at a time, each with its share of the memory and one thread.
         script: What runs in the processes; a test's own, to try what it must withstand.
     """
@@ -121,7 +120,7 @@ def qualify(
     every = providers(ours) if among is None else among
     groups = [[one for one in every if one.name.startswith(OURS) == is_ours] for is_ours in (True, False)]
     found: Verdicts = {}
-    for group, limit in zip(groups, (seconds, seconds if device == "cpu" else seconds / 3), strict=True):
+    for group, limit in zip(groups, (seconds, seconds if device == "cpu" else seconds / 2), strict=True):
         with ThreadPoolExecutor(processes) as pool:
             for part in pool.map(partial(ask, seconds=limit), group):
                 found |= part
@@ -260,10 +259,6 @@ def main() -> None:
     sizes = Sizes(**options.sizes)
     if options.device == "cpu":  # an allocation beyond what is free raises, where the system would kill the process
         resource.setrlimit(resource.RLIMIT_DATA, (available() // options.processes,) * 2)
-    with suppress(
-        Exception
-    ):  # its package is imported here; what fails is told at the first case, where it fails again
-        provider.tasks[options.cases[0][0]]()
     with os.fdopen(options.write_to, "w") as lines:
         lines.write("ready\n")
         lines.flush()

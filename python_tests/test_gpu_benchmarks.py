@@ -142,7 +142,7 @@ def test_ours_are_checked_first_and_by_themselves(monkeypatch: pytest.MonkeyPatc
     found = qualify.qualify(cases, ProblemSizes.quick(), "cuda", {"grpo_kernels": "triton"}, among, 120, processes=1)
     ours, peers = asked[:4], asked[4:]
     assert {(name, seconds) for name, seconds, _ in ours} == {("grpo_kernels, b", 120), ("grpo_kernels, c", 120)}
-    assert {(name, seconds) for name, seconds, _ in peers} == {("a peer", 40), ("another peer", 40)}
+    assert {(name, seconds) for name, seconds, _ in peers} == {("a peer", 60), ("another peer", 60)}
     assert [found["grpo_kernels, b", case].status for case in cases] == ["timed out", "ok"]
 
 

@@ -318,6 +318,9 @@ def test_why_a_test_failed_is_told_before_the_next_one_ends(tmp_path: Path, opti
             break
     assert re.match(r"REASON \S*test_of_a_failure.py::test_a: AssertionError: too few", lines[-1]), lines
     assert any("assert 1 == 2" in line for line in lines[:-1]), lines
+    path.write_text("import no_such_module")
+    lines = list(checks.lines_of(command, time.monotonic() + 120, environment))
+    assert [line for line in lines if line.startswith(failures.REASON) and "no_such_module" in line], lines
 
 
 def test_other_processes_are_left_alone(tmp_path: Path) -> None:

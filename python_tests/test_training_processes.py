@@ -229,6 +229,7 @@ def test_two_processes_take_the_steps_of_one(mode: str, one: Found, tmp_path: Pa
         assert all(torch.equal(loaded[key], value) for key, value in two.weights[name].items())
 
 
+@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="finds threads by Linux's /proc")
 def test_a_command_ends_the_process_group_and_gloos_threads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def train(recipe: Recipe) -> None:
         distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)

@@ -16,13 +16,20 @@ class Failures:
         self._terminal = terminal
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        self._tell(report)
+
+    def pytest_collectreport(self, report: pytest.CollectReport) -> None:
+        self._tell(report)
+
+    def _tell(self, report: pytest.TestReport | pytest.CollectReport) -> None:
         if not report.failed:
             return
+        text = report.longreprtext
         self._terminal.ensure_newline()
-        self._terminal.write_line(report.longreprtext[-_MOST_CHARACTERS:])
-        crash = getattr(report.longrepr, "reprcrash", None)  # not there for what is no exception of the test
-        message = crash.message if crash is not None else report.longreprtext
-        self._terminal.write_line(f"{REASON}{report.nodeid}: {' '.join(message.split())[:300]}")
+        self._terminal.write_line(text[-_MOST_CHARACTERS:])
+        crash = getattr(report.longrepr, "reprcrash", None)  # not there for a file that cannot be imported
+        message = " ".join((text if crash is None else crash.message).split())
+        self._terminal.write_line(f"{REASON}{report.nodeid}: {message[-300:] if crash is None else message[:300]}")
 
 
 @pytest.hookimpl(trylast=True)  # when the terminal is there

@@ -53,7 +53,7 @@ def verdicts_on(sizes: Sizes, stage: RunningStage, peers: tuple[str, ...], cases
 
     def check(is_ours: bool) -> None:
         among = [one for one in everybody if one.name.startswith(OURS) == is_ours]
-        limit = 45 if is_ours and stage.device.type == "cuda" else 120  # of the peers on a GPU a third of it
+        limit = 45 if is_ours and stage.device.type == "cuda" else 120  # of the peers on a GPU half of it
         verdicts = qualify(cases, sizes.checked, stage.device.type, stage.ours, among, limit, processes=8)
         kept[:] = [one for one in kept if one[0] not in {provider.name for provider in among}]
         kept.extend([name, case, asdict(verdict)] for (name, case), verdict in verdicts.items())

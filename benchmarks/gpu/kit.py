@@ -31,9 +31,7 @@ def build_libraries(architecture: str) -> list[Path]:
 
 
 def install_packages(folder: Path, python: str) -> None:
-    """Installs the packages for another Python into an empty folder, without what they need."""
-    if folder.exists():
-        shutil.rmtree(folder)
+    """Installs the packages for another Python into a folder, without what they need."""
     command = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--only-binary=:all:", "--no-compile"]
     command += ["--python-version", python, "--implementation", "cp", "--target", str(folder)]
     subprocess.run([*command, "--constraint", str(ROOT / "constraints.txt"), *PACKAGES], check=True)
@@ -60,6 +58,8 @@ def main() -> int:
     options = parser.parse_args()
     libraries = build_libraries(options.arch)
     site = KIT.parent / "site"
+    if KIT.parent.exists():
+        shutil.rmtree(KIT.parent)
     install_packages(site, options.python)
     digests = {"csrc": sources_digest(ROOT, ("csrc",)), "sources": sources_digest()}
     KIT.write_text(json.dumps({"commit": commit(), **digests}) + "\n")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import sys
+import time
 from functools import partial
 
 from gpu.accuracy import accuracy
@@ -14,7 +15,6 @@ from gpu.sizes import Sizes
 from gpu.stage import RunningStage, main
 from gpu.trainer_curves import assert_same_curves, curves
 
-_CURVES_SECONDS = 75  # left to the curves, which say less than the tests
 #: The tests, in this order: those first that say most in little time.
 TESTS = (
     "test_runs_are_bit_equal",
@@ -48,7 +48,8 @@ def run(stage: RunningStage, options: argparse.Namespace) -> None:
     selection = [f"{FILE}::{name}" for name in TESTS]
     if stage.is_dry:
         selection = [str(FILE), "-k", "second_buffer and 8209"]
-    until = stage.deadline - (0 if stage.is_dry else _CURVES_SECONDS)
+    now = time.monotonic()
+    until = now + (stage.deadline - now) * 2 / 3  # the rest is for the curves, which say less
     tests = partial(run_tests, stage, "proof", selection, workers=1 if stage.is_dry else 12, deadline=until)
     stage.attempt("tests at real sizes", tests, seconds=600)
     if importlib.util.find_spec("trl") is None:

@@ -7,6 +7,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from grpo_kernels.training.processes import end_process_group
+
 INTERRUPTED = 130  # what a shell reports for a process that SIGINT ended
 #: By command, its help; each but ``train`` is a stage of a recipe by itself.
 STAGES = {
@@ -87,8 +89,6 @@ def fail(message: str) -> int:
 def _guarded(run: Callable[[], None], left: Callable[[], str]) -> int:
     """Runs a command. What a person can put right is one line; any other error keeps its traceback."""
     try:
-        from grpo_kernels.training.processes import end_process_group  # before there is a group
-
         run()
         end_process_group()
     except ImportError as error:
