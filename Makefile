@@ -28,8 +28,8 @@ BUILD_INPUTS := pyproject.toml setup.py CMakeLists.txt grpo_kernels/version.py $
 
 help:
 	@echo "make demo            train a small reasoning model on the CPU and watch the reward rise"
-	@echo "make test            lint and tests"
-	@echo "make test-full       lint and all tests, the slow ones too"
+	@echo "make test            lint, and the tests that every change should see"
+	@echo "make test-full       the tests that make test leaves out"
 	@echo "make bench           benchmarks against every peer, into benchmarks/results;  make bench-quick: small shapes"
 	@echo "make bench-guard     whether this checkout is slower than REVISION (main)"
 	@echo "make gpu             on a GPU: checks and benchmarks in stages, into $(RESULTS); STAGES=\"alive headline\""
@@ -47,8 +47,8 @@ demo: $(VENV)/.train
 test: lint
 	$(PYTEST)
 
-test-full: lint
-	$(PYTEST) -m "slow or not slow"
+test-full: $(VENV)/.test
+	$(PYTEST) -m full
 
 bench: $(VENV)/.bench
 	$(BIN)/python -m pytest benchmarks --benchmark-only; status=$$?; \

@@ -49,7 +49,7 @@ def test_a_peak_is_what_was_added() -> None:
     assert peak.bytes < 0.05 * size
 
 
-@pytest.mark.slow
+@pytest.mark.full
 def test_every_compiled_provider_is_right() -> None:
     for provider in providers.providers():
         for case in CASES:

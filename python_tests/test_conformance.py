@@ -42,7 +42,7 @@ FEW = ("plain", "vocab_prime", "softcap", "dirty_mask", "strided", "logits_peake
 
 
 def _marks(backend: str, dtype: torch.dtype, case: Case) -> list[pytest.MarkDecorator]:
-    return [pytest.mark.slow] if backend == "triton" and dtype == torch.float16 and case.name not in FEW else []
+    return [pytest.mark.full] if backend == "triton" and dtype == torch.float16 and case.name not in FEW else []
 
 
 GRID = [

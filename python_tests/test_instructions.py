@@ -56,7 +56,7 @@ def _other_compiler() -> str:
     )
 
 
-@pytest.mark.slow
+@pytest.mark.full
 @pytest.mark.skipif(shutil.which("valgrind") is None, reason="valgrind is not installed")
 @pytest.mark.skipif(_other_compiler() != "", reason=_other_compiler())
 @pytest.mark.parametrize(("level", "kernel", "dtype"), list(BOUNDS), ids="-".join)

@@ -65,7 +65,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("checkpoint", [0, pytest.param(2, marks=pytest.mark.slow), 4])
+@pytest.mark.parametrize("checkpoint", [0, pytest.param(2, marks=pytest.mark.full), 4])
 def test_a_run_killed_after_a_checkpoint_goes_on_as_if_nothing_had_been(
     whole: Path, tmp_path: Path, checkpoint: int
 ) -> None:
@@ -81,7 +81,7 @@ def test_a_run_killed_after_a_checkpoint_goes_on_as_if_nothing_had_been(
     same_run(whole, tmp_path)
 
 
-@pytest.mark.slow
+@pytest.mark.full
 def test_a_run_killed_at_ten_random_moments_is_the_same_run(whole: Path, tmp_path: Path) -> None:
     start = time.monotonic()
     subprocess.run(command(tmp_path / "timed"), check=True, capture_output=True, timeout=300)

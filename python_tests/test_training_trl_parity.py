@@ -160,9 +160,9 @@ OFTEN = ("defaults", "kl-iterations", "several_steps_a_generation", "grpo", "dr_
 
 @pytest.mark.parametrize(
     "name, family",
-    [pytest.param(name, "Qwen2", marks=() if name in OFTEN else pytest.mark.slow) for name in CASES]
-    + [pytest.param(name, "Llama", marks=() if name == "accumulation" else pytest.mark.slow) for name in CASES]
-    + [pytest.param("kl-iterations", "Qwen3Moe", marks=pytest.mark.slow)],
+    [pytest.param(name, "Qwen2", marks=() if name in OFTEN else pytest.mark.full) for name in CASES]
+    + [pytest.param(name, "Llama", marks=() if name == "accumulation" else pytest.mark.full) for name in CASES]
+    + [pytest.param("kl-iterations", "Qwen3Moe", marks=pytest.mark.full)],
 )
 def test_twenty_steps_are_those_of_trls_trainer(
     name: str, family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

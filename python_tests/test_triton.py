@@ -76,6 +76,6 @@ def test_tuned_rows_join_the_shipped_table(tmp_path: Path) -> None:
     assert all(row in rows for row in shipped)
 
 
-@pytest.mark.slow
+@pytest.mark.full
 def test_opcheck() -> None:
     assert passed(f"{TESTS}/test_compile.py", "-k", "opcheck") > len(SOURCES)

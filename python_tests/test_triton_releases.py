@@ -22,7 +22,7 @@ CASES = "plain or full_fp32 or prime or compared or others or narrowed or anywhe
 SELECTED = f"({CASES}) and not large and not softly and not sm_80"
 
 
-@pytest.mark.slow
+@pytest.mark.full
 @pytest.mark.parametrize("release", [release for release in recorded() if release != triton.__version__])
 def test_bounds_hold_for_other_releases(release: str, tmp_path: Path) -> None:
     """Two minutes each."""
