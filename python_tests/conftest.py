@@ -29,6 +29,7 @@ def pytest_configure(config: pytest.Config) -> None:
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     part, parts = map(int, config.getoption("--part").split("/"))
     items[:] = items[part::parts]
+    items.sort(key=lambda item: item.get_closest_marker("early") is None)
 
 
 hypothesis.settings.register_profile("repeatable", derandomize=True, deadline=None, max_examples=40)

@@ -7,8 +7,8 @@ from functools import cache
 
 import pytest
 import torch
-from testing.calls import SOURCES, applies, run
-from testing.cases import ALL_CASES, FAMILY_CASES, VARIANT_CASES, VOCABULARY_CASES, Case
+from testing.calls import BACKENDS, SOURCES, cases_of, run
+from testing.cases import FAMILY_CASES, VARIANT_CASES, VOCABULARY_CASES, Case
 from testing.emulated import emulated
 from testing.expected import Expected
 from testing.inputs import build
@@ -17,19 +17,22 @@ from grpo_kernels import registry
 
 pytestmark = pytest.mark.usefixtures("poison", "one_thread")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+#: Triton's kernels run in processes of their own, with its interpreter; the reference is what is compared with.
+COMPARED = ("triton",) if "triton" in BACKENDS else ("cpu", "cuda")
+#: What another dtype adds is conversions, and these say enough of them.
+FEW = ("plain", "vocab_prime", "softcap", "dirty_mask", "strided", "logits_peaked")
+#: What else of the fused Triton kernels is run at every change: a way through the code each.
+FUSED = (*FEW, "vocab_128256", "next_token_layout_sequence", "all_masked", "packed_sequence", "rewards", "loss_scale",
+         "grad_output", "bias_sequence", "vespo", "exact_js")  # fmt: skip
 
 
 def is_tested(op: str, backend: str, dtype: torch.dtype, case: Case) -> bool:
-    if not applies(op, case):
-        return False
+    """Whether a case of an op is run at all."""
     few_dtypes = case in (*VARIANT_CASES, *FAMILY_CASES, *VOCABULARY_CASES)
     if backend == "cuda":  # emulated, thread by thread; what it has no kernels of is asked for elsewhere
         if "divergence" in op or case.config.has_exact_divergence or case in VOCABULARY_CASES:
             return False
         return case.name in FEW or (dtype == torch.float32 if few_dtypes else dtype == torch.bfloat16)
-    # the torch backend in fp64 is the baseline itself, and in half precision fp32 between two roundings
-    if backend == "torch":
-        return dtype == torch.float32 and not few_dtypes
     if backend == "triton" and "divergence" in op and dtype != torch.float32:  # two rows take twice as long
         return dtype == torch.bfloat16 and case.name in FEW
     if backend == "triton":  # its interpreter takes half a second a case; fp64 is there to test formulas
@@ -37,24 +40,30 @@ def is_tested(op: str, backend: str, dtype: torch.dtype, case: Case) -> bool:
     return dtype in (torch.float32, torch.bfloat16) or not few_dtypes
 
 
-#: What fp16 adds to bf16 under the interpreter, where a case takes half a second: conversions, and these say enough.
-FEW = ("plain", "vocab_prime", "softcap", "dirty_mask", "strided", "logits_peaked")
-
-
-def _marks(backend: str, dtype: torch.dtype, case: Case) -> list[pytest.MarkDecorator]:
-    return [pytest.mark.full] if backend == "triton" and dtype == torch.float16 and case.name not in FEW else []
+def is_quick(op: str, backend: str, dtype: torch.dtype, case: Case) -> bool:
+    """Whether it is part of ``make test``; the rest is left to ``make test-full``."""
+    if backend == "cpu":
+        return dtype == torch.float32 or case.name in FEW
+    if backend == "cuda":
+        return False
+    if dtype != torch.float32:
+        return dtype == torch.bfloat16 and case.name in FEW and op in ("token_logprobs", "grpo_loss")
+    if op == "policy_loss":
+        return case in (*VARIANT_CASES, *FAMILY_CASES) or case.name in FUSED
+    return case.name in (FUSED if op in ("grpo_loss", "linear_grpo_loss") else (*FEW, "vocab_128256"))
 
 
 GRID = [
     pytest.param(
-        op, backend, dtype, case, id=f"{op}-{backend}-{str(dtype)[6:]}-{case}", marks=_marks(backend, dtype, case)
+        op, backend, dtype, case, id=f"{op}-{backend}-{str(dtype)[6:]}-{case}",
+        marks=() if is_quick(op, backend, dtype, case) else pytest.mark.full,
     )
     for op in SOURCES
-    for case in ALL_CASES
+    for case in cases_of(op)
     for dtype in DTYPES
-    for backend in registry.BACKENDS
+    for backend in COMPARED
     if is_tested(op, backend, dtype, case)
-]
+]  # fmt: skip
 
 
 @cache
@@ -76,6 +85,18 @@ def test_op_is_near_its_fp64_baseline(op: str, backend: str, dtype: torch.dtype,
     expected.assert_near(results)
     for name, tensor in expected.inputs.tensors().items():
         assert torch.equal(tensor.nan_to_num(), before[name].nan_to_num()), f"{name} was changed"
+
+
+@pytest.mark.parametrize("name", ["dirty_mask", "packed_dirty", "bias"])
+@pytest.mark.parametrize("op", SOURCES)
+def test_the_reference_leaves_its_inputs_alone(op: str, name: str) -> None:
+    cases = {case.name: case for case in cases_of(op)}
+    if name not in cases:
+        pytest.skip(f"{op} is not given {name}")
+    inputs = build(cases[name], torch.float32, SOURCES[op])
+    before = inputs.clone().tensors()
+    run(op, inputs, "torch")
+    assert all(torch.equal(x.nan_to_num(), before[key].nan_to_num()) for key, x in inputs.tensors().items())
 
 
 @pytest.mark.parametrize("op", registry.OPS)

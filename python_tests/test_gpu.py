@@ -14,8 +14,8 @@ import pytest
 import torch
 from test_conformance import is_tested
 from testing.assertions import assert_near_baseline
-from testing.calls import SOURCES, run
-from testing.cases import ALL_CASES, Case
+from testing.calls import SOURCES, cases_of, run
+from testing.cases import Case
 from testing.conformance import assert_conforms
 from testing.expected import Expected
 from testing.inputs import Inputs, build
@@ -80,7 +80,7 @@ def _assert_conforms(op: str, backend: str, case: Case, dtype: torch.dtype) -> N
     [
         pytest.param(op, backend, dtype, case, id=f"{op}-{backend}-{str(dtype)[6:]}-{case}")
         for op in SOURCES
-        for case in ALL_CASES
+        for case in cases_of(op)
         for dtype in DTYPES
         for backend in BACKENDS
         if _is_run(op, backend, dtype, case)

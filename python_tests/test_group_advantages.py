@@ -15,6 +15,7 @@ from torch import Tensor
 from grpo_kernels import group_advantages
 
 pytestmark = pytest.mark.usefixtures("poison")
+KERNELS = [backend for backend in BACKENDS if backend != "torch"]
 NAN = float("nan")
 REWARDS: dict[str, Tensor] = {
     "plain": torch.tensor([0.5, 1.0, -2.0, 0.25, 3.0, 3.0, 1.0, 0.0]),
@@ -35,7 +36,7 @@ OPTIONS = list(
 )
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", KERNELS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
 @pytest.mark.parametrize("name", REWARDS)
 def test_backend_is_near_its_fp64_baseline(name: str, dtype: torch.dtype, backend: str) -> None:

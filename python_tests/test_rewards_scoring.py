@@ -43,6 +43,13 @@ def test_synchronous_and_asynchronous_rewards_fill_their_columns():
     torch.testing.assert_close(table, torch.tensor([[1.0, 0.0, 2.0], [math.nan, 0.0, 3.0]]), equal_nan=True)
 
 
+def test_a_total_is_weighted_and_an_abstention_counts_for_nothing():
+    table = torch.tensor([[2.0, 1.0], [3.0, math.nan]])
+    assert rewards.total(table, [0.5, 4.0]).tolist() == [5.0, 1.5]
+    assert rewards.total(table, None).tolist() == [3.0, 3.0]
+    assert rewards.total(torch.tensor([[math.nan, math.nan]]), None).isnan().all()
+
+
 def test_asynchronous_rewards_run_together():
     async def first(prompts, completions, **columns):
         await asyncio.wait_for(opened().wait(), 10)  # in turn, it would wait in vain
@@ -101,6 +108,7 @@ def test_a_missing_column_is_named():
         ([1.0, 2.0, 3.0], ValueError, "'mine' must return 2 rewards, got 3"),
         ([0.0, math.nan], ValueError, "'mine' must return finite rewards, got nan for completion 1; None abstains"),
         (torch.tensor([math.nan, 0.0]), ValueError, "got nan for completion 0"),
+        ([0.0, math.inf], ValueError, "'mine' must return finite rewards, got inf for completion 1"),
         ([-math.inf, 0.0], ValueError, "'mine' must return finite rewards, got -inf for completion 0"),
         ([0.0, 1e39], ValueError, r"'mine' must return finite rewards, got 1e\+39 for completion 1"),
         ([0.0, 10**400], ValueError, "'mine' must return finite rewards, got 1000"),
@@ -143,6 +151,8 @@ def test_arrays_and_tensors_are_rewards():
 
 
 def test_rewards_take_their_parameters_from_their_name():
+    assert rewards.resolve("accuracy") is rewards.accuracy_reward
+    assert rewards.resolve("grpo_kernels.training.rewards:format_reward") is rewards.format_reward
     assert rewards.resolve("repetition") == RepetitionReward()
     assert rewards.resolve("repetition()") == RepetitionReward()
     assert rewards.resolve(" repetition(n=2, max_penalty=-0.5) ") == RepetitionReward(n=2, max_penalty=-0.5)
@@ -177,6 +187,7 @@ def test_rewards_take_their_parameters_from_their_name():
         ("test_rewards_scoring:fraction()", "must make a reward function, got Fraction"),
         ("fractions:Fraction(numerator=1)", "'fractions:Fraction' must be marked by @reward_factory"),
         ("test_rewards_scoring:SlowLength", "'test_rewards_scoring:SlowLength' must be marked by @reward_factory"),
+        ("grpo_kernels.training.rewards:nothing", "has no function 'nothing'"),
         ("no_such_module:mine", "'no_such_module:mine' cannot be imported: No module named 'no_such_module'"),
     ],
 )

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from matplotlib.figure import Figure
 from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -159,13 +160,23 @@ def test_a_file_is_replaced_as_a_whole_or_stays(tmp_path):
     assert path.read_bytes() == b"\x00two" and [p.name for p in tmp_path.iterdir()] == ["a.txt"]
 
 
-def test_curves_are_drawn_with_and_without_a_kl(tmp_path):
-    records = [{"step": s, "reward": s / 10, "rewards/accuracy/mean": 0.5, "eval_accuracy": 0.4} for s in range(5)]
-    plot_curves(records, tmp_path / "curves.png")
-    plot_curves([{**r, "kl": 0.1, "clip_ratio/region_mean": 0.0} for r in records], tmp_path / "more.png")
+def test_curves_are_drawn_and_a_metric_that_no_record_has_is_named(tmp_path, monkeypatch):
+    drawn, save = [], Figure.savefig
+
+    def keep(figure, *arguments, **options):
+        drawn.append(figure)
+        save(figure, *arguments, **options)
+
+    monkeypatch.setattr(Figure, "savefig", keep)
+    plot_curves([{"step": s, "reward": s / 10, "eval_accuracy": 0.4} for s in range(5)], tmp_path / "curves.png")
+    assert [path.name for path in tmp_path.iterdir()] == ["curves.png"]
     assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")
-    assert (tmp_path / "curves.png").read_bytes() != (tmp_path / "more.png").read_bytes()
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["curves.png", "more.png"]
+    reward, accuracy, kl, clipped = drawn[0].axes
+    assert reward.lines[0].get_xydata().tolist() == [[s, s / 10] for s in range(5)]
+    assert [line.get_label() for line in accuracy.lines] == ["held out, T = 1"]
+    assert [axes.texts[0].get_text() for axes in (kl, clipped)] == [
+        "no kl in this run", "no clip_ratio/region_mean in this run",
+    ]  # fmt: skip
 
 
 def test_the_heading_spells_every_name_in_its_column():

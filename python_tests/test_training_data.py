@@ -198,6 +198,15 @@ def test_a_dataset_that_is_nowhere_is_named_beside_the_built_in_ones(monkeypatch
         data.load_task(Recipe(dataset_name="substraction"))
 
 
+def test_a_line_that_is_no_row_is_named_and_an_empty_one_is_none(tmp_path):
+    path = tmp_path / "sums.jsonl"
+    path.write_text('{"prompt": "1 + 1 =", "answer": 2}\n\n{"prompt": "2 + 2 =", "answer": 4}\n')
+    assert [row["answer"] for row in data.read_jsonl(path)] == [2, 4]
+    path.write_text('{"prompt": "1 + 1 ="}\nnot json\n')
+    with pytest.raises(ValueError, match=r"sums\.jsonl:2: expected a JSON object, got 'not json'"):
+        data.read_jsonl(path)
+
+
 def test_a_line_separator_inside_a_json_string_cuts_no_row(tmp_path):
     path = tmp_path / "rows.jsonl"
     row = {"prompt": "one\u2028two\x85three", "answer": "3"}

@@ -2,13 +2,8 @@
 
 from __future__ import annotations
 
-import json
-import math
-import random
-
 import datasets
 import pytest
-import torch
 
 from grpo_kernels.training import addition, data, rewards
 from grpo_kernels.training.recipe import Recipe, load_recipe
@@ -99,85 +94,6 @@ def test_accuracy_and_format_rewards():
 def test_accuracy_compares_the_last_answer_up_to_white_space():
     completions = ["<answer> 1 2 </answer> <answer> 1 3 </answer>", "<answer>13</answer>"]
     assert rewards.accuracy_reward(["", ""], completions, answer=["13", " 1 3"]) == [1.0, 1.0]
-
-
-def test_rewards_are_weighted_and_an_abstention_counts_for_nothing():
-    functions = {
-        "length": lambda prompts, completions, **columns: [float(len(c)) for c in completions],
-        "sometimes": lambda prompts, completions, *, level, **columns: [None if x else 1.0 for x in level],
-    }
-    table = rewards.score(functions, ["p"] * 2, ["ab", "abc"], {"level": [0, 1]})
-    torch.testing.assert_close(table, torch.tensor([[2.0, 1.0], [3.0, math.nan]]), equal_nan=True)
-    assert rewards.total(table, [0.5, 4.0]).tolist() == [5.0, 1.5]
-    assert rewards.total(table, None).tolist() == [3.0, 3.0]
-    assert math.isnan(rewards.total(torch.tensor([[math.nan, math.nan]]), None).item())
-
-
-def infinite_reward(prompts, completions, **columns):
-    return [0.0, math.inf, *[0.0] * (len(completions) - 2)]
-
-
-def test_bad_rewards_are_named():
-    with pytest.raises(ValueError, match="'boom' must return finite rewards, got inf for completion 1"):
-        rewards.score({"boom": infinite_reward}, ["p"] * 3, ["c"] * 3, {})
-    with pytest.raises(ValueError, match="'few' must return 2 rewards, got 1"):
-        rewards.score({"few": lambda prompts, completions, **columns: [1.0]}, ["p"] * 2, ["c"] * 2, {})
-
-
-def test_reward_functions_resolve_by_name_and_by_module():
-    assert rewards.resolve("accuracy") is rewards.accuracy_reward
-    assert rewards.resolve("grpo_kernels.training.rewards:format_reward") is rewards.format_reward
-    with pytest.raises(ValueError, match=r"expected one of accuracy, .*format, .* or .* got 'acuracy'"):
-        rewards.resolve("acuracy")
-    with pytest.raises(ValueError, match="has no function 'nothing'"):
-        rewards.resolve("grpo_kernels.training.rewards:nothing")
-
-
-def test_addition_traces_are_right_without_an_error_and_wrong_with_one():
-    rng = random.Random(0)
-    for _ in range(200):
-        a, b = rng.randrange(10, 100), rng.randrange(10, 100)
-        assert rewards.accuracy_reward([""], [addition.trace(a, b)], answer=[a + b]) == [1.0]
-        assert rewards.accuracy_reward([""], [addition.trace(a, b, rng)], answer=[a + b]) == [0.0]
-        assert rewards.format_reward([""], [addition.trace(a, b, rng)]) == [1.0]
-
-
-def test_held_out_sums_are_in_the_training_set_in_neither_order():
-    train, held_out = addition.build_rows(seed=3, num_eval=100)
-    operands = {tuple(sorted(row["prompt"].removesuffix(" =").split(" + "))) for row in train}
-    assert len(held_out) == 100
-    for row in held_out:
-        assert tuple(sorted(row["prompt"].removesuffix(" =").split(" + "))) not in operands
-    traces = [row for row in train if "completion" in row]
-    broken = sum(rewards.format_reward([""], [row["completion"]])[0] == 0 for row in traces) / len(traces)
-    wrong = 1 - sum(rewards.extract_answer(row["completion"] + " </answer>") == row["answer"] for row in traces) / len(
-        traces
-    )
-    assert len(traces) == 1000
-    assert 0.2 < broken < 0.3
-    assert wrong > 0.3
-
-
-def test_every_word_of_the_task_is_in_the_tokenizer():
-    tokenizer = addition.build_tokenizer()
-    train, held_out = addition.build_rows(seed=0, num_eval=10)
-    for row in [*train, *held_out]:
-        ids = tokenizer(row["prompt"] + " " + row.get("completion", ""))["input_ids"]
-        assert tokenizer.unk_token_id not in ids
-
-
-def test_jsonl_rows_are_read_and_bad_ones_named(tmp_path):
-    path = tmp_path / "sums.jsonl"
-    path.write_text('{"prompt": "1 + 1 =", "answer": 2, "level": 0}\n\n{"prompt": "2 + 2 =", "answer": 4}\n')
-    assert [row["answer"] for row in data.read_jsonl(path)] == [2, 4]
-    path.write_text('{"prompt": "1 + 1 ="}\nnot json\n')
-    with pytest.raises(ValueError, match=r"sums\.jsonl:2: expected a JSON object, got 'not json'"):
-        data.read_jsonl(path)
-    path.write_text(json.dumps({"prompt": "1 + 1 =", "result": 2}) + "\n")
-    with pytest.raises(
-        ValueError, match="row 0 must have columns prompt and answer; it lacks answer and has prompt, result"
-    ):
-        data.load_task(Recipe(dataset_name=str(path)))
 
 
 def test_a_dataset_folder_gives_its_splits(tmp_path):

@@ -16,7 +16,6 @@ from testing.calls import SOURCES
 
 TESTS = Path(__file__).parent
 TABLE = TESTS.parent / "grpo_kernels" / "ops" / "token_logprobs" / "triton_blocks.json"
-PARTS = 8  # of the conformance suite: for as many workers of the test run
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed")
 
 
@@ -31,23 +30,38 @@ def passed(*arguments: str) -> int:
     return int(counted[1])
 
 
-@pytest.mark.parametrize("part", range(PARTS))
-def test_conformance(part: int) -> None:
+def conformance(tier: str, part: int, parts: int) -> int:
+    """How many tests of one part of the conformance suite pass, for as many workers of the test run."""
     files = [f"{TESTS}/{name}.py" for name in ("test_conformance", "test_group_advantages")]
-    assert passed(*files, "-k", "triton", "--part", f"{part}/{PARTS}") > 120
+    return passed(*files, "-m", tier, "-k", "triton", "--part", f"{part}/{parts}")
 
 
-def test_any_loss_is_trls() -> None:
-    pytest.importorskip("trl")
-    assert passed(f"{TESTS}/test_trl.py", "-k", "test_any_loss_is_trls") == 1
+@pytest.mark.early
+@pytest.mark.parametrize("part", range(2))
+def test_conformance(part: int) -> None:
+    assert conformance("not full", part, 2) > 60
 
 
+@pytest.mark.early
+@pytest.mark.full
+@pytest.mark.parametrize("part", range(8))
+def test_the_rest_of_conformance(part: int) -> None:
+    assert conformance("full", part, 8) > 100
+
+
+@pytest.mark.early
 @pytest.mark.parametrize(
     ("names", "fewest"),
     [(("test_edges", "test_interpreted"), 50), (("test_gae", "test_loss_family"), 50), (("test_divergence",), 40)],
 )
 def test_edges(names: tuple[str, ...], fewest: int) -> None:
     assert passed(*(f"{TESTS}/{name}.py" for name in names), "-k", "triton or interpreted") >= fewest
+
+
+@pytest.mark.full
+def test_any_loss_is_trls() -> None:
+    pytest.importorskip("trl")
+    assert passed(f"{TESTS}/test_trl.py", "-m", "", "-k", "test_any_loss_is_trls") == 1
 
 
 def _smoke(script: str, *arguments: str, interpret: bool = True) -> str:

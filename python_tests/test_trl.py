@@ -13,7 +13,7 @@ import torch
 from drawn import TRL_LOSS_TYPES, configs
 from hypothesis import strategies as st
 from testing.calls import BACKENDS
-from testing.cases import FAMILY_CASES, VARIANT_CASES, Case
+from testing.cases import ALL_VARIANT_CASES, FAMILY_CASES, Case
 from testing.inputs import Inputs, build
 from torch import Tensor
 
@@ -36,7 +36,7 @@ def _is_trls(config: GRPOLossConfig) -> bool:
 
 _TRLS_KL = ("k3", "naive", None, None)
 CASES = (
-    *VARIANT_CASES,
+    *ALL_VARIANT_CASES,
     *(case for case in FAMILY_CASES if _is_trls(case.config)),
     Case("on_policy", old=False, config=GRPOLossConfig(beta=0.1)),
     Case("on_policy_sequence", old=False, config=GRPOLossConfig(beta=0.1, importance_sampling_level="sequence")),

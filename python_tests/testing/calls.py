@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cache
 from typing import Any
 from unittest import mock
 
@@ -20,7 +21,7 @@ from grpo_kernels.ops.policy_loss import policy_loss
 from grpo_kernels.ops.token_divergence import token_divergence
 from grpo_kernels.ops.token_logprobs import token_logprobs
 from grpo_kernels.ops.token_logprobs.reference import OUTPUTS
-from testing.cases import Case
+from testing.cases import ALL_CASES, FAMILY_CASES, VARIANT_CASES, Case
 from testing.inputs import Inputs
 
 #: The backends that run on the CPU, here and now.
@@ -42,8 +43,16 @@ LEAVES = {
 }
 
 
+#: What is given to ops that take log-probabilities, to those that make them, and to those of divergences.
+_OF_TOKENS = ("batch", "length", "lengths", "layout", "mask", "dirty")
+_OF_A_LOSS = ("config", "advantages", "scale_rewards", "old", "ref", "sampling", "rollout", "num_items", "loss_scale",
+              "on_bound", "grad_output")  # fmt: skip
+_OF_LOGITS = ("vocab", "hidden", "logits", "softcap", "logit_scale", "bias", "coarse")
+_OF_A_DIVERGENCE = ("divergence", "soft")
+
+
 def applies(op: str, case: Case) -> bool:
-    """Whether a case says anything about an op."""
+    """Whether an op can be called on a case."""
     source = SOURCES[op]
     if op.endswith("token_divergence") and case.divergence is None:
         return False
@@ -55,6 +64,33 @@ def applies(op: str, case: Case) -> bool:
         transformed = case.softcap is not None or case.logit_scale != 1
         return not (transformed or case.advantages == "rewards" or case.layout == "next" or case.logits != "normal")
     return True
+
+
+@cache
+def cases_of(op: str) -> tuple[Case, ...]:
+    """The named cases that give an op what none before them gave it.
+
+    An op without a loss sees a shape, a layout, a mask, logits and their transform; ``policy_loss`` sees no logits.
+    """
+    cases = {}
+    for case in ALL_CASES:
+        if "loss" not in op and case in (*VARIANT_CASES, *FAMILY_CASES):
+            continue
+        if applies(op, case):
+            cases.setdefault(_seen(op, case), case)
+    return tuple(cases.values())
+
+
+def _seen(op: str, case: Case) -> tuple[Any, ...]:
+    """What an op is given of a case."""
+    fields = list(_OF_TOKENS)
+    if "loss" in op:
+        fields += _OF_A_LOSS
+    if op != "policy_loss":
+        fields += _OF_LOGITS
+    if "divergence" in op:
+        fields += _OF_A_DIVERGENCE
+    return (case.config.temperature, *(getattr(case, name) for name in fields))
 
 
 def leaves(op: str, inputs: Inputs) -> dict[str, Tensor]:

@@ -1,9 +1,10 @@
-"""Named cases: what can stand in the inputs of an op, one peculiarity a case, and every variant of the loss."""
+"""Named cases: what can stand in the inputs of an op, one peculiarity a case, and the variants of the loss."""
 
 from __future__ import annotations
 
 import itertools
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 from grpo_kernels.config import GRPOLossConfig
 from grpo_kernels.options import DIVERGENCES, KL_ESTIMATORS, KL_GRADIENTS, ROLLOUT_CORRECTIONS
@@ -187,17 +188,28 @@ def _variant(loss_type: str, level: str, kl: str, delta: float | None, entropy: 
     return Case(name, batch=6, config=config, num_items=17.0 if loss_type == "dapo" else None)
 
 
-#: Loss types that differ in their weights, x level x KL x delta x entropy bonus.
-VARIANT_CASES = tuple(
-    _variant(*options)
-    for options in itertools.product(
-        ("grpo", "bnpo", "dr_grpo", "dapo"),
-        ("token", "sequence"),
-        ("none", "plain", "corrected"),
-        (None, 1.6),
-        (0.0, 0.05),
-    )
-)
+def pairwise(*axes: tuple[Any, ...]) -> list[tuple[Any, ...]]:
+    """Few rows of a product in which any two values of any two axes stand together, the most new pairs first."""
+
+    def pairs(row: tuple[Any, ...]) -> set[tuple[Any, Any]]:
+        return set(itertools.combinations(enumerate(row), 2))
+
+    rows = list(itertools.product(*axes))
+    missing = set().union(*map(pairs, rows))
+    chosen = []
+    while missing:
+        chosen.append(max(rows, key=lambda row: len(pairs(row) & missing)))
+        missing -= pairs(chosen[-1])
+    return chosen
+
+
+#: Loss types that differ in their weights; level; KL; delta; entropy bonus.
+_VARIANTS = (("grpo", "bnpo", "dr_grpo", "dapo"), ("token", "sequence"), ("none", "plain", "corrected"), (None, 1.6),
+             (0.0, 0.05))  # fmt: skip
+#: Every one of them, for what computes the loss alone.
+ALL_VARIANT_CASES = tuple(_variant(*options) for options in itertools.product(*_VARIANTS))
+#: For kernels, which are handed weights and never see the loss type.
+VARIANT_CASES = tuple(_variant(*options) for options in pairwise(*_VARIANTS))
 
 
 def _of_family(name: str, **options: object) -> Case:
