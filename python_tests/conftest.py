@@ -25,6 +25,15 @@ def pytest_configure(config: pytest.Config) -> None:
         torch.ops.grpo_kernels.cpu_limit_simd_level(SIMD_LEVELS.index(level))
 
 
+#: Fixtures of a module that train, build or start processes: all that takes one runs in the same worker.
+SHARED_FIXTURES = {"further", "one", "programs", "reduced", "run", "shared", "trained", "wheel", "whole"}
+
+
+def pytest_itemcollected(item: pytest.Item) -> None:
+    for name in SHARED_FIXTURES.intersection(getattr(item, "fixturenames", ())):
+        item.add_marker(pytest.mark.xdist_group(f"{item.location[0]}-{name}"))
+
+
 @pytest.hookimpl(trylast=True)  # after -k and -m
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     part, parts = map(int, config.getoption("--part").split("/"))

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from typing import Any
 from unittest import mock
@@ -54,8 +55,20 @@ def fresh_cache(tmp_path_factory: Any) -> Iterator[None]:
         yield
 
 
-@pytest.mark.parametrize("target", TARGETS)
-@pytest.mark.parametrize("name", [*CASES, OTHERS])
+#: For these every change compiles for one GPU; between them they launch every kernel.
+OFTEN = ("plain", "full", "prime", "sequence", "rewards", "compared", OTHERS)
+
+
+def each(names: Iterable[str], targets: Iterable[str]) -> pytest.MarkDecorator:
+    """Every case for every GPU; what is not compiled at every change is left to ``make test-full``."""
+    rows = itertools.product(names, targets)
+    return pytest.mark.parametrize(
+        ("name", "target"),
+        [pytest.param(*row, marks=() if row[1] == "sm_90" and row[0] in OFTEN else pytest.mark.full) for row in rows],
+    )
+
+
+@each([*CASES, OTHERS], TARGETS)
 def test_kernels_take_no_more_than_is_recorded(name: str, target: str) -> None:
     for launch in launches_of(name, target):
         taken, most = resources(compiled(launch, target)), bounds()[kernel_of(launch)][target]
@@ -96,8 +109,7 @@ def _is_wide(launch: Launch, loop: list[str]) -> bool:
     return all({"LDG": ".128", "STG": store}.get(x[:3], "") in x for x in loop)
 
 
-@pytest.mark.parametrize("target", NVIDIA)
-@pytest.mark.parametrize("name", ["plain", "full_fp32", "full_fp16", "small"])
+@each(["plain", "full_fp32", "full_fp16", "small"], NVIDIA)
 def test_rows_are_read_and_written_by_16_bytes(name: str, target: str) -> None:
     kernels = [launch for launch in launches_of(name, target) if launch.name in ROW_KERNELS]
     assert {launch.name for launch in kernels} == ROW_KERNELS
@@ -126,8 +138,7 @@ def test_rows_are_read_by_16_bytes_on_amd() -> None:
             assert "global_load_dwordx4" in compiled(launch, "gfx942").asm["amdgcn"], launch.name
 
 
-@pytest.mark.parametrize("target", NVIDIA)
-@pytest.mark.parametrize("name", ["plain", "full", "full_fp32", "prime", "compared"])
+@each(["plain", "full", "full_fp32", "prime", "compared"], NVIDIA)
 def test_threads_go_over_a_row_without_waiting_for_each_other_or_for_their_own_memory(name: str, target: str) -> None:
     """A block's layout keeps UNROLL within a thread, whatever the release of Triton."""
     kernels = [launch for launch in launches_of(name, target) if "ALIGNMENT" in dict(launch.signature)]
@@ -137,8 +148,7 @@ def test_threads_go_over_a_row_without_waiting_for_each_other_or_for_their_own_m
             assert not [x for x in loop if x.startswith(("SHFL", "STS", "LDS", "STL", "LDL"))], launch.name
 
 
-@pytest.mark.parametrize("target", NVIDIA)
-@pytest.mark.parametrize("name", COUNTED)
+@each(COUNTED, NVIDIA)
 def test_instructions_a_logit_are_no_more_than_recorded(name: str, target: str) -> None:
     for launch in launches_of(name, target):
         if launch.name in ROW_KERNELS:

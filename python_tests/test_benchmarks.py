@@ -76,6 +76,8 @@ def test_a_provider_that_is_missing_has_a_reason() -> None:
     ]  # fmt: skip
 
 
+@pytest.mark.early
+@pytest.mark.full
 def test_a_provider_that_crashes_hangs_or_eats_memory_is_a_row(tmp_path: Path) -> None:
     script = tmp_path / "script.py"
     script.write_text(
@@ -163,6 +165,8 @@ def test_an_interrupted_run_leaves_what_finished(tmp_path: Path) -> None:
     assert len(rows) >= last + 1 and [row.shape["N"] for row in rows] == list(range(len(rows)))
 
 
+@pytest.mark.early
+@pytest.mark.full
 def test_the_guard_passes_and_fails_by_its_limit(capsys: pytest.CaptureFixture[str]) -> None:
     root = BENCHMARKS.parent
     assert guard.guard(root, "itself", rounds=3, limit=1000.0, quick=True) == 0

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
 from contextlib import nullcontext
 from functools import cache
 
 import pytest
 import torch
 from testing.calls import BACKENDS, SOURCES, cases_of, run
-from testing.cases import FAMILY_CASES, VARIANT_CASES, VOCABULARY_CASES, Case
+from testing.cases import ALL_VARIANT_CASES, FAMILY_CASES, VARIANT_CASES, VOCABULARY_CASES, Case
 from testing.emulated import emulated
 from testing.expected import Expected
 from testing.inputs import build
@@ -87,16 +88,23 @@ def test_op_is_near_its_fp64_baseline(op: str, backend: str, dtype: torch.dtype,
         assert torch.equal(tensor.nan_to_num(), before[name].nan_to_num()), f"{name} was changed"
 
 
-@pytest.mark.parametrize("name", ["dirty_mask", "packed_dirty", "bias"])
-@pytest.mark.parametrize("op", SOURCES)
-def test_the_reference_leaves_its_inputs_alone(op: str, name: str) -> None:
-    cases = {case.name: case for case in cases_of(op)}
-    if name not in cases:
-        pytest.skip(f"{op} is not given {name}")
-    inputs = build(cases[name], torch.float32, SOURCES[op])
+@pytest.mark.parametrize(
+    ("op", "case"),
+    [(op, case) for op in SOURCES for case in cases_of(op) if case.name in ("dirty_mask", "packed_dirty", "bias")],
+    ids=str,
+)
+def test_the_reference_leaves_its_inputs_alone(op: str, case: Case) -> None:
+    inputs = build(case, torch.float32, SOURCES[op])
     before = inputs.clone().tensors()
     run(op, inputs, "torch")
-    assert all(torch.equal(x.nan_to_num(), before[key].nan_to_num()) for key, x in inputs.tensors().items())
+    assert all(torch.equal(x.nan_to_num(), before[name].nan_to_num()) for name, x in inputs.tensors().items())
+
+
+def test_variants_have_every_pair_of_options() -> None:
+    def pairs(cases: tuple[Case, ...]) -> set:
+        return {pair for case in cases for pair in itertools.combinations(enumerate(case.name.split("-")), 2)}
+
+    assert pairs(VARIANT_CASES) == pairs(ALL_VARIANT_CASES) and len(VARIANT_CASES) == 12
 
 
 @pytest.mark.parametrize("op", registry.OPS)

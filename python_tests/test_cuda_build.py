@@ -160,6 +160,7 @@ def test_a_library_for_other_gpus_says_so_at_the_first_call(
 # ---- what nvcc makes of the row kernels
 
 
+@pytest.mark.early
 @needs_nvcc
 def test_loss_compiles_for_clusters_within_what_is_recorded(tmp_path: Path) -> None:
     """One file for one architecture, of what the wheel's tests compile: the others follow it."""
@@ -220,6 +221,7 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Wheel:
     return Wheel(tmp_path_factory.mktemp("wheel"))
 
 
+@pytest.mark.early
 @pytest.mark.full
 @needs_nvcc
 def test_wheel_says_what_it_is_for(wheel: Wheel) -> None:

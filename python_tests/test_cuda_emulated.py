@@ -20,7 +20,7 @@ from grpo_kernels.ops.linear_token_logprobs import head
 if registry.cuda_architectures():
     pytest.skip("test_gpu.py runs the kernels themselves", allow_module_level=True)
 
-pytestmark = pytest.mark.usefixtures("poison", "one_thread")
+pytestmark = [pytest.mark.full, pytest.mark.usefixtures("poison", "one_thread")]
 CPU = torch.device("cpu")
 OPS = torch.ops.grpo_kernels
 CASES = {case.name: case for case in (*INPUT_CASES, *LOSS_CASES, *FOUND_CASES)}

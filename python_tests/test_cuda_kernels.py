@@ -16,7 +16,7 @@ CPU = torch.device("cpu")
 OPS = torch.ops.grpo_kernels
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
-pytestmark = pytest.mark.usefixtures("poison", "one_thread")
+pytestmark = [pytest.mark.full, pytest.mark.usefixtures("poison", "one_thread")]
 
 
 @pytest.fixture(autouse=True)

@@ -66,6 +66,7 @@ def test_our_backends_are_named_and_auto_is_none_of_them() -> None:
         assert ours[labels[1]].missing(kind) == reason
 
 
+@pytest.mark.full
 def test_a_backend_is_held_to_its_target_in_every_comparison() -> None:
     """At toy sizes, by the emulated CUDA kernels."""
     name = "grpo_kernels, CUDA"
@@ -90,6 +91,7 @@ def test_a_backend_is_held_to_its_target_in_every_comparison() -> None:
     assert calls.targets == {"grpo_loss, CUDA, captured": 40e-6 / calls.median("copy into existing memory")}
 
 
+@pytest.mark.full
 def test_the_targets_of_calls_in_place() -> None:
     with emulated():
         comparison = settings.in_place(torch.bfloat16, 8, 96, CPU, ["cuda"], has_settings=True)
@@ -112,6 +114,7 @@ def test_a_dense_call_notes_trls_time_and_its_peak() -> None:
     ]
 
 
+@pytest.mark.full
 def test_our_cuda_kernels_are_right_as_providers() -> None:
     sizes, checked = ProblemSizes((32, 64, 256), 8, (), (32, 96)), []
     with emulated():

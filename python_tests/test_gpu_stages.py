@@ -107,6 +107,8 @@ def results_of(folder: Path) -> Results:
     return Results.load(path)
 
 
+@pytest.mark.early
+@pytest.mark.full
 def test_a_stage_may_fail_hang_or_be_killed_and_the_others_run(odd: Path) -> None:
     names = ("fails", "hangs", "is_killed", "runs_out_of_memory", "runs_out_of_time", "leaves_a_process", "works_well")
     code, output = run_command(odd, "--dry-run", *names, script=ODD_COMMAND)
@@ -132,6 +134,8 @@ def test_a_stage_may_fail_hang_or_be_killed_and_the_others_run(odd: Path) -> Non
     assert processes_with(str(odd)) == []
 
 
+@pytest.mark.early
+@pytest.mark.full
 def test_after_a_part_that_kills_its_process_another_process_goes_on(odd: Path) -> None:
     script = ODD_COMMAND.replace("seconds=12", "seconds=60")
     code, output = run_command(odd, "--dry-run", "goes_on", script=script)
@@ -174,6 +178,8 @@ def make_tool(folder: Path, name: str, source: str) -> Path:
     return path
 
 
+@pytest.mark.early
+@pytest.mark.full
 def test_a_dry_run_goes_through_every_stage(tmp_path: Path) -> None:
     for name, source in TOOLS.items():
         make_tool(tmp_path, name, source)
@@ -205,6 +211,8 @@ def test_a_dry_run_goes_through_every_stage(tmp_path: Path) -> None:
     assert processes_with(str(tmp_path)) == []
 
 
+@pytest.mark.early
+@pytest.mark.full
 def test_stages_of_the_same_code_are_taken_over(odd: Path) -> None:
     given = ("--dry-run", "works_well", "is_killed")
     run_command(odd, *given, script=ODD_COMMAND)
@@ -227,6 +235,8 @@ def test_stages_of_the_same_code_are_taken_over(odd: Path) -> None:
     assert len(list(odd.glob("results/dry-run/*.json"))) == 2
 
 
+@pytest.mark.early
+@pytest.mark.full
 def test_a_part_that_is_named_is_done_again_and_the_others_findings_are_kept(odd: Path) -> None:
     assert run_command(odd, "--dry-run", "fails", "--only", "another", script=ODD_COMMAND)[0] == 0
     found = results_of(odd).extra["stages"]["fails"]

@@ -37,7 +37,11 @@ OPTIONS = list(
 
 
 @pytest.mark.parametrize("backend", KERNELS)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
+@pytest.mark.parametrize(
+    "dtype",
+    [torch.float32, *(pytest.param(x, marks=pytest.mark.full) for x in (torch.bfloat16, torch.float16, torch.float64))],
+    ids=str,
+)
 @pytest.mark.parametrize("name", REWARDS)
 def test_backend_is_near_its_fp64_baseline(name: str, dtype: torch.dtype, backend: str) -> None:
     rewards = REWARDS[name].to(dtype)

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from testing.calls import call, leaves, run
-from testing.cases import FAMILY_CASES, INPUT_CASES, LOSS_CASES, VOCABULARY_CASES, Case
+from testing.cases import FAMILY_CASES, INPUT_CASES, LOSS_CASES, VOCABULARY_CASES, Case, pairwise
 from testing.inputs import Inputs, build
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
@@ -226,9 +226,7 @@ MEMORY_CASES = ("plain", "dirty_mask", "dirty_mask_sequence", "bias", "bias_sequ
                 "some_advantages", "zero_advantage", "strided")  # fmt: skip
 
 
-@pytest.mark.parametrize("options", OPTIONS, ids=str)
-@pytest.mark.parametrize("name", MEMORY_CASES)
-@pytest.mark.parametrize("op", LINEAR)
+@pytest.mark.parametrize(("name", "options", "op"), pairwise(MEMORY_CASES, OPTIONS, LINEAR), ids=str)
 def test_bounds_on_memory_change_no_result(op: str, name: str, options: dict[str, int], poison: None) -> None:
     inputs = build(CASES[name], torch.float64, "hidden")
     expected, got = run(op, inputs, "cpu"), run(op, inputs, "cpu", **options)

@@ -295,6 +295,7 @@ def test_a_missing_compiler_is_named(tmp_path):
     assert "no CUDA compiler found (looked for no-such-nvcc)" in result.stderr
 
 
+@pytest.mark.early
 @pytest.mark.full
 def test_wheel_from_the_sdist(tmp_path):
     checkout = copy_of_checkout(tmp_path)

@@ -117,6 +117,7 @@ def test_any_gradient_off_by_one_in_1e5_fails(name: str, op: str) -> None:
                 expected.assert_near(expected.reference | {gradient: expected.reference[gradient] * (1 + PLANTED)})
 
 
+@pytest.mark.full
 def test_another_processor_passes() -> None:
     """Narrower instructions of torch and of our kernels, and MKL's that every x86-64 has: other orders of sums."""
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "no:xdist"]

@@ -293,6 +293,7 @@ sys.exit(cli.main(sys.argv[1:]))
 """
 
 
+@pytest.mark.full
 @pytest.mark.skipif(sys.platform == "win32", reason="limits the size of files as POSIX does")
 def test_a_disk_that_fills_up_leaves_the_run_to_be_resumed(tmp_path: Path) -> None:
     options = SMALL | {"output_dir": tmp_path, "max_steps": 4, "save_steps": 2, "num_generations": 4,

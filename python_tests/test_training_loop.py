@@ -298,6 +298,7 @@ def test_the_reward_rises_unless_it_is_shuffled(shuffle):
     assert rise < 0.05 if shuffle else rise > 0.3
 
 
+@pytest.mark.early
 @pytest.mark.full
 @pytest.mark.parametrize("seed", [0, 1, 2])
 def test_the_demo_raises_held_out_accuracy(tmp_path, seed):
@@ -305,6 +306,7 @@ def test_the_demo_raises_held_out_accuracy(tmp_path, seed):
     assert result.after["eval_accuracy"] >= result.before["eval_accuracy"] + 0.2
 
 
+@pytest.mark.early
 @pytest.mark.full
 def test_shuffled_rewards_do_not_raise_held_out_accuracy(tmp_path):
     result = train(load_recipe("addition", ["--output_dir", str(tmp_path), "--shuffle_rewards", "true"]))

@@ -205,8 +205,14 @@ HAS_DEEPSPEED = importlib.util.find_spec("deepspeed") is not None
 WITH_DEEPSPEED = pytest.mark.skipif(not HAS_DEEPSPEED, reason="deepspeed is not installed")
 
 
+@pytest.mark.early
 @pytest.mark.parametrize(
-    "mode", ["ddp", "fsdp2", *(pytest.param(f"zero{stage}", marks=WITH_DEEPSPEED) for stage in (2, 3))]
+    "mode",
+    [
+        "ddp",
+        pytest.param("fsdp2", marks=pytest.mark.full),
+        *(pytest.param(f"zero{stage}", marks=[WITH_DEEPSPEED, pytest.mark.full]) for stage in (2, 3)),
+    ],
 )
 def test_two_processes_take_the_steps_of_one(mode: str, one: Found, tmp_path: Path) -> None:
     import transformers

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -65,7 +66,9 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("checkpoint", [0, pytest.param(2, marks=pytest.mark.full), 4])
+@pytest.mark.early
+@pytest.mark.full
+@pytest.mark.parametrize("checkpoint", [0, 2, 4])
 def test_a_run_killed_after_a_checkpoint_goes_on_as_if_nothing_had_been(
     whole: Path, tmp_path: Path, checkpoint: int
 ) -> None:
@@ -81,6 +84,7 @@ def test_a_run_killed_after_a_checkpoint_goes_on_as_if_nothing_had_been(
     same_run(whole, tmp_path)
 
 
+@pytest.mark.early
 @pytest.mark.full
 def test_a_run_killed_at_ten_random_moments_is_the_same_run(whole: Path, tmp_path: Path) -> None:
     start = time.monotonic()
@@ -96,7 +100,19 @@ def test_a_run_killed_at_ten_random_moments_is_the_same_run(whole: Path, tmp_pat
     same_run(whole, tmp_path / "killed")
 
 
-def test_resuming_a_finished_run_writes_nothing_new(whole: Path, tmp_path: Path) -> None:
+def test_a_run_resumed_in_its_middle_is_the_same_run(tmp_path: Path) -> None:
+    """In this process; those that are killed are left to ``make test-full``."""
+    whole, again = tmp_path / "whole", tmp_path / "again"
+    train(recipe_of(whole, save_total_limit=9))
+    shutil.copytree(whole, again)
+    for checkpoint in list_checkpoints(again)[-2:]:
+        shutil.rmtree(checkpoint)
+    assert list_checkpoints(again)[-1].name == "checkpoint-4"
+    train(recipe_of(again, save_total_limit=9, resume=True))
+    same_run(whole, again)
+
+
+def test_resuming_a_finished_run_writes_nothing_new(tmp_path: Path) -> None:
     train(recipe_of(tmp_path))
     before = weights(tmp_path)
     result = train(recipe_of(tmp_path, resume=True))

@@ -312,6 +312,7 @@ def test_continuous_batching_samples_the_models_distribution(monkeypatch):
     assert torch.equal(again.completion_ids * again.completion_mask, greedy.completion_ids * greedy.completion_mask)
 
 
+@pytest.mark.full
 def test_a_loop_trains_by_continuous_batching_and_is_repeatable():
     rewards = []
     for _ in range(2):

@@ -303,6 +303,7 @@ def test_rejection_that_keeps_nothing_is_an_error(tmp_path: Path) -> None:
     assert (root / "grpo" / "done.json").exists() and not (root / "samples" / "done.json").exists()
 
 
+@pytest.mark.early
 @pytest.mark.full
 @pytest.mark.parametrize("seed", [0, 1, 2])
 def test_the_pipeline_gains_at_its_stages(tmp_path: Path, seed: int) -> None:

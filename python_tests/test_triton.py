@@ -52,7 +52,11 @@ def test_the_rest_of_conformance(part: int) -> None:
 @pytest.mark.early
 @pytest.mark.parametrize(
     ("names", "fewest"),
-    [(("test_edges", "test_interpreted"), 50), (("test_gae", "test_loss_family"), 50), (("test_divergence",), 40)],
+    [
+        (("test_edges", "test_interpreted"), 50),
+        (("test_gae", "test_loss_family"), 50),
+        pytest.param(("test_divergence",), 40, marks=pytest.mark.full),
+    ],
 )
 def test_edges(names: tuple[str, ...], fewest: int) -> None:
     assert passed(*(f"{TESTS}/{name}.py" for name in names), "-k", "triton or interpreted") >= fewest
@@ -79,6 +83,7 @@ def test_tuning_without_a_gpu_says_so() -> None:
     assert "sees no CUDA or ROCm device" in _smoke("tune.py", interpret=False)
 
 
+@pytest.mark.full
 def test_tuned_rows_join_the_shipped_table(tmp_path: Path) -> None:
     path = tmp_path / "table.json"
     _smoke("tune.py", "--smoke", "--rounds", "1", "--table", str(path))
@@ -90,6 +95,7 @@ def test_tuned_rows_join_the_shipped_table(tmp_path: Path) -> None:
     assert all(row in rows for row in shipped)
 
 
+@pytest.mark.early
 @pytest.mark.full
 def test_opcheck() -> None:
     assert passed(f"{TESTS}/test_compile.py", "-k", "opcheck") > len(SOURCES)

@@ -22,6 +22,7 @@ CASES = "plain or full_fp32 or prime or compared or others or narrowed or anywhe
 SELECTED = f"({CASES}) and not large and not softly and not sm_80"
 
 
+@pytest.mark.early
 @pytest.mark.full
 @pytest.mark.parametrize("release", [release for release in recorded() if release != triton.__version__])
 def test_bounds_hold_for_other_releases(release: str, tmp_path: Path) -> None:
@@ -33,8 +34,9 @@ def test_bounds_hold_for_other_releases(release: str, tmp_path: Path) -> None:
     version = [sys.executable, "-W", "ignore", "-c", "import triton; print(triton.__version__)"]
     told = subprocess.run(version, env=environment, capture_output=True, text=True, check=True).stdout
     assert told.strip() == release
-    tests = ["-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "no:xdist", f"{TESTS}/test_aot.py", "-k", SELECTED]
-    done = subprocess.run([sys.executable, *tests], cwd=TESTS.parent, env=environment, capture_output=True, text=True)
+    options = ["-q", "-p", "no:cacheprovider", "-p", "no:xdist", "-m", "", "-k", SELECTED]
+    command = [sys.executable, "-m", "pytest", *options, f"{TESTS}/test_aot.py"]
+    done = subprocess.run(command, cwd=TESTS.parent, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     counted = re.search(r"(\d+) passed", done.stdout)
     assert counted and int(counted[1]) >= 30, done.stdout

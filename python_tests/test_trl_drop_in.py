@@ -140,11 +140,20 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "gdpo": {"multi_objective_aggregation": "normalize_then_sum"},
 }
 CONFIGURATIONS |= VARIANTS
+#: Each loss type, with and without a KL and a second iteration, and what else takes a way of its own.
+OFTEN = (
+    "grpo-beta_0.0-iterations_1", "bnpo-beta_0.04-iterations_2", "dr_grpo-beta_0.04-iterations_1",
+    "dapo-beta_0.0-iterations_2", "luspo-beta_0.04-iterations_2", "cispo-beta_0.04-iterations_1",
+    "sapo-beta_0.0-iterations_2", "vespo-beta_0.04-iterations_2", "sequence", "entropy-beta", "top_entropy",
+    "off_policy_mask", "accumulation", "gdpo",
+)  # fmt: skip
 #: Where a token's gradient waits for others, or its mask for entropies: what is expected is not known in the forward.
 NOT_SPECULATED = ("vespo", "top_entropy", "off_policy_mask", "sequence-iterations")
 
 
-@pytest.mark.parametrize("name", CONFIGURATIONS)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=() if name in OFTEN else pytest.mark.full) for name in CONFIGURATIONS]
+)
 def test_a_trainers_logs_and_parameters_are_stock(name: str, folder: Path, tmp_path: Path) -> None:
     options = dict(CONFIGURATIONS[name])
     if name == "gdpo":
@@ -184,7 +193,10 @@ def test_a_trainer_of_ours_changes_no_other(folder: Path, tmp_path: Path) -> Non
         assert torch.equal(after[1][name], value)  # bit by bit: nothing of ours ran
 
 
-@pytest.mark.parametrize("options", [{}, {"beta": 0.04, "num_iterations": 2}], ids=["plain", "kl"])
+@pytest.mark.parametrize(
+    "options",
+    [pytest.param({}, id="plain", marks=pytest.mark.full), pytest.param({"beta": 0.04, "num_iterations": 2}, id="kl")],
+)
 def test_a_trainer_with_a_loss_of_its_own_is_right(options: dict[str, Any], folder: Path, tmp_path: Path) -> None:
     """GMPO overrides ``_compute_loss``: nothing is expected of it. Made to expect TRL's, every gradient is a miss."""
     options = options | {"use_bias_correction_kl": False}
@@ -221,7 +233,7 @@ def test_a_wrong_backward_is_caught(folder: Path, tmp_path: Path) -> None:
         _assert_equal(stock, ours)
 
 
-@pytest.mark.parametrize("speculate", [True, False])
+@pytest.mark.parametrize("speculate", [True, pytest.param(False, marks=pytest.mark.full)])
 def test_in_bf16(speculate: bool, folder: Path, tmp_path: Path) -> None:
     """Autocast: the head's GEMMs take bf16 as TRL's do, but its logits stay fp32. Against a run in fp32 the error of
     all parameters together is no larger than stock's, but for what one rounding otherwise makes of it."""
@@ -259,7 +271,7 @@ def _lora(**options: Any) -> Any:
     ],
     ids=["adapters", "saved_head"],
 )
-@pytest.mark.parametrize("beta", [0.0, 0.04])
+@pytest.mark.parametrize("beta", [pytest.param(0.0, marks=pytest.mark.full), 0.04])
 def test_under_lora(options: dict[str, Any], beta: float, folder: Path, tmp_path: Path) -> None:
     stock = _train(trl.GRPOTrainer, folder, tmp_path, peft=_lora(**options), beta=beta, num_iterations=2)
     with apply() as applied:
@@ -296,7 +308,14 @@ def _model_of(name: str) -> Any:
     return model
 
 
-@pytest.mark.parametrize("name", ["Gemma2", "Cohere2", "Granite", "Qwen3Moe", "Qwen2", "Phi"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "Gemma2",
+        "Phi",
+        *(pytest.param(x, marks=pytest.mark.full) for x in ("Cohere2", "Granite", "Qwen3Moe", "Qwen2")),
+    ],
+)
 def test_of_other_models(name: str, folder: Path, tmp_path: Path) -> None:
     """A softcap, logit scales, experts, a tied head, a head with a bias (Phi)."""
     stock = _train(trl.GRPOTrainer, folder, tmp_path, model=lambda: _model_of(name), num_iterations=2)
@@ -306,6 +325,7 @@ def test_of_other_models(name: str, folder: Path, tmp_path: Path) -> None:
     assert applied.counts.hits > 0 == applied.counts.misses
 
 
+@pytest.mark.full
 def test_retained_logits_and_small_workspaces_change_nothing(folder: Path, tmp_path: Path) -> None:
     options = CONFIGURATIONS["vespo-beta_0.04-iterations_2"]
     stock = _train(trl.GRPOTrainer, folder, tmp_path, **options)

@@ -172,6 +172,7 @@ def test_other_inputs_are_served(change: Any, speculate: bool, folder: Path, tmp
     assert (applied.counts.hits > 0) == speculate and applied.counts.misses == 0
 
 
+@pytest.mark.full
 def test_a_loss_of_ones_own_reads_every_token(folder: Path, tmp_path: Path) -> None:
     """Patched on the class or set on the instance: nothing is expected then, and every row is scored."""
 
@@ -211,6 +212,7 @@ def test_options_that_only_trl_allows_run_as_ever(
     assert "importance_sampling_level" in caplog.text
 
 
+@pytest.mark.full
 def test_a_compiled_model_and_a_retained_graph(folder: Path) -> None:
     from trl.trainer import utils
 

@@ -135,6 +135,8 @@ def _with_tools(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(trl.GRPOTrainer, "_prepare_inputs", prepare_inputs)
 
 
+@pytest.mark.early
+@pytest.mark.full
 def test_two_processes(folder: Path, tmp_path: Path) -> None:  # noqa: F811
     """DDP on gloo, each with half of the batch."""
     stock, ours = (_launched("ddp", use, folder, tmp_path) for use in (False, True))
@@ -146,6 +148,8 @@ def test_two_processes(folder: Path, tmp_path: Path) -> None:  # noqa: F811
     assert ours["hits"] > 0 == ours["misses"]
 
 
+@pytest.mark.early
+@pytest.mark.full
 def test_a_sharded_model(folder: Path, tmp_path: Path) -> None:  # noqa: F811
     """FSDP2 on gloo: the head's weight is gathered by TRL, its gradient scattered by autograd."""
     stock, ours = (_launched("fsdp2", use, folder, tmp_path) for use in (False, True))

@@ -191,16 +191,16 @@ def _variant(loss_type: str, level: str, kl: str, delta: float | None, entropy: 
 def pairwise(*axes: tuple[Any, ...]) -> list[tuple[Any, ...]]:
     """Few rows of a product in which any two values of any two axes stand together, the most new pairs first."""
 
-    def pairs(row: tuple[Any, ...]) -> set[tuple[Any, Any]]:
+    def pairs(row: tuple[int, ...]) -> set[tuple[Any, Any]]:
         return set(itertools.combinations(enumerate(row), 2))
 
-    rows = list(itertools.product(*axes))
+    rows = list(itertools.product(*(range(len(axis)) for axis in axes)))
     missing = set().union(*map(pairs, rows))
     chosen = []
     while missing:
         chosen.append(max(rows, key=lambda row: len(pairs(row) & missing)))
         missing -= pairs(chosen[-1])
-    return chosen
+    return [tuple(axis[index] for axis, index in zip(axes, row, strict=True)) for row in chosen]
 
 
 #: Loss types that differ in their weights; level; KL; delta; entropy bonus.
