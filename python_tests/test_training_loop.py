@@ -7,9 +7,11 @@ import math
 
 import pytest
 import torch
+from accelerate import Accelerator
 
 from grpo_kernels import registry
 from grpo_kernels.ops.device_values import first_bad
+from grpo_kernels.ops.policy_loss.metrics import PolicyMetrics
 from grpo_kernels.training import addition
 from grpo_kernels.training.cold_start import cold_start
 from grpo_kernels.training.data import Task, load_task
@@ -90,6 +92,26 @@ def test_accumulated_gradients_equal_those_of_one_batch(loss_type, backend):
     assert cut_metrics == pytest.approx(whole_metrics, rel=1e-6)
 
 
+@pytest.mark.parametrize("loss_type", ["bnpo", "grpo"])
+def test_a_mean_is_over_the_tokens_or_sequences_of_all_processes(loss_type, monkeypatch):
+    """What either of two processes has before gradients are averaged, of half a batch and the other's count."""
+    loop = loop_of(loss_type=loss_type)
+    loop.model.double()
+    batch, _, _ = loop.collect()
+    lengths = batch.rollout.completion_mask.sum(dim=1)
+    parts = lengths.argsort().split(8)
+    assert lengths[parts[0]].sum() < lengths[parts[1]].sum()
+    _, whole = gradients(loop, [batch])
+    total = lengths.sum() if loss_type == "bnpo" else torch.tensor(len(lengths))
+    monkeypatch.setattr(Accelerator, "num_processes", 2)
+    monkeypatch.setattr(loop.accelerator, "reduce", lambda values, how: total if how == "sum" else values)
+    monkeypatch.setattr(PolicyMetrics, "reduce", lambda self: self)
+    halves = [gradients(loop, [batch.select(part)])[1] for part in parts]
+    assert max(float(g.abs().max()) for g in whole) > 1e-4
+    for expected, first, second in zip(whole, *halves, strict=True):
+        torch.testing.assert_close((first + second) / 2, expected, atol=1e-12, rtol=1e-7)
+
+
 def test_ratios_leave_1_in_the_second_iteration():
     loop = loop_of(num_iterations=2, epsilon=1e-3)
     batch, _, _ = loop.collect()
@@ -128,6 +150,15 @@ def test_the_reference_stays_where_it_was():
     assert abs(kl[0]) < 1e-6 < kl[1]
     assert all(torch.equal(p, q) for p, q in zip(before, loop.reference.parameters(), strict=True))
     assert not all(torch.equal(p, q) for p, q in zip(before, loop.model.parameters(), strict=True))
+
+
+def test_the_references_log_probs_are_of_the_generation():
+    loop = loop_of(beta=0.1)
+    batches = [loop.collect()[0] for _ in range(2)]
+    assert not torch.equal(batches[0].rollout.completion_ids, batches[1].rollout.completion_ids)
+    for batch in batches:
+        expected = completion_logprobs(loop.reference, batch.rollout, temperature=1.0, batch_size=16, backend="torch")
+        torch.testing.assert_close(batch.ref_logprobs, expected)
 
 
 def test_what_a_gpu_flagged_stops_the_run_before_the_step():
