@@ -86,13 +86,15 @@ def test_token_logprobs_of_two_logits(backend: str) -> None:
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_transform_scales_caps_and_then_cools(backend: str) -> None:
     # 2 tanh(0.5 z / 2) / 0.25 at z = (0, 4): (0, 8 tanh 1)
-    logits = torch.tensor([[[0.0, 4.0]]])
+    logits, larger = torch.tensor([[[0.0, 4.0]]]), 8 * math.tanh(1)
     out = token_logprobs(
-        logits, torch.tensor([[0]]), temperature=0.25, softcap=2.0, logit_scale=0.5, outputs=("mean_logits",),
+        logits, torch.tensor([[0]]), temperature=0.25, softcap=2.0, logit_scale=0.5, outputs=("entropy", "mean_logits"),
         backend=backend,
     )  # fmt: skip
-    assert out.mean_logits.item() == pytest.approx(4 * math.tanh(1))
-    assert out.logprobs.item() == pytest.approx(-math.log1p(math.exp(8 * math.tanh(1))))
+    log_sum = math.log1p(math.exp(larger))
+    assert out.mean_logits.item() == pytest.approx(larger / 2)
+    assert out.logprobs.item() == pytest.approx(-log_sum)
+    assert out.entropy.item() == pytest.approx(log_sum - larger / (1 + math.exp(-larger)), rel=1e-4)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
