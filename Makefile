@@ -24,12 +24,13 @@ PYTEST := $(BIN)/python -m pytest --numprocesses auto --maxprocesses 8 --dist lo
 # A change to one of these builds the package again; Python sources are used in place.
 BUILD_INPUTS := pyproject.toml setup.py CMakeLists.txt grpo_kernels/version.py $(shell find csrc -type f)
 
-.PHONY: demo test test-full bench bench-quick bench-guard gpu gpu-kit tune lint format install wheel check-portable clean help
+.PHONY: demo test test-full mutate bench bench-quick bench-guard gpu gpu-kit tune lint format install wheel check-portable clean help
 
 help:
 	@echo "make demo            train a small reasoning model on the CPU and watch the reward rise"
 	@echo "make test            lint, and the tests that every change should see"
 	@echo "make test-full       the tests that make test leaves out"
+	@echo "make mutate          whether the tests notice faults, planted one at a time in a copy of the checkout"
 	@echo "make bench           benchmarks against every peer, into benchmarks/results;  make bench-quick: small shapes"
 	@echo "make bench-guard     whether this checkout is slower than REVISION (main)"
 	@echo "make gpu             on a GPU: checks and benchmarks in stages, into $(RESULTS); STAGES=\"alive headline\""
@@ -49,6 +50,9 @@ test: lint
 
 test-full: $(VENV)/.test
 	$(PYTEST) -m full
+
+mutate: $(VENV)/.test
+	$(BIN)/python python_tests/mutate.py
 
 bench: $(VENV)/.bench
 	$(BIN)/python -m pytest benchmarks --benchmark-only; status=$$?; \
