@@ -300,9 +300,14 @@ def test_no_grad_allocates_no_gradient() -> None:
     assert largest < 0.01 * inputs.logits.nbytes
 
 
+#: So few that a large vocabulary is summed in blocks.
+FEW_ROWS = Case("few_rows", batch=1, length=3, vocab=5003, hidden=8)
+
+
+@pytest.mark.parametrize("case", [CASES["bias"], FEW_ROWS], ids=str)
 @pytest.mark.parametrize("op", LINEAR)
-def test_autocast_rounds_the_inputs_and_not_the_gradients(op: str) -> None:
-    half = build(CASES["bias"], torch.bfloat16, "hidden")
+def test_autocast_rounds_the_inputs_and_not_the_gradients(op: str, case: Case) -> None:
+    half = build(case, torch.bfloat16, "hidden")
     wide = half._map(lambda x: x.float() if x.is_floating_point() else x)
     expected = run(op, half, "cpu")
     with torch.autocast("cpu", torch.bfloat16):
