@@ -9,7 +9,13 @@
 namespace grpo::GRPO_ISA {
 namespace {
 
-constexpr int64_t kBlock = 2048;  // logits whose maximum is taken before their exponentials: they stay in L1
+// Logits whose maximum is taken before their exponentials. They stay in L1, and a lane sums at most 256 of them in fp32:
+// beside a row's largest term, which is 1, each of the small ones is rounded.
+constexpr int64_t kBlock = std::min(2048, 256 * kLanes<float>);
+
+// An exponent of which exp makes exactly 0.
+template <class R>
+constexpr R kNegligible = sizeof(R) == sizeof(double) ? -750 : -88;
 
 // The transform in two steps, y = outer u(z). Differences are taken of u, before it is scaled: what all logits have in
 // common costs no digits then, and no contraction of a product and a sum can round one occurrence of y unlike another.
@@ -97,7 +103,7 @@ RowStatistics statistics_of(const T* z, int64_t vocab, int64_t id, const Transfo
     for_each_vector(z + start, count, transform, nothing, [&](V u) {
       __builtin_prefetch(next);
       next += kLanes<R>;
-      const V t = max(splat<R>(-88), (u - shift) * transform.outer);  // -inf * 0 is NaN
+      const V t = max(splat<R>(kNegligible<R>), (u - shift) * transform.outer);  // -inf * 0 is NaN
       const V e = exp(t);
       sum += e;
       weighted += t * e;

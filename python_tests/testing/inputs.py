@@ -170,8 +170,8 @@ def _logits(case: Case, ids: Tensor, rng: torch.Generator) -> tuple[Tensor, Tens
     elif case.logits == "peaked":  # the token's own column, and in every other row another
         peak = torch.where(torch.arange(ids.numel()).view(ids.shape) % 2 == 0, ids, (ids + 1) % case.vocab)
         logits.scatter_(-1, peak[..., None], 30.0)
-    elif case.logits == "holes":  # a whole block of the row kernels among them
-        logits[..., : min(2100, case.vocab // 2)] = -math.inf
+    elif case.logits == "holes":  # whole blocks of the row kernels among them
+        logits[..., : min(4200, case.vocab // 2)] = -math.inf
         logits[torch.rand(logits.shape, generator=rng) < 0.3] = -math.inf
         logits.scatter_(-1, ids[..., None], 1.0)
     return logits, ids
