@@ -25,8 +25,8 @@ def pytest_configure(config: pytest.Config) -> None:
         torch.ops.grpo_kernels.cpu_limit_simd_level(SIMD_LEVELS.index(level))
 
 
-#: Fixtures of a module that train, build or start processes: all that takes one runs in the same worker.
-SHARED_FIXTURES = {"further", "one", "programs", "reduced", "run", "shared", "trained", "wheel", "whole"}
+#: Fixtures of a module that train, build or start processes. Tests that use one share a worker, so it runs once.
+SHARED_FIXTURES = {"bad", "further", "one", "program", "reduced", "run", "shared", "trained", "wheel", "whole"}
 
 
 def pytest_itemcollected(item: pytest.Item) -> None:

@@ -34,7 +34,7 @@ class Fault:
         path: The file, from the root of the checkout.
         old: Text that stands there exactly once.
         new: What the fault has in its place.
-        tests: At most five, as pytest names them within ``python_tests``. Quick ones, of ids that stay.
+        tests: At most five, as pytest names them within ``python_tests``: short ones, of either tier.
     """
 
     name: str
@@ -216,12 +216,14 @@ def run(command: Sequence[str], tree: Path, seconds: float, **environment: str) 
     Raises:
         subprocess.TimeoutExpired: It was not done in time.
     """
-    kept = {name: value for name, value in os.environ.items() if name not in ("TRITON_INTERPRET", "PYTEST_ADDOPTS")}
+    inherited = {
+        name: value for name, value in os.environ.items() if name not in ("TRITON_INTERPRET", "PYTEST_ADDOPTS")
+    }
     # a planted file may have the size and the second of the one that was compiled before
-    kept |= {"PYTHONPATH": str(tree), "PYTHONDONTWRITEBYTECODE": "1"}
-    kept |= {"PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1", "GRPO_KERNELS_SKIP_CUDA": "1"}
+    inherited |= {"PYTHONPATH": str(tree), "PYTHONDONTWRITEBYTECODE": "1"}
+    inherited |= {"PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1", "GRPO_KERNELS_SKIP_CUDA": "1"}
     process = subprocess.Popen(
-        command, cwd=tree, env=kept | environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+        command, cwd=tree, env=inherited | environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
         start_new_session=True,
     )  # fmt: skip
     try:
@@ -264,12 +266,12 @@ def outcomes(tests: Sequence[str], language: str, tree: Path, seconds: float) ->
     options = ["-q", "-m", "", "-p", "no:cacheprovider", f"--junit-xml={report}"]  # whatever their marker
     environment = {"TRITON_INTERPRET": "1"} if language == "Triton" else {}
     done = run([sys.executable, "-m", "pytest", *options, *nodes], tree, seconds, **environment)
-    found = dict.fromkeys(tests, "not run")
+    results = dict.fromkeys(tests, "not run")
     for case in ElementTree.parse(report).iter("testcase") if report.exists() else ():
         test = f"{case.get('classname', '').removeprefix(f'{TESTS}.')}.py::{case.get('name')}"
-        if test in found and found[test] != "failed":  # which an error in what comes after it leaves as it is
-            found[test] = _outcome({child.tag for child in case})
-    return found, done.stdout
+        if test in results and results[test] != "failed":  # which an error in what comes after it leaves as it is
+            results[test] = _outcome({child.tag for child in case})
+    return results, done.stdout
 
 
 def _outcome(tags: set[str]) -> str:
@@ -286,9 +288,9 @@ def check(fault: Fault, tree: Path, seconds: float = SECONDS) -> Verdict:
         path.write_text(fault.plant(before))
         if fault.language == "C++":
             build(tree, seconds)
-        found, _ = outcomes(fault.tests, fault.language, tree, start + seconds - time.monotonic())
-        failed = list(found.values()).count("failed")
-        missed = ", ".join(f"{test}: {outcome}" for test, outcome in found.items() if outcome != "failed")
+        results, _ = outcomes(fault.tests, fault.language, tree, start + seconds - time.monotonic())
+        failed = list(results.values()).count("failed")
+        missed = ", ".join(f"{test}: {outcome}" for test, outcome in results.items() if outcome != "failed")
     except subprocess.TimeoutExpired:
         missed = f"not done in {seconds} s"
     except subprocess.CalledProcessError as error:
@@ -308,14 +310,14 @@ def passes_unchanged(faults: Sequence[Fault], tree: Path) -> bool:
         chosen = [fault for fault in faults if (fault.language == "Triton") == interpreted]
         tests = list(dict.fromkeys(test for fault in chosen for test in fault.tests))
         if tests:
-            found, output = outcomes(tests, chosen[0].language, tree, UNCHANGED_SECONDS)
-            if set(found.values()) != {"passed"}:
+            results, output = outcomes(tests, chosen[0].language, tree, UNCHANGED_SECONDS)
+            if set(results.values()) != {"passed"}:
                 print(output)
                 passes = False
     return passes
 
 
-def prove(faults: Sequence[Fault], tree: Path) -> int:
+def check_all(faults: Sequence[Fault], tree: Path) -> int:
     """Plants each fault in turn and prints a table.
 
     Returns:
@@ -351,7 +353,7 @@ def main() -> int:
     tree = ROOT / "build" / "mutate"
     copy_checkout(tree)
     build(tree, UNCHANGED_SECONDS)
-    return prove([fault for fault in FAULTS if fault.name in chosen], tree)
+    return check_all([fault for fault in FAULTS if fault.name in chosen], tree)
 
 
 if __name__ == "__main__":

@@ -55,25 +55,31 @@ def fresh_cache(tmp_path_factory: Any) -> Iterator[None]:
         yield
 
 
-#: For these every change compiles for one GPU; between them they launch every kernel.
-OFTEN = ("plain", "full", "prime", "sequence", "rewards", "compared", OTHERS)
+#: In `make test` these are compiled, for sm_90: between them they launch every kernel.
+QUICK = ("plain", "full", "prime", "sequence", "softcap", "sapo", "rewards", "compared", OTHERS)
+assert {*CASES, OTHERS} >= set(QUICK)
 
 
-def each(names: Iterable[str], targets: Iterable[str]) -> pytest.MarkDecorator:
-    """Every case for every GPU; what is not compiled at every change is left to ``make test-full``."""
+def for_targets(names: Iterable[str], targets: Iterable[str]) -> pytest.MarkDecorator:
+    """Every case for every GPU; what `make test` does not compile is left to `make test-full`."""
     rows = itertools.product(names, targets)
     return pytest.mark.parametrize(
         ("name", "target"),
-        [pytest.param(*row, marks=() if row[1] == "sm_90" and row[0] in OFTEN else pytest.mark.full) for row in rows],
+        [pytest.param(*row, marks=() if row[1] == "sm_90" and row[0] in QUICK else pytest.mark.full) for row in rows],
     )
 
 
-@each([*CASES, OTHERS], TARGETS)
+@for_targets([*CASES, OTHERS], TARGETS)
 def test_kernels_take_no_more_than_is_recorded(name: str, target: str) -> None:
     for launch in launches_of(name, target):
         taken, most = resources(compiled(launch, target)), bounds()[kernel_of(launch)][target]
         assert taken.registers <= most.registers and taken.shared <= most.shared, (kernel_of(launch), taken, most)
         assert taken.spilled <= most.spilled, (kernel_of(launch), taken, most)
+
+
+def test_every_kernel_is_compiled_in_make_test() -> None:
+    quick = {launch.name for name in QUICK for launch in launches_of(name, "sm_90")}
+    assert quick == {kernel.split()[0] for kernel in recorded()["3.7.1"]}
 
 
 def test_what_is_recorded_leaves_memory_the_bottleneck() -> None:
@@ -109,7 +115,7 @@ def _is_wide(launch: Launch, loop: list[str]) -> bool:
     return all({"LDG": ".128", "STG": store}.get(x[:3], "") in x for x in loop)
 
 
-@each(["plain", "full_fp32", "full_fp16", "small"], NVIDIA)
+@for_targets(["plain", "full_fp32", "full_fp16", "small"], NVIDIA)
 def test_rows_are_read_and_written_by_16_bytes(name: str, target: str) -> None:
     kernels = [launch for launch in launches_of(name, target) if launch.name in ROW_KERNELS]
     assert {launch.name for launch in kernels} == ROW_KERNELS
@@ -138,7 +144,7 @@ def test_rows_are_read_by_16_bytes_on_amd() -> None:
             assert "global_load_dwordx4" in compiled(launch, "gfx942").asm["amdgcn"], launch.name
 
 
-@each(["plain", "full", "full_fp32", "prime", "compared"], NVIDIA)
+@for_targets(["plain", "full", "full_fp32", "prime", "compared"], NVIDIA)
 def test_threads_go_over_a_row_without_waiting_for_each_other_or_for_their_own_memory(name: str, target: str) -> None:
     """A block's layout keeps UNROLL within a thread, whatever the release of Triton."""
     kernels = [launch for launch in launches_of(name, target) if "ALIGNMENT" in dict(launch.signature)]
@@ -148,7 +154,7 @@ def test_threads_go_over_a_row_without_waiting_for_each_other_or_for_their_own_m
             assert not [x for x in loop if x.startswith(("SHFL", "STS", "LDS", "STL", "LDL"))], launch.name
 
 
-@each(COUNTED, NVIDIA)
+@for_targets(COUNTED, NVIDIA)
 def test_instructions_a_logit_are_no_more_than_recorded(name: str, target: str) -> None:
     for launch in launches_of(name, target):
         if launch.name in ROW_KERNELS:

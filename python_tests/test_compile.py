@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from testing.calls import BACKENDS, SOURCES, applies, call, leaves, run
+from testing.calls import BACKENDS, SOURCES, call, cases_of, leaves, run
 from testing.cases import FAMILY_CASES, INPUT_CASES, LOSS_CASES, Case
 from testing.inputs import Inputs, build
 from torch import Tensor
@@ -19,9 +19,10 @@ from grpo_kernels import GRPOLossConfig, gae, group_advantages
 from grpo_kernels.ops.library import KERNEL_BACKENDS
 
 CASES = {case.name: case for case in (*INPUT_CASES, *LOSS_CASES, *FAMILY_CASES)}
-#: One of each way through the code.
-TRACED = ("packed_sequence", "exact_js", "bias_sequence", "next_token_layout", "dirty_mask", "packed_token_advantages",
-          "rewards", "num_items_tensor", "exact-sequence")  # fmt: skip
+#: One of each way through the code; the first ones in `make test`.
+QUICK = ("packed_sequence", "exact_js", "dirty_mask")
+TRACED = (*QUICK, "bias_sequence", "next_token_layout", "packed_token_advantages", "rewards", "num_items_tensor",
+          "exact-sequence")  # fmt: skip
 
 
 class _Recorder(TorchDispatchMode):
@@ -50,7 +51,7 @@ def _recorded_calls(backend: str) -> dict[str, tuple[Any, tuple]]:
         "exact_reverse_kl",
     ):
         for op in SOURCES:
-            if not applies(op, CASES[name]):
+            if CASES[name] not in cases_of(op):
                 continue
             with _Recorder() as recorder:
                 run(op, build(CASES[name], torch.float32, SOURCES[op]), backend)
@@ -71,7 +72,7 @@ OPS = [func._opname for func, _ in RECORDED.values()]
 
 @pytest.mark.parametrize(
     "name",
-    [  # at every change each op once
+    [  # in `make test` each op once
         pytest.param(name, marks=pytest.mark.full if op in OPS[:n] else ())
         for n, (name, op) in enumerate(zip(RECORDED, OPS, strict=True))
     ],
@@ -118,10 +119,10 @@ def _gradients(function: Callable[..., Tensor], op: str, inputs: Inputs, **optio
 @pytest.mark.parametrize(
     ("op", "name"),
     [
-        pytest.param(op, name, marks=() if name in TRACED[:2] else pytest.mark.full)
+        pytest.param(op, name, marks=() if name in QUICK else pytest.mark.full)
         for op in SOURCES
         for name in TRACED
-        if applies(op, CASES[name])
+        if CASES[name] in cases_of(op)
     ],
 )
 def test_public_function_traces_whole(op: str, name: str) -> None:
@@ -151,13 +152,12 @@ def test_options_trace_whole(op: str, name: str, options: dict[str, Any]) -> Non
         torch.testing.assert_close(b, a, rtol=1e-5, atol=1e-6)
 
 
+LEVELS = [*((op, "token") for op in SOURCES), ("grpo_loss", "sequence"), ("linear_grpo_loss", "sequence")]
+LEFT_OUT = [("linear_token_divergence", "token"), ("grpo_loss", "sequence")]  # of `make test`
+
+
 @pytest.mark.parametrize(
-    ("op", "level"),
-    [
-        *(pytest.param(op, "token", marks=pytest.mark.full if "divergence" in op else ()) for op in SOURCES),
-        pytest.param("grpo_loss", "sequence", marks=pytest.mark.full),
-        ("linear_grpo_loss", "sequence"),
-    ],
+    ("op", "level"), [pytest.param(*row, marks=pytest.mark.full if row in LEFT_OUT else ()) for row in LEVELS]
 )
 def test_a_new_length_compiles_nothing(op: str, level: str) -> None:
     counter = CompileCounterWithBackend("aot_eager")

@@ -20,11 +20,12 @@ pytestmark = pytest.mark.usefixtures("poison", "one_thread")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 #: Triton's kernels run in processes of their own, with its interpreter; the reference is what is compared with.
 COMPARED = ("triton",) if "triton" in BACKENDS else ("cpu", "cuda")
-#: What another dtype adds is conversions, and these say enough of them.
+#: Other dtypes add conversions alone; these cases cover them.
 FEW = ("plain", "vocab_prime", "softcap", "dirty_mask", "strided", "logits_peaked")
-#: What else of the fused Triton kernels is run at every change: a way through the code each.
-FUSED = (*FEW, "vocab_128256", "next_token_layout_sequence", "all_masked", "packed_sequence", "rewards", "loss_scale",
-         "grad_output", "bias_sequence", "vespo", "exact_js")  # fmt: skip
+#: In `make test`: of every Triton kernel, and of those of a loss. Each case takes another way through the code.
+QUICK = (*FEW, "vocab_128256", "temperature", "logits_holes", "logits_offset_negated", "mask_holes_sequence")
+QUICK_LOSSES = (*QUICK, "next_token_layout_sequence", "all_masked", "packed_sequence", "rewards", "loss_scale",
+                "grad_output", "bias_sequence", "vespo", "exact_js", "exact_reverse_kl")  # fmt: skip
 
 
 def is_tested(op: str, backend: str, dtype: torch.dtype, case: Case) -> bool:
@@ -48,10 +49,11 @@ def is_quick(op: str, backend: str, dtype: torch.dtype, case: Case) -> bool:
     if backend == "cuda":
         return False
     if dtype != torch.float32:
-        return dtype == torch.bfloat16 and case.name in FEW and op in ("token_logprobs", "grpo_loss")
-    if op == "policy_loss":
-        return case in (*VARIANT_CASES, *FAMILY_CASES) or case.name in FUSED
-    return case.name in (FUSED if op in ("grpo_loss", "linear_grpo_loss") else (*FEW, "vocab_128256"))
+        few = {"token_logprobs": FEW, "grpo_loss": FEW, "token_divergence": ("plain", "softcap")}
+        return dtype == torch.bfloat16 and case.name in few.get(op, ())
+    if op == "policy_loss" and case in (*VARIANT_CASES, *FAMILY_CASES):
+        return True
+    return case.name in (QUICK_LOSSES if "loss" in op else QUICK)
 
 
 GRID = [
@@ -65,6 +67,7 @@ GRID = [
     for backend in COMPARED
     if is_tested(op, backend, dtype, case)
 ]  # fmt: skip
+assert set(QUICK_LOSSES) <= {case.name for case in cases_of("grpo_loss") + cases_of("linear_grpo_loss")}
 
 
 @cache

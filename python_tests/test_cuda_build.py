@@ -233,6 +233,7 @@ def test_wheel_says_what_it_is_for(wheel: Wheel) -> None:
     assert {"_cpu.so", "_cuda.so"} <= names and not any("torch" in name or "cudart" in name for name in names)
 
 
+@pytest.mark.early
 @pytest.mark.full
 @needs_nvcc
 def test_library_asks_for_torchs_stable_c_symbols_alone(wheel: Wheel) -> None:
@@ -246,6 +247,7 @@ def test_library_asks_for_torchs_stable_c_symbols_alone(wheel: Wheel) -> None:
     assert "libtorch_cuda.so" in dynamic
 
 
+@pytest.mark.early
 @pytest.mark.full
 @needs_nvcc
 def test_library_has_every_architecture_and_the_newest_as_ptx(wheel: Wheel) -> None:
@@ -254,6 +256,7 @@ def test_library_has_every_architecture_and_the_newest_as_ptx(wheel: Wheel) -> N
     assert set(re.findall(r"\.(sm_\w+)\.ptx", wheel.objdump("--list-ptx"))) == {f"sm_{ARCHS[-1]}"}
 
 
+@pytest.mark.early
 @pytest.mark.full
 @needs_nvcc
 def test_kernels_stay_within_what_is_recorded(wheel: Wheel) -> None:
@@ -273,6 +276,7 @@ def test_kernels_stay_within_what_is_recorded(wheel: Wheel) -> None:
     assert over == {}
 
 
+@pytest.mark.early
 @pytest.mark.full
 @needs_nvcc
 @pytest.mark.parametrize("arch", ARCHS)
@@ -290,6 +294,7 @@ def test_row_kernels_read_rows_whole_and_keep_nothing_in_memory(wheel: Wheel, ar
     assert found == {kernel for kernel, (_, archs) in ROW_KERNELS.items() if arch in archs}
 
 
+@pytest.mark.early
 @pytest.mark.full
 @needs_nvcc
 def test_library_registers_every_op_that_the_registry_counts_on(wheel: Wheel, tmp_path: Path) -> None:
@@ -311,6 +316,7 @@ print(*sorted(name for name in names if not has(name, "CUDA")))
     assert told[1].split() == [f"grpo_kernels::{op}_cuda" for op in ("gae", "token_divergence")]
 
 
+@pytest.mark.early
 @pytest.mark.full
 @needs_nvcc
 def test_wheel_runs_beside_torch_without_cuda(wheel: Wheel, tmp_path: Path) -> None:

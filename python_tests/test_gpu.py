@@ -24,6 +24,7 @@ from torch import Tensor
 from grpo_kernels import GRPOLossConfig, check_device_values, grpo_loss, linear_grpo_loss, registry, token_logprobs
 from grpo_kernels.ops.linear_token_logprobs.head import Head, row_width
 
+pytestmark = pytest.mark.full  # `make gpu` runs these on a GPU by itself
 ON_GPU = torch.cuda.is_available()
 DEVICE = torch.device("cuda" if ON_GPU else "cpu")
 _REASONS = {name: registry.unsupported_reason("grpo_loss", name, DEVICE) for name in ("triton", "cuda")}

@@ -59,7 +59,7 @@ def _other_compiler() -> str:
 @pytest.mark.full
 @pytest.mark.skipif(shutil.which("valgrind") is None, reason="valgrind is not installed")
 @pytest.mark.skipif(_other_compiler() != "", reason=_other_compiler())
-@pytest.mark.parametrize(("level", "kernel", "dtype"), list(BOUNDS), ids="-".join)
+@pytest.mark.parametrize(("level", "kernel", "dtype"), list(BOUNDS))
 def test_instructions_of_a_logit(program: Path, tmp_path: Path, level: str, kernel: str, dtype: str) -> None:
     def instructions(rows: int) -> int:
         profiler = ["valgrind", "--tool=callgrind", f"--callgrind-out-file={tmp_path / 'out'}"]

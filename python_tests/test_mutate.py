@@ -11,6 +11,7 @@ import pytest
 
 WIDTH = ("test_module.py::test_width",)
 NOTICED = mutate.Fault("noticed", "module.py", old="WIDTH = 2", new="WIDTH = 3", tests=WIDTH)
+BROKEN = mutate.Fault("broken", "module.py", old="WIDTH = 2", new="WIDTH = (", tests=WIDTH)
 MISSED = mutate.Fault("missed", "module.py", old="HEIGHT = 4", new="HEIGHT = 5", tests=WIDTH)
 
 
@@ -48,11 +49,15 @@ def tree(tmp_path: Path) -> Path:
 
 def test_a_fault_that_no_test_notices_fails_the_run(tree: Path, capsys: pytest.CaptureFixture[str]) -> None:
     before = (tree / "module.py").read_text()
-    assert mutate.prove([NOTICED, MISSED], tree) == 1
+    assert mutate.check_all([NOTICED, MISSED], tree) == 1
     assert (tree / "module.py").read_text() == before
     printed = capsys.readouterr().out
     assert "missed: missed: test_module.py::test_width: passed\n1 of 2 faults are noticed" in printed
     assert [line.split("|")[4].strip() for line in printed.splitlines()[2:4]] == ["1 of 1", "0 of 1"]
+
+
+def test_a_fault_that_cannot_be_imported_is_not_noticed(tree: Path) -> None:
+    assert mutate.check(BROKEN, tree).missed == "test_module.py::test_width: not run"
 
 
 def test_a_test_that_does_not_end_notices_nothing(tree: Path) -> None:

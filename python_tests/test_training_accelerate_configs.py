@@ -33,6 +33,7 @@ def test_accelerate_reads_each() -> None:
     assert [found[f"deepspeed_zero{stage}"].deepspeed_config["zero_stage"] for stage in (2, 3)] == [2, 3]
 
 
+@pytest.mark.early
 @pytest.mark.full
 def test_two_processes_run_the_demo(tmp_path: Path) -> None:
     options = {

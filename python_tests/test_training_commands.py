@@ -59,14 +59,20 @@ def test_samples_of_a_model_are_rows_to_train_on(trained: Path, tmp_path: Path) 
     assert {row["source"] for row in records(tmp_path / "more", "rows.jsonl")} == {"seed", "start"}
 
 
+COUNTED: dict[str, int] = {}  # tokens of each completion that ``token_count`` was given
+
+
 def token_count(prompts: list[str], completions: list[str], *, completion_ids: list[list[int]], **_: Any) -> list[int]:
-    return [len(ids) for ids in completion_ids]
+    counts = [len(ids) for ids in completion_ids]
+    COUNTED.update(zip(completions, counts, strict=True))
+    return counts
 
 
 def test_samples_are_kept_by_rewards_of_their_tokens(trained: Path, tmp_path: Path) -> None:
     keep = "{test_training_commands:token_count: 8}"
     assert run("sample", tmp_path, model_name_or_path=trained, keep=keep, prompts=5, samples=3) == 0
-    assert 0 < len(records(tmp_path, "rows.jsonl")) < 15  # some of 8 tokens, the most there may be, some ended before
+    kept = {row["completion"] for row in records(tmp_path, "rows.jsonl")}
+    assert kept == {completion for completion, count in COUNTED.items() if count >= 8} and len(kept) < len(COUNTED)
 
 
 def test_eval_prints_every_score_with_its_interval(

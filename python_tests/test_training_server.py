@@ -251,6 +251,7 @@ def worker(url: str, out: str) -> None:
     Path(f"{out}-{accelerator.process_index}").write_text(json.dumps(found))
 
 
+@pytest.mark.early
 @pytest.mark.full
 def test_processes_under_fsdp2_share_a_server_its_batches_and_its_failure(start, tmp_path):
     broken = threading.Event()

@@ -155,12 +155,13 @@ CLIPPED = ("kl-iterations", "several_steps_a_generation", "grpo", "bnpo", "dr_gr
 EXPERTS = {
     "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24, "head_dim": 8, "router_aux_loss_coef": 0.5,
 }  # fmt: skip
-OFTEN = ("defaults", "kl-iterations", "several_steps_a_generation", "grpo", "dr_grpo", "sequence")
+QUICK = ("defaults", "kl-iterations", "several_steps_a_generation", "grpo", "dr_grpo", "sequence")
+assert set(QUICK) <= CASES.keys()
 
 
 @pytest.mark.parametrize(
     "name, family",
-    [pytest.param(name, "Qwen2", marks=() if name in OFTEN else pytest.mark.full) for name in CASES]
+    [pytest.param(name, "Qwen2", marks=() if name in QUICK else pytest.mark.full) for name in CASES]
     + [pytest.param(name, "Llama", marks=() if name == "accumulation" else pytest.mark.full) for name in CASES]
     + [pytest.param("kl-iterations", "Qwen3Moe", marks=pytest.mark.full)],
 )

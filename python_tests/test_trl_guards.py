@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 from pathlib import Path
 from typing import Any
@@ -313,16 +314,17 @@ def test_somebody_elses_patch_stays() -> None:
 
 @pytest.mark.parametrize("state", ["no_grad", "inference", "bf16"])
 def test_apply_under_any_of_torchs_states(state: str) -> None:
-    contexts = {"no_grad": torch.no_grad, "inference": torch.inference_mode}
-    if state in contexts:
-        with contexts[state]():
-            apply()
-        return
-    torch.set_default_dtype(torch.bfloat16)
+    stock = trl.GRPOTrainer.compute_loss
+    if state == "bf16":
+        torch.set_default_dtype(torch.bfloat16)
     try:
-        apply()
+        with {"no_grad": torch.no_grad, "inference": torch.inference_mode}.get(state, contextlib.nullcontext)():
+            apply()
     finally:
         torch.set_default_dtype(torch.float32)
+    assert trl.GRPOTrainer.compute_loss.__wrapped__ is stock
+    unapply()
+    assert trl.GRPOTrainer.compute_loss is stock
 
 
 def test_tokens_that_are_not_scored_have_what_they_are_compared_with() -> None:

@@ -74,7 +74,7 @@ def run_tests(
         RuntimeError: A test failed, none ran, or time ran out.
     """
     deadline = stage.deadline if deadline is None else deadline
-    command = [sys.executable, "-m", "pytest", "-v", "-rs", "--tb=short", "-p", "no:cacheprovider", *_TELLING]
+    command = [sys.executable, "-m", "pytest", "-v", "-rs", "--tb=short", "-p", "no:cacheprovider", "-m", "", *_TELLING]
     if importlib.util.find_spec("xdist") is not None:
         command += ["--numprocesses", str(min(workers, os.cpu_count() or 1)), "--dist", "worksteal"]
     if importlib.util.find_spec("pytest_timeout") is not None:
@@ -136,8 +136,8 @@ def sanitize(stage: RunningStage, sanitizer: str, tool: str, backend: str, deadl
     command = [sanitizer, "--tool", tool, "--error-exitcode", "99"]
     if "--report-api-errors" in subprocess.run([sanitizer, "--help"], capture_output=True, text=True).stdout:
         command += ["--report-api-errors", "no"]  # libraries probe for what a device lacks
-    command += [sys.executable, "-m", "pytest", "-v", "-p", "no:cacheprovider", "-p", "no:xdist", *_TELLING,
-                str(TESTS)]  # fmt: skip
+    command += [sys.executable, "-m", "pytest", "-v", "-p", "no:cacheprovider", "-p", "no:xdist", "-m", "",
+                *_TELLING, str(TESTS)]  # fmt: skip
     selected = f"test_small_shapes and {backend}" + (" and 67 and grpo_loss" if stage.is_dry else "")
     environment = os.environ | {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
     tests = stage.entry["found"].setdefault("tests", {"what": f"{tool}", "counts": {}, "lines": []})

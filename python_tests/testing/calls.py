@@ -68,7 +68,7 @@ def applies(op: str, case: Case) -> bool:
 
 @cache
 def cases_of(op: str) -> tuple[Case, ...]:
-    """The named cases that give an op what none before them gave it.
+    """The named cases whose inputs to an op differ from those of every case before them.
 
     An op without a loss sees a shape, a layout, a mask, logits and their transform; ``policy_loss`` sees no logits.
     """
@@ -77,11 +77,11 @@ def cases_of(op: str) -> tuple[Case, ...]:
         if "loss" not in op and case in (*VARIANT_CASES, *FAMILY_CASES):
             continue
         if applies(op, case):
-            cases.setdefault(_seen(op, case), case)
+            cases.setdefault(_inputs_of(op, case), case)
     return tuple(cases.values())
 
 
-def _seen(op: str, case: Case) -> tuple[Any, ...]:
+def _inputs_of(op: str, case: Case) -> tuple[Any, ...]:
     """What an op is given of a case."""
     fields = list(_OF_TOKENS)
     if "loss" in op:
