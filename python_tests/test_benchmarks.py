@@ -57,7 +57,7 @@ def test_every_compiled_provider_is_right() -> None:
             if provider.compiles and not provider.missing("cpu") and case[0] in provider.tasks:
                 assert qualify.judge(provider, case, qualify.Sizes.quick(), "cpu").status == "ok"
                 judged.add(provider.name)
-    assert len(judged) >= 2, judged
+    assert "torch.compile of naive" in judged
 
 
 def test_a_wrong_provider_is_not_timed() -> None:
