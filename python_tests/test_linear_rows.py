@@ -1,4 +1,4 @@
-"""Which rows the linear ops project: chunks of them, live ones packed, a bound on their number."""
+"""Which rows the linear ops project, chunks of them, live ones packed, a bound on their number; and by which GEMMs."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from testing.inputs import build
 from torch import Tensor
 
 from grpo_kernels import GRPOLossConfig
+from grpo_kernels.ops.linear_token_logprobs import head
 from grpo_kernels.ops.linear_token_logprobs.head import project_back
 from grpo_kernels.ops.linear_token_logprobs.rows import pack_rows, row_chunks
 
@@ -80,3 +81,21 @@ def test_few_rows_lose_no_more_digits_than_many(rows: int, threads: int) -> None
         assert error(rows).max() <= 4 * error(64).max()
     finally:
         torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize(
+    ("inputs", "out"),
+    [
+        (torch.float32, torch.float64), (torch.float32, torch.bfloat16), (torch.float64, torch.float32),
+        (torch.bfloat16, torch.float32), (torch.bfloat16, torch.float64), (torch.float16, torch.bfloat16),
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize("add", [False, True])
+def test_gemms_of_any_dtypes_are_asked_for_what_cuda_has(
+    inputs: torch.dtype, out: torch.dtype, add: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On meta tensors, which refuse what a GPU's GEMM refuses."""
+    monkeypatch.setattr(head, "writes_fp32", lambda device: True)
+    a, b, c = (torch.empty(shape, dtype=kind, device="meta") for shape, kind in
+               (((3, 4), inputs), ((4, 5), inputs), ((3, 5), out)))  # fmt: skip
+    assert head.matmul(a, b, c, add=add).dtype == out
