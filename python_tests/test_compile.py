@@ -40,22 +40,14 @@ class _Recorder(TorchDispatchMode):
 
 def _recorded_calls(backend: str) -> dict[str, tuple[Any, tuple]]:
     """Arguments with which the public functions call each registered op, for a few cases."""
+    names = ("plain", "bias_sequence", "dirty_mask", "next_token_layout", "packed_sequence", "grad_output",
+             "exact_reverse_kl")  # fmt: skip
     calls = {}
-    for name in (
-        "plain",
-        "bias_sequence",
-        "dirty_mask",
-        "next_token_layout",
-        "packed_sequence",
-        "grad_output",
-        "exact_reverse_kl",
-    ):
-        for op in SOURCES:
-            if CASES[name] not in cases_of(op):
-                continue
+    for op in SOURCES:
+        for case in cases_of(op, tuple(CASES[name] for name in names)):
             with _Recorder() as recorder:
-                run(op, build(CASES[name], torch.float32, SOURCES[op]), backend)
-            calls |= {f"{func._opname}-{op}-{name}": (func, args) for func, args in recorder.calls}
+                run(op, build(case, torch.float32, SOURCES[op]), backend)
+            calls |= {f"{func._opname}-{op}-{case}": (func, args) for func, args in recorder.calls}
     with _Recorder() as recorder:
         group_advantages(torch.tensor([[1.0], [2.0], [4.0], [8.0]]), 2, backend=backend)
         gae(torch.ones(2, 3), torch.ones(2, 3), torch.tensor([[1, 1, 1], [1, 0, 1]]), backend=backend)
@@ -119,10 +111,9 @@ def _gradients(function: Callable[..., Tensor], op: str, inputs: Inputs, **optio
 @pytest.mark.parametrize(
     ("op", "name"),
     [
-        pytest.param(op, name, marks=() if name in QUICK else pytest.mark.full)
+        pytest.param(op, case.name, marks=() if case.name in QUICK else pytest.mark.full)
         for op in SOURCES
-        for name in TRACED
-        if CASES[name] in cases_of(op)
+        for case in cases_of(op, tuple(CASES[name] for name in TRACED))
     ],
 )
 def test_public_function_traces_whole(op: str, name: str) -> None:

@@ -103,6 +103,14 @@ def test_the_reference_leaves_its_inputs_alone(op: str, case: Case) -> None:
     assert all(torch.equal(x.nan_to_num(), before[name].nan_to_num()) for name, x in inputs.tensors().items())
 
 
+def test_a_case_is_left_out_for_one_that_stays() -> None:
+    cases = {case.name: case for case in cases_of("linear_grpo_loss")}
+    bias = (cases["bias"], cases["bias_sequence"])
+    assert cases_of("linear_grpo_loss", bias) == bias
+    assert cases_of("linear_token_logprobs", bias) == bias[:1]
+    assert cases_of("linear_token_logprobs", bias[1:]) == bias[1:]
+
+
 def test_variants_have_every_pair_of_options() -> None:
     def pairs(cases: tuple[Case, ...]) -> set:
         return {pair for case in cases for pair in itertools.combinations(enumerate(case.name.split("-")), 2)}

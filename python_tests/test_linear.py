@@ -224,7 +224,7 @@ OPTIONS = (
 MEMORY_CASES = ("plain", "dirty_mask", "dirty_mask_sequence", "bias", "bias_sequence", "packed_sequence", "all_masked",
                 "exact_js", "exact-sequence", "some_advantages", "zero_advantage", "strided")  # fmt: skip
 #: Log-probs are the same whatever the loss is.
-MEMORY = [(op, name) for op in LINEAR for name in MEMORY_CASES if CASES[name] in cases_of(op)]
+MEMORY = [(op, case.name) for op in LINEAR for case in cases_of(op, tuple(CASES[name] for name in MEMORY_CASES))]
 
 
 @pytest.mark.parametrize("options", OPTIONS, ids=str)

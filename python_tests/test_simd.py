@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 from testing.calls import cases_of, run
-from testing.cases import Case
+from testing.cases import FOUND_CASES, INPUT_CASES, VOCABULARY_CASES, Case
 from testing.expected import Expected
 from testing.inputs import build
 
@@ -17,11 +17,11 @@ pytestmark = pytest.mark.usefixtures("poison", "one_thread")
 LEVELS = ("baseline", "avx2", "avx512")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 WIDEST = registry.cpu_simd_level()
-CASES = [
+CASES = tuple(
     case
-    for case in cases_of("token_logprobs")
+    for case in (*INPUT_CASES, VOCABULARY_CASES[0], *FOUND_CASES)
     if case.name.startswith(("vocab", "logits", "softcap", "strided", "next"))
-]
+)
 
 
 @pytest.fixture(params=LEVELS)
@@ -42,8 +42,9 @@ def test_the_limit_takes_effect(level: str) -> None:
     [pytest.param(x, marks=() if x in (torch.float32, torch.bfloat16) else pytest.mark.full) for x in DTYPES],
     ids=lambda dtype: str(dtype)[6:],
 )
-@pytest.mark.parametrize("case", CASES, ids=str)
-@pytest.mark.parametrize("op", ["token_logprobs", "grpo_loss"])
+@pytest.mark.parametrize(
+    ("op", "case"), [(op, case) for op in ("token_logprobs", "grpo_loss") for case in cases_of(op, CASES)], ids=str
+)
 def test_level_is_near_the_fp64_baseline(op: str, case: Case, dtype: torch.dtype, level: str) -> None:
     inputs = build(case, dtype)
     Expected.of(op, inputs, dtype).assert_near(run(op, inputs, "cpu"))

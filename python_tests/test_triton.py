@@ -58,7 +58,7 @@ def test_the_rest_of_conformance(part: int) -> None:
         pytest.param(("test_divergence",), 40, marks=pytest.mark.full),
     ],
 )
-def test_edges(names: tuple[str, ...], fewest: int) -> None:
+def test_other_files(names: tuple[str, ...], fewest: int) -> None:
     assert passed(*(f"{TESTS}/{name}.py" for name in names), "-m", "", "-k", "triton or interpreted") >= fewest
 
 

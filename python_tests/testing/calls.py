@@ -67,13 +67,13 @@ def applies(op: str, case: Case) -> bool:
 
 
 @cache
-def cases_of(op: str) -> tuple[Case, ...]:
-    """The named cases whose inputs to an op differ from those of every case before them.
+def cases_of(op: str, among: tuple[Case, ...] = ALL_CASES) -> tuple[Case, ...]:
+    """Of some cases, all if not given, those whose inputs to an op differ from those of every one before them.
 
     An op without a loss sees a shape, a layout, a mask, logits and their transform; ``policy_loss`` sees no logits.
     """
     cases = {}
-    for case in ALL_CASES:
+    for case in among:
         if "loss" not in op and case in (*VARIANT_CASES, *FAMILY_CASES):
             continue
         if applies(op, case):
