@@ -83,7 +83,7 @@ class Server(ThreadingHTTPServer):
         return (200, routes[path]()) if path in routes else (404, {"detail": "Not Found"})
 
     def join(self, master_address: str, master_port: int, rank_offset: int, world_size: int) -> dict[str, str]:
-        limit = timedelta(seconds=10)
+        limit = timedelta(seconds=60)
         self.store = dist.TCPStore(master_address, master_port, world_size, False, timeout=limit)
         self.group = dist.ProcessGroupGloo(
             dist.PrefixStore("weight_transfer", self.store), rank_offset, world_size, limit
@@ -183,8 +183,8 @@ def starts_servers():
 
 
 def recipe_for(server, **changes):
-    settings = {"use_vllm": True, "vllm_server_base_url": server.url, "vllm_group_port": 0, "vllm_server_timeout": 5.0,
-                "vllm_generation_timeout": 5.0}  # fmt: skip
+    settings = {"use_vllm": True, "vllm_server_base_url": server.url, "vllm_group_port": 0, "vllm_server_timeout": 60.0,
+                "vllm_generation_timeout": 60.0}  # fmt: skip
     return recipe_of(**(settings | changes))
 
 

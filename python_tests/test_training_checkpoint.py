@@ -208,7 +208,7 @@ def test_ctrl_c_leaves_a_usable_checkpoint_and_usable_metrics(tmp_path):
         while not (tmp_path / "checkpoint-5").exists() and process.poll() is None and time.monotonic() < deadline:
             time.sleep(0.05)
         process.send_signal(signal.SIGINT)
-        _, errors = process.communicate(timeout=60)
+        _, errors = process.communicate(timeout=120)
     finally:
         process.kill()
     assert process.returncode == 130, errors
@@ -262,7 +262,7 @@ def test_info_needs_no_training_extra():
         "from grpo_kernels.cli import main; status = main(['info']);"
         "assert main(['train', '--recipe', 'addition']) == 2; sys.exit(status)"
     )
-    finished = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=120)
+    finished = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=300)
     assert finished.returncode == 0, finished.stderr
     assert "torch" in finished.stdout
     assert "training needs the extra grpo-kernels[train]" in finished.stderr

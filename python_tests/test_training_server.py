@@ -233,7 +233,7 @@ def worker(url: str, out: str) -> None:
 
     accelerator = accelerator_of("fsdp2")
     recipe = recipe_of(
-        use_vllm=True, vllm_server_base_url=url, vllm_group_port=0, vllm_server_timeout=20.0, dynamic_sampling=True,
+        use_vllm=True, vllm_server_base_url=url, vllm_group_port=0, vllm_server_timeout=60.0, dynamic_sampling=True,
         reward_funcs=["test_training_sampling:reward_of_some"],
     )  # fmt: skip
     loop = GRPOLoop(load_task(recipe), recipe, accelerator)
@@ -243,7 +243,7 @@ def worker(url: str, out: str) -> None:
     rollout = batch.rollout
     kept = [row[m.bool()].tolist() for row, m in zip(rollout.prompt_ids, rollout.prompt_mask, strict=True)]
     found = {"prompts": kept, "samples": len(samples), "metrics": metrics, "drawn": loop.row_order.drawn}
-    VLLMServer(url, timeout=5.0, generation_timeout=5.0).request("POST", "/spoil", {})
+    VLLMServer(url, timeout=60.0, generation_timeout=60.0).request("POST", "/spoil", {})
     try:
         loop.collect()
     except ServerError as error:
@@ -267,7 +267,7 @@ def test_processes_under_fsdp2_share_a_server_its_batches_and_its_failure(start,
     command = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", __file__, server.url,
                str(tmp_path / "found")]  # fmt: skip
     environment = os.environ | {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
-    done = subprocess.run([sys.executable, *command], env=environment, capture_output=True, text=True, timeout=120)
+    done = subprocess.run([sys.executable, *command], env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[:3000]
     initial, sent = weights_of(load_task(recipe_of()).model), weights_of(server.model)
     assert all(torch.equal(sent[name], value) for name, value in initial.items())

@@ -96,7 +96,7 @@ def shared():
     server.stop()
 
 
-def completions_of(server, timeout=5.0):
+def completions_of(server, timeout=60.0):
     client = VLLMServer(server.url, timeout=timeout, generation_timeout=timeout)
     return client.complete(
         "tiny", [[7, 3], [9]], n=4, seeds=[1, 2], temperature=1.0, max_tokens=12, end_ids=[1], vocab_size=22
@@ -114,7 +114,7 @@ def test_a_server_that_answers_garbage_or_not_at_all_is_named_in_bounded_time(sh
     with pytest.raises(ServerError, match=message) as caught:
         completions_of(shared, timeout=1.0)
     assert f"{shared.url}/v1/completions" in str(caught.value)
-    assert time.monotonic() - begun < 4
+    assert time.monotonic() - begun < 15
 
 
 @pytest.mark.parametrize("others", [never, drip, answering(503, b"busy")], ids=["never", "drip", "busy"])
@@ -127,9 +127,9 @@ def test_a_failed_request_waits_for_no_other(shared, others):
     shared.spoil = {"/v1/completions": spoil}
     begun = time.monotonic()
     with pytest.raises(ServerError, match=r"answered 400: .*no"):
-        completions_of(shared, timeout=60.0)
+        completions_of(shared)
     shared.spoil = {}
-    assert time.monotonic() - begun < 3
+    assert time.monotonic() - begun < 15
 
 
 def test_a_loop_whose_server_fails_ends(start):
@@ -165,7 +165,7 @@ def test_no_server_within_the_timeout():
     begun = time.monotonic()
     with pytest.raises(ServerError, match=rf"no vLLM server at {url} within vllm_server_timeout=1 s: .*refused"):
         VLLMServer(url, timeout=1.0, generation_timeout=1.0).wait_until_up()
-    assert 0.5 < time.monotonic() - begun < 3
+    assert 0.5 < time.monotonic() - begun < 15
     with pytest.raises(ValueError, match="vllm_server_base_url must be http://host:port"):
         VLLMServer("localhost:8000", timeout=1.0, generation_timeout=1.0)
 
@@ -191,7 +191,7 @@ SETTINGS = {
 def test_a_server_that_lacks_what_is_needed_is_refused_at_the_start(start, case):
     options, kind, message = SETTINGS[case]
     with pytest.raises(kind, match=message):
-        loop_for(start(**options), vllm_server_timeout=2.0)
+        loop_for(start(**options), vllm_server_timeout=5.0)
 
 
 def test_nccl_needs_vllm_here(start):
@@ -235,11 +235,11 @@ TRANSFER = {
 def test_weights_that_do_not_arrive_stop_the_run(start, case):
     spoil, message = TRANSFER[case]
     server = start(spoil={"/update_weights": spoil})
-    loop = loop_for(server, vllm_server_timeout=2.0)
+    loop = loop_for(server, vllm_server_timeout=5.0)
     begun = time.monotonic()
     with pytest.raises(ServerError, match=message):
         loop.collect()
-    assert server.count("/v1/completions") == 0 and time.monotonic() - begun < 6
+    assert server.count("/v1/completions") == 0 and time.monotonic() - begun < 30
 
 
 def test_a_cache_that_is_kept_stops_the_run(start):
