@@ -191,7 +191,7 @@ def test_what_the_sanitizer_says_becomes_of_its_stage(tmp_path: Path, then: str,
     )
     tool.chmod(0o755)
     stage = stage_at(tmp_path)
-    stage.deadline = time.monotonic() + (5 if "sleep" in then else 60)
+    stage.deadline = time.monotonic() + (4 if "sleep" in then else 60)
     stage.attempt("memcheck, cuda", lambda: checks.sanitize(stage, str(tool), "memcheck", "cuda", stage.deadline))
     assert len(stage.entry["failed"]) == (expected is not None), stage.entry["failed"]
     assert all(expected in line for line in stage.entry["failed"])

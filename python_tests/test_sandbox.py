@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -152,14 +153,15 @@ for place in ("/", "/dev", "/dev/null", "/usr", "/usr/lib", sys.prefix, os.__fil
 
 def test_every_namespace_is_another_and_its_first_process_has_no_privileges(isolated, name):
     with ThreadPoolExecutor(1) as pool:
-        running = pool.submit(sandbox.run, NAMED.format(name=name) + "time.sleep(5)")
+        running = pool.submit(sandbox.run, NAMED.format(name=name) + "time.sleep(1000)", seconds=60.0)
         while not (found := processes_named(name)) and not running.done():
             time.sleep(0.01)
         inside, outside = Path("/proc", found[0], "ns"), Path("/proc/self/ns")
         kinds = ("user", "mnt", "pid", "net", "ipc", "uts")
         assert [kind for kind in kinds if (inside / kind).readlink() == (outside / kind).readlink()] == []
         first = status_of(status_of(found[0])["PPid"])
-    assert running.result().status == "ok"
+        os.kill(int(found[0]), signal.SIGKILL)
+    assert running.result().status == "killed"
     assert first["NSpid"].split()[-1] == "1"
     assert {int(first[kind], 16) for kind in ("CapInh", "CapPrm", "CapEff", "CapBnd", "CapAmb")} == {0}
     assert (first["NoNewPrivs"], first["Seccomp"]) == ("1", "2")
