@@ -138,6 +138,20 @@ def test_rows_that_begin_anywhere_are_read_by_16_bytes_but_for_their_edges() -> 
         assert launch.name == "_token_logprobs_fwd_kernel" or any(is_gradient)
 
 
+@pytest.mark.parametrize("target", [pytest.param(x, marks=() if x == "sm_90" else pytest.mark.full) for x in NVIDIA])
+def test_rows_that_begin_anywhere_and_lie_differently_are_taken_element_by_element(target: str) -> None:
+    """Wide loads and stores of them would trap on a GPU."""
+    exact = GRPOLossConfig(beta=0.1, kl_estimator="forward_kl")
+    case = Case("loose", vocab=4099, hidden=8, divergence="js", layout="strided", config=exact)
+    found = [launch for launch in launches(lambda: calls(case, torch.bfloat16), target) if "ALIGNMENT" in
+             dict(launch.signature) and launch.constant("ALIGNMENT") == triton_rows.Alignment.LOOSE]  # fmt: skip
+    assert {launch.name for launch in found} >= {"_token_divergence_kernel", "_token_logprobs_bwd_kernel"}
+    for launch in found:
+        loops = row_loops(launch, target)
+        wide = [x for loop in loops for x in loop if x.startswith(("LDG", "STG")) and (".64" in x or ".128" in x)]
+        assert loops and not wide, (launch.name, wide)
+
+
 def test_rows_are_read_by_16_bytes_on_amd() -> None:
     for launch in launches_of("plain", "gfx942"):
         if launch.name in ROW_KERNELS:

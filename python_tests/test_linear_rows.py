@@ -99,3 +99,30 @@ def test_gemms_of_any_dtypes_are_asked_for_what_cuda_has(
     a, b, c = (torch.empty(shape, dtype=kind, device="meta") for shape, kind in
                (((3, 4), inputs), ((4, 5), inputs), ((3, 5), out)))  # fmt: skip
     assert head.matmul(a, b, c, add=add).dtype == out
+
+
+@pytest.mark.parametrize(
+    ("chunks", "parameter", "expected"),
+    [
+        (1, torch.bfloat16, torch.bfloat16),
+        (2, torch.bfloat16, torch.float32),
+        (1, torch.float32, torch.float32),
+    ],
+)
+def test_the_weights_gradient_of_one_chunk_is_made_as_the_parameter_has_it(
+    chunks: int, parameter: torch.dtype, expected: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a GPU, in half the memory and without a conversion; sums of several are fp32."""
+    half = torch.bfloat16
+    monkeypatch.setattr(head, "writes_fp32", lambda device: True)
+    projection = head.Head(torch.randn(6, 4).to(parameter), None, half, torch.float32, half)
+    grads = head.HeadGradients(projection, torch.empty(8, 4, dtype=half), (False, True, False), chunks)
+    assert grads.dweight is not None and grads.dweight.dtype == expected
+    if expected == half:
+        dlogits, inputs = torch.randn(8, 6).to(half), torch.randn(8, 4).to(half)
+        grads.add(dlogits, inputs, slice(0, 8))
+        found = grads.results()[1]
+        assert found.data_ptr() == grads.dweight.data_ptr()
+        sums = dlogits.double().t() @ inputs.double()
+        bound = sums.abs() * 2**-8 + (dlogits.double().abs().t() @ inputs.double().abs()) * 8 * 2**-24
+        assert ((found.double() - sums).abs() <= bound).all()

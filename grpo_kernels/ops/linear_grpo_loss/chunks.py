@@ -34,13 +34,13 @@ def _fwd(  # type: ignore[no-untyped-def]
     code, params, *comparison = options[1 + FLAT_COUNT : -4]
     *needs, max_live_rows = options[-4:]
     head = make_head(backend, weight, bias, compute_dtype, logits_dtype)
-    grads = HeadGradients(head, hidden, needs)
     has_kl = params[Param.BETA] != 0 and (reference.is_given or per_token[-1] is not None)
     may_be_live = _may_be_live(has_kl, *per_token) if any(needs) else torch.zeros_like(mask)
     rows = Rows.of(mask, may_be_live, ids, max_live_rows)
     others = ReferenceRows(reference, rows, logits_dtype) if reference.is_given else None
     row_bytes = head.row_bytes + (0 if others is None else others.row_bytes)
     chunks = [*row_chunks(0, rows.count, row_bytes, workspace_bytes, head.multiple)]
+    grads = HeadGradients(head, hidden, needs, len(chunks))
     most = max((c.stop - c.start for c in chunks), default=0)
     workspace, other_workspace = head.workspace(most), None if others is None else others.workspace(most)
     ids = held_ids(backend, ids, mask, head.vocab)

@@ -38,10 +38,10 @@ def _run(  # type: ignore[no-untyped-def]
     ids, mask, *upstream = options[:5]
     comparison, needs = options[5:-3], options[-3:]
     head = make_head(backend, weight, bias, compute_dtype, logits_dtype)
-    grads = HeadGradients(head, hidden, needs)
     rows = Rows.of(mask, None, ids)
     others = ReferenceRows(reference, rows, logits_dtype)
     chunks = [*row_chunks(0, rows.count, head.row_bytes + others.row_bytes, workspace_bytes, head.multiple)]
+    grads = HeadGradients(head, hidden, needs, len(chunks))
     most = max((chunk.stop - chunk.start for chunk in chunks), default=0)
     workspace, other_workspace = head.workspace(most), others.workspace(most)
     ids, *upstream = (rows.take(x) for x in (held_ids(backend, ids, mask, head.vocab), *upstream))

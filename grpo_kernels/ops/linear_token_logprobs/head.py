@@ -1,7 +1,8 @@
 """The head's GEMMs, through one reused workspace of logits.
 
 Chunks of tokens, not of the vocabulary, so that a row's statistics and its gradient need one GEMM together. Gradients
-accumulate in fp32 (fp64): the first chunk of ``dW`` is written, later ones are added.
+accumulate in fp32 (fp64): the first chunk of ``dW`` is written, later ones are added. One chunk alone is written in the
+parameter's dtype where a GEMM does that.
 """
 
 from __future__ import annotations
@@ -112,6 +113,12 @@ class Head:
         return values if rows.mask is None else torch.where(rows.mask[chunk, None], values, 0)
 
     @property
+    def writes_parameters(self) -> bool:
+        """Whether one GEMM makes the weight's gradient as the parameter has it: summed in fp32, rounded once."""
+        dtypes = {self.gradient_dtype, self.compute_dtype, self.parameter_dtypes[0]}
+        return len(dtypes) == 1 and writes_fp32(self.device)
+
+    @property
     def multiple(self) -> int:
         """Of rows in a chunk."""
         return 1 if self.device.type == "cpu" else _GPU_MULTIPLE
@@ -150,13 +157,15 @@ class HeadGradients:
         head: The projection.
         hidden: The hidden states, ``[N, H]``; rows of ``dX`` that no chunk names stay 0.
         needs: Whether ``dX``, ``dW`` and ``db`` are needed.
+        chunks: How many are added, at most.
     """
 
-    def __init__(self, head: Head, hidden: Tensor, needs: tuple[bool, bool, bool]) -> None:
+    def __init__(self, head: Head, hidden: Tensor, needs: tuple[bool, bool, bool], chunks: int) -> None:
         self.head = head
         self.dtype = accumulation_dtype(head.compute_dtype)
         self.dhidden = torch.zeros_like(hidden, memory_format=torch.contiguous_format) if needs[0] else None
-        self.dweight = hidden.new_empty((head.vocab, hidden.shape[1]), dtype=self.dtype) if needs[1] else None
+        dtype = head.gradient_dtype if chunks == 1 and head.writes_parameters else self.dtype
+        self.dweight = hidden.new_empty((head.vocab, hidden.shape[1]), dtype=dtype) if needs[1] else None
         self.dbias = hidden.new_zeros(head.vocab, dtype=self.dtype) if needs[2] else None
         self._is_first = True
 

@@ -96,11 +96,11 @@ def _bwd(  # type: ignore[no-untyped-def]
 ) -> tuple[Tensor, ...]:
     logprobs, lse, entropy, dlogprobs, dentropy, *transform, retained, retained_ids = options[:-3]
     head = make_head(backend, weight, bias, compute_dtype, logits_dtype)
-    grads = HeadGradients(head, hidden, options[-3:])
     ids = held_ids(backend, ids, mask, head.vocab)
     live = torch.stack([d != 0 for d in (dlogprobs, dentropy) if d is not None]).any(0)
     rows = Rows.of(live if mask is None else mask & live, None, ids)
     chunks = [*row_chunks(0, rows.count, head.row_bytes, workspace_bytes, head.multiple)]
+    grads = HeadGradients(head, hidden, options[-3:], len(chunks))
     workspace = head.workspace(max((c.stop - c.start for c in chunks), default=0))
     place = _places(retained_ids, rows, len(ids))
     row_ids, *statistics = (rows.take(x) for x in (ids, logprobs, lse, entropy, dlogprobs, dentropy))

@@ -91,14 +91,18 @@ def transform(z, inner, CURVE: tl.constexpr):
 
 @triton.jit
 def row_shift(b, t, batch_stride, row_stride, ALIGNMENT: tl.constexpr, VECTOR: tl.constexpr):
-    """Where row ``t`` of completion ``b`` begins, at a multiple of VECTOR, and how many elements further it does."""
+    """Where row ``t`` of completion ``b`` begins, at a multiple of VECTOR, and how many elements further it does.
+
+    No early return: what follows one is still compiled, and ``multiple_of`` there would hold for every alignment.
+    """
     offset = tl.cast(b, tl.int64) * batch_stride + tl.cast(t, tl.int64) * row_stride
-    if ALIGNMENT == _LOOSE:
-        return offset, 0
+    shift = 0
     if ALIGNMENT == _SHIFTED:
         shift = (offset % VECTOR).to(tl.int32)
-        return tl.multiple_of(offset - shift, VECTOR), shift
-    return tl.multiple_of(offset, VECTOR), 0
+        offset = tl.multiple_of(offset - shift, VECTOR)
+    elif ALIGNMENT != _LOOSE:
+        offset = tl.multiple_of(offset, VECTOR)
+    return offset, shift
 
 
 @triton.jit
