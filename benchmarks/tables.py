@@ -56,6 +56,8 @@ def markdown(results: Results, works: Sequence[str] = ()) -> str:
 
 
 #: What a summary has, a line for each title; the rest is in the tables.
+#: Variants of a provider that have a column in the summary.
+_SUMMARISED = frozenset({"CUDA", "Triton", "bf16 logits"})
 _SUMMARY = ("logits", "hidden", "frozen", "logprobs", "upstream", "policy")
 
 
@@ -64,9 +66,11 @@ def summary(results: Results) -> str:
     groups = results.of(*_SUMMARY)
     rows = [row for group in groups for row in group if row.status != "cannot run" and row.provider != row.floor]
     main = [
-        name for name in dict.fromkeys(row.provider for row in rows) if ", " not in name or name.endswith("compiled")
+        name
+        for name in dict.fromkeys(row.provider for row in rows)
+        if _SUMMARISED.issuperset(name.split(", ")[1:]) or name.endswith("compiled")
     ]
-    main.sort(key=lambda name: name != OURS)
+    main.sort(key=lambda name: not name.startswith(OURS))
     versions = {row.provider: row.version for row in rows if row.version}
     heading = " | ".join(f"{name} {versions.get(name, '')}".strip() for name in main)
     lines = [f"| work | floor | {heading} |", "|" + "---|" * (len(main) + 2)]

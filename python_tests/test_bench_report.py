@@ -67,6 +67,14 @@ def test_a_summary_has_a_line_for_each_work(results: Results) -> None:
     assert first == "| Hidden states to loss, N=512, 100% live | 100 ms | 1.10x | 12.35x | wrong |"
 
 
+def test_a_summary_of_a_gpu_has_a_column_for_each_backend_of_ours() -> None:
+    names = ("floor", "grpo_kernels, CUDA", "grpo_kernels, CUDA, bf16 logits", "grpo_kernels, CUDA, captured", "TRL")
+    found = Results("here", "2026-01-02", {}, [timed(name, 100.0) for name in names])
+    assert tables.summary(found).splitlines()[0] == (
+        "| work | floor | grpo_kernels, CUDA | grpo_kernels, CUDA, bf16 logits | TRL |"
+    )
+
+
 def test_growth_is_fitted(results: Results) -> None:
     assert "| grpo_kernels | N^0.90 |  | 0.36 + 0.64 live |" in tables.markdown(results)
     assert "| slow |  |  | 1.00 + 0.00 live |" in tables.markdown(results)
