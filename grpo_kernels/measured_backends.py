@@ -65,8 +65,8 @@ class Measured:
 _H200 = "benchmarks/results/nvidia-h200/2026-11-27T230130-0.1.0.json"
 #: Vocabularies near the one that was timed, 151936.
 _LARGE = (120_000, 160_000)
-#: The first that covers a call holds; where none does, "auto" goes by ``registry.PREFERENCE``: Triton. An entry comes in
-#: the commit of the results that it names.
+#: The first that covers a call holds; where none does, "auto" goes by ``registry.PREFERENCE``: Triton. An entry comes
+#: in the commit of the results that it names.
 MEASURED: tuple[Measured, ...] = (
     Measured("grpo_loss", 90, "cuda", _H200, _LARGE, is_aligned=True),
     Measured("token_logprobs", 90, "cuda", _H200, _LARGE, is_aligned=True),

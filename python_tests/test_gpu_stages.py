@@ -335,6 +335,24 @@ def test_why_a_test_failed_is_told_before_the_next_one_ends(tmp_path: Path, opti
     assert [line for line in lines if line.startswith(failures.REASON) and "no_such_module" in line], lines
 
 
+def test_a_worker_that_lost_the_gpu_ends_and_another_goes_on(tmp_path: Path) -> None:
+    """An error of the device that stays with its process fails one test, not those after it."""
+    path = tmp_path / "test_of_a_lost_context.py"
+    path.write_text(
+        "import torch\nlost = []\n"
+        "def synchronize():\n    if lost:\n        raise RuntimeError('misaligned address')\n"
+        "torch.cuda.synchronize, torch.cuda.is_initialized = synchronize, lambda: True\n"
+        "def test_a():\n    lost.append(1)\n    synchronize()\n"
+        "def test_b():\n    synchronize()\n"
+    )
+    command = [sys.executable, "-m", "pytest", "-v", "-p", "no:cacheprovider", "-p", "gpu.failures", "--numprocesses", "1"]
+    environment = os.environ | {"PYTHONPATH": str(ROOT / "benchmarks")}
+    lines = [*checks.lines_of([*command, str(path)], time.monotonic() + 120, environment)]
+    outcomes = {line.split("::")[1].split()[0]: found[1] for line in lines if (found := checks._OUTCOME.search(line))}
+    assert outcomes == {"test_a": "FAILED", "test_b": "PASSED"}, lines
+    assert [line for line in lines if line.startswith(failures.REASON) and "misaligned address" in line], lines
+
+
 def test_other_processes_are_left_alone(tmp_path: Path) -> None:
     other = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
     try:

@@ -26,6 +26,7 @@ from gpu.stage import RunningStage, main
 from gpu.stages import NO_TIME
 
 TESTS = ROOT / "python_tests" / "test_gpu.py"
+_NAME = re.compile(r"\S+\.py::\S+")
 #: A test's line in pytest's verbose output, in one process or from a worker.
 _OUTCOME = re.compile(r"(?:^\[gw\d+\] \[ *\d+%\]|^\S+\.py::.*) (PASSED|FAILED|ERROR|SKIPPED)\b")
 _TELLING = ("-p", "gpu.failures")  # why a test failed, at once
@@ -82,18 +83,21 @@ def run_tests(
     tests: dict[str, Any] = {"what": what, "counts": {}, "lines": []}
     stage.entry["found"]["tests"] = tests
     counts: Counter[str] = Counter()
+    failed: set[str] = set()  # one may fail twice, in itself and in its fixture
     environment = os.environ | {"CUBLAS_WORKSPACE_CONFIG": ":4096:8"}
     for line in lines_of([*command, *selection], deadline, environment):
         if outcome := _OUTCOME.search(line):
             counts[outcome[1]] += 1
             tests["counts"] = dict(counts)
+            if outcome[1] in ("FAILED", "ERROR"):
+                failed.update(_NAME.findall(line))
             if sum(counts.values()) % 25 == 0:
                 stage.save()
         elif line.startswith(("SKIPPED ", REASON)):
             tests["lines"].append(line.strip()[:500])
-    failed, has_ended = counts["FAILED"] + counts["ERROR"], time.monotonic() < deadline
+    has_ended = time.monotonic() < deadline
     if failed or (has_ended and not counts["PASSED"]):
-        raise RuntimeError(f"{failed} tests failed, {counts['PASSED']} passed")
+        raise RuntimeError(f"{len(failed)} tests failed, {counts['PASSED']} passed")
     if not has_ended:
         raise TimeoutError(f"not all of it: {NO_TIME}")
 
