@@ -71,11 +71,13 @@ def test_a_stable_async_grpo_is_found(stable: str, monkeypatch: pytest.MonkeyPat
 def test_both_places_are_replaced(stable: str, monkeypatch: pytest.MonkeyPatch) -> None:
     experimental = ModuleType(ASYNC_GRPO[1])
     experimental.head_function = stock = utils._ChunkedLogProbFunction
+    experimental._use_triton = no = lambda device: False
     monkeypatch.setitem(sys.modules, ASYNC_GRPO[1], experimental)
     with apply():
         assert experimental.head_function is sys.modules[stable].head_function is utils._ChunkedLogProbFunction
         assert experimental.head_function is not stock
-    assert experimental.head_function is stock
+        assert experimental._use_triton(torch.device("cpu"))  # positions that count are picked, as on a GPU
+    assert experimental.head_function is stock and experimental._use_triton is no
 
 
 def test_an_alias_that_warns_is_not_imported(stable: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -108,6 +108,9 @@ def test_nothing_is_expected_after_a_call_of_trls_own(newer: type[NewerHead]) ->
         token = drop_in._EXPECTED.set(expected)
         try:
             arguments = (hidden.requires_grad_(), weight, bias, targets, 0.7, 64, None, 1.0, ())
+            with torch.no_grad():
+                utils._ChunkedLogProbFunction.apply(*arguments, kept)  # a reference's: nothing was expected of it
+            assert not expected.is_used
             utils._ChunkedLogProbFunction.apply(*arguments, kept)
             logprobs = utils._ChunkedLogProbFunction.apply(*arguments)[0]
         finally:
@@ -176,6 +179,16 @@ def test_a_trainer_of_ours_names_a_method_that_trl_lacks(monkeypatch: pytest.Mon
         FusedGRPOTrainer()
 
 
+def test_nothing_is_expected_where_trl_has_no_such_method(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    drop_in._say_once.cache_clear()
+    monkeypatch.setitem(drop_in._TRLS, "_compute_loss", None)
+    with drop_in._publishing(SimpleNamespace(), {}, True):
+        assert drop_in._EXPECTED.get() is None
+    assert "has no GRPOTrainer._compute_loss" in caplog.text
+
+
 def test_inputs_that_are_not_as_known_are_no_error(caplog: pytest.LogCaptureFixture) -> None:
     """A newer loss may name its masks otherwise: then nothing is expected, and the head is served."""
     drop_in._say_once.cache_clear()
@@ -219,6 +232,7 @@ def test_further_arguments_are_used_where_they_are_neither_none_nor_their_defaul
         ((1, 2, None, 3), {}, ()),
         ((1, 2, None, 3, 0.5, None), {"a": None}, ()),
         ((1, 2, None, 3, None), {}, ()),
+        ((1, 2, None, 3, float("0.5")), {}, ()),  # equal, and another object
         ((1, 2, False, 3), {}, ("must",)),
         ((1, 2, tensor, 3, tensor), {}, ("must", "eps")),
         ((1, 2, None, 3, 0.25, tensor), {"a": tensor}, ("eps", "rest", "more")),

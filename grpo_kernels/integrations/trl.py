@@ -224,6 +224,9 @@ def apply(
     calls the last one's options hold. As a context manager it ends with its block, and the options before it hold
     again; ``unapply`` ends them all.
 
+    A call of TRL's head that uses an argument or an output that is not known here, as of a newer TRL, runs TRL's own
+    function; the log says so once.
+
     Args:
         speculate: Form the head's gradients in the forward where ``GRPOTrainer``'s loss is known before it: a third of
             the head's backward less. The gradient that comes is compared with the expected one, at the cost of one
