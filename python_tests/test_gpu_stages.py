@@ -345,9 +345,11 @@ def test_a_worker_that_lost_the_gpu_ends_and_another_goes_on(tmp_path: Path) -> 
         "def test_a():\n    lost.append(1)\n    synchronize()\n"
         "def test_b():\n    synchronize()\n"
     )
-    command = [sys.executable, "-m", "pytest", "-v", "-p", "no:cacheprovider", "-p", "gpu.failures", "--numprocesses", "1"]
+    options = ["-v", "-p", "no:cacheprovider", "-p", "gpu.failures", "--numprocesses", "1"]
     environment = os.environ | {"PYTHONPATH": str(ROOT / "benchmarks")}
-    lines = [*checks.lines_of([*command, str(path)], time.monotonic() + 120, environment)]
+    lines = [
+        *checks.lines_of([sys.executable, "-m", "pytest", *options, str(path)], time.monotonic() + 120, environment)
+    ]
     outcomes = {line.split("::")[1].split()[0]: found[1] for line in lines if (found := checks._OUTCOME.search(line))}
     assert outcomes == {"test_a": "FAILED", "test_b": "PASSED"}, lines
     assert [line for line in lines if line.startswith(failures.REASON) and "misaligned address" in line], lines

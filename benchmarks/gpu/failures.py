@@ -1,7 +1,7 @@
 """A plugin of pytest: prints why a test failed when it fails, and ends a worker that lost the GPU.
 
-A run that is stopped never comes to pytest's own end. An error that stays with a process's context on the GPU would fail
-all its later tests: pytest-xdist has another worker go on.
+A run that is stopped never comes to pytest's own end. An error that stays with a process's context on the GPU would
+fail all its later tests: pytest-xdist has another worker go on.
 """
 
 from __future__ import annotations

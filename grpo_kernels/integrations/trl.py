@@ -25,23 +25,18 @@ try:
     from trl import GRPOTrainer
     from trl.trainer import utils as trl_utils
 except ImportError as error:
-    raise ImportError(f"grpo_kernels.integrations.trl needs TRL, tested with 1.16.0: {error}") from error
+    raise ImportError(f"grpo_kernels.integrations.trl needs TRL, tested with 1.15 and 1.16: {error}") from error
 
 if not hasattr(trl_utils, "_ChunkedLogProbFunction") or not hasattr(trl_utils, "add_fused_lm_head"):
     raise ImportError(
-        f"TRL {trl.__version__} has no fused head to take over (trl.trainer.utils._ChunkedLogProbFunction, which came "
-        "with 1.14): tested with 1.16.0"
+        f"TRL {trl.__version__} has no fused head to take over (trl.trainer.utils.add_fused_lm_head, which came with "
+        "1.15): tested with 1.15 and 1.16"
     )
 
 from grpo_kernels import registry
-from grpo_kernels.integrations.trl_checks import TESTED, check_hooks
-from grpo_kernels.integrations.trl_head import (
-    Counts,
-    Expected,
-    Settings,
-    head_divergence,
-    head_logprobs,
-)
+from grpo_kernels.integrations import trl_checks as checks
+from grpo_kernels.integrations.trl_checks import DIVERGENCE_ARGUMENTS, HEAD_ARGUMENTS
+from grpo_kernels.integrations.trl_head import Counts, Expected, Settings, head_divergence, head_logprobs
 from grpo_kernels.integrations.trl_loss import expected_loss, fill_of, scored_tokens
 
 __all__ = ["Applied", "Counts", "FusedGRPOTrainer", "Settings", "apply", "unapply"]
@@ -61,49 +56,69 @@ def _serves(device: torch.device) -> bool:
     return settings is not None and settings.backend_on(device) != "torch"
 
 
-class _Head:
-    """Stands where TRL looks its head's function up; TRL's own runs where nothing is applied, or no kernel serves."""
+class _Dispatch:
+    """Stands where TRL looks one of its functions up.
+
+    TRL's own runs where nothing is applied, where no kernel serves, and where a call has what only TRL knows.
+    """
+
+    names: tuple[str, ...]
 
     def __init__(self, original: Any) -> None:
         self.original = original
+        self.signature = checks.HeadSignature(original, self.names)
 
     @torch.compiler.disable
-    def apply(
-        self, hidden: Any, weight: Any, bias: Any, targets: Any, temperature: Any, chunk_size: Any,
-        softcap: Any = None, logit_scale: float = 1.0,
-        outputs: tuple[str, ...] = ("entropy", "log_sum_sq_probs", "mean_logits", "is_top1"),
-    ) -> tuple[Any, ...]:  # fmt: skip
+    def apply(self, *args: Any, **kwargs: Any) -> tuple[Any, ...]:
         settings = _settings()
-        if settings is None or not _serves(hidden.device):
-            return self.original.apply(
-                hidden, weight, bias, targets, temperature, chunk_size, softcap, logit_scale, outputs
-            )
-        return head_logprobs(
-            settings, _EXPECTED.get(), hidden, weight, bias, targets, temperature, softcap, logit_scale, tuple(outputs)
-        )
+        if settings is None:
+            return self.original.apply(*args, **kwargs)
+        values = self.signature.bind(args, kwargs)
+        if not _serves(values[self.names[0]].device):
+            return self.original.apply(*args, **kwargs)
+        unknown = self.unknown(values)
+        if unknown:
+            _leave_to_trl(self.original, unknown)
+            return self.original.apply(*args, **kwargs)
+        return self.serve(settings, values)
+
+    def unknown(self, values: dict[str, Any]) -> tuple[str, ...]:
+        return self.signature.unknown(values)
+
+    def serve(self, settings: Settings, values: dict[str, Any]) -> tuple[Any, ...]:
+        raise NotImplementedError
 
 
-class _Divergence:
+def _leave_to_trl(function: Any, unknown: tuple[str, ...]) -> None:
+    """Says so once, and expects no gradient of a later head of this loss: what was expected was this one's."""
+    _say_once(
+        f"TRL {trl.__version__}'s own {function.__name__} runs where {', '.join(unknown)} is given, for which this "
+        "package has no kernels"
+    )
+    expected = _EXPECTED.get()
+    if expected is not None and torch.is_grad_enabled():
+        expected.is_used = True
+
+
+class _Head(_Dispatch):
+    names = HEAD_ARGUMENTS
+
+    def unknown(self, values: dict[str, Any]) -> tuple[str, ...]:
+        others = [f"the output {name!r}" for name in values["outputs"] if name not in checks.HEAD_OUTPUTS]
+        return (*self.signature.unknown(values), *others)
+
+    def serve(self, settings: Settings, values: dict[str, Any]) -> tuple[Any, ...]:
+        inputs = [values[name] for name in HEAD_ARGUMENTS if name != "outputs"]
+        return head_logprobs(settings, _EXPECTED.get(), *inputs, tuple(values["outputs"]))
+
+
+class _Divergence(_Dispatch):
     """The same for distillation."""
 
-    def __init__(self, original: Any) -> None:
-        self.original = original
+    names = DIVERGENCE_ARGUMENTS
 
-    @torch.compiler.disable
-    def apply(
-        self, student_hidden: Any, student_weight: Any, student_bias: Any, teacher_hidden: Any, teacher_weight: Any,
-        teacher_bias: Any, beta: float, temperature: float = 1.0, student_logit_scale: float = 1.0,
-        student_softcap: Any = None, teacher_logit_scale: float = 1.0, teacher_softcap: Any = None,
-    ) -> tuple[Any, Any]:  # fmt: skip
-        arguments = (
-            student_hidden, student_weight, student_bias, teacher_hidden, teacher_weight, teacher_bias, beta,
-            temperature,
-            student_logit_scale, student_softcap, teacher_logit_scale, teacher_softcap,
-        )  # fmt: skip
-        settings = _settings()
-        if settings is None or not _serves(student_hidden.device):
-            return self.original.apply(*arguments)
-        return head_divergence(settings, *arguments)
+    def serve(self, settings: Settings, values: dict[str, Any]) -> tuple[Any, ...]:
+        return head_divergence(settings, *(values[name] for name in DIVERGENCE_ARGUMENTS))
 
 
 #: What was replaced: module, name, what was there, and what is there now.
@@ -120,14 +135,16 @@ def _install() -> None:
     if _REPLACED:
         return
     divergence = _divergence_module()
-    check_hooks(divergence)
-    for module, name, wrapper in (
-        (trl_utils, "_ChunkedLogProbFunction", _Head),
-        (divergence, "ChunkedDivergenceFunction", _Divergence),
-    ):
-        _replace(module, name, wrapper(getattr(module, name)))
-    for module in (trl_utils, divergence):
-        if module is trl_utils or module.__name__.endswith("distillation_trainer"):  # not the kernels' own question
+    checks.check_hooks(divergence)
+    head = _Head(trl_utils._ChunkedLogProbFunction)
+    async_grpo = checks.async_grpo_modules()
+    _replace(trl_utils, "_ChunkedLogProbFunction", head)
+    _replace(divergence, "ChunkedDivergenceFunction", _Divergence(divergence.ChunkedDivergenceFunction))
+    for module in async_grpo:
+        for name in checks.names_of(head.original, module):  # where its trainer does not take TRL's fused head
+            _replace(module, name, head)
+    for module in (trl_utils, divergence, *async_grpo):
+        if module.__name__ != "trl.kernels.chunked_divergence":  # not the kernels' own question
             original = getattr(module, "_use_triton", None)
             if original is not None:  # TRL 1.15 scores the positions that count on every device
                 _replace(module, "_use_triton", lambda device, original=original: _serves(device) or original(device))
@@ -166,40 +183,10 @@ def check_numbers(settings: Settings) -> None:
     torch.set_float32_matmul_precision("highest")
     try:
         with torch.inference_mode(False), torch.enable_grad():
-            _check_numbers(_served_device())
+            checks.compare_numbers(trl_utils._ChunkedLogProbFunction, _served_device())
     finally:
         torch.set_float32_matmul_precision(precision)
         _WITHIN.reset(token)
-
-
-def _check_numbers(device: torch.device) -> None:
-    outputs = ("log_probs", "entropy", "log_sum_sq_probs", "mean_logits", "is_top1")
-    generator, fp32 = torch.Generator("cpu").manual_seed(0), {"dtype": torch.float32, "device": "cpu"}
-    hidden, weight, bias, upstream = (
-        torch.randn(shape, generator=generator, **fp32).to(device) for shape in ((8, 16), (37, 16), (37,), (8,))
-    )
-    targets = torch.arange(8, device=device)
-    head = trl_utils._ChunkedLogProbFunction
-    results = []
-    for function in (head.original, head):
-        leaf = [x.clone().requires_grad_() for x in (hidden, weight, bias)]
-        try:
-            found = function.apply(*leaf, targets, 0.7, 32768, 5.0, 0.5, outputs)
-        except Exception as error:
-            whose = "TRL's own head" if function is head.original else "this package's head"
-            raise RuntimeError(
-                f"{whose} does not run on {device} with TRL {trl.__version__}, so that nothing can be compared: {error}"
-            ) from error
-        torch.autograd.backward([found[0], found[1]], [upstream, -upstream])
-        results.append([*found, *(x.grad for x in leaf)])
-    names = (*outputs, "dhidden", "dweight", "dbias")
-    for name, theirs, ours in zip(names, *results, strict=True):
-        if not torch.allclose(ours.double(), theirs.double(), rtol=1e-4, atol=1e-5):
-            error = (ours.double() - theirs.double()).abs().max().item()
-            raise RuntimeError(
-                f"TRL {trl.__version__} computes another {name} than this package (largest difference {error:.3g}; "
-                f"tested with {TESTED})"
-            )
 
 
 class Applied:
@@ -236,6 +223,9 @@ def apply(
     The numbers stay TRL's up to the rounding of fp32, and every option and metric stays TRL's own. Of several
     calls the last one's options hold. As a context manager it ends with its block, and the options before it hold
     again; ``unapply`` ends them all.
+
+    A call of TRL's head that uses an argument or an output that is not known here, as of a newer TRL, runs TRL's own
+    function; the log says so once.
 
     Args:
         speculate: Form the head's gradients in the forward where ``GRPOTrainer``'s loss is known before it: a third of
@@ -293,12 +283,15 @@ def _publishing_before(compute_loss: Any) -> Any:
 
 
 #: TRL's own, which say what is expected of a head; a trainer that has others says nothing.
-_TRLS = {name: getattr(GRPOTrainer, name) for name in ("_compute_loss", "_get_per_token_logps_and_entropies")}
+_TRLS = {name: getattr(GRPOTrainer, name, None) for name in ("_compute_loss", checks.SCORING)}
 
 
 def _has_trls_loss(trainer: Any) -> bool:
     """Whether the loss, and what asks the head for its rows, are TRL's, for this very trainer."""
     for name, original in _TRLS.items():
+        if original is None:
+            _say_once(f"nothing is expected of a loss: TRL {trl.__version__} has no GRPOTrainer.{name}")
+            return False
         function = getattr(getattr(trainer, name), "__func__", None)
         ours = FusedGRPOTrainer.__dict__.get(name, original)
         if function not in (original, ours) or original.__module__ != GRPOTrainer.__module__:
@@ -311,14 +304,13 @@ def _publishing(trainer: Any, inputs: Any, speculate: bool) -> Iterator[None]:
     """Within it a head is told which of its rows the loss reads and, if asked for, which gradient to expect."""
     expected = None
     if torch.is_grad_enabled() and _has_trls_loss(trainer):
-        mask, rows = scored_tokens(inputs)
-        loss = None
-        if speculate:
-            try:
-                loss = expected_loss(trainer, inputs, mask, rows)
-            except (AttributeError, KeyError, TypeError, ValueError) as error:  # TRL allows what is refused here
-                _say_once(f"gradients are not formed before they are asked for: {type(error).__name__}: {error}")
-        expected = Expected(mask.flatten()[rows], fill_of(inputs, rows), loss)
+        try:
+            mask, rows = scored_tokens(inputs)
+            expected = Expected(mask.flatten()[rows], fill_of(inputs, rows), None)
+            if speculate:
+                expected.loss = expected_loss(trainer, inputs, mask, rows)
+        except (AttributeError, KeyError, TypeError, ValueError) as error:  # TRL allows what is refused here
+            _say_once(f"gradients are not formed before they are asked for: {type(error).__name__}: {error}")
     token = _EXPECTED.set(expected)
     try:
         yield
@@ -345,6 +337,7 @@ class FusedGRPOTrainer(GRPOTrainer):
 
     def __init__(self, *args: Any, kernels: Settings | None = None, **kwargs: Any) -> None:
         self.kernels = Settings() if kernels is None else kernels
+        checks.check_trainer(GRPOTrainer)
         _install_and_check(self.kernels)
         super().__init__(*args, **kwargs)
         weight = self.model.get_output_embeddings().weight
