@@ -18,8 +18,7 @@ _NORMALIZE_THEN_SUM = 1  # in the order of op.AGGREGATIONS
 
 @triton.jit
 def _rewards(table_ptr, weights_ptr, rows, inside, functions, first, count):
-    """Weighted sum, over ``count`` reward functions from ``first``, of each row, as the rewards' dtype has it; NaN where
-    all are."""
+    """Weighted sum, over ``count`` reward functions from ``first``, of each row, rounded once; NaN where all are."""
     total = tl.zeros(rows.shape, tl.float64)
     scored = tl.zeros(rows.shape, tl.int32)
     for k in range(first, first + count):
