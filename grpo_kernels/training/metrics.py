@@ -5,7 +5,6 @@ Departures from TRL's trainer, which takes means of fp32 and of means:
 - ``frac_reward_zero_std`` is the share of groups whose rewards are exactly equal, those that dynamic sampling leaves
   out (``filtering.differing_groups``). TRL takes a deviation of up to 1e-8 for zero, which fp32 rounding passes; with
   ``scale_rewards="batch"`` and ``multi_objective_aggregation="normalize_then_sum"`` it takes the whole batch's.
-- A deviation of fewer than two rewards is 0, where TRL's is NaN and left out.
 - A completion that is cut off on a pad token is counted as cut off.
 - ``clip_ratio/*``, ``kl``, ``entropy`` and the like are those of a whole optimizer step as one batch
   (``PolicyMetrics``), where TRL's are means, and means of extrema, over its micro-batches; so are the
@@ -15,6 +14,7 @@ Departures from TRL's trainer, which takes means of fp32 and of means:
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -33,7 +33,7 @@ def reward_metrics(
     aggregation: str,
 ) -> dict[str, float]:
     """Mean and unbiased deviation of the weighted sum and of each function, without what is NaN, and the share of
-    groups whose rewards are equal; a mean of nothing is NaN.
+    groups whose rewards are equal. A mean of nothing is NaN, and so is a deviation of fewer than two: null in files.
 
     Args:
         rewards: Of whole groups, on the host; NaN where a function abstained.
@@ -69,4 +69,4 @@ def _mean(values: Tensor) -> float:
 
 
 def _deviation(values: Tensor) -> float:
-    return nanstd(values.double()[None]).item()
+    return nanstd(values.double()[None]).item() if (~values.isnan()).sum() > 1 else math.nan
