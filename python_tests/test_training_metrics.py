@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import math
 import random
+from pathlib import Path
 from statistics import fmean, stdev
 from types import SimpleNamespace
 from typing import Any
@@ -21,6 +23,7 @@ from grpo_kernels.training.filtering import differing_groups
 from grpo_kernels.training.loop import Batch, GRPOLoop
 from grpo_kernels.training.metrics import length_metrics, reward_metrics
 from grpo_kernels.training.rollout import Rollout
+from grpo_kernels.training.run import train
 from grpo_kernels.training.sampling import correction_metrics, correction_statistics
 
 NAN = math.nan
@@ -55,6 +58,10 @@ def as_given(prompts: list[str], completions: list[str], **columns: Any) -> list
 
 def a_fifth(prompts: list[str], completions: list[str], **columns: Any) -> list[float | None]:
     return [0.2] * len(prompts)
+
+
+def never(prompts: list[str], completions: list[str], **columns: Any) -> list[float | None]:
+    return [None] * len(prompts)
 
 
 def named(*names: str) -> list[str]:
@@ -135,6 +142,22 @@ def test_what_is_counted_what_is_thrown_away_and_what_has_no_advantage_are_the_s
         assert (advantages[~differs] == 0).all()
         if aggregation == "sum_then_normalize":  # normalised parts may cancel
             assert (advantages[differs] != 0).any(dim=1).all()
+
+
+@pytest.mark.full
+def test_a_function_that_always_abstains_is_null_in_the_file(tmp_path: Path) -> None:
+    """JSON has no NaN: readers that keep to it would refuse the whole record."""
+    names = [*named("first_reward", "never"), "test_training_loop:odd_token_reward"]
+    train(recipe_of(output_dir=str(tmp_path), reward_funcs=names, max_steps=1, max_completion_length=2))
+
+    def refuse(constant: str) -> float:
+        raise AssertionError(constant)
+
+    (record,) = [
+        json.loads(line, parse_constant=refuse) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()
+    ]
+    assert record[f"rewards/{names[1]}/mean"] is None and record[f"rewards/{names[1]}/std"] is None
+    assert isinstance(record["reward"], float) and "rewards" in (tmp_path / "report.html").read_text()
 
 
 # lengths and tokens

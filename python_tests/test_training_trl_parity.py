@@ -19,6 +19,7 @@ from grpo_kernels.training.optimizer import build_optimizer
 from grpo_kernels.training.recipe import Recipe
 from grpo_kernels.training.rewards import columns_of, score
 from grpo_kernels.training.rollout import Rollout, completion_tokens, end_mask
+from grpo_kernels.training.sampling import correction_metrics, correction_statistics
 
 trl = pytest.importorskip("trl")
 
@@ -223,6 +224,43 @@ def assert_all_that_both_log_is_the_same(
     }
     assert {step["frac_reward_zero_std"] for step in found} > {0.0}
     assert 0 < max(step["completions/clipped_ratio"] for step in found) <= 1
+
+
+@pytest.mark.parametrize("truncated", [False, True])
+@pytest.mark.parametrize("mode", ["token_truncate", "token_mask", "sequence_truncate", "sequence_mask"])
+def test_the_samplers_metrics_are_trls(mode: str, truncated: bool, tmp_path: Path) -> None:
+    """TRL's own generation, as if a vLLM server had sampled, which left some tokens unscored."""
+    bounds = {"vllm_importance_sampling_clip_min": 0.5, "vllm_importance_sampling_clip_max": 2.0}
+    arguments = trl.GRPOConfig(
+        output_dir=str(tmp_path), use_cpu=True, bf16=False, report_to=[], per_device_train_batch_size=8,
+        num_generations=4, max_completion_length=LENGTH, vllm_importance_sampling_mode=mode,
+        mask_truncated_completions=truncated, **bounds,
+    )  # fmt: skip
+    trainer = trl.GRPOTrainer(
+        model=model_of("Llama"), reward_funcs=remainder_of_tokens, args=arguments, processing_class=tokenizer_of(),
+        train_dataset=Dataset.from_dict({"prompt": PROMPTS}),
+    )  # fmt: skip
+    trainer.use_vllm, rng, completions = True, torch.Generator().manual_seed(0), Completions()
+
+    def sampled(prompt_ids: list[list[int]], *_: Any, **__: Any) -> tuple[list[list[int]], list[list[list[float]]]]:
+        ids = completions(len(prompt_ids))
+        logprobs = [(-3.2 + 0.3 * torch.randn(len(row), generator=rng)).tolist() for row in ids]
+        logprobs[0][0] = logprobs[3][-1] = math.nan
+        return ids, logprobs
+
+    trainer._generate_single_turn = sampled
+    trainer.model.train()
+    rows = [{"prompt": prompt} for prompt in PROMPTS[:2] for _ in range(4)]
+    output = trainer._generate_and_score_completions(rows)
+    theirs = {k: v[0] for k, v in trainer._metrics["train"].items() if k.startswith("sampling/")}
+    config = Recipe(use_vllm=True, vllm_importance_sampling_mode=mode, **bounds).loss_config()
+    mask, old = output["completion_mask"], output["old_per_token_logps"]
+    assert (mask.sum(dim=1) == 0).any() == truncated
+    found = correction_metrics(correction_statistics(old, output["sampling_per_token_logps"], mask, config))
+    if truncated and mode.startswith("sequence"):  # TRL gives a completion without a token a ratio of 1
+        theirs = {name: value for name, value in theirs.items() if "importance" not in name}
+    assert found.keys() >= theirs.keys() and len(theirs) > 1
+    assert {name: found[name] for name in theirs} == pytest.approx(theirs, rel=1e-5)
 
 
 def test_weight_decay_passes_by_what_transformers_trainer_passes_by() -> None:

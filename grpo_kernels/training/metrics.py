@@ -3,12 +3,14 @@
 Departures from TRL's trainer, which takes means of fp32 and of means:
 
 - ``frac_reward_zero_std`` is the share of groups whose rewards are exactly equal, those that dynamic sampling leaves
-  out (``filtering.differing_groups``). TRL takes a deviation of up to 1e-8 for zero, which fp32 rounding passes; with
-  ``scale_rewards="batch"`` and ``multi_objective_aggregation="normalize_then_sum"`` it takes the whole batch's.
-- A completion that is cut off on a pad token is counted as cut off.
-- ``clip_ratio/*``, ``kl``, ``entropy`` and the like are those of a whole optimizer step as one batch
-  (``PolicyMetrics``), where TRL's are means, and means of extrema, over its micro-batches; so are the
-  ``sampling/*`` of all processes.
+  out (``filtering.differing_groups``). TRL takes an fp32 deviation of up to 1e-8 for zero, which that of rewards of 1.2
+  exceeds, and no group of fewer than two rewards; with ``scale_rewards="batch"`` and
+  ``multi_objective_aggregation="normalize_then_sum"`` it takes the whole batch's deviation.
+- A completion that the length limit cut off at a pad token counts as cut off.
+- ``kl``, ``entropy``, ``clip_ratio/*`` and the like are of an optimizer step as one batch (``PolicyMetrics``). TRL's are
+  means over micro-batches, and so a token of a short one counts for more and its extrema are means of extrema.
+- ``sampling/*`` are of all processes as one, where TRL takes means over processes, and a completion without a token has
+  no ratio, where TRL gives it 1.
 - What is measured once a generation is repeated at each of its optimizer steps.
 """
 
