@@ -178,6 +178,15 @@ def test_the_optimizer_step_takes_the_correction(start):
     assert norms[0] == pytest.approx(norms[1] / 4, rel=1e-4) and norms[1] > 0
 
 
+def test_completions_that_are_left_out_of_the_loss_are_in_none_of_its_metrics(start):
+    _, batch, metrics = stale(start(), 1.3, mask_truncated_completions=True, max_completion_length=6)
+    mask = batch.rollout.completion_mask.bool()
+    assert 0 < metrics["completions/clipped_ratio"] == (~mask.any(dim=1)).double().mean() < 1
+    assert metrics["sampling/empty_completions"] == 0
+    gap = (batch.old_logprobs - batch.rollout.sampling_logprobs)[mask].abs()
+    assert metrics["sampling/sampling_logp_difference/mean"] == pytest.approx(gap.mean().item(), rel=1e-4)
+
+
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
 def test_weights_are_1_where_server_and_trainer_agree(start, temperature):
     batch, metrics, _ = loop_for(start(), temperature=temperature).collect()

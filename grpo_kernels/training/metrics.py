@@ -7,8 +7,8 @@ Departures from TRL's trainer, which takes means of fp32 and of means:
   exceeds, and no group of fewer than two rewards; with ``scale_rewards="batch"`` and
   ``multi_objective_aggregation="normalize_then_sum"`` it takes the whole batch's deviation.
 - A completion that the length limit cut off at a pad token counts as cut off.
-- ``kl``, ``entropy``, ``clip_ratio/*`` and the like are of an optimizer step as one batch (``PolicyMetrics``). TRL's are
-  means over micro-batches, and so a token of a short one counts for more and its extrema are means of extrema.
+- ``kl``, ``entropy``, ``clip_ratio/*`` and the like are of an optimizer step as one batch (``PolicyMetrics``). TRL's
+  are means over micro-batches: a token of a short one counts for more, and its extrema are means of extrema.
 - ``sampling/*`` are of all processes as one, where TRL takes means over processes, and a completion without a token has
   no ratio, where TRL gives it 1.
 - What is measured once a generation is repeated at each of its optimizer steps.
