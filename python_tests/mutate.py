@@ -170,7 +170,7 @@ FAULTS = (
         "a deviation in the place of equality",
         "grpo_kernels/training/metrics.py",
         old='"frac_reward_zero_std": (~differs).double().mean().item(),',
-        new='"frac_reward_zero_std": sum(g.std().item() < 1e-8 for g in totals.view(-1, num_generations)) / len(differs),',
+        new='"frac_reward_zero_std": sum(g.std().item() < 1e-8 for g in totals.split(num_generations)) / len(differs),',
         tests=(
             "test_training_metrics.py::test_rewards_of_one_and_a_fifth_have_no_spread_at_all",
             "test_training_metrics.py::test_reward_metrics_of_drawn_runs_are_the_plain_ones",
