@@ -17,12 +17,13 @@ from test_training_loop import loop_of, one_thread, recipe_of  # noqa: F401  (a 
 from torch import Tensor
 
 from grpo_kernels import GRPOLossConfig, group_advantages
-from grpo_kernels.training import evaluation
+from grpo_kernels.training import evaluation, stage_work
+from grpo_kernels.training.data import load_task
 from grpo_kernels.training.evaluation import EvalReport, EvalSample, evaluate
 from grpo_kernels.training.filtering import differing_groups
 from grpo_kernels.training.loop import Batch, GRPOLoop
 from grpo_kernels.training.metrics import length_metrics, reward_metrics
-from grpo_kernels.training.rollout import Rollout
+from grpo_kernels.training.rollout import Rollout, generate
 from grpo_kernels.training.run import train
 from grpo_kernels.training.sampling import correction_metrics, correction_statistics
 
@@ -341,3 +342,38 @@ def test_the_accuracy_of_several_processes_counts_every_row_once(monkeypatch: py
         "eval_accuracy_greedy": sum(greedy.values()) / 7,
     }
     assert evaluate(model, None, rows, recipe, processes) == evaluate(model, None, rows, recipe) == expected
+
+
+def test_a_stages_scores_reward_the_tokens_that_were_sampled(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The end token too, as in training; the text encoded again has none, and may have others."""
+    task = load_task(recipe_of(num_eval_prompts=6, reward_funcs=["accuracy"]))
+    recipe = recipe_of(num_eval_prompts=6, eval_samples=3, eval_batch_size=4, reward_funcs=["accuracy"])
+    lengths: list[list[int]] = []
+
+    def recorded(*arguments: Any, temperature: float, **options: Any) -> Rollout:
+        rollout = generate(*arguments, temperature=temperature, **options)
+        if temperature:
+            lengths.append(rollout.completion_mask.sum(dim=1).tolist())
+        return rollout
+
+    def tokens(prompts: list[str], completions: list[str], completion_ids: list[list[int]], **_: Any) -> list[float]:
+        return [float(len(ids)) for ids in completion_ids]
+
+    monkeypatch.setattr(evaluation, "generate", recorded)
+    found, report = stage_work._scores(task._replace(reward_functions={"tokens": tokens}), recipe)
+    every = [n for batch in lengths for n in batch]
+    assert len(every) == 18 and len(set(every)) > 1
+    assert found["eval_tokens"] == round(fmean(every), 4)
+    assert [[len(ids) for ids in group] for group in report.completion_ids] == [every[k::6] for k in range(6)]
+
+
+def test_a_sample_that_no_function_scored_has_no_reward(tmp_path: Path) -> None:
+    """It was shown with 0, as one that was scored and earned nothing."""
+    recipe = recipe_of(eval_batch_size=4, num_completions_to_print=4, max_completion_length=3)
+    task = load_task(recipe)
+    keep = {"test_training_metrics:never": 0.0}
+    stage = SimpleNamespace(name="samples", keep=keep, prompts=2, samples=2, folder=tmp_path)
+    with pytest.raises(ValueError, match="none of 4 completions earned"):
+        stage_work._sampled(stage, task, recipe, task.train_rows, None)
+    samples = [json.loads(line) for line in (tmp_path / "samples.jsonl").read_text().splitlines()]
+    assert [sample["reward"] for sample in samples] == [None] * 4
