@@ -5,7 +5,7 @@ log-probs agree with the sampled ones.
 
 Given the same completions its losses and gradient norms are TRL's, but that every iteration over a generation has an
 order of its own, and that what is a mean over local tokens (``loss_type="bnpo"``, the entropy bonus of means over
-tokens) is one over the whole step, where TRL takes each micro-batch's.
+tokens) is one over the whole step, where TRL takes each micro-batch's. ``metrics.py`` says where metrics depart.
 """
 
 from __future__ import annotations
