@@ -50,6 +50,13 @@ struct Moments {
         std(sums.present > 1 ? std::sqrt(squares / static_cast<double>(sums.present - 1)) : 0),
         all_equal(sums.low >= sums.high) {}
 
+  // The same of values whose mean is 0 but for rounding, as the sums of normalised rewards are over a batch.
+  GRPO_HOST_DEVICE Moments around_zero() const {
+    Moments m = *this;
+    m.mean = 0;
+    return m;
+  }
+
   // Centred and divided; a missing reward stays one.
   GRPO_HOST_DEVICE double normalized(double reward, double divisor) const {
     if (std::isnan(reward)) return reward;
@@ -68,17 +75,18 @@ GRPO_HOST_DEVICE Moments moments(const R* values, int64_t count, int64_t stride)
   return Moments(sums, squares);
 }
 
-// Over the reward functions that gave one; NaN where none did. Without weights each counts once.
+// Over the reward functions that gave one; NaN where none did. Without weights each counts once. Summed in double and
+// rounded once: the same parts make the same sum in any order.
 template <class R>
 GRPO_HOST_DEVICE R weighted_sum(const R* row, const R* weights, int64_t functions) {
-  R sum = 0;
+  double sum = 0;
   bool is_scored = false;
   for (int64_t k = 0; k < functions; ++k) {
     if (std::isnan(row[k])) continue;
-    sum += weights ? row[k] * weights[k] : row[k];
+    sum += weights ? static_cast<double>(row[k]) * static_cast<double>(weights[k]) : static_cast<double>(row[k]);
     is_scored = true;
   }
-  return is_scored ? sum : R(NAN);
+  return is_scored ? static_cast<R>(sum) : R(NAN);
 }
 
 // A missing reward's advantage is 0.

@@ -167,6 +167,26 @@ FAULTS = (
         ),
     ),
     Fault(
+        "a deviation in the place of equality",
+        "grpo_kernels/training/metrics.py",
+        old='"frac_reward_zero_std": (~differs).double().mean().item(),',
+        new='"frac_reward_zero_std": sum(g.std().item() < 1e-8 for g in totals.split(num_generations)) / len(differs),',
+        tests=(
+            "test_training_metrics.py::test_rewards_of_one_and_a_fifth_have_no_spread_at_all",
+            "test_training_metrics.py::test_reward_metrics_of_drawn_runs_are_the_plain_ones",
+        ),
+    ),
+    Fault(
+        "a mean of means over micro-batches",
+        "grpo_kernels/ops/policy_loss/metrics.py",
+        old="    combined = parts.sum(0)\n",
+        new="    combined = (parts / parts[:, :1].clamp(min=1)).sum(0)\n",
+        tests=(
+            "test_training_metrics.py::test_a_steps_metrics_are_those_of_one_plain_batch[False]",
+            "test_metrics_plain.py::test_unequal_micro_batches_have_the_metrics_of_the_batch[token-torch]",
+        ),
+    ),
+    Fault(
         "a stale reference",
         "grpo_kernels/training/loop.py",
         old="        ref_logprobs = None if self.reference is None else "

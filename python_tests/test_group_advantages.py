@@ -134,3 +134,35 @@ def test_options_of_estimators_are_named(options: dict[str, Any], parts: tuple[s
 def test_an_estimator_without_kernels_says_so() -> None:
     with pytest.raises(RuntimeError, match="'cpu' cannot run group_advantages: 'rloo'"):
         group_advantages(torch.arange(4.0), 2, estimator="rloo", backend="cpu")
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("aggregation", ["sum_then_normalize", "normalize_then_sum"])
+def test_a_group_of_equal_rewards_has_no_advantage_at_all(aggregation: str, backend: str) -> None:
+    """Exactly none, beside groups that have one: of any functions and weights, in any layout, some rewards missing."""
+    generator = torch.Generator().manual_seed(0)
+    for trial in range(6):
+        functions, size = 1 + trial % 5, 2 + trial % 7
+        rewards = torch.rand(3, 1, functions, generator=generator).repeat(1, size, 1)
+        rewards[0] = torch.rand(size, functions, generator=generator)
+        rewards[2, :, 1:2] = NAN
+        rewards[1, 0] = NAN
+        rewards = rewards.view(3 * size, functions)
+        weights = torch.rand(functions, generator=generator)
+        for table in (rewards, rewards.t().contiguous().t())[: 2 - trial % 2]:
+            for scale_rewards in ("group", "batch", "none"):
+                got = group_advantages(
+                    table, size, scale_rewards=scale_rewards, reward_weights=weights, aggregation=aggregation,
+                    backend=backend,
+                ).view(3, size)  # fmt: skip
+                assert torch.equal(got[1:], torch.zeros(2, size)) and (got[0] != 0).any()
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_the_same_parts_in_another_order_are_the_same_reward(backend: str) -> None:
+    """Added up one after the other in fp32, 0.1 + 0.2 + 0.3 and 0.3 + 0.2 + 0.1 differ."""
+    parts = torch.tensor([0.1, 0.2, 0.3, 0.7])
+    table = torch.stack([parts[list(order)] for order in itertools.permutations(range(4))])
+    for weight in (1.0, 0.3):
+        got = group_advantages(table, 24, reward_weights=torch.full((4,), weight), backend=backend)
+        assert torch.equal(got, torch.zeros(24))

@@ -135,6 +135,7 @@ def steps_of(folder: Path, mode: str, name: str, accelerator: Any) -> None:
     batch = loop._batch(rollout, every)
     micro_batches = [batch.select(part) for part in torch.arange(share).split(2)]
     found = [loop.optimizer_step(micro_batches) for _ in range(2)]
+    found.append(loop._reward_metrics(loop._gathered(every[mine])) | loop._length_metrics(rollout))
     greedy = generate(
         loop.model, loop.tokenizer, prompts, max_completion_length=4, temperature=0.0, synced=mode != "one"
     )

@@ -91,7 +91,8 @@ def test_groups_are_chosen_with_all_that_belongs_to_them():
 
 def test_a_group_differs_in_any_column():
     rewards = torch.tensor([[1.0, 0.0], [1.0, 0.0], [1.0, 2.0], [1.0, 3.0], [float("nan"), 1.0], [2.0, 1.0]])
-    assert differing_groups(rewards, 2).tolist() == [False, True, False]
+    for weights, expected in ((None, [False, True, False]), ([1.0, 0.0], [False, False, False])):
+        assert differing_groups(rewards, 2, weights, "normalize_then_sum").tolist() == expected
 
 
 # dynamic sampling

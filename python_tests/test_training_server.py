@@ -156,7 +156,10 @@ def test_a_stale_server_is_corrected_as_the_formula_says(start, mode):
         )[0]
         expected = -(weights * batch.advantages[:, None])[mask].sum() / mask.sum()  # every ratio is 1
         torch.testing.assert_close(got, expected, atol=1e-6, rtol=1e-4)
-    assert metrics["sampling/importance_sampling_ratio/mean"] == pytest.approx(weights[mask].mean().item(), rel=1e-4)
+    means = (
+        weights[:, 0] if mode.startswith("sequence") else weights[mask]
+    )  # of sequences' weights or of tokens', as TRL's
+    assert metrics["sampling/importance_sampling_ratio/mean"] == pytest.approx(means.mean().item(), rel=1e-4)
     assert metrics["sampling/importance_sampling_ratio/min"] == pytest.approx(weights[mask].min().item(), rel=1e-4)
     assert metrics["sampling/importance_sampling_ratio/max"] == pytest.approx(weights[mask].max().item(), rel=1e-4)
     gap = (batch.old_logprobs - batch.rollout.sampling_logprobs)[mask].abs()
@@ -173,6 +176,15 @@ def test_the_optimizer_step_takes_the_correction(start):
         loop = loop_for(start(), max_grad_norm=0.0, **changes)
         norms.append(loop.optimizer_step(next(iter(loop.optimizer_batches(loop.collect()[0]))))["grad_norm"])
     assert norms[0] == pytest.approx(norms[1] / 4, rel=1e-4) and norms[1] > 0
+
+
+def test_completions_that_are_left_out_of_the_loss_are_in_none_of_its_metrics(start):
+    _, batch, metrics = stale(start(), 1.3, mask_truncated_completions=True, max_completion_length=6)
+    mask = batch.rollout.completion_mask.bool()
+    assert 0 < metrics["completions/clipped_ratio"] == (~mask.any(dim=1)).double().mean() < 1
+    assert metrics["sampling/empty_completions"] == 0
+    gap = (batch.old_logprobs - batch.rollout.sampling_logprobs)[mask].abs()
+    assert metrics["sampling/sampling_logp_difference/mean"] == pytest.approx(gap.mean().item(), rel=1e-4)
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.7])

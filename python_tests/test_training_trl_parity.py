@@ -1,7 +1,9 @@
-"""Twenty steps of a stock GRPOTrainer of TRL's and of the loop, on the same completions: loss and gradient norm."""
+"""Twenty steps of a stock GRPOTrainer of TRL's and of the loop, on the same completions: whatever both of them log."""
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,12 +12,14 @@ import torch
 import transformers
 from torch import Tensor
 
+from grpo_kernels.ops.policy_loss.metrics import PolicyMetrics
 from grpo_kernels.training.data import Row, Task
 from grpo_kernels.training.loop import Batch, GRPOLoop, Sample
 from grpo_kernels.training.optimizer import build_optimizer
 from grpo_kernels.training.recipe import Recipe
 from grpo_kernels.training.rewards import columns_of, score
 from grpo_kernels.training.rollout import Rollout, completion_tokens, end_mask
+from grpo_kernels.training.sampling import correction_metrics, correction_statistics
 
 trl = pytest.importorskip("trl")
 
@@ -42,6 +46,8 @@ CASES: dict[str, dict[str, Any]] = {
     "luspo": {"loss_type": "luspo", "importance_sampling_level": "sequence", "learning_rate": 1e-3, **TWICE},
     "cispo": {"loss_type": "cispo", "epsilon_high": 1.1, "beta": 0.1, **TWICE},
     "sapo": {"loss_type": "sapo", **TWICE},
+    "vespo": {"loss_type": "vespo", "learning_rate": 1e-3, **TWICE},
+    "normalize_then_sum": {"multi_objective_aggregation": "normalize_then_sum", "num_iterations": 2},
     "sequence": {"importance_sampling_level": "sequence", "epsilon": 3e-3, "scale_rewards": "batch", **TWICE},
     "entropy": {"entropy_coef": 0.05, "num_iterations": 2},  # its mean is over local tokens, as "bnpo"'s
     "entropy-grpo": {"loss_type": "grpo", "entropy_coef": 0.05, **TWICE},
@@ -86,12 +92,14 @@ class Completions:
 def remainder_of_tokens(
     prompts: list[str], completions: list[str], completion_ids: list[list[int]], **_: Any
 ) -> list[float]:
-    """Multiples of a half, whose mean in a group is exact: TRL leaves its rounding where all are alike."""
-    return [0.5 * (sum(ids) % 5) for ids in completion_ids]
+    """Multiples of a half, whose mean in a group is exact: TRL leaves its rounding where all are alike, as for "5"."""
+    return [1.5 if prompt == "5" else 0.5 * (sum(ids) % 5) for prompt, ids in zip(prompts, completion_ids, strict=True)]
 
 
-def length(prompts: list[str], completions: list[str], completion_ids: list[list[int]], **_: Any) -> list[float]:
-    return [float(len(ids)) / 8 for ids in completion_ids]
+def length(prompts: list[str], completions: list[str], completion_ids: list[list[int]], **_: Any) -> list[float | None]:
+    """Abstains now and then, and for "5" always."""
+    pairs = zip(prompts, completion_ids, strict=True)
+    return [None if prompt == "5" or len(ids) == 4 else len(ids) / 8 for prompt, ids in pairs]
 
 
 REWARDS = {"remainder_of_tokens": remainder_of_tokens, "length": length}
@@ -129,7 +137,7 @@ class Given(GRPOLoop):
         rollout = Rollout(encoded["input_ids"], encoded["attention_mask"], ids, mask)
         columns = columns_of(rows, completion_tokens(rollout))
         rewards = score(self.reward_functions, [row["prompt"] for row in rows], [""] * len(rows), columns)
-        return self._batch(rollout, rewards), {}, []
+        return self._batch(rollout, rewards), self._reward_metrics(rewards) | self._length_metrics(rollout), []
 
     def _in_order(self) -> list[Row]:
         count = self.recipe.prompts_per_generation
@@ -144,6 +152,11 @@ def of_the_loop(model: Any, options: dict[str, Any]) -> list[dict[str, float]]:
     loop = Given(Task(model, tokenizer_of(), rows, [], REWARDS), recipe)
     loop.completions = Completions()
     return [step.metrics for step in loop.run()]
+
+
+def of_micro_batches(parts: Sequence[PolicyMetrics]) -> PolicyMetrics:
+    """In the place of ``PolicyMetrics.combined``: means over micro-batches, as TRL takes them."""
+    return {name: torch.stack([part[name] for part in parts]).double().mean() for name in parts[0]}  # type: ignore
 
 
 def same_order(count: int, **_: Any) -> Tensor:
@@ -171,16 +184,85 @@ def test_twenty_steps_are_those_of_trls_trainer(
     options, model = COMMON | CASES[name], model_of(family)
     model.save_pretrained(tmp_path / "model")
     monkeypatch.setattr(torch, "randperm", same_order)
+    monkeypatch.setattr(PolicyMetrics, "combined", of_micro_batches)
     expected = of_trl(tmp_path / "model", tmp_path, options)
     found = of_the_loop(model, options)
     assert len(found) == len(expected) == STEPS
     for key in ("loss", "grad_norm", "learning_rate"):
         worst = max(abs(ours[key] - theirs[key]) for ours, theirs in zip(found, expected, strict=True))
         assert worst <= 1e-5, f"{key}: {worst}"
+    assert_all_that_both_log_is_the_same(found, expected, options)
     if name in CLIPPED:
         assert max(step["clip_ratio/region_mean"] for step in found) > 0.1
     if options["beta"]:
         assert max(step["kl"] for step in found) > 0.01
+
+
+#: What TRL logs and the loop does not: its own names for the same, and the parts of an entropy bonus.
+OF_TRL_ALONE = {"epoch", "policy_loss", "entropy_coef", "total_flos", "train_loss", "step"}
+
+
+def assert_all_that_both_log_is_the_same(
+    found: list[dict[str, float]], expected: list[dict[str, float]], options: dict[str, Any]
+) -> None:
+    left_out = {"step_time"}  # two clocks
+    if options.get("scale_rewards") == "batch" or "multi_objective_aggregation" in options:
+        left_out |= {"frac_reward_zero_std"}  # TRL's is of the batch
+    for ours, theirs in zip(found, expected, strict=True):
+        assert theirs.keys() - ours.keys() <= OF_TRL_ALONE, theirs.keys() - ours.keys()
+        for key in ours.keys() & theirs.keys() - left_out:  # TRL logs a generation's at its first step
+            if theirs[key] is None:
+                assert math.isnan(ours[key]), key
+                continue
+            assert abs(ours[key] - theirs[key]) <= 1e-5 * max(1, abs(theirs[key])), (key, ours[key], theirs[key])
+    shown = {key for theirs in expected for key in theirs}
+    assert shown >= {
+        "reward",
+        "reward_std",
+        "frac_reward_zero_std",
+        "completions/clipped_ratio",
+        "entropy",
+        "num_tokens",
+    }
+    assert {step["frac_reward_zero_std"] for step in found} > {0.0}
+    assert 0 < max(step["completions/clipped_ratio"] for step in found) <= 1
+
+
+@pytest.mark.parametrize("truncated", [False, True])
+@pytest.mark.parametrize("mode", ["token_truncate", "token_mask", "sequence_truncate", "sequence_mask"])
+def test_the_samplers_metrics_are_trls(mode: str, truncated: bool, tmp_path: Path) -> None:
+    """TRL's own generation, as if a vLLM server had sampled, which left some tokens unscored."""
+    bounds = {"vllm_importance_sampling_clip_min": 0.5, "vllm_importance_sampling_clip_max": 2.0}
+    arguments = trl.GRPOConfig(
+        output_dir=str(tmp_path), use_cpu=True, bf16=False, report_to=[], per_device_train_batch_size=8,
+        num_generations=4, max_completion_length=LENGTH, vllm_importance_sampling_mode=mode,
+        mask_truncated_completions=truncated, **bounds,
+    )  # fmt: skip
+    trainer = trl.GRPOTrainer(
+        model=model_of("Llama"), reward_funcs=remainder_of_tokens, args=arguments, processing_class=tokenizer_of(),
+        train_dataset=Dataset.from_dict({"prompt": PROMPTS}),
+    )  # fmt: skip
+    trainer.use_vllm, rng, completions = True, torch.Generator().manual_seed(0), Completions()
+
+    def sampled(prompt_ids: list[list[int]], *_: Any, **__: Any) -> tuple[list[list[int]], list[list[list[float]]]]:
+        ids = completions(len(prompt_ids))
+        logprobs = [(-3.2 + 0.3 * torch.randn(len(row), generator=rng)).tolist() for row in ids]
+        logprobs[0][0] = logprobs[3][-1] = math.nan
+        return ids, logprobs
+
+    trainer._generate_single_turn = sampled
+    trainer.model.train()
+    rows = [{"prompt": prompt} for prompt in PROMPTS[:2] for _ in range(4)]
+    output = trainer._generate_and_score_completions(rows)
+    theirs = {k: v[0] for k, v in trainer._metrics["train"].items() if k.startswith("sampling/")}
+    config = Recipe(use_vllm=True, vllm_importance_sampling_mode=mode, **bounds).loss_config()
+    mask, old = output["completion_mask"], output["old_per_token_logps"]
+    assert (mask.sum(dim=1) == 0).any() == truncated
+    found = correction_metrics(correction_statistics(old, output["sampling_per_token_logps"], mask, config))
+    if truncated and mode.startswith("sequence"):  # TRL gives a completion without a token a ratio of 1
+        theirs = {name: value for name, value in theirs.items() if "importance" not in name}
+    assert found.keys() >= theirs.keys() and len(theirs) > 1
+    assert {name: found[name] for name in theirs} == pytest.approx(theirs, rel=1e-5)
 
 
 def test_weight_decay_passes_by_what_transformers_trainer_passes_by() -> None:

@@ -17,7 +17,7 @@ void run(const R* rewards, const R* weights, int64_t count, int64_t functions, i
   }
   for (int64_t i = 0; i < count; ++i) out[i] = weighted_sum(table.data() + i * functions, weights, functions);
   if (aggregation == kNormalizeThenSum) {
-    normalize(out, count, 1, count, kGroup, eps);
+    normalize(out, count, 1, count, kGroup, eps, true);
   } else {
     normalize(out, count, 1, size, scale_rewards, eps);
   }

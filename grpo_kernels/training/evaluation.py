@@ -36,6 +36,7 @@ class EvalReport(NamedTuple):
     greedy: list[EvalSample]  # [P]
     pass_rates: list[float]  # [P], of the samples at temperature 1
     scores: dict[str, Score]  # by name: pass@k and cons@k at temperature 1, and greedy
+    completion_ids: Sequence[Sequence[list[int]]] = ()  # [P][n], the tokens of ``samples``, with the end token
 
     def metrics(self) -> dict[str, float]:
         """The scores as a record for ``metrics.jsonl``; the two accuracies also with the ends of their intervals."""
@@ -128,16 +129,16 @@ def evaluate_samples(
     sampler = _Sampler(model, tokenizer, recipe, check, extract, synced)
     with torch.random.fork_rng():
         torch.manual_seed(recipe.seed + 1)
-        drawn = sampler.sample(list(rows) * samples, temperature=1.0)
-        greedy = sampler.sample(rows, temperature=0.0)
-    by_row = [drawn[i :: len(rows)] for i in range(len(rows))]
+        drawn, drawn_ids = sampler.sample(list(rows) * samples, temperature=1.0)
+        greedy, _ = sampler.sample(rows, temperature=0.0)
+    by_row, ids_by_row = ([every[i :: len(rows)] for i in range(len(rows))] for every in (drawn, drawn_ids))
     right = [[sample.right for sample in group] for group in by_row]
     answers = [[sample.answer for sample in group] for group in by_row]
     scores = [pass_at_k(right, k) for k in ks]
     if extract is not None:
         scores += [cons_at_k(answers, right, k) for k in ks if k > 1]
     scores.append(pass_at_k([[sample.right] for sample in greedy])._replace(name="greedy"))
-    return EvalReport(by_row, greedy, pass_rates(right), {found.name: found for found in scores})
+    return EvalReport(by_row, greedy, pass_rates(right), {found.name: found for found in scores}, ids_by_row)
 
 
 def judge(recipe: Recipe) -> RewardFunction:
@@ -163,13 +164,14 @@ class _Sampler(NamedTuple):
     extract: Callable[[str], str | None] | None
     synced: bool
 
-    def sample(self, rows: Sequence[Row], *, temperature: float) -> list[EvalSample]:
-        """One completion a row."""
+    def sample(self, rows: Sequence[Row], *, temperature: float) -> tuple[list[EvalSample], list[list[int]]]:
+        """One completion a row, and its tokens."""
         size = self.recipe.eval_batch_size
         batches = [self._batch(rows[start : start + size], temperature) for start in range(0, len(rows), size)]
-        return [sample for batch in batches for sample in batch]
+        samples, ids = ([found for batch in batches for found in batch[k]] for k in (0, 1))
+        return samples, ids
 
-    def _batch(self, rows: Sequence[Row], temperature: float) -> list[EvalSample]:
+    def _batch(self, rows: Sequence[Row], temperature: float) -> tuple[list[EvalSample], list[list[int]]]:
         prompts = [
             render_prompt(row, self.tokenizer, self.recipe.prompt_template, self.recipe.system_prompt) for row in rows
         ]
@@ -183,8 +185,9 @@ class _Sampler(NamedTuple):
         )
         sampled = completion_texts(rollout, self.tokenizer)
         completions = [whole_completion(*found) for found in zip(rows, prompts, sampled, strict=True)]
-        columns = columns_of(rows, completion_tokens(rollout))
+        ids = completion_tokens(rollout)
+        columns = columns_of(rows, ids)
         rewards = score({"check": self.check}, [row["prompt"] for row in rows], completions, columns)
         right = (rewards[:, 0] == 1).tolist()
         answers = [None if self.extract is None else self.extract(completion) for completion in completions]
-        return [EvalSample(*found) for found in zip(prompts, completions, answers, right, strict=True)]
+        return [EvalSample(*found) for found in zip(prompts, completions, answers, right, strict=True)], ids

@@ -17,9 +17,11 @@ from accelerate.utils import gather_object
 from torch import Tensor
 
 from grpo_kernels.files import replace_text
+from grpo_kernels.ops.group_advantages.reference import all_equal
 from grpo_kernels.training.data import Task
 from grpo_kernels.training.evaluation import evaluate_samples
 from grpo_kernels.training.recipe import Recipe
+from grpo_kernels.training.rewards import total
 from grpo_kernels.training.rollout import Rollout, joined
 from grpo_kernels.training.sampling import context_length_of, rows_that_fit
 from grpo_kernels.training.tasks import Row
@@ -163,13 +165,26 @@ def informative_groups(
             f"rewards must have shape [B], B a multiple of num_generations ({num_generations}), "
             f"got {list(rewards.shape)}"
         )
-    groups = rewards.reshape(-1, num_generations)
-    unscored = groups.isnan()
-    highest = groups.masked_fill(unscored, -torch.inf).amax(dim=1)
-    lowest = groups.masked_fill(unscored, torch.inf).amin(dim=1)
-    return highest > lowest
+    return ~all_equal(rewards.reshape(-1, num_generations))[:, 0]
 
 
-def differing_groups(rewards: Tensor, num_generations: int) -> Tensor:  # [B, K] -> [B // num_generations], bool
-    """Which groups differ in any of K columns; see ``informative_groups``."""
-    return torch.stack([informative_groups(column, num_generations) for column in rewards.unbind(dim=1)]).any(dim=0)
+def differing_groups(
+    rewards: Tensor,  # [B, K]
+    num_generations: int,
+    weights: Sequence[float] | None,
+    aggregation: str,
+) -> Tensor:  # [B // num_generations], bool
+    """Which groups have rewards that differ in what advantages are made of: the one definition of a group that teaches.
+
+    That is the weighted sum, or with "normalize_then_sum" any function that has a weight. See ``informative_groups``.
+
+    Args:
+        rewards: Of K functions, NaN where one abstained, group after group.
+        num_generations: Completions in a group.
+        weights: Of the functions; None means 1.
+        aggregation: TRL's ``multi_objective_aggregation``.
+    """
+    if aggregation == "sum_then_normalize":
+        return informative_groups(total(rewards, weights), num_generations)
+    counts = rewards if weights is None else rewards * (torch.tensor(weights, device=rewards.device) != 0)
+    return torch.stack([informative_groups(column, num_generations) for column in counts.unbind(dim=1)]).any(dim=0)

@@ -5,7 +5,7 @@ log-probs agree with the sampled ones.
 
 Given the same completions its losses and gradient norms are TRL's, but that every iteration over a generation has an
 order of its own, and that what is a mean over local tokens (``loss_type="bnpo"``, the entropy bonus of means over
-tokens) is one over the whole step, where TRL takes each micro-batch's.
+tokens) is one over the whole step, where TRL takes each micro-batch's. ``metrics.py`` says where metrics depart.
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ from grpo_kernels import check_device_values, group_advantages
 from grpo_kernels.ops.policy_loss.metrics import PolicyMetrics
 from grpo_kernels.training.data import Row, Task
 from grpo_kernels.training.filtering import Scored, differing_groups, together
+from grpo_kernels.training.metrics import length_metrics, reward_metrics
 from grpo_kernels.training.optimizer import build_optimizer
 from grpo_kernels.training.policy import Policy, has_adapters, training_mode
 from grpo_kernels.training.recipe import Recipe
@@ -159,14 +160,13 @@ class GRPOLoop:
         if self.recipe.dynamic_sampling:
             sampled, chosen, missing = self._informative(rounds)
         every = self._gathered(sampled.rewards)
-        totals = total(every, self.recipe.reward_weights)
-        metrics = self._reward_metrics(every, totals) | self._length_metrics(sampled.rollout)
+        metrics = self._reward_metrics(every) | self._length_metrics(sampled.rollout)
         if self.recipe.dynamic_sampling:
             every = self._gathered(chosen.rewards)
             metrics |= self._sampling_metrics(len(rounds), missing)
         batch = self._batch(chosen.rollout, every, missing * self.recipe.num_generations)
         if chosen.rollout.sampling_logprobs is not None and batch.old_logprobs is not None:
-            metrics |= self._correction_metrics(chosen.rollout, batch.old_logprobs)
+            metrics |= self._correction_metrics(chosen.rollout, batch)
         own = total(chosen.rewards, self.recipe.reward_weights).tolist()
         advantages = batch.advantages.tolist()
         samples = [Sample(*s) for s in zip(chosen.prompts, chosen.completions, own, advantages, strict=True)]
@@ -263,9 +263,9 @@ class GRPOLoop:
         recipe, wanted = self.recipe, self.recipe.prompts_per_generation
         while True:
             sampled = together(rounds)
-            separate = recipe.multi_objective_aggregation == "normalize_then_sum"
-            rewards = sampled.rewards if separate else total(sampled.rewards, recipe.reward_weights)[:, None]
-            differs = differing_groups(rewards, recipe.num_generations)
+            differs = differing_groups(
+                sampled.rewards, recipe.num_generations, recipe.reward_weights, recipe.multi_objective_aggregation
+            )
             missing = max(0, wanted - int(differs.sum()))
             is_full = not self._gathered(torch.tensor([missing])).any()
             if is_full or len(rounds) == recipe.max_generation_batches:
@@ -336,34 +336,18 @@ class GRPOLoop:
         steps = recipe.num_iterations * recipe.steps_per_generation // recipe.gradient_accumulation_steps
         return bool(every and recipe.num_completions_to_print) and (self.number + steps) // every > self.number // every
 
-    def _reward_metrics(self, rewards: Tensor, totals: Tensor) -> dict[str, float]:
-        groups = totals.view(-1, self.recipe.num_generations)
-        metrics = {
-            "reward": totals.nanmean().item(),
-            "reward_std": _nanstd(totals),
-            "frac_reward_zero_std": sum(_nanstd(group) < 1e-8 for group in groups) / len(groups),
-        }
-        for k, name in enumerate(self.reward_functions):
-            metrics[f"rewards/{name}/mean"] = rewards[:, k].nanmean().item()
-            metrics[f"rewards/{name}/std"] = _nanstd(rewards[:, k])
-        return metrics
+    def _reward_metrics(self, rewards: Tensor) -> dict[str, float]:
+        recipe = self.recipe
+        ways = (recipe.num_generations, recipe.reward_weights, recipe.multi_objective_aggregation)
+        return reward_metrics(rewards, list(self.reward_functions), *ways)
 
     def _length_metrics(self, rollout: Rollout) -> dict[str, float]:
-        """Of all completions, and of those that ended by themselves, 0 where none did; adds up the tokens."""
-        ended = self._gathered(ends(rollout, end_token_ids(self.model, self.tokenizer)).float())
-        lengths = self._gathered(rollout.completion_mask.sum(dim=1).float())
-        terminated = lengths[ended.bool()] if ended.any() else torch.zeros(1)
-        self.num_tokens += int(self._gathered(rollout.prompt_mask.sum(dim=1)).sum() + lengths.sum())
-        return {
-            "num_tokens": float(self.num_tokens),
-            "completions/mean_length": lengths.mean().item(),
-            "completions/min_length": lengths.min().item(),
-            "completions/max_length": lengths.max().item(),
-            "completions/mean_terminated_length": terminated.mean().item(),
-            "completions/min_terminated_length": terminated.min().item(),
-            "completions/max_terminated_length": terminated.max().item(),
-            "completions/clipped_ratio": 1.0 - ended.mean().item(),
-        }
+        """Of all completions; adds up the tokens."""
+        ended = self._gathered(ends(rollout, end_token_ids(self.model, self.tokenizer)).long()).bool()
+        masks = (rollout.prompt_mask, rollout.completion_mask)
+        prompt_lengths, lengths = (self._gathered(mask.sum(dim=1)) for mask in masks)
+        self.num_tokens += int(prompt_lengths.sum() + lengths.sum())
+        return {"num_tokens": float(self.num_tokens)} | length_metrics(lengths, ended)
 
     def _sampling_metrics(self, rounds: int, missing: int) -> dict[str, float]:
         """Of dynamic sampling; groups are counted over all processes."""
@@ -380,12 +364,9 @@ class GRPOLoop:
             "dynamic_sampling/groups_missing": float(every_missing),
         }
 
-    def _correction_metrics(self, rollout: Rollout, old_logprobs: Tensor) -> dict[str, float]:
-        found = correction_statistics(old_logprobs, rollout.sampling_logprobs, rollout.completion_mask, self.config)
-        return correction_metrics(self._gathered(found))
-
-
-def _nanstd(values: Tensor) -> float:
-    """The unbiased standard deviation of what is not NaN; 0 for fewer than two values."""
-    known = values[~values.isnan()]
-    return known.std().item() if len(known) > 1 else 0.0
+    def _correction_metrics(self, rollout: Rollout, batch: Batch) -> dict[str, float]:
+        """Over the tokens of the loss, as TRL's, and how many completions of the rollout have none."""
+        mask, sampling_logprobs = batch.rollout.completion_mask, batch.rollout.sampling_logprobs
+        found = correction_statistics(batch.old_logprobs, sampling_logprobs, mask, self.config)
+        empty = self._gathered((rollout.completion_mask.sum(dim=1) == 0).long()).sum()
+        return {"sampling/empty_completions": float(empty)} | correction_metrics(self._gathered(found))

@@ -47,7 +47,7 @@ class _LinesFile:
         self._file.close()
 
     def _append(self, records: Sequence[dict[str, Any]]) -> None:
-        text = "".join(json.dumps(record) + "\n" for record in records).encode()
+        text = "".join(json.dumps(_without_nan(record), allow_nan=False) + "\n" for record in records).encode()
         before, left = os.fstat(self._file.fileno()).st_size, memoryview(text)
         try:
             while left:  # a disk that fills up takes a part of a system call's bytes, and refuses the next
@@ -59,7 +59,7 @@ class _LinesFile:
 
 
 class MetricsFile(_LinesFile):
-    """``metrics.jsonl``: a record of each optimizer step and each evaluation."""
+    """``metrics.jsonl``: a record of each optimizer step and each evaluation; null for the mean of nothing."""
 
     def write(self, record: dict[str, Any]) -> None:
         """Appends a record by one system call."""
@@ -107,6 +107,11 @@ def read_lines(path: Path) -> Lines:
             shown = line[:60].decode(errors="replace")
             raise ValueError(f"{path}:{number}: expected a JSON object with a number under 'step', got {shown!r}")
     return Lines(records, None)
+
+
+def _without_nan(record: dict[str, Any]) -> dict[str, Any]:
+    """None for NaN, which JSON has not; what is infinite is refused."""
+    return {name: None if isinstance(value, float) and value != value else value for name, value in record.items()}
 
 
 def _record(line: bytes) -> dict[str, Any] | None:
@@ -265,7 +270,7 @@ def plot_curves(records: Sequence[dict[str, Any]], path: Path) -> None:
         ("clip_ratio/region_mean", "clip fraction", "share of tokens"),
     )
     for axes, (name, title, unit) in zip(figure.subplots(2, 2).flat, panels, strict=True):
-        points = [(r["step"], r[name]) for r in records if name in r]
+        points = [(r["step"], r[name]) for r in records if r.get(name) is not None]
         if points:
             axes.plot(*zip(*points, strict=True), linewidth=1.2, label="training samples")
         else:

@@ -308,32 +308,39 @@ def correction_statistics(
     sampling_logprobs: Tensor,  # [B, T]
     mask: Tensor,  # [B, T]
     config: GRPOLossConfig,
-) -> Tensor:  # [B, 6]
-    """Of each completion: its tokens, the sum and the largest of their differences of log-probabilities, and the sum,
-    least and largest of the weights that correct them. For ``correction_metrics``."""
+) -> Tensor:  # [B, 7]
+    """Of each completion, for ``correction_metrics``.
+
+    The tokens that the sampler scored, the sum and the largest of their differences of log-probabilities; the weights
+    that correct them, one a token or, where it is the sequence's, one: how many, their sum, the least, the largest.
+    """
     kept = mask.bool()
-    gap = torch.where(kept, (old_logprobs - sampling_logprobs).abs(), 0)
+    scored = kept & ~sampling_logprobs.isnan()
+    gap = torch.where(scored, (old_logprobs - sampling_logprobs).abs(), 0)
     ratios = rollout_weights(old_logprobs, sampling_logprobs, kept, Sequences.of(old_logprobs, None), config)
     low, high = ratios.masked_fill(~kept, torch.inf).amin(dim=1), ratios.masked_fill(~kept, -torch.inf).amax(dim=1)
-    total = torch.where(kept, ratios, 0).sum(dim=1)
-    return torch.stack([kept.sum(dim=1).to(gap.dtype), gap.sum(dim=1), gap.amax(dim=1), total, low, high], dim=1)
+    count, ratio_sum = kept.sum(dim=1), torch.where(kept, ratios, 0).sum(dim=1)
+    if (config.rollout_correction or "").startswith("sequence"):
+        count, ratio_sum = count.clamp(max=1), torch.where(count > 0, high, 0)
+    columns = [scored.sum(dim=1), gap.sum(dim=1), gap.amax(dim=1), count, ratio_sum, low, high]
+    return torch.stack([column.to(gap.dtype) for column in columns], dim=1)
 
 
-def correction_metrics(statistics: Tensor) -> dict[str, float]:  # [B, 6]
-    """TRL's metrics of how far the engine that sampled is from the model; means are over tokens.
+def correction_metrics(statistics: Tensor) -> dict[str, float]:  # [B, 7]
+    """TRL's metrics of how far the engine that sampled is from the model.
 
     Args:
-        statistics: ``correction_statistics`` of all processes. A completion without a token has no part in them.
+        statistics: ``correction_statistics`` of all processes, on the host. A completion without a token has no part in
+            them; without any there is none.
     """
-    known = statistics[statistics[:, 0] > 0]
-    found = {"sampling/empty_completions": float(len(statistics) - len(known))}
+    known = statistics[statistics[:, 3] > 0].double()
     if not len(known):
-        return found
-    tokens, gap, gap_max, ratio, low, high = known.unbind(dim=1)
-    return found | {
-        "sampling/sampling_logp_difference/mean": (gap.sum() / tokens.sum()).item(),
+        return {}
+    scored, gap, gap_max, ratios, ratio, low, high = known.unbind(dim=1)
+    return {
+        "sampling/sampling_logp_difference/mean": (gap.sum() / scored.sum().clamp(min=1)).item(),
         "sampling/sampling_logp_difference/max": gap_max.max().item(),
         "sampling/importance_sampling_ratio/min": low.min().item(),
-        "sampling/importance_sampling_ratio/mean": (ratio.sum() / tokens.sum()).item(),
+        "sampling/importance_sampling_ratio/mean": (ratio.sum() / ratios.sum()).item(),
         "sampling/importance_sampling_ratio/max": high.max().item(),
     }

@@ -25,7 +25,7 @@ from grpo_kernels.training.evaluation import EvalReport, evaluate_samples, held_
 from grpo_kernels.training.loop import Sample
 from grpo_kernels.training.recipe import Recipe
 from grpo_kernels.training.reporting import Progress, SamplesFile
-from grpo_kernels.training.rewards import RewardFunction, columns_of, resolve, score
+from grpo_kernels.training.rewards import RewardFunction, columns_of, resolve, score, total
 from grpo_kernels.training.rollout import completion_texts, completion_tokens, generate
 from grpo_kernels.training.run import SAMPLES, train
 from grpo_kernels.training.sampling import context_length_of, rows_that_fit
@@ -199,7 +199,7 @@ def _sampled(
         for row, completion, is_good in zip(batch, completions, (rewards >= least).all(dim=1).tolist(), strict=True):
             if is_good and completion:
                 kept[json.dumps(row["prompt"]), completion] = row | {"completion": completion}
-        shown = zip(batch, completions, rewards.nansum(dim=1).tolist(), strict=True)
+        shown = zip(batch, completions, total(rewards, None).tolist(), strict=True)
         shown = [Sample(str(row["prompt"]), *found) for row, *found in shown][: recipe.num_completions_to_print]
         samples.write(number, shown)
         if log is not None:
@@ -235,7 +235,7 @@ def _scores(task: Task, recipe: Recipe, **options: Any) -> tuple[dict[str, float
     found = {name: round(value, 4) for name, value in report.metrics().items()}
     rows = [row for row in task.eval_rows for _ in range(recipe.eval_samples)]
     completions = [sample.completion for group in report.samples for sample in group]
-    columns = columns_of(rows, task.tokenizer(completions, add_special_tokens=False)["input_ids"])
+    columns = columns_of(rows, [ids for group in report.completion_ids for ids in group])
     rewards = score(task.reward_functions, [row["prompt"] for row in rows], completions, columns)
     means = {name: round(rewards[:, k].nanmean().item(), 4) for k, name in enumerate(task.reward_functions)}
     return found | {f"eval_{name}": mean for name, mean in means.items() if name != "accuracy"}, report

@@ -48,7 +48,7 @@ def group_advantages(
         A_i = (r_i - mean_group r) / (std_group r + eps)
 
     DeepSeekMath section 4.1.2 (arXiv:2402.03300); the deviation is unbiased, as in TRL. Arithmetic is fp32, or fp64
-    for fp64 input. Not differentiable.
+    for fp64 input, but that a weighted sum is taken in fp64 and rounded once. Not differentiable.
 
     Args:
         rewards: Unitless; ``num_generations`` consecutive completions are a group. With ``K`` reward functions, one

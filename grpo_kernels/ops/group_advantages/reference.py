@@ -23,21 +23,33 @@ def group_advantages(
         )
     total = weighted_sum(rewards, weights, missing)
     if aggregation == "normalize_then_sum":
-        advantages = _normalize(total.view(1, -1), "group", eps)
+        advantages = _normalize(total.view(1, -1), "group", eps, is_centred=True)
     else:
         advantages = _normalize(total.view(groups, -1), scale_rewards, eps)
     return advantages.reshape(-1).nan_to_num(nan=0.0)
 
 
 def weighted_sum(rewards: Tensor, weights: Tensor, missing: Tensor) -> Tensor:  # [B, K], [K], [B, K] -> [B]
-    """Over the reward functions that gave one; NaN where none did."""
-    total = torch.where(missing, 0, rewards * weights).sum(-1)
+    """Over the reward functions that gave one; NaN where none did.
+
+    The sum is taken in fp64, which MPS has not, and rounded once: the same parts make the same sum in any order.
+    """
+    wide = rewards.dtype if rewards.device.type == "mps" else torch.float64
+    total = torch.where(missing, 0, rewards.to(wide) * weights.to(wide)).sum(-1).to(rewards.dtype)
     return torch.where(missing.all(-1), torch.nan, total)
 
 
-def _normalize(rewards: Tensor, scale_rewards: str, eps: float) -> Tensor:  # [groups, G] -> [groups, G]
-    """Centred on the group's mean, and divided by the unbiased deviation of the group or of the whole tensor."""
-    centred = rewards - rewards.nanmean(-1, keepdim=True)
+def _normalize(
+    rewards: Tensor,  # [groups, G]
+    scale_rewards: str,
+    eps: float,
+    is_centred: bool = False,
+) -> Tensor:  # [groups, G]
+    """Centred on the group's mean, and divided by the unbiased deviation of the group or of the whole tensor.
+
+    With ``is_centred`` a mean is 0 but for rounding, as that of the sums of normalised rewards is over a batch.
+    """
+    centred = rewards if is_centred else rewards - rewards.nanmean(-1, keepdim=True)
     centred = torch.where(all_equal(rewards), 0, centred)
     if scale_rewards == "none":
         return centred

@@ -18,7 +18,7 @@ _NORMALIZE_THEN_SUM = 1  # in the order of op.AGGREGATIONS
 
 @triton.jit
 def _rewards(table_ptr, weights_ptr, rows, inside, functions, first, count):
-    """Weighted sum, over ``count`` reward functions from ``first``, of each row; NaN where all are."""
+    """Weighted sum, over ``count`` reward functions from ``first``, of each row, rounded once; NaN where all are."""
     total = tl.zeros(rows.shape, tl.float64)
     scored = tl.zeros(rows.shape, tl.int32)
     for k in range(first, first + count):
@@ -28,6 +28,7 @@ def _rewards(table_ptr, weights_ptr, rows, inside, functions, first, count):
             weight = weight * tl.load(weights_ptr + k).to(tl.float64)
         total += tl.where(value == value, value * weight, 0.0)
         scored += (value == value).to(tl.int32)
+    total = total.to(table_ptr.dtype.element_ty).to(tl.float64)
     return tl.where(scored > 0, total, float("nan"))
 
 
@@ -88,6 +89,7 @@ def _normalize_kernel(
     summed,  # functions that make one reward
     eps: tl.float64,
     SCALE: tl.constexpr,
+    IS_CENTRED: tl.constexpr,  # whether a mean is 0 but for rounding
     NAN_TO_ZERO: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
@@ -96,6 +98,8 @@ def _normalize_kernel(
     first = column * summed
     begin = (tl.program_id(0) // columns).to(tl.int64) * size
     mean, std, low, high = moments(table_ptr, weights_ptr, begin, size, functions, first, summed, BLOCK)
+    if IS_CENTRED:
+        mean = mean * 0.0
     if SCALE == _BATCH:
         _, std, _, _ = moments(table_ptr, weights_ptr, begin * 0, batch, functions, first, summed, BLOCK)
     lanes = tl.arange(0, BLOCK)
@@ -128,15 +132,14 @@ def group_advantages(
     bad = first_bad(rewards.device)
     groups = batch // num_generations
     options = {"BLOCK": _BLOCK, "num_warps": _WARPS}
-    if aggregation == _NORMALIZE_THEN_SUM:
+    is_centred = aggregation == _NORMALIZE_THEN_SUM
+    if is_centred:
         table = torch.empty_like(rewards)
         sizes = (batch, num_generations, functions, 1)
-        _normalize_kernel[(groups * functions,)](
-            rewards, None, table, bad, *sizes, eps, SCALE=_GROUP.value, NAN_TO_ZERO=False, **options
-        )
+        each = options | {"SCALE": _GROUP.value, "IS_CENTRED": False, "NAN_TO_ZERO": False}
+        _normalize_kernel[(groups * functions,)](rewards, None, table, bad, *sizes, eps, **each)
         rewards, groups, num_generations, scale_rewards = table, 1, batch, _GROUP.value
     sizes = (batch, num_generations, functions, functions)
-    _normalize_kernel[(groups,)](
-        rewards, weights, advantages, bad, *sizes, eps, SCALE=scale_rewards, NAN_TO_ZERO=True, **options
-    )
+    options |= {"SCALE": scale_rewards, "IS_CENTRED": is_centred, "NAN_TO_ZERO": True}
+    _normalize_kernel[(groups,)](rewards, weights, advantages, bad, *sizes, eps, **options)
     return advantages

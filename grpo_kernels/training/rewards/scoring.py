@@ -14,6 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from grpo_kernels.ops.group_advantages.reference import weighted_sum
+
 _NOT_COLUMNS = ("prompt", "completion")  # given under names of their own
 
 RewardFunction = Callable[..., "list[float | None] | Awaitable[list[float | None]]"]
@@ -64,8 +66,8 @@ def score(
 
 def total(rewards: Tensor, weights: Sequence[float] | None) -> Tensor:  # [B, K] -> [B]
     """The weighted sum over functions, without those that abstained; NaN where all did."""
-    weighted = rewards if weights is None else rewards * torch.tensor(weights, dtype=rewards.dtype)
-    return torch.where(rewards.isnan().all(dim=1), math.nan, weighted.nansum(dim=1))
+    factors = [1.0] * rewards.shape[1] if weights is None else list(weights)
+    return weighted_sum(rewards, torch.tensor(factors, dtype=rewards.dtype), rewards.isnan())
 
 
 def _await_together(awaitables: dict[str, Awaitable[Any]], count: int) -> dict[str, Any]:

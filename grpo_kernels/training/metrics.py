@@ -1,0 +1,74 @@
+"""What a generation is measured by, under TRL's names: over the completions of all processes, in fp64.
+
+Departures from TRL's trainer, which takes means of fp32 and of means:
+
+- ``frac_reward_zero_std`` is the share of groups whose rewards are exactly equal, those that dynamic sampling leaves
+  out (``filtering.differing_groups``). TRL takes an fp32 deviation of up to 1e-8 for zero, which that of rewards of 1.2
+  exceeds, and no group of fewer than two rewards; with ``scale_rewards="batch"`` and
+  ``multi_objective_aggregation="normalize_then_sum"`` it takes the whole batch's deviation.
+- A completion that the length limit cut off at a pad token counts as cut off.
+- ``kl``, ``entropy``, ``clip_ratio/*`` and the like are of an optimizer step as one batch (``PolicyMetrics``). TRL's
+  are means over micro-batches: a token of a short one counts for more, and its extrema are means of extrema.
+- ``sampling/*`` are of all processes as one, where TRL takes means over processes, and a completion without a token has
+  no ratio, where TRL gives it 1.
+- What is measured once a generation is repeated at each of its optimizer steps.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from grpo_kernels.ops.group_advantages.reference import nanstd
+from grpo_kernels.training.filtering import differing_groups
+from grpo_kernels.training.rewards import total
+
+
+def reward_metrics(
+    rewards: Tensor,  # [B, K]
+    names: Sequence[str],  # of the K reward functions
+    num_generations: int,
+    weights: Sequence[float] | None,
+    aggregation: str,
+) -> dict[str, float]:
+    """Mean and unbiased deviation of the weighted sum and of each function, without what is NaN, and the share of
+    groups whose rewards are equal. A mean of nothing is NaN, and so is a deviation of fewer than two: null in files.
+
+    Args:
+        rewards: Of whole groups, on the host; NaN where a function abstained.
+        names: Under which a function's are shown.
+        num_generations: Completions in a group.
+        weights: Of the functions; None means 1.
+        aggregation: TRL's ``multi_objective_aggregation``: what advantages are made of.
+    """
+    totals = total(rewards, weights)
+    differs = differing_groups(rewards, num_generations, weights, aggregation)
+    metrics = {
+        "reward": _mean(totals),
+        "reward_std": _deviation(totals),
+        "frac_reward_zero_std": (~differs).double().mean().item(),
+    }
+    for k, name in enumerate(names):
+        metrics |= {f"rewards/{name}/mean": _mean(rewards[:, k]), f"rewards/{name}/std": _deviation(rewards[:, k])}
+    return metrics
+
+
+def length_metrics(lengths: Tensor, ended: Tensor) -> dict[str, float]:  # [B], [B] bool
+    """Tokens of all completions, and of those that ended by themselves, 0 where none did; the share of the others."""
+    found = {}
+    for name, values in (("length", lengths), ("terminated_length", lengths[ended])):
+        values = values.double() if len(values) else torch.zeros(1, dtype=torch.float64)
+        for statistic, value in (("mean", values.mean()), ("min", values.min()), ("max", values.max())):
+            found[f"completions/{statistic}_{name}"] = value.item()
+    return found | {"completions/clipped_ratio": (~ended).double().mean().item()}
+
+
+def _mean(values: Tensor) -> float:
+    return values.double().nanmean().item()
+
+
+def _deviation(values: Tensor) -> float:
+    return nanstd(values.double()[None]).item() if (~values.isnan()).sum() > 1 else math.nan
