@@ -13,12 +13,13 @@ _KINDS = (
     "an id outside the vocabulary where unmasked, at {}",
     "an infinite reward, at {}",
     "{} rows that may have a gradient, more than max_live_rows",
+    "an unmasked token whose loss or gradient is infinite, at {}",
 )
-_LIVE_ROWS = 2
+_LIVE_ROWS, _INFINITE = 2, 3
 
 
 @cache
-def first_bad(device: torch.device) -> Tensor:  # [3] int64
+def first_bad(device: torch.device) -> Tensor:  # [4] int64
     """The least of each bad value since ``check_device_values`` was last called."""
     return torch.full((len(_KINDS),), _NONE, dtype=torch.int64, device=device)
 
@@ -31,6 +32,16 @@ def note_live_rows(count: Tensor, bound: int) -> None:
         return
     kept = first_bad(count.device)[_LIVE_ROWS]
     kept.copy_(torch.where(count > bound, torch.minimum(kept, count), kept))
+
+
+def note_infinite(losses: Tensor) -> None:
+    """Keeps the least index of an infinite loss of a token. No sync; nothing is kept of a graph that is traced."""
+    if torch.compiler.is_compiling() or losses.numel() == 0:
+        return
+    kept = first_bad(losses.device)[_INFINITE]
+    is_infinite = losses.detach().reshape(-1).isinf()
+    index = is_infinite.to(torch.uint8).argmax()
+    kept.copy_(torch.where(is_infinite.any(), torch.minimum(kept, index), kept))
 
 
 def check_device_values(device: torch.device) -> None:
