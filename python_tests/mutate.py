@@ -66,8 +66,8 @@ FAULTS = (
     Fault(
         "the sign of the k3 gradient",
         "csrc/policy_math.h",
-        old="return {growth + d, R(0), -growth};",
-        new="return {growth + d, R(0), growth};",
+        old="return {growth + (d < R(-1000) ? R(-1000) : d), -growth, d};",
+        new="return {growth + (d < R(-1000) ? R(-1000) : d), growth, d};",
         tests=(
             "test_reference.py::test_kl_by_hand[False-1.0-cpu]",
             "test_reference.py::test_kl_by_hand[True-1.5-cpu]",

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from grpo_kernels import registry
 from grpo_kernels.config import GRPOLossConfig, PolicyLossCode
-from grpo_kernels.ops.device_values import first_bad
+from grpo_kernels.ops.device_values import check_device_values, first_bad
 from grpo_kernels.ops.gradients import refuse_double_backward
 from grpo_kernels.ops.library import define, lazily
 from grpo_kernels.ops.policy_loss import reference
@@ -160,7 +160,7 @@ def policy_loss(
         cu_seqlens: Where each packed completion begins, and the end.
         loss_scale: Multiplies the loss and the gradient.
         config: The loss. Its temperature has no effect here.
-        debug: Read the values of ``cu_seqlens`` on a GPU too: syncs.
+        debug: Read the values of ``cu_seqlens`` on a GPU too, and what kernels met since (``check_device_values``): syncs.
         backend: "auto", or one of ``grpo_kernels.registry.BACKENDS``.
 
     Returns:
@@ -219,6 +219,8 @@ def policy_loss(
         config=config,
         debug=debug,
     )
+    if debug:
+        check_device_values(logprobs.device)
     backend = registry.resolve("policy_loss", backend, logprobs.device)
     return policy_loss_of(logprobs, entropy, divergence, inputs, config, backend)
 

@@ -139,7 +139,7 @@ def kl_penalty(
     is_clamped = (is_held | (kl != estimate)) & ~estimate.isnan()
     if penalty.gradient == "importance_weighted":
         slope = sum_of(estimate, slope, d, penalty.estimator)
-    slope = torch.where(is_held if penalty.gradient == "straight_through" else is_clamped, 0, slope)
+    slope = torch.where(is_clamped, 0, slope)
     if penalty.gradient == "straight_through":
         slope = torch.where(is_held, 0, d)
     if not penalty.is_bias_corrected:

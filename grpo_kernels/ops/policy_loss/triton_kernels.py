@@ -26,7 +26,6 @@ _HIGH = tl.constexpr(int(Partial.HIGH))
 _LOW_MIN = tl.constexpr(int(Partial.LOW_MIN))
 _HIGH_MAX = tl.constexpr(int(Partial.HIGH_MAX))
 _LOSS = tl.constexpr(int(KERNEL_PARTIALS))
-_NO_INDEX = tl.constexpr(2**63 - 1)
 _TOKEN_LEVEL = tl.constexpr(int(Level.TOKEN))
 _SEQUENCE_LEVEL = tl.constexpr(int(Level.SEQUENCE))
 _GEOMETRIC_LEVEL = tl.constexpr(int(Level.GEOMETRIC))
@@ -123,7 +122,7 @@ def _policy_loss_kernel(
     lows = tl.zeros([BLOCK], tl.float64)
     highs = tl.zeros([BLOCK], tl.float64)
     dmeans = tl.zeros([BLOCK], tl.float64)
-    first_infinite = tl.zeros([BLOCK], tl.int64) + _NO_INDEX
+    first_infinite = tl.zeros([BLOCK], tl.int64) + end
     for start in range(begin, end, BLOCK):
         n = start + lanes
         live = tl.load(mask_ptr + n, mask=n < end, other=0) != 0
@@ -163,7 +162,7 @@ def _policy_loss_kernel(
         )
         if first_bad_ptr is not None:
             is_infinite = (tl.abs(loss) == float("inf")) | (tl.abs(dlog_ratio + dlogprob) == float("inf"))
-            first_infinite = tl.minimum(first_infinite, tl.where(live & is_infinite, n, _NO_INDEX))
+            first_infinite = tl.minimum(first_infinite, tl.where(live & is_infinite, n, end))
         losses += tl.where(live, loss, 0.0).to(tl.float64)
         kls += tl.where(live, kl, 0.0).to(tl.float64)
         count += live.to(tl.float64)
@@ -181,7 +180,7 @@ def _policy_loss_kernel(
         tl.store(dlogprobs_ptr + n, tl.where(live, dlogprob, 0.0), mask=n < end)
     if first_bad_ptr is not None:
         index = tl.min(first_infinite, 0)
-        if index < _NO_INDEX:
+        if index < end:
             tl.atomic_min(first_bad_ptr + 3, index)
     total = tl.sum(count, 0)
     share = tl.where(total > 0, total, 1.0)
