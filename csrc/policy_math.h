@@ -186,14 +186,12 @@ struct LogRatios {
   R reference;     // of the reference over the old policy, where neither is clamped; else NaN
 };
 
-// r k3 and r dk3 where exp(-d) may be past the largest number while r is below the least: r exp(-d) is taken at once.
+// r exp(-d), taken at once: exp(-d) may be past the largest number while r is below the least.
 template <class R>
-GRPO_HOST_DEVICE KlEstimate<R> corrected_k3_below(R d, const LogRatios<R>& ratios) {  // d < 0
+GRPO_HOST_DEVICE R reference_ratio(R d, const LogRatios<R>& ratios) {
   R joint = ratios.reference == ratios.reference ? ratios.reference : ratios.policy - d;
   if (joint != joint && ratios.policy == ratios.policy) joint = INFINITY;  // of a sequence's, the faster one
-  const R scale = std::exp(joint), growth = std::expm1(d);
-  const R bounded = d < R(-1000) ? R(-1000) : d;
-  return {product(scale, bounded * (growth + R(1)) - growth), product(scale, growth), product(ratios.ratio, d)};
+  return std::exp(joint);
 }
 
 // The estimate, clamped, with its own derivative, k2's, or that of its product with a weight exp(l - sg l); bias-corrected,
@@ -210,13 +208,11 @@ GRPO_HOST_DEVICE Term<R> kl_penalty(R logprob, R ref_logprob, const LogRatios<R>
   if (o.kl_gradient == KlGradient::kStraightThrough) k.slope = d;
   if (is_d_clamped) k.slope = R(0);
   if (!o.bias_corrected_kl) return {clamp(k.value, -o.kl_clamp, o.kl_clamp), R(0), k.slope};
-  if (o.kl_estimator == KlEstimator::kK3 && d < R(0) && !is_clamped) {
-    const R slope = k.slope;
-    k = corrected_k3_below(d, ratios);
-    if (is_d_clamped) k.slope = slope;
-  } else {
-    k.value = clamp(k.value, -o.kl_clamp, o.kl_clamp);
-    k = {product(ratios.ratio, k.value), product(ratios.ratio, k.slope), product(ratios.ratio, k.weighted_slope)};
+  k.value = clamp(k.value, -o.kl_clamp, o.kl_clamp);
+  k = {product(ratios.ratio, k.value), product(ratios.ratio, k.slope), product(ratios.ratio, k.weighted_slope)};
+  if (o.kl_estimator == KlEstimator::kK3 && d < R(-40) && !is_clamped) {  // where the rest of k3 is below an ulp of it
+    k.value = reference_ratio(d, ratios);
+    if (!is_d_clamped) k.slope = -k.value;
   }
   if (!ratios.is_own) return {k.value, k.value, k.slope};
   return {k.value, is_clamped || is_d_clamped ? k.value : k.weighted_slope, R(0)};

@@ -32,9 +32,10 @@ ALL_BACKENDS = BACKENDS if registry.cuda_architectures() else (*BACKENDS, EMULAT
 Token = tuple[float, float, float]
 Row = tuple[Any, Any]
 #: Log-probabilities of the policy, the old policy and the reference: log-ratios of 0, 50, 100 and infinity either way.
+_FALLS = (-1.0, -51.0, -101.0, -math.inf)
 TOKENS: tuple[Token, ...] = tuple(
     token
-    for token in itertools.product(*((-1.0, -51.0, -101.0, -math.inf),) * 2, (-1.0, -1.5, -0.5, -51.0, -101.0, -math.inf))
+    for token in itertools.product(_FALLS, _FALLS, (*_FALLS, -1.5, -0.5))
     if token.count(-math.inf) < 2 or token[0] != -math.inf
 )
 ORDINARY = (-1.0, -1.0, -1.0)
@@ -119,7 +120,7 @@ ESTIMATES: dict[str, Callable[[Number], Number]] = {
     "abs": lambda d: d * int(mp.sign(d.value)),
 }
 _PLAIN = {"use_bias_correction_kl": False}
-#: Options, and what is penalised: by the estimate, the ratio, the log-probability and its distance from the reference's.
+#: Options, and what is penalised: by the estimate, the ratio, the log-probability and its distance to the reference's.
 PENALTIES: dict[str, tuple[dict[str, Any], Callable[..., Number]]] = {
     "naive": (_PLAIN, lambda k, r, x, d: k(d)),
     "straight_through": (
@@ -266,7 +267,8 @@ BY_HAND: dict[tuple[str, float], tuple[Row, Row]] = {
 
 @pytest.mark.parametrize(("name", "advantage"), BY_HAND)
 def test_the_table_by_hand(name: str, advantage: float) -> None:
-    for token, expected in zip(((-1.0, -math.inf, -1.0), (-math.inf, -1.0, -1.0)), BY_HAND[name, advantage], strict=True):
+    infinite, zero = (-1.0, -math.inf, -1.0), (-math.inf, -1.0, -1.0)
+    for token, expected in zip((infinite, zero), BY_HAND[name, advantage], strict=True):
         got = policy_row(name, advantage, token)
         assert [float(x) for x in got] == pytest.approx(expected, rel=1e-15)
 
@@ -372,7 +374,8 @@ def test_an_infinite_divergence_without_a_weight_counts_nothing(backend: str) ->
 @pytest.mark.parametrize("backend", ALL_BACKENDS)
 @pytest.mark.parametrize("options", [{}, {"beta": BETA}, {"loss_type": "cispo"}, {"loss_type": "sapo"}], ids=str)
 def test_a_number_that_is_none_stays_one(options: dict[str, Any], backend: str) -> None:
-    for token in ((math.nan, -1.0, -1.0), (-1.0, math.nan, -1.0), *([(-1.0, -1.0, math.nan)] if "beta" in options else [])):
+    for place in range(3 if "beta" in options else 2):
+        token = tuple(math.nan if n == place else -1.0 for n in range(3))
         assert math.isnan(_loss(backend, torch.float32, 1.0, [ORDINARY, token], options)[0]), token
 
 
@@ -401,7 +404,8 @@ def test_losses_over_logits_have_finite_gradients_at_the_limits(backend: str, dt
     assert loss == pytest.approx((-1.2 - ratio + BETA * k3_lost) / 3, rel=1e-5)
     assert loss == pytest.approx(expected, rel=1e-6)
     assert gradient[0, 0].abs().max() < 1e-30 and not gradient[0, 1].any() and gradient[0, 2].any()
-    torch.testing.assert_close(gradient, expected_gradient, rtol=2 ** -7 if dtype == torch.bfloat16 else 1e-5, atol=1e-30)
+    rtol = 2**-7 if dtype == torch.bfloat16 else 1e-5
+    torch.testing.assert_close(gradient, expected_gradient, rtol=rtol, atol=1e-30)
 
 
 @pytest.mark.parametrize("backend", ALL_BACKENDS)

@@ -1,4 +1,4 @@
-"""Bad values that kernels on a GPU met: kept on the device, for reading them back would wait for it."""
+"""Bad values that kernels met: kept on the device, for reading them back from a GPU would wait for it."""
 
 from __future__ import annotations
 
@@ -48,10 +48,11 @@ def check_device_values(device: torch.device) -> None:
     """Raises if a kernel on ``device`` met a bad value since this was last called. One sync.
 
     Kernels read nothing out of bounds and go on: an id outside the vocabulary is held at its end, an infinite reward
-    leaves its group without advantages. Call it once a step, or once in a while; ``debug=True`` calls it for you.
+    leaves its group without advantages, and a loss without a bound is infinite. Call it once a step, or once in a
+    while; ``debug=True`` calls it for you.
 
     Args:
-        device: Where the tensors were. On a CPU values are checked before anything runs.
+        device: Where the tensors were. On a CPU ids and rewards are checked before anything runs.
 
     Raises:
         ValueError: There was one; the message gives the flat index of the first in its tensor.

@@ -140,6 +140,9 @@ def policy_loss(
     the other objectives that stand in the place of the clipped one, the divergences ``k``, and what goes into the
     weights ``w``. Arithmetic is fp32, or fp64 for fp64 input.
 
+    Where a ratio is past the largest number, or 0, loss and gradient are their limits. TRL gives NaN there. A token
+    whose loss or gradient is infinite is kept for ``check_device_values``.
+
     Args:
         logprobs: Log-probabilities, in nats, of the sampled tokens under the policy being trained.
         advantages: One per completion, unitless; or one per token.
@@ -160,7 +163,8 @@ def policy_loss(
         cu_seqlens: Where each packed completion begins, and the end.
         loss_scale: Multiplies the loss and the gradient.
         config: The loss. Its temperature has no effect here.
-        debug: Read the values of ``cu_seqlens`` on a GPU too, and what kernels met since (``check_device_values``): syncs.
+        debug: Read the values of ``cu_seqlens`` on a GPU too, and what kernels met before (``check_device_values``):
+            syncs.
         backend: "auto", or one of ``grpo_kernels.registry.BACKENDS``.
 
     Returns:

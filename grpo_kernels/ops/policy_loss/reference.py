@@ -84,7 +84,7 @@ def importance_log_ratio(logprobs: Tensor, advantages: Tensor, inputs: PolicyInp
 
 
 def bounded_log_ratio(log_ratio: Tensor, advantages: Tensor, config: GRPOLossConfig) -> Tensor:
-    """The log-ratio, held where its exponential is finite if the surrogate is constant from there on: clipped, or SAPO."""
+    """The log-ratio, held where its exponential is finite if the surrogate is constant from there on."""
     is_constant = torch.full_like(log_ratio, config.surrogate == Surrogate.SAPO, dtype=torch.bool)
     if config.surrogate == Surrogate.CLIP and config.level != Level.GEOMETRIC:
         is_clipped = (advantages > 0) & math.isfinite(config.ratio_bounds[1])
@@ -155,10 +155,9 @@ def kl_penalty(
         is_own = torch.full_like(inputs.mask, config.level == Level.SEQUENCE_TOKEN)
     if penalty.estimator == "k3":  # exp(-d) may be past the largest number while the ratio is below the least
         joint = torch.where(joint.isnan() & ~log_ratio.isnan() & ~d.isnan(), torch.inf, joint)
-        is_joint, below = (d < 0) & (kl == estimate), d.clamp(min=-1000)
-        growth = torch.expm1(below)
-        value = torch.where(is_joint, product(joint.exp(), below * (growth + 1) - growth), value)
-        slope = torch.where(is_joint & ~is_held, product(joint.exp(), growth), slope)
+        is_far = (d < -40) & (kl == estimate)  # where the rest of k3 is below an ulp of it
+        value = torch.where(is_far, joint.exp(), value)
+        slope = torch.where(is_far & ~is_held, -joint.exp(), slope)
     of_both = product(ratio, sum_of(estimate, kl_estimate(d, penalty.estimator)[1], d, penalty.estimator))
     dlog_ratio = torch.where(is_own & ~is_clamped, of_both, value)
     return _WithDerivatives.apply(value, log_ratio, dlog_ratio, logprobs, torch.where(is_own, 0, slope))

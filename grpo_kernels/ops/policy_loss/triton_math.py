@@ -85,20 +85,11 @@ def kl_estimate(d, ESTIMATOR: tl.constexpr):
 
 
 @triton.jit
-def corrected_k3(d, log_ratio, reference_log_ratio, ratio):
-    """``r k3`` and ``r dk3``; ``exp(-d)`` may be past the largest number while ``r`` is below the least.
-
-    So where ``d < 0``, ``r exp(-d)`` is taken at once: the reference over the old policy, NaN where that is not so.
-    """
-    is_below = d < 0
+def reference_ratio(d, log_ratio, reference_log_ratio):
+    """``r exp(-d)``, taken at once: ``exp(-d)`` may be past the largest number while ``r`` is below the least."""
     joint = tl.where(reference_log_ratio == reference_log_ratio, reference_log_ratio, log_ratio - d)
     is_lost = (joint != joint) & (log_ratio == log_ratio)
-    joint = tl.where(is_lost, float("inf"), joint)  # of a sequence's, the faster one
-    scale = tl.where(is_below, tl.exp(joint), ratio)
-    growth = expm1(-tl.abs(d))
-    bounded = tl.where(d < -1000, -1000.0, d)
-    value = tl.where(is_below, bounded * (growth + 1) - growth, growth + d)
-    return product(scale, value), product(scale, tl.where(is_below, growth, -growth))
+    return tl.exp(tl.where(is_lost, float("inf"), joint))  # of a sequence's, the faster one
 
 
 @triton.jit
@@ -137,9 +128,10 @@ def kl_penalty(
         return kl, tl.zeros_like(kl), dlogprob
     kl, dlogprob = product(ratio, kl), product(ratio, dlogprob)
     if ESTIMATOR == _K3:
-        value, slope = corrected_k3(d, log_ratio, reference_log_ratio, ratio)
-        kl = tl.where(is_clamped, kl, value)
-        dlogprob = tl.where(is_clamped | is_d_clamped, dlogprob, slope)
+        is_far = (d < -40) & ~is_clamped  # where the rest of k3 is below an ulp of it
+        value = reference_ratio(d, log_ratio, reference_log_ratio)
+        kl = tl.where(is_far, value, kl)
+        dlogprob = tl.where(is_far & ~is_d_clamped, -value, dlogprob)
     dlog_ratio = tl.where(is_clamped | is_d_clamped, kl, product(ratio, dweighted))
     return kl, tl.where(is_own, dlog_ratio, kl), tl.where(is_own, 0.0, dlogprob)
 
