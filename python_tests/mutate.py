@@ -77,6 +77,17 @@ FAULTS = (
         ),
     ),
     Fault(
+        "0 times infinity",
+        "csrc/policy_math.h",
+        old="  return value == value || weight != weight || x != x ? value : R(0);\n",
+        new="  return value;\n",
+        tests=(
+            "test_limits.py::test_the_penalty_at_its_limits[k3-corrected-cpu-torch.float32]",
+            "test_limits.py::test_the_policy_term_at_its_limits[cispo-1.0-cpu-torch.float64]",
+            "test_limits.py::test_infinite_rollout_weights_leave_what_is_clipped[cpu]",
+        ),
+    ),
+    Fault(
         "a mask ignored",
         "csrc/cpu/policy_loss.cpp",
         old="    if (!in.mask[n]) continue;\n    sum += in.averaged(n).value;\n",

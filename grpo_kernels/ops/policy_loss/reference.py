@@ -133,13 +133,12 @@ def kl_penalty(
     penalty = config.penalty
     difference = logprobs - ref_logprobs
     d = _clamped(difference, config.log_ratio_clamp)
-    estimate, slope = kl_estimate(d, penalty.estimator)
+    estimate = kl_estimate(d, penalty.estimator)
+    slope, weighted_slope = kl_slopes(d, penalty.estimator)
     kl = _clamped(estimate, config.kl_clamp)
     is_held = d != difference
     is_clamped = (is_held | (kl != estimate)) & ~estimate.isnan()
-    if penalty.gradient == "importance_weighted":
-        slope = sum_of(estimate, slope, d, penalty.estimator)
-    slope = torch.where(is_clamped, 0, slope)
+    slope = torch.where(is_clamped, 0, weighted_slope if penalty.gradient == "importance_weighted" else slope)
     if penalty.gradient == "straight_through":
         slope = torch.where(is_held, 0, d)
     if not penalty.is_bias_corrected:
@@ -158,27 +157,28 @@ def kl_penalty(
         is_far = (d < -40) & (kl == estimate)  # where the rest of k3 is below an ulp of it
         value = torch.where(is_far, joint.exp(), value)
         slope = torch.where(is_far & ~is_held, -joint.exp(), slope)
-    of_both = product(ratio, sum_of(estimate, kl_estimate(d, penalty.estimator)[1], d, penalty.estimator))
-    dlog_ratio = torch.where(is_own & ~is_clamped, of_both, value)
+    dlog_ratio = torch.where(is_own & ~is_clamped, product(ratio, weighted_slope), value)
     return _WithDerivatives.apply(value, log_ratio, dlog_ratio, logprobs, torch.where(is_own, 0, slope))
 
 
-def kl_estimate(d: Tensor, estimator: str) -> tuple[Tensor, Tensor]:
-    """The estimate by its name, of ``d = l - l_ref``, and its derivative."""
+def kl_estimate(d: Tensor, estimator: str) -> Tensor:
+    """The estimate by its name, of ``d = l - l_ref``."""
     if estimator == "k1":
-        return d, torch.ones_like(d)
+        return d
     if estimator == "abs":
-        return d.abs(), d.sign()
+        return d.abs()
     if estimator == "k3":
-        return torch.expm1(-d) + d.clamp(min=-1000), -torch.expm1(-d)  # infinite long before
-    return d.square() / 2, d
+        return torch.expm1(-d) + d.clamp(min=-1000)  # infinite long before
+    return d.square() / 2
 
 
-def sum_of(estimate: Tensor, slope: Tensor, d: Tensor, estimator: str) -> Tensor:
-    """An estimate and its derivative: the derivative of ``exp(l - sg[l])`` times it. Of k3 it is ``d``."""
-    if estimator in ("k2", "mse"):
-        return d * (d / 2 + 1)
-    return d if estimator == "k3" else estimate + slope
+def kl_slopes(d: Tensor, estimator: str) -> tuple[Tensor, Tensor]:
+    """The estimate's derivative, and that of ``exp(l - sg[l])`` times it: their sum, which may be finite alone."""
+    if estimator == "k1":
+        return torch.ones_like(d), d + 1
+    if estimator == "abs":
+        return d.sign(), d.abs() + d.sign()
+    return (-torch.expm1(-d), d) if estimator == "k3" else (d, d * (d / 2 + 1))
 
 
 class _WithDerivatives(torch.autograd.Function):
