@@ -180,10 +180,10 @@ GRPO_HOST_DEVICE KlEstimate<R> kl_estimate(R d, const PolicyOptions<R>& o) {  //
 // The log-ratios that a token's terms are made of.
 template <class R>
 struct LogRatios {
-  R policy;        // over the old policy: the token's own or its sequence's, clamped
-  R ratio;         // its exponential
-  bool is_own;     // whether the former moves with the token's own log-probability, one to one
-  R reference;     // of the reference over the old policy, where neither is clamped; else NaN
+  R policy;     // over the old policy: the token's own or its sequence's, clamped
+  R ratio;      // its exponential
+  bool is_own;  // whether it moves with the token's own log-probability, one to one
+  R reference;  // of the reference over the old policy; NaN where a log-ratio is clamped, or a sequence's
 };
 
 // r exp(-d), taken at once: exp(-d) may be past the largest number while r is below the least.
@@ -244,9 +244,11 @@ GRPO_HOST_DEVICE TokenLoss<R> token_loss(R logprob, R log_ratio, R old_logprob, 
   TokenLoss<R> out{product(-policy_weight, s.value), product(-policy_weight, s.dlog_ratio),
                    product(-policy_weight, s.dlogprob), R(0), false, false};
   if (ref_logprob != nullptr) {
-    const bool is_own = (o.level == Level::kToken && !is_clamped) || o.level == Level::kSequenceToken;
-    const bool is_free = o.level == Level::kToken && !is_clamped && !(std::fabs(logprob - *ref_logprob) > o.log_ratio_clamp);
-    const Term<R> k = kl_penalty(logprob, *ref_logprob, {log_ratio, ratio, is_own, is_free ? *ref_logprob - old_logprob : R(NAN)}, o);
+    const bool is_free = o.level == Level::kToken && !is_clamped;
+    const bool is_near = !(std::fabs(logprob - *ref_logprob) > o.log_ratio_clamp);
+    const LogRatios<R> ratios{log_ratio, ratio, is_free || o.level == Level::kSequenceToken,
+                              is_free && is_near ? *ref_logprob - old_logprob : R(NAN)};
+    const Term<R> k = kl_penalty(logprob, *ref_logprob, ratios, o);
     const R weight = o.beta * kl_weight;
     out.loss += product(weight, k.value);
     out.dlog_ratio += product(weight, k.dlog_ratio);
