@@ -58,7 +58,8 @@ SequenceTotals sequence_loss(const Inputs<R>& in, int64_t begin, int64_t end, R*
   for (int64_t n = begin; n < end; ++n) {
     dlogprobs[n] = 0;
     if (!in.mask[n]) continue;
-    const TokenLoss<R> token = token_loss(in.logprobs[n], level == Level::kToken ? in.log_ratio(n) : mean, in.old_logprob(n),
+    const R log_ratio = level == Level::kToken ? in.log_ratio(n) : mean;
+    const TokenLoss<R> token = token_loss(in.logprobs[n], log_ratio, in.old_logprob(n),
                                           in.ref_logprobs ? in.ref_logprobs + n : nullptr, in.advantages[n],
                                           in.policy_weights[n], in.kl_weights[n], in.options);
     dlogprobs[n] = token.dlogprob + (spreads ? R(0) : token.dlog_ratio);
