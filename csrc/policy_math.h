@@ -83,6 +83,13 @@ GRPO_HOST_DEVICE R clamp(R x, R low, R high) {
   return x < low ? low : (x > high ? high : x);
 }
 
+// A product's limit: what is 0 leaves nothing of what is infinite. NaN passes.
+template <class R>
+GRPO_HOST_DEVICE R product(R weight, R x) {
+  const R value = weight * x;
+  return value == value || weight != weight || x != x ? value : R(0);
+}
+
 // min(min(r, delta) A, clip(r) A). On a bound, and where both terms are equal, the derivative is autograd's: a clamp
 // passes it on its bounds, and a minimum of equal terms passes half to each.
 template <class R>
@@ -100,7 +107,7 @@ GRPO_HOST_DEVICE Term<R> clip_surrogate(R ratio, R advantage, const PolicyOption
 template <class R>
 GRPO_HOST_DEVICE Term<R> cispo_surrogate(R ratio, R logprob, R advantage, const PolicyOptions<R>& o) {
   const R weight = clamp(ratio, o.ratio_low, o.ratio_high) * advantage;
-  return {weight * logprob, R(0), weight};
+  return {product(weight, logprob), R(0), weight};  // also of a token whose probability, and ratio, is 0
 }
 
 // SAPO: 4 / tau sigmoid(tau (r - 1)) A.
@@ -145,37 +152,70 @@ GRPO_HOST_DEVICE LogRatio<R> averaged_log_ratio(R log_ratio, R advantage, const 
 }
 
 template <class R>
-GRPO_HOST_DEVICE Term<R> kl_estimate(R d, const PolicyOptions<R>& o) {  // d = l - l_ref
+struct KlEstimate {
+  R value;
+  R slope;
+  R weighted_slope;  // of its product with a weight that grows as exp(l): value + slope, where either may be infinite
+};
+
+template <class R>
+GRPO_HOST_DEVICE KlEstimate<R> kl_estimate(R d, const PolicyOptions<R>& o) {  // d = l - l_ref
   switch (o.kl_estimator) {
     case KlEstimator::kK1:
-      return {d, R(0), R(1)};
+      return {d, R(1), d + R(1)};
     case KlEstimator::kK2:
-      return {d * d / R(2), R(0), d};
+      return {d * d / R(2), d, d * (d / R(2) + R(1))};
     case KlEstimator::kK3: {
       const R growth = std::expm1(-d);
-      return {growth + d, R(0), -growth};
+      return {growth + (d < R(-1000) ? R(-1000) : d), -growth, d};  // infinite long before
     }
-    case KlEstimator::kAbs:
-      return {std::fabs(d), R(0), d > R(0) ? R(1) : (d < R(0) ? R(-1) : d)};
+    case KlEstimator::kAbs: {
+      const R sign = d > R(0) ? R(1) : (d < R(0) ? R(-1) : d);
+      return {std::fabs(d), sign, std::fabs(d) + sign};
+    }
   }
   return {R(NAN), R(NAN), R(NAN)};
+}
+
+// The log-ratios that a token's terms are made of.
+template <class R>
+struct LogRatios {
+  R policy;     // over the old policy: the token's own or its sequence's, clamped
+  R ratio;      // its exponential
+  bool is_own;  // whether it moves with the token's own log-probability, one to one
+  R reference;  // of the reference over the old policy; NaN where a log-ratio is clamped, or a sequence's
+};
+
+// r exp(-d), taken at once: exp(-d) may be past the largest number while r is below the least.
+template <class R>
+GRPO_HOST_DEVICE R reference_ratio(R d, const LogRatios<R>& ratios) {
+  R joint = ratios.reference == ratios.reference ? ratios.reference : ratios.policy - d;
+  if (joint != joint && ratios.policy == ratios.policy) joint = INFINITY;  // of a sequence's, the faster one
+  return std::exp(joint);
 }
 
 // The estimate, clamped, with its own derivative, k2's, or that of its product with a weight exp(l - sg l); bias-corrected,
 // times the ratio.
 template <class R>
-GRPO_HOST_DEVICE Term<R> kl_penalty(R logprob, R ref_logprob, R ratio, const PolicyOptions<R>& o) {
+GRPO_HOST_DEVICE Term<R> kl_penalty(R logprob, R ref_logprob, const LogRatios<R>& ratios, const PolicyOptions<R>& o) {
   const R difference = logprob - ref_logprob;
   const R d = clamp(difference, -o.log_ratio_clamp, o.log_ratio_clamp);
-  Term<R> k = kl_estimate(d, o);
+  KlEstimate<R> k = kl_estimate(d, o);
   const bool is_clamped = k.value < -o.kl_clamp || k.value > o.kl_clamp;
-  if (o.kl_gradient == KlGradient::kImportanceWeighted) k.dlogprob += k.value;
-  if (is_clamped) k.dlogprob = R(0);
-  if (o.kl_gradient == KlGradient::kStraightThrough) k.dlogprob = d;
-  if (d != difference && difference == difference) k.dlogprob = R(0);
+  const bool is_d_clamped = d != difference && difference == difference;
+  if (o.kl_gradient == KlGradient::kImportanceWeighted) k.slope = k.weighted_slope;
+  if (is_clamped) k.slope = R(0);
+  if (o.kl_gradient == KlGradient::kStraightThrough) k.slope = d;
+  if (is_d_clamped) k.slope = R(0);
+  if (!o.bias_corrected_kl) return {clamp(k.value, -o.kl_clamp, o.kl_clamp), R(0), k.slope};
   k.value = clamp(k.value, -o.kl_clamp, o.kl_clamp);
-  if (!o.bias_corrected_kl) return k;
-  return {k.value * ratio, k.value * ratio, k.dlogprob * ratio};
+  k = {product(ratios.ratio, k.value), product(ratios.ratio, k.slope), product(ratios.ratio, k.weighted_slope)};
+  if (o.kl_estimator == KlEstimator::kK3 && d < R(-40) && !is_clamped) {  // where the rest of k3 is below an ulp of it
+    k.value = reference_ratio(d, ratios);
+    if (!is_d_clamped) k.slope = -k.value;
+  }
+  if (!ratios.is_own) return {k.value, k.value, k.slope};
+  return {k.value, is_clamped || is_d_clamped ? k.value : k.weighted_slope, R(0)};
 }
 
 // What one unmasked token adds to the loss, without the entropy bonus, and to the metrics.
@@ -187,29 +227,36 @@ struct TokenLoss {
   R kl;
   bool is_low;
   bool is_high;
+
+  // Whether the objective has no bound here: a value to be flagged.
+  GRPO_HOST_DEVICE bool is_infinite() const { return std::isinf(loss) || std::isinf(dlog_ratio + dlogprob); }
 };
 
-// `log_ratio` is the token's own, or its sequence's; `token_log_ratio` its own.
+// `log_ratio` is the token's own, or its sequence's. On-policy `old_logprob` is the log-probability itself.
 template <class R>
-GRPO_HOST_DEVICE TokenLoss<R> token_loss(R logprob, R log_ratio, R token_log_ratio, const R* ref_logprob, R advantage,
+GRPO_HOST_DEVICE TokenLoss<R> token_loss(R logprob, R log_ratio, R old_logprob, const R* ref_logprob, R advantage,
                                          R policy_weight, R kl_weight, const PolicyOptions<R>& o) {
   const bool is_clamped = o.level == Level::kToken && std::fabs(log_ratio) > o.log_ratio_clamp;
   if (is_clamped) log_ratio = clamp(log_ratio, -o.log_ratio_clamp, o.log_ratio_clamp);
   const R ratio = std::exp(log_ratio);
   // without an advantage or a weight the policy term is 0 whatever the ratio, an infinite one included
   const Term<R> s = advantage == 0 || policy_weight == 0 ? Term<R>{R(0), R(0), R(0)} : surrogate(ratio, logprob, advantage, o);
-  TokenLoss<R> out{-policy_weight * s.value, -policy_weight * s.dlog_ratio, -policy_weight * s.dlogprob, R(0), false,
-                   false};
+  TokenLoss<R> out{product(-policy_weight, s.value), product(-policy_weight, s.dlog_ratio),
+                   product(-policy_weight, s.dlogprob), R(0), false, false};
   if (ref_logprob != nullptr) {
-    const Term<R> k = kl_penalty(logprob, *ref_logprob, ratio, o);
+    const bool is_free = o.level == Level::kToken && !is_clamped;
+    const bool is_near = !(std::fabs(logprob - *ref_logprob) > o.log_ratio_clamp);
+    const LogRatios<R> ratios{log_ratio, ratio, is_free || o.level == Level::kSequenceToken,
+                              is_free && is_near ? *ref_logprob - old_logprob : R(NAN)};
+    const Term<R> k = kl_penalty(logprob, *ref_logprob, ratios, o);
     const R weight = o.beta * kl_weight;
-    out.loss += weight * k.value;
-    out.dlog_ratio += weight * k.dlog_ratio;
-    out.dlogprob += weight * k.dlogprob;
+    out.loss += product(weight, k.value);
+    out.dlog_ratio += product(weight, k.dlog_ratio);
+    out.dlogprob += product(weight, k.dlogprob);
     out.kl = k.value;
   }
   if (is_clamped) out.dlog_ratio = R(0);
-  const R counted = o.level == Level::kGeometric ? std::exp(token_log_ratio) : ratio;
+  const R counted = o.level == Level::kGeometric ? std::exp(logprob - old_logprob) : ratio;
   const R bounded = counted > o.delta ? o.delta : counted;  // as TRL counts
   out.is_low = bounded < o.ratio_low && advantage < R(0);
   out.is_high = bounded > o.ratio_high && advantage > R(0);

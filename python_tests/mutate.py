@@ -66,14 +66,25 @@ FAULTS = (
     Fault(
         "the sign of the k3 gradient",
         "csrc/policy_math.h",
-        old="return {growth + d, R(0), -growth};",
-        new="return {growth + d, R(0), growth};",
+        old="return {growth + (d < R(-1000) ? R(-1000) : d), -growth, d};",
+        new="return {growth + (d < R(-1000) ? R(-1000) : d), growth, d};",
         tests=(
             "test_reference.py::test_kl_by_hand[False-1.0-cpu]",
             "test_reference.py::test_kl_by_hand[True-1.5-cpu]",
             "test_loss_family.py::test_divergences[k3-cpu]",
             f"{CONFORMANCE}[policy_loss-cpu-float32-plain]",
             f"{CONFORMANCE}[grpo_loss-cpu-float32-on_policy_kl]",
+        ),
+    ),
+    Fault(
+        "0 times infinity",
+        "csrc/policy_math.h",
+        old="  return value == value || weight != weight || x != x ? value : R(0);\n",
+        new="  return value;\n",
+        tests=(
+            "test_limits.py::test_the_penalty_at_its_limits[k3-corrected-cpu-torch.float32]",
+            "test_limits.py::test_the_policy_term_at_its_limits[cispo-1.0-cpu-torch.float64]",
+            "test_limits.py::test_infinite_rollout_weights_leave_what_is_clipped[cpu]",
         ),
     ),
     Fault(

@@ -68,6 +68,16 @@ def test_gradcheck(op: str, case: Case) -> None:
     torch.autograd.gradcheck(function, tensors, fast_mode=True, atol=1e-6)
 
 
+@pytest.mark.parametrize("level", ["token", "sequence"])
+def test_the_penaltys_written_derivative_has_its_own(level: str) -> None:
+    config = GRPOLossConfig(
+        loss_type="reinforce" if level == "token" else "dapo", importance_sampling_level=level, beta=0.5
+    )
+    inputs = build(Case("twice", batch=2, length=3, advantages="zero", config=config), torch.float64, "logprobs")
+    function, tensors = _differentiable("policy_loss", inputs, "torch")
+    torch.autograd.gradgradcheck(lambda x: function(x, *tensors[1:]), tensors[:1], fast_mode=True)
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_token_logprobs_of_two_logits(backend: str) -> None:
     # softmax(0, ln 3) = (1/4, 3/4)

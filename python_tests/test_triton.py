@@ -55,6 +55,7 @@ def test_the_rest_of_conformance(part: int) -> None:
     [
         (("test_reference", "test_edges", "test_interpreted"), 60),
         (("test_gae", "test_loss_family"), 50),
+        pytest.param(("test_limits",), 100, marks=pytest.mark.full),
         pytest.param(("test_divergence",), 40, marks=pytest.mark.full),
     ],
 )

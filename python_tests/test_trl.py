@@ -201,6 +201,45 @@ def test_loss_gradients_and_metrics_are_trls(trainer: Any, case: Case, backend: 
     _assert_trls(trainer, case, backend)
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize(
+    ("config", "advantage", "gap"),
+    [
+        (GRPOLossConfig(), 1.0, 800.0),
+        (GRPOLossConfig(delta=3.0), -1.0, 800.0),
+        (GRPOLossConfig(beta=0.1), 1.0, 800.0),
+        (GRPOLossConfig(beta=0.1), 1.0, -800.0),
+    ],
+    ids=str,
+)
+def test_trl_gives_nan_at_limits_that_are_finite_here(
+    trainer: Any, config: GRPOLossConfig, advantage: float, gap: float, backend: str
+) -> None:
+    """A stated departure: where the ratio of a token is infinite, or 0, in fp64."""
+    inputs = build(Case("limits", batch=2, length=3, mask="ones", config=config), torch.float64, "logprobs")
+    far = torch.zeros_like(inputs.logprobs)
+    far[0, 0] = gap
+    inputs = replace(
+        inputs,
+        logprobs=inputs.logprobs + far.clamp(max=0),
+        old=inputs.logprobs - far.clamp(min=0),
+        ref=inputs.logprobs,
+        advantages=torch.full((2,), advantage, dtype=torch.float64),
+    )
+    theirs, ours = (inputs.logprobs.clone().requires_grad_() for _ in range(2))
+    expected, _ = _trl(trainer, inputs, theirs, inputs.entropy)
+    expected.backward()
+    loss, _ = policy_loss(
+        ours, inputs.advantages, inputs.mask, old_logprobs=inputs.old, ref_logprobs=inputs.ref, config=config,
+        backend=backend,
+    )  # fmt: skip
+    loss.backward()
+    assert theirs.grad is not None and ours.grad is not None
+    assert theirs.grad[0, 0].isnan() and loss.isfinite() and ours.grad.isfinite().all()
+    assert ours.grad[0, 0] == 0
+    torch.testing.assert_close(ours.grad[1], theirs.grad[1], rtol=1e-12, atol=1e-14)
+
+
 @st.composite
 def _cases(draw: st.DrawFn) -> Case:
     config = draw(configs(TRL_LOSS_TYPES, only_trls=True))

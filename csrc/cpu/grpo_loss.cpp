@@ -20,9 +20,10 @@ struct PolicyInputs {
 
   // dL/dlogprob of an unmasked token; its ratio is its own (token level).
   R coefficient(int64_t n, R logprob, const PolicyOptions<R>& options) const {
-    const R log_ratio = logprob - (old_logprobs ? old_logprobs[n] : logprob);  // on-policy 0, or a NaN's NaN
-    const TokenLoss<R> loss = token_loss(logprob, log_ratio, log_ratio, ref_logprobs ? ref_logprobs + n : nullptr,
-                                         advantages[n], policy_weights[n], kl_weights[n], options);
+    const R old_logprob = old_logprobs ? old_logprobs[n] : logprob;  // on-policy 0 apart, or a NaN's NaN
+    const TokenLoss<R> loss =
+        token_loss(logprob, logprob - old_logprob, old_logprob, ref_logprobs ? ref_logprobs + n : nullptr,
+                   advantages[n], policy_weights[n], kl_weights[n], options);
     return loss.dlog_ratio + loss.dlogprob;
   }
 };

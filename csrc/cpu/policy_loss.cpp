@@ -1,8 +1,12 @@
 // policy_loss: loss, gradient by log-probability and metric partials of every token, sequence by sequence.
+#include <algorithm>
+#include <atomic>
 #include <cmath>
+#include <limits>
 #include <tuple>
 #include <vector>
 
+#include "bad_values.h"
 #include "parallel.h"
 #include "policy_math.h"
 
@@ -16,15 +20,18 @@ struct Inputs {
   const R *advantages, *policy_weights, *kl_weights, *entropy_weights, *old_logprobs, *ref_logprobs;
   PolicyOptions<R> options;
 
-  R log_ratio(int64_t n) const {  // on-policy 0, or a NaN's NaN
-    return logprobs[n] - (old_logprobs ? old_logprobs[n] : logprobs[n]);
-  }
+  R old_logprob(int64_t n) const { return old_logprobs ? old_logprobs[n] : logprobs[n]; }
+  R log_ratio(int64_t n) const { return logprobs[n] - old_logprob(n); }  // on-policy 0, or a NaN's NaN
 
   LogRatio<R> averaged(int64_t n) const { return averaged_log_ratio(log_ratio(n), advantages[n], options); }
 };
 
+constexpr int64_t kNone = std::numeric_limits<int64_t>::max();
+std::atomic<int64_t*> kept_flags = nullptr;  // of ops/device_values.py
+
 struct SequenceTotals {
   double loss = 0;
+  int64_t first_infinite = kNone;
   double partials[kPartialCount] = {};
 };
 
@@ -51,13 +58,14 @@ SequenceTotals sequence_loss(const Inputs<R>& in, int64_t begin, int64_t end, R*
   for (int64_t n = begin; n < end; ++n) {
     dlogprobs[n] = 0;
     if (!in.mask[n]) continue;
-    const R log_ratio = in.log_ratio(n);
-    const TokenLoss<R> token = token_loss(in.logprobs[n], level == Level::kToken ? log_ratio : mean, log_ratio,
+    const R log_ratio = level == Level::kToken ? in.log_ratio(n) : mean;
+    const TokenLoss<R> token = token_loss(in.logprobs[n], log_ratio, in.old_logprob(n),
                                           in.ref_logprobs ? in.ref_logprobs + n : nullptr, in.advantages[n],
                                           in.policy_weights[n], in.kl_weights[n], in.options);
     dlogprobs[n] = token.dlogprob + (spreads ? R(0) : token.dlog_ratio);
     dmean += token.dlog_ratio;
     out.loss += token.loss;
+    if (token.is_infinite()) out.first_infinite = std::min(out.first_infinite, n);
     if (in.entropy && in.entropy_weights) out.loss -= static_cast<double>(in.entropy_weights[n]) * in.entropy[n];
     tokens += 1;
     low += token.is_low;
@@ -98,7 +106,18 @@ void reduce(const std::vector<SequenceTotals>& sequences, R* loss, R* partials) 
   for (int i = 0; i < kPartialCount; ++i) partials[i] = static_cast<R>(sum.partials[i]);
 }
 
+// The least index of a token without a bound, beside those of earlier calls.
+void keep_infinite(const std::vector<SequenceTotals>& sequences) {
+  int64_t* const flags = kept_flags.load(std::memory_order_acquire);
+  if (flags == nullptr) return;
+  for (const SequenceTotals& s : sequences) flags[kBadLoss] = std::min(flags[kBadLoss], s.first_infinite);
+}
+
 }  // namespace
+
+void keep_first_bad(const Tensor& first_bad) {
+  kept_flags.store(mutable_data<int64_t>(first_bad), std::memory_order_release);
+}
 
 std::tuple<Tensor, Tensor, Tensor> policy_loss_fwd(
     const Tensor& logprobs,                // [N]
@@ -107,7 +126,7 @@ std::tuple<Tensor, Tensor, Tensor> policy_loss_fwd(
     const std::optional<Tensor>& entropy_weights, const std::optional<Tensor>& old_logprobs,
     const std::optional<Tensor>& ref_logprobs,
     const Tensor& offsets,  // [S + 1]
-    std::vector<int64_t> options, std::vector<double> params) {
+    std::vector<int64_t> options, std::vector<double> params, bool keeps_infinite) {
   const ScalarType type = arithmetic_type(logprobs);
   const Tensor loss = empty({}, type, logprobs), dlogprobs = empty_like(logprobs, type);
   const Tensor partials = empty({kPartialCount}, type, logprobs);
@@ -129,6 +148,7 @@ std::tuple<Tensor, Tensor, Tensor> policy_loss_fwd(
     parallel_rows(count, 32 * (count ? tokens / count : 0), [&](int64_t s) {
       totals[s] = sequence_loss<R>(in, offset[s], offset[s + 1], mutable_data<R>(dlogprobs));
     });
+    if (keeps_infinite) keep_infinite(totals);
     reduce<R>(totals, mutable_data<R>(loss), mutable_data<R>(partials));
   };
   type == ScalarType::Double ? run(double()) : run(float());
@@ -137,4 +157,9 @@ std::tuple<Tensor, Tensor, Tensor> policy_loss_fwd(
 
 }  // namespace grpo
 
-STABLE_TORCH_LIBRARY_IMPL(grpo_kernels, CPU, m) { m.impl("policy_loss_fwd_cpu", TORCH_BOX(&grpo::policy_loss_fwd)); }
+STABLE_TORCH_LIBRARY_FRAGMENT(grpo_kernels, m) { m.def("cpu_keep_first_bad(Tensor first_bad) -> ()"); }
+
+STABLE_TORCH_LIBRARY_IMPL(grpo_kernels, CPU, m) {
+  m.impl("policy_loss_fwd_cpu", TORCH_BOX(&grpo::policy_loss_fwd));
+  m.impl("cpu_keep_first_bad", TORCH_BOX(&grpo::keep_first_bad));
+}

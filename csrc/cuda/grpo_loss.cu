@@ -84,10 +84,11 @@ struct RowPlan {
 template <bool kPlain, class R>
 __device__ __forceinline__ RowPlan<R> plan_row(const Loss<R>& loss, const TokenInputs<R>& in,
                                                const RowResult<R>& result) {
-  const R log_ratio = result.logprob - (loss.old_logprobs ? in.values[kOldLogprob] : result.logprob);  // or a NaN's NaN
+  const R old_logprob = loss.old_logprobs ? in.values[kOldLogprob] : result.logprob;  // 0 apart, or a NaN's NaN
   const TokenLoss<R> token =
-      token_loss(result.logprob, log_ratio, log_ratio, loss.ref_logprobs ? &in.values[kRefLogprob] : nullptr,
-                 in.values[kAdvantage], in.values[kPolicyWeight], in.values[kKlWeight], loss.options);
+      token_loss(result.logprob, result.logprob - old_logprob, old_logprob,
+                 loss.ref_logprobs ? &in.values[kRefLogprob] : nullptr, in.values[kAdvantage], in.values[kPolicyWeight],
+                 in.values[kKlWeight], loss.options);
   const R c = token.dlog_ratio + token.dlogprob, c_h = -in.values[kEntropyWeight];
   const R own_slope = slope_at<kPlain>(in.values[kTarget], loss.transform);
   return {gradient_weights(result.offset, result.log_sum, result.logprob, result.entropy, c, c_h, own_slope,

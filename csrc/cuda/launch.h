@@ -19,6 +19,7 @@
 #include <vector>
 
 #include "architectures.h"
+#include "bad_values.h"
 #include "tensors.h"
 
 namespace grpo::cuda {
@@ -84,8 +85,6 @@ inline const Properties& properties_of(int device) {
 }
 
 // ---- values that kernels flag, see grpo_kernels/ops/device_values.py
-
-enum BadValue { kBadId, kBadReward, kBadLiveRows, kBadValueCount };
 
 // Memory of the flags by device; Python keeps it alive.
 inline std::array<std::atomic<int64_t*>, kMostDevices> kept_flags = {};

@@ -24,9 +24,11 @@ struct Policy {
   R* dlogprobs;
   double* totals;  // [kTotalCount, sequences]
   int64_t tokens, sequences;
+  int64_t* first_bad;  // or null
 
+  __device__ __forceinline__ R old_logprob(int64_t n) const { return old_logprobs ? old_logprobs[n] : logprobs[n]; }
   __device__ __forceinline__ R log_ratio(int64_t n) const {  // on-policy 0, or a NaN's NaN
-    return logprobs[n] - (old_logprobs ? old_logprobs[n] : logprobs[n]);
+    return logprobs[n] - old_logprob(n);
   }
   __device__ __forceinline__ LogRatio<R> averaged(int64_t n) const {
     return averaged_log_ratio(log_ratio(n), advantages[n], options);
@@ -79,14 +81,15 @@ __device__ R mean_log_ratio(const Policy<R>& policy, int64_t begin, int64_t end,
 // One token's part of the sums; its gradient is written.
 template <class R>
 __device__ void add_token(const Policy<R>& policy, int64_t n, R mean, bool spreads, SequenceSums& sums) {
-  const R log_ratio = policy.log_ratio(n);
+  const R log_ratio = policy.options.level == Level::kToken ? policy.log_ratio(n) : mean;
   const TokenLoss<R> token =
-      token_loss(policy.logprobs[n], policy.options.level == Level::kToken ? log_ratio : mean, log_ratio,
+      token_loss(policy.logprobs[n], log_ratio, policy.old_logprob(n),
                  policy.ref_logprobs ? policy.ref_logprobs + n : nullptr, policy.advantages[n],
                  policy.policy_weights[n], policy.kl_weights[n], policy.options);
   policy.dlogprobs[n] = token.dlogprob + (spreads ? R(0) : token.dlog_ratio);
   sums.dmean += token.dlog_ratio;
   sums.loss += token.loss;
+  if (policy.first_bad != nullptr && token.is_infinite()) flag(policy.first_bad, kBadLoss, n);
   sums.tokens += 1;
   sums.kl += token.kl;
   sums.low += token.is_low;
@@ -183,7 +186,7 @@ std::tuple<Tensor, Tensor, Tensor> policy_loss_fwd(
     const std::optional<Tensor>& entropy_weights, const std::optional<Tensor>& old_logprobs,
     const std::optional<Tensor>& ref_logprobs,
     const Tensor& offsets,  // [S + 1]
-    std::vector<int64_t> options, std::vector<double> params) {
+    std::vector<int64_t> options, std::vector<double> params, bool keeps_infinite) {
   const ScalarType type = arithmetic_type(logprobs);
   const Tensor loss = empty({}, type, logprobs), dlogprobs = empty_like(logprobs, type);
   const Tensor partials = empty({kPartialCount}, type, logprobs);
@@ -206,7 +209,8 @@ std::tuple<Tensor, Tensor, Tensor> policy_loss_fwd(
                            mutable_data<R>(dlogprobs),
                            mutable_data<double>(totals),
                            tokens,
-                           sequences};
+                           sequences,
+                           keeps_infinite ? place.first_bad() : nullptr};
     launch(place, "policy_loss", {sequences, tokens}, {sequences, kThreads, sizeof(PolicyShared)},
            loss_of_sequences<R>, policy);
     launch(place, "policy_loss' totals", {sequences}, {kTotalCount, kThreads, kThreads / kWarp * int{sizeof(Total)}},

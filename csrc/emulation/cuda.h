@@ -17,6 +17,7 @@
 #include <type_traits>
 #include <vector>
 
+#include "bad_values.h"
 #include "tensors.h"
 
 #define GRPO_DEVICE_KEY CPU
@@ -266,7 +267,6 @@ uint32_t max_of_two(uint32_t a, uint32_t b) {
 
 // ---- flags and launches
 
-enum BadValue { kBadId, kBadReward, kBadLiveRows, kBadValueCount };
 inline int64_t* kept_flags = nullptr;
 
 inline void flag(int64_t* first_bad, BadValue kind, int64_t index) {

@@ -1,4 +1,4 @@
-"""Bad values that kernels on a GPU met: kept on the device, for reading them back would wait for it."""
+"""Bad values that kernels met: kept on the device, for reading them back from a GPU would wait for it."""
 
 from __future__ import annotations
 
@@ -13,12 +13,13 @@ _KINDS = (
     "an id outside the vocabulary where unmasked, at {}",
     "an infinite reward, at {}",
     "{} rows that may have a gradient, more than max_live_rows",
+    "an unmasked token whose loss or gradient is infinite, at {}",
 )
-_LIVE_ROWS = 2
+_LIVE_ROWS, _INFINITE = 2, 3
 
 
 @cache
-def first_bad(device: torch.device) -> Tensor:  # [3] int64
+def first_bad(device: torch.device) -> Tensor:  # [4] int64
     """The least of each bad value since ``check_device_values`` was last called."""
     return torch.full((len(_KINDS),), _NONE, dtype=torch.int64, device=device)
 
@@ -33,14 +34,25 @@ def note_live_rows(count: Tensor, bound: int) -> None:
     kept.copy_(torch.where(count > bound, torch.minimum(kept, count), kept))
 
 
+def note_infinite(losses: Tensor) -> None:
+    """Keeps the least index of an infinite loss of a token. No sync; nothing is kept of a graph that is traced."""
+    if torch.compiler.is_compiling() or losses.numel() == 0:
+        return
+    kept = first_bad(losses.device)[_INFINITE]
+    is_infinite = losses.detach().reshape(-1).isinf()
+    index = is_infinite.to(torch.uint8).argmax()
+    kept.copy_(torch.where(is_infinite.any(), torch.minimum(kept, index), kept))
+
+
 def check_device_values(device: torch.device) -> None:
     """Raises if a kernel on ``device`` met a bad value since this was last called. One sync.
 
     Kernels read nothing out of bounds and go on: an id outside the vocabulary is held at its end, an infinite reward
-    leaves its group without advantages. Call it once a step, or once in a while; ``debug=True`` calls it for you.
+    leaves its group without advantages, and a loss without a bound is infinite. Call it once a step, or once in a
+    while; ``debug=True`` calls it for you.
 
     Args:
-        device: Where the tensors were. On a CPU values are checked before anything runs.
+        device: Where the tensors were. On a CPU ids and rewards are checked before anything runs.
 
     Raises:
         ValueError: There was one; the message gives the flat index of the first in its tensor.

@@ -82,7 +82,7 @@ def _normalize_kernel(
     table_ptr,  # [batch, functions]
     weights_ptr,  # [functions] or None
     out_ptr,  # [batch, functions / summed]
-    first_bad_ptr,  # [3]
+    first_bad_ptr,  # [4]
     batch,
     size,  # of a group
     functions,

@@ -93,7 +93,7 @@ def _grpo_loss_kernel(
     live_ptr,
     rewards_ptr,  # [S] or None
     offsets_ptr,  # [S + 1] where packed, else None
-    first_bad_ptr,  # [3]
+    first_bad_ptr,  # [4]
     rows,
     rows_per_batch,
     length,
@@ -185,7 +185,7 @@ def _grpo_loss_kernel(
                 _, dlog_ratio, dlogprob, _, _, _ = token_loss(
                     logprob,
                     logprob - old_logprob,
-                    logprob - old_logprob,
+                    old_logprob,
                     ref_logprob,
                     advantage,
                     policy_weight,

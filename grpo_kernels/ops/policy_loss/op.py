@@ -9,6 +9,7 @@ from torch import Tensor
 
 from grpo_kernels import registry
 from grpo_kernels.config import GRPOLossConfig, PolicyLossCode
+from grpo_kernels.ops.device_values import check_device_values, first_bad
 from grpo_kernels.ops.gradients import refuse_double_backward
 from grpo_kernels.ops.library import define, lazily
 from grpo_kernels.ops.policy_loss import reference
@@ -17,6 +18,9 @@ from grpo_kernels.ops.policy_loss.metrics import CLIP_METRICS, KERNEL_PARTIALS, 
 from grpo_kernels.ops.policy_loss.weights import settle
 from grpo_kernels.ops.validation import check_device, check_float, check_shape
 from grpo_kernels.options import CLIPPED_LOSS_TYPES
+
+if registry.supports("policy_loss", "cpu", _CPU := torch.device("cpu")):
+    torch.ops.grpo_kernels.cpu_keep_first_bad(first_bad(_CPU))
 
 
 class PolicyLossOutput(NamedTuple):
@@ -32,8 +36,8 @@ def _fake(logprobs, *_):  # type: ignore[no-untyped-def]
 
 _FWD = define(
     "policy_loss_fwd",
-    f"(Tensor logprobs, Tensor? entropy, {FLAT_SCHEMA}, Tensor offsets, int[] options, float[] params)"
-    " -> (Tensor loss, Tensor dlogprobs, Tensor partials)",
+    f"(Tensor logprobs, Tensor? entropy, {FLAT_SCHEMA}, Tensor offsets, int[] options, float[] params, "
+    "bool keeps_infinite=False) -> (Tensor loss, Tensor dlogprobs, Tensor partials)",
     _fake,
     {"triton": lazily("grpo_kernels.ops.policy_loss.triton_kernels", "policy_loss_fwd")},
 )
@@ -59,7 +63,7 @@ def policy_loss_fwd(
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Loss, ``dloss/dlogprobs [N]`` and the metrics' partials, by the kernels of ``backend``."""
-    return _FWD[backend](logprobs, entropy, *inputs.flat(), inputs.sequences.offsets, code.options, code.params)
+    return _FWD[backend](logprobs, entropy, *inputs.flat(), inputs.sequences.offsets, code.options, code.params, True)
 
 
 def policy_metrics(partials: Tensor, config: GRPOLossConfig, has_entropy: bool) -> PolicyMetrics:
@@ -136,6 +140,9 @@ def policy_loss(
     the other objectives that stand in the place of the clipped one, the divergences ``k``, and what goes into the
     weights ``w``. Arithmetic is fp32, or fp64 for fp64 input.
 
+    Where a ratio is past the largest number, or 0, loss and gradient are their limits. TRL gives NaN there. A token
+    whose loss or gradient is infinite is kept for ``check_device_values``.
+
     Args:
         logprobs: Log-probabilities, in nats, of the sampled tokens under the policy being trained.
         advantages: One per completion, unitless; or one per token.
@@ -156,7 +163,8 @@ def policy_loss(
         cu_seqlens: Where each packed completion begins, and the end.
         loss_scale: Multiplies the loss and the gradient.
         config: The loss. Its temperature has no effect here.
-        debug: Read the values of ``cu_seqlens`` on a GPU too: syncs.
+        debug: Read the values of ``cu_seqlens`` on a GPU too, and what kernels met before (``check_device_values``):
+            syncs.
         backend: "auto", or one of ``grpo_kernels.registry.BACKENDS``.
 
     Returns:
@@ -215,6 +223,8 @@ def policy_loss(
         config=config,
         debug=debug,
     )
+    if debug:
+        check_device_values(logprobs.device)
     backend = registry.resolve("policy_loss", backend, logprobs.device)
     return policy_loss_of(logprobs, entropy, divergence, inputs, config, backend)
 

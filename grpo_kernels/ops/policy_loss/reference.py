@@ -1,18 +1,22 @@
-"""The policy loss in plain torch: the equations as they stand in the papers, gradients by autograd."""
+"""The policy loss in plain torch: the equations as they stand in the papers, gradients by autograd.
+
+Where a ratio is past the largest number, or 0, values and gradients are the limits. The derivative of the KL is written
+down, for autograd would multiply 0 by infinity or subtract infinity from itself.
+"""
 
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from grpo_kernels.config import GRPOLossConfig
+from grpo_kernels.ops.device_values import note_infinite
 from grpo_kernels.ops.policy_loss.inputs import PolicyInputs
 from grpo_kernels.ops.policy_loss.weights import settle
 from grpo_kernels.options import Level, Surrogate
-
-_LARGEST_LOG_RATIO = 80.0  # whose exponential is finite in fp32
 
 
 def policy_loss(
@@ -34,14 +38,14 @@ def policy_loss(
     ratio = log_ratio.exp()
     # no advantage or weight, no policy term: not even of an infinite ratio
     bounded = torch.where((advantages == 0) | (inputs.policy_weights == 0), 0, log_ratio)
-    if config.surrogate == Surrogate.SAPO:  # whose gate is 1 long before
-        bounded = bounded.clamp(max=_LARGEST_LOG_RATIO)
-    bounded = bounded.exp()
-    loss = (-inputs.policy_weights * surrogate(bounded, logprobs, advantages, config)).sum()
+    bounded = bounded_log_ratio(bounded, advantages, config).exp()
+    losses = product(-inputs.policy_weights, surrogate(bounded, logprobs, advantages, config))
     kl = None
     if inputs.ref_logprobs is not None:
-        kl = kl_penalty(logprobs, unmasked(inputs.ref_logprobs), ratio, config)
-        loss = loss + (config.penalty.weight * inputs.kl_weights * kl).sum()
+        kl = kl_penalty(logprobs, unmasked(inputs.ref_logprobs), log_ratio, inputs, config)
+        losses = losses + product(config.penalty.weight * inputs.kl_weights, kl)
+    note_infinite(losses)
+    loss = losses.sum()
     if inputs.entropy_weights is not None and entropy is not None:
         loss = loss - (inputs.entropy_weights * unmasked(entropy)).sum()
     if config.level == Level.GEOMETRIC:  # what is clipped is a token's
@@ -74,8 +78,25 @@ def importance_log_ratio(logprobs: Tensor, advantages: Tensor, inputs: PolicyInp
     lengths = sequences.sum(mask.to(logprobs.dtype)).clamp(min=1)
     mean = torch.where(mask, sequences.spread(sequences.sum(summed) / lengths), 0)
     if config.level == Level.SEQUENCE_TOKEN:
-        return mean.detach() + log_ratio - log_ratio.detach()
+        own = torch.where(logprobs.isinf(), 0, logprobs)  # its ratio is 0, and has no gradient
+        return mean.detach() + (own - own.detach())
     return mean
+
+
+def bounded_log_ratio(log_ratio: Tensor, advantages: Tensor, config: GRPOLossConfig) -> Tensor:
+    """The log-ratio, held where its exponential is finite if the surrogate is constant from there on."""
+    is_constant = torch.full_like(log_ratio, config.surrogate == Surrogate.SAPO, dtype=torch.bool)
+    if config.surrogate == Surrogate.CLIP and config.level != Level.GEOMETRIC:
+        is_clipped = (advantages > 0) & math.isfinite(config.ratio_bounds[1])
+        is_constant = torch.full_like(is_clipped, True) if config.delta is not None else is_clipped
+    largest = math.floor(math.log(torch.finfo(log_ratio.dtype).max))
+    return torch.where(is_constant, log_ratio.clamp(max=largest), log_ratio)
+
+
+def product(weight: Tensor, values: Tensor) -> Tensor:
+    """The product, to the limit: what is 0 leaves nothing of what is infinite."""
+    is_nothing = ((weight == 0) & values.isinf()) | (weight.isinf() & (values == 0))
+    return torch.where(is_nothing, 0, weight * torch.where(is_nothing, 0, values))
 
 
 def surrogate(ratio: Tensor, logprobs: Tensor, advantages: Tensor, config: GRPOLossConfig) -> Tensor:
@@ -88,7 +109,7 @@ def surrogate(ratio: Tensor, logprobs: Tensor, advantages: Tensor, config: GRPOL
     """
     low, high = config.ratio_bounds
     if config.surrogate == Surrogate.CISPO:
-        return ratio.detach().clamp(low, high) * advantages * logprobs
+        return product(ratio.detach().clamp(low, high) * advantages, logprobs)
     if config.surrogate == Surrogate.SAPO:
         tau = torch.where(
             advantages > 0, config.sapo_temperature_pos, torch.full_like(advantages, config.sapo_temperature_neg)
@@ -101,25 +122,43 @@ def surrogate(ratio: Tensor, logprobs: Tensor, advantages: Tensor, config: GRPOL
     return torch.minimum(unclipped * advantages, clipped * advantages)
 
 
-def kl_penalty(logprobs: Tensor, ref_logprobs: Tensor, ratio: Tensor, config: GRPOLossConfig) -> Tensor:
+def kl_penalty(
+    logprobs: Tensor, ref_logprobs: Tensor, log_ratio: Tensor, inputs: PolicyInputs, config: GRPOLossConfig
+) -> Tensor:
     """The estimate of the KL divergence, with ``d = l - l_ref``; times the importance ratio where that is asked for.
 
     http://joschu.net/blog/kl-approx.html; straight-through, the value of one with the gradient of k2;
     importance-weighted, times ``exp(l - sg[l])`` (arXiv:2506.09477).
     """
-    d = _clamped(logprobs - ref_logprobs, config.log_ratio_clamp)
     penalty = config.penalty
-    # where the estimate is clamped, its slope must be finite to be 0
-    bounded = d if config.kl_clamp is None else d.clamp(min=-_LARGEST_LOG_RATIO)
-    estimate = kl_estimate(bounded if penalty.estimator == "k3" else d, penalty.estimator)
+    difference = logprobs - ref_logprobs
+    d = _clamped(difference, config.log_ratio_clamp)
+    estimate = kl_estimate(d, penalty.estimator)
+    slope, weighted_slope = kl_slopes(d, penalty.estimator)
     kl = _clamped(estimate, config.kl_clamp)
-    if penalty.gradient == "importance_weighted":
-        is_clamped = (d != logprobs - ref_logprobs) | (kl != estimate)
-        kl = torch.where(is_clamped, kl, kl * (logprobs - logprobs.detach()).exp())
+    is_held = d != difference
+    is_clamped = (is_held | (kl != estimate)) & ~estimate.isnan()
+    slope = torch.where(is_clamped, 0, weighted_slope if penalty.gradient == "importance_weighted" else slope)
     if penalty.gradient == "straight_through":
-        k2 = kl_estimate(d, "k2")
-        kl = kl.detach() + k2 - k2.detach()
-    return kl * ratio if penalty.is_bias_corrected else kl
+        slope = torch.where(is_held, 0, d)
+    if not penalty.is_bias_corrected:
+        return _WithDerivatives.apply(kl, log_ratio, torch.zeros_like(kl), logprobs, slope)
+    ratio = log_ratio.exp()
+    value, slope = product(ratio, kl), product(ratio, slope)
+    joint = log_ratio - d
+    if config.level == Level.TOKEN:
+        is_own = log_ratio == inputs.log_ratio(logprobs)
+        old = logprobs if inputs.old_logprobs is None else inputs.old_logprobs
+        joint = torch.where(is_own & ~is_held, torch.where(inputs.mask, ref_logprobs - old, 0), joint)
+    else:
+        is_own = torch.full_like(inputs.mask, config.level == Level.SEQUENCE_TOKEN)
+    if penalty.estimator == "k3":  # exp(-d) may be past the largest number while the ratio is below the least
+        joint = torch.where(joint.isnan() & ~log_ratio.isnan() & ~d.isnan(), torch.inf, joint)
+        is_far = (d < -40) & (kl == estimate)  # where the rest of k3 is below an ulp of it
+        value = torch.where(is_far, joint.exp(), value)
+        slope = torch.where(is_far & ~is_held, -joint.exp(), slope)
+    dlog_ratio = torch.where(is_own & ~is_clamped, product(ratio, weighted_slope), value)
+    return _WithDerivatives.apply(value, log_ratio, dlog_ratio, logprobs, torch.where(is_own, 0, slope))
 
 
 def kl_estimate(d: Tensor, estimator: str) -> Tensor:
@@ -128,7 +167,34 @@ def kl_estimate(d: Tensor, estimator: str) -> Tensor:
         return d
     if estimator == "abs":
         return d.abs()
-    return torch.expm1(-d) + d if estimator == "k3" else d.square() / 2
+    if estimator == "k3":
+        return torch.expm1(-d) + d.clamp(min=-1000)  # infinite long before
+    return d.square() / 2
+
+
+def kl_slopes(d: Tensor, estimator: str) -> tuple[Tensor, Tensor]:
+    """The estimate's derivative, and that of ``exp(l - sg[l])`` times it: their sum, which may be finite alone."""
+    if estimator == "k1":
+        return torch.ones_like(d), d + 1
+    if estimator == "abs":
+        return d.sign(), d.abs() + d.sign()
+    return (-torch.expm1(-d), d) if estimator == "k3" else (d, d * (d / 2 + 1))
+
+
+class _WithDerivatives(torch.autograd.Function):
+    """A value and its derivatives by the log-ratio and by the log-probability. What has no weight has no gradient."""
+
+    @staticmethod
+    def forward(  # type: ignore[override]
+        ctx: Any, value: Tensor, log_ratio: Tensor, dlog_ratio: Tensor, logprobs: Tensor, dlogprobs: Tensor
+    ) -> Tensor:
+        ctx.save_for_backward(dlog_ratio, dlogprobs)
+        return value.clone()
+
+    @staticmethod
+    def backward(ctx: Any, dvalue: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        dlog_ratio, dlogprobs = ctx.saved_tensors
+        return None, product(dvalue, dlog_ratio), None, product(dvalue, dlogprobs), None
 
 
 def _clamped(values: Tensor, bound: float | None) -> Tensor:

@@ -7,6 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from grpo_kernels.ops.device_values import first_bad
 from grpo_kernels.ops.policy_loss.metrics import KERNEL_PARTIALS, Partial
 from grpo_kernels.ops.policy_loss.triton_math import averaged_log_ratio, token_loss
 from grpo_kernels.ops.token_logprobs.triton_rows import arithmetic, as_bytes, check_tokens
@@ -72,6 +73,7 @@ def _policy_loss_kernel(
     offsets_ptr,  # [S + 1]
     dlogprobs_ptr,  # [N]
     totals_ptr,  # [KERNEL_PARTIALS + 1, S] fp64
+    first_bad_ptr,  # [4] or None
     tokens,
     sequences,
     ratio_low: tl.float64,
@@ -120,15 +122,16 @@ def _policy_loss_kernel(
     lows = tl.zeros([BLOCK], tl.float64)
     highs = tl.zeros([BLOCK], tl.float64)
     dmeans = tl.zeros([BLOCK], tl.float64)
+    first_infinite = tl.zeros([BLOCK], tl.int64) + end
     for start in range(begin, end, BLOCK):
         n = start + lanes
         live = tl.load(mask_ptr + n, mask=n < end, other=0) != 0
         # a masked token reads 0 everywhere, weights included, and so adds 0
         logprob = tl.load(logprobs_ptr + n, mask=live, other=0.0)
-        token_log_ratio = logprob - logprob  # on-policy 0, or a NaN's NaN
+        old_logprob = logprob
         if old_logprobs_ptr is not None:
-            token_log_ratio = logprob - tl.load(old_logprobs_ptr + n, mask=live, other=0.0)
-        log_ratio = token_log_ratio
+            old_logprob = tl.load(old_logprobs_ptr + n, mask=live, other=0.0)
+        log_ratio = logprob - old_logprob  # on-policy 0, or a NaN's NaN
         if LEVEL != _TOKEN_LEVEL:
             log_ratio = tl.zeros([BLOCK], ACC) + mean
         ref_logprob = logprob
@@ -137,7 +140,7 @@ def _policy_loss_kernel(
         loss, dlog_ratio, dlogprob, kl, is_low, is_high = token_loss(
             logprob,
             log_ratio,
-            token_log_ratio,
+            old_logprob,
             ref_logprob,
             tl.load(advantages_ptr + n, mask=live, other=0.0),
             tl.load(policy_weights_ptr + n, mask=live, other=0.0),
@@ -157,6 +160,9 @@ def _policy_loss_kernel(
             KL_GRADIENT,
             BIAS_CORRECTED,
         )
+        if first_bad_ptr is not None:
+            is_infinite = (tl.abs(loss) == float("inf")) | (tl.abs(dlog_ratio + dlogprob) == float("inf"))
+            first_infinite = tl.minimum(first_infinite, tl.where(live & is_infinite, n, end))
         losses += tl.where(live, loss, 0.0).to(tl.float64)
         kls += tl.where(live, kl, 0.0).to(tl.float64)
         count += live.to(tl.float64)
@@ -172,6 +178,10 @@ def _policy_loss_kernel(
         else:
             dlogprob += dlog_ratio
         tl.store(dlogprobs_ptr + n, tl.where(live, dlogprob, 0.0), mask=n < end)
+    if first_bad_ptr is not None:
+        index = tl.min(first_infinite, 0)
+        if index < end:
+            tl.atomic_min(first_bad_ptr + 3, index)
     total = tl.sum(count, 0)
     share = tl.where(total > 0, total, 1.0)
     if (LEVEL == _SEQUENCE_LEVEL) | (
@@ -253,6 +263,7 @@ def policy_loss_fwd(
     offsets: Tensor,  # [S + 1]
     options: list[int],
     params: list[float],
+    keeps_infinite: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The registered op."""
     tokens, dtype = logprobs.shape[0], logprobs.dtype
@@ -280,6 +291,7 @@ def policy_loss_fwd(
             offsets,
             dlogprobs,
             totals,
+            first_bad(logprobs.device) if keeps_infinite else None,
             logprobs.shape[0],
             sequences,
             *policy_arguments(params),

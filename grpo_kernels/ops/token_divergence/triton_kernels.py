@@ -68,7 +68,7 @@ def _token_divergence_kernel(
     logprobs_ptr,
     entropy_ptr,
     divergence_ptr,
-    first_bad_ptr,  # [3]
+    first_bad_ptr,  # [4]
     rows,
     rows_per_batch,
     length,

@@ -60,7 +60,7 @@ def _token_logprobs_fwd_kernel(
     log_sum_squares_ptr,  # or None, like the next two
     mean_logits_ptr,
     is_top1_ptr,
-    first_bad_ptr,  # [3]
+    first_bad_ptr,  # [4]
     rows,
     length,
     vocab,
@@ -233,7 +233,7 @@ def _token_logprobs_bwd_kernel(
     entropy_ptr,
     dlogprobs_ptr,  # or None
     dentropy_ptr,  # or None
-    first_bad_ptr,  # [3]
+    first_bad_ptr,  # [4]
     rows,
     rows_per_batch,
     length,
