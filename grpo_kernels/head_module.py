@@ -29,6 +29,8 @@ def find_linear(head: nn.Module | None) -> nn.Module:
         raise ValueError("the model has no output embeddings")
     _check_backward_hooks(head)
     if _is_of_peft(head):
+        if any("adapter_names" in getattr(hook, "keywords", ()) for hook in head._forward_pre_hooks.values()):
+            raise TypeError("the head must have one adapter for all: a batch of several adapters is not served")
         from peft.utils import ModulesToSaveWrapper
 
         if isinstance(head, ModulesToSaveWrapper):
@@ -85,7 +87,7 @@ def replaced_call(head: nn.Module, linear: nn.Module, function: Callable[[Tensor
     outputs: list[tuple[Tensor, Tensor]] = []
 
     def noting(hidden: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        if args or kwargs:  # of peft's mixed batches
+        if args or kwargs:
             raise TypeError(f"the head must be called with hidden states alone, got {sorted(kwargs) or len(args)}")
         output = function(hidden)
         if foreign:

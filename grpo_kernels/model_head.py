@@ -148,9 +148,12 @@ def _with_forwards(base: type, *forwards: Callable[..., Any]) -> Any:
 
 
 def _forward(model: Any, original: Callable[..., Any], *args: Any, head: Head | None = None, **kwargs: Any) -> Any:
-    """The model's own forward, with ``head`` in the place of its head's call."""
-    if head is None:
-        return original(*args, **kwargs)
+    """The model's own forward, with ``head`` in the place of its head's call where it is given."""
+    return original(*args, **kwargs) if head is None else _headed(model, original, head, args, kwargs)
+
+
+@torch.compiler.disable(recursive=False)  # what is compiled is what it calls: it changes a module and back
+def _headed(model: Any, original: Callable[..., Any], head: Head, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     if _scales_of(model) != model._head_scales:
         raise RuntimeError(
             f"the softcap or a scale of {type(model).__name__}'s logits has changed since its head was opened: open it "
