@@ -1,4 +1,4 @@
-"""The module that is a model's head now: the weight and bias that its call multiplies by, or the name it is refused by."""
+"""The module that is a model's head now: the weight and bias of its call, or a refusal by name."""
 
 from __future__ import annotations
 

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from grpo_kernels.head_module import check_floating, find_linear, operands, replaced_call
+from grpo_kernels.head_module import find_linear, operands, replaced_call
 
 #: What a model's configuration may multiply logits by, in the order in which it is looked for; Granite's divides.
 _SCALES = ("logit_scale", "output_multiplier", "lm_head_multiplier")
@@ -66,8 +66,8 @@ def open_head(model: Any) -> Any:
     head = model.get_output_embeddings()
     if head is None:
         raise ValueError(f"{type(model).__name__} has no output embeddings")
-    check_floating(head.weight)
-    if not head.weight.numel():
+    find_linear(head)
+    if any(not parameter.numel() for parameter in head.parameters()):
         raise ValueError(
             "the head's weight is not in this process: under ZeRO-3 load the model whole, after "
             "transformers.integrations.unset_hf_deepspeed_config(), and open its head before it is divided"
@@ -107,7 +107,7 @@ def add_forward(model: Any, forward: Callable[..., Any]) -> None:
     kind = _with_forward(type(model), forward)
     before = own.get("_old_forward" if is_hooked else "forward")
     if before is not None and getattr(before, "__func__", None) is not type(model).forward:
-        own[_kept_name(forward)] = before
+        own[_kept_name(forward)] = before, id(model)
     model.__class__ = kind
     if is_hooked:
         own["_old_forward"] = types.MethodType(kind.forward, model)
@@ -116,7 +116,7 @@ def add_forward(model: Any, forward: Callable[..., Any]) -> None:
 
 
 def _kept_name(forward: Callable[..., Any]) -> str:
-    """The attribute for what a model had in the place of its class's forward."""
+    """The attribute for what somebody had put in the place of the class's forward, and for which model."""
     return f"_forward_under_{forward.__module__}"
 
 
@@ -124,7 +124,12 @@ def _kept_name(forward: Callable[..., Any]) -> str:
 def _with_forward(base: Any, forward: Callable[..., Any]) -> Any:
     @functools.wraps(base.forward)
     def own(self: Any, *args: Any, **kwargs: Any) -> Any:
-        original = vars(self).get(_kept_name(forward)) or super(kind, self).forward
+        original, owner = vars(self).get(_kept_name(forward)) or (super(kind, self).forward, id(self))
+        if owner != id(self):  # it may go on to the model that was copied
+            raise RuntimeError(
+                f"this {base.__name__} is a copy of one whose forward had been replaced before its head was opened: "
+                "copy it first"
+            )
         return forward(self, original, *args, **kwargs)
 
     def reduce(self: Any, protocol: Any) -> Any:

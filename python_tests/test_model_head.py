@@ -1,4 +1,4 @@
-"""A fused head computes with the module that is the head at the call, in this model and in its copies, or refuses it."""
+"""A fused head computes with the module that is the head at the call, in a copy with the copy's, or refuses it."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from torch.nn.utils import prune
 
 pytest.importorskip("transformers")
 
-from heads import IDS, VOCAB, assert_right, fused, fused_logprobs, model_of, own_logprobs  # noqa: E402
+from heads import IDS, VOCAB, assert_right, fused, fused_logprobs, model_of, own_logprobs
 
-from grpo_kernels.integrations.transformers import fused_head  # noqa: E402
-from grpo_kernels.model_head import open_head  # noqa: E402
-from grpo_kernels.training.policy import Policy  # noqa: E402
+from grpo_kernels.integrations.transformers import fused_head
+from grpo_kernels.model_head import open_head
+from grpo_kernels.training.policy import Policy
 
 
 def _move(model: Any) -> None:
@@ -53,6 +53,16 @@ def test_a_copy_computes_with_its_own_weights(duplicate: Callable[[Any], Any]) -
     assert type(reference) is type(model)
     _move(reference)
     assert_right(reference)
+    assert_right(model)
+
+
+def test_a_copy_of_a_model_whose_forward_was_replaced_before_is_refused() -> None:
+    model = model_of()
+    original = model.forward
+    model.forward = lambda *args, **kwargs: original(*args, **kwargs)
+    assert_right(fused_head(model, temperature=0.7))
+    with pytest.raises(RuntimeError, match="is a copy of one whose forward had been replaced"):
+        fused_logprobs(copy.deepcopy(model))
     assert_right(model)
 
 
@@ -292,6 +302,30 @@ def test_a_head_that_does_something_else_is_refused_at_the_call(
         with torch.inference_mode(), pytest.raises(kind, match=message):
             fused_logprobs(model)
     assert _state(model.lm_head) == before
+
+
+def test_a_hook_of_all_modules_that_changes_a_head_is_refused() -> None:
+    model = fused()
+
+    def doubled(module: nn.Module, arguments: Any, output: Any) -> Any:
+        return output * 2 if module is model.lm_head else None
+
+    handle = nn.modules.module.register_module_forward_hook(doubled)
+    try:
+        with pytest.raises(TypeError, match=r"no hook that changes its output, got .*doubled"):
+            fused_logprobs(model)
+    finally:
+        handle.remove()
+    assert_right(model)
+
+
+@pytest.mark.parametrize("kind", [torch.ao.nn.quantized.dynamic.Linear, _Doubling, nn.Bilinear])
+def test_a_head_that_does_something_else_is_refused_at_opening(kind: type) -> None:
+    model = model_of()
+    model.lm_head = kind(16, VOCAB) if kind is not nn.Bilinear else kind(16, 16, VOCAB)
+    with pytest.raises(TypeError, match=rf"must be a torch\.nn\.Linear, .*got .*{kind.__name__}"):
+        fused_head(model)
+    assert type(model) is type(model_of())
 
 
 @pytest.mark.parametrize(

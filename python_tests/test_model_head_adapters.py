@@ -10,11 +10,12 @@ import pytest
 import torch
 
 pytest.importorskip("transformers")
-peft = pytest.importorskip("peft")
+pytest.importorskip("peft")
 
-from heads import IDS, assert_right, fused, fused_logprobs, model_of, own_logprobs  # noqa: E402
+import peft
+from heads import IDS, assert_right, fused, fused_logprobs, model_of, own_logprobs
 
-from grpo_kernels.integrations.transformers import fused_head  # noqa: E402
+from grpo_kernels.integrations.transformers import fused_head
 
 TARGETS = ["q_proj", "lm_head"]
 
@@ -86,6 +87,16 @@ def test_an_adapter_is_what_it_is_at_the_call(name: str) -> None:
     merged = model.merge_and_unload()
     assert type(merged.lm_head) is torch.nn.Linear
     assert_right(merged)
+
+
+def test_adapters_by_the_model_itself_are_served() -> None:
+    model = fused()
+    model.add_adapter(peft.LoraConfig(r=4, target_modules=TARGETS), "own")
+    assert_right(_randomized(model.double()))
+    model.disable_adapters()
+    torch.testing.assert_close(fused_logprobs(model), fused_logprobs(fused()))
+    model.enable_adapters()
+    assert_right(model)
 
 
 def test_two_active_adapters_add_up() -> None:

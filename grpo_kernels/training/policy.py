@@ -78,12 +78,10 @@ class Policy:
         self.model = self.wrapped = model
         self.config, self.backend, self.packing = config, backend, packing
         base = base_model(model)
+        open_head(base)
         self.reference = None
         if config.beta:
             self.reference = model if has_adapters(model) else copy.deepcopy(base).requires_grad_(False)
-        open_head(base)
-        if self.reference is not None and self.reference is not model:
-            open_head(self.reference)
         self._known = inspect.signature(base.forward).parameters
         if packing and not {"logits_to_keep", "position_ids"} <= self._known.keys():
             raise ValueError(f"{type(base).__name__} takes no logits_to_keep and position_ids: packing must be False")
