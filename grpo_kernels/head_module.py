@@ -153,8 +153,8 @@ def _adapted_linear(layer: Any) -> nn.Module:
             variant = variant.__name__ if isinstance(variant, type) else type(variant).__name__
             raise TypeError(f"the head must have LoRA adapters without variants, got {name!r} with {variant}")
     for part in (layer.base_layer, *(layer.lora_B[name] for name in names)):  # read, not called
-        has_hooks = bool(part._forward_pre_hooks or part._forward_hooks or part._backward_hooks)
-        if has_hooks or "_hf_hook" in vars(part) or "forward" in vars(part):
+        hooks = (part._forward_pre_hooks, part._forward_hooks, part._backward_hooks, part._backward_pre_hooks)
+        if any(hooks) or "_hf_hook" in vars(part) or "forward" in vars(part):
             raise TypeError(f"the layers under a head's adapters must have no hooks, got some on {_name_of(part)}")
     unserved = [layer.lora_B[name] for name in names if not _is_linear(layer.lora_B[name])]
     return unserved[0] if unserved else layer.base_layer
@@ -178,20 +178,32 @@ def _check_call(module: nn.Module) -> None:
 
 def _check_backward_hooks(head: nn.Module) -> None:
     """Raises TypeError where backward hooks wait for a gradient of logits, which there is not."""
-    hooks = (*head._backward_hooks.values(), *head._backward_pre_hooks.values())
-    if hooks:
-        raise TypeError(f"the head must have no backward hooks, got {', '.join(map(_hook_name, hooks))}")
+    hooks = (
+        *torch_module._global_backward_hooks.values(),
+        *torch_module._global_backward_pre_hooks.values(),
+        *head._backward_hooks.values(),
+        *head._backward_pre_hooks.values(),
+    )
+    names = [name for name in map(_hook_name, hooks) if not name.startswith(_FRAMEWORKS)]
+    if names:
+        raise TypeError(f"the head must have no backward hooks, got {', '.join(names)}")
 
 
 def _foreign_hooks(module: nn.Module) -> list[str]:
     """Hooks that may change the output: of none that gathers weights, moves tensors or counts."""
-    hooks = [*torch_module._global_forward_hooks.values(), *module._forward_hooks.values()]
     moving = vars(module).get("_hf_hook")
-    while moving is not None and type(moving).__name__ == "SequentialHook":
-        hooks += moving.hooks[1:]
-        moving = moving.hooks[0]
-    hooks += [] if moving is None else [moving]
+    hooks = (
+        *torch_module._global_forward_hooks.values(),
+        *module._forward_hooks.values(),
+        *([] if moving is None else _single_hooks(moving)),
+    )
     return [name for name in map(_hook_name, hooks) if not name.startswith(_FRAMEWORKS)]
+
+
+def _single_hooks(hook: Any) -> list[Any]:
+    """Those that accelerate's hook is a sequence of, or itself."""
+    is_sequence = type(hook).__name__ == "SequentialHook"
+    return [single for part in hook.hooks for single in _single_hooks(part)] if is_sequence else [hook]
 
 
 def _hook_name(hook: Any) -> str:

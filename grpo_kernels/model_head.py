@@ -22,7 +22,10 @@ _CHECKED_TOKENS = 4
 
 
 class Projection(NamedTuple):
-    """What makes logits of hidden states: ``softcap * tanh(logit_scale * (h W^T + b) / softcap)``."""
+    """What makes logits of hidden states: ``softcap * tanh(logit_scale * (h W^T + b) / softcap)``.
+
+    Under LoRA adapters of the head the hidden states that come with it, and ``H``, are wider by their ranks.
+    """
 
     weight: Tensor  # [V, H]
     bias: Tensor | None  # [V]
@@ -50,6 +53,7 @@ def open_head(model: Any) -> Any:
 
     The head is the module that is it at the call: a ``torch.nn.Linear``, with LoRA adapters of peft's or as
     ``modules_to_save`` copies it; any other is refused by name then. A copy of the model, pickled or deep, has its own.
+    Forward hooks of the head see one column in the place of its logits, and may not change it.
 
     Args:
         model: An ``AutoModelForCausalLM``. Softcap and scale of its logits are read from its configuration, and a few
@@ -107,7 +111,8 @@ def add_forward(model: Any, forward: Callable[..., Any]) -> None:
     kind = _with_forward(type(model), forward)
     before = own.get("_old_forward" if is_hooked else "forward")
     if before is not None and getattr(before, "__func__", None) is not type(model).forward:
-        own[_kept_name(forward)] = before, id(model)
+        is_free = isinstance(before, types.MethodType) and before.__func__.__closure__ is None  # copies with the model
+        own[_kept_name(forward)] = before, None if is_free else id(model)
     model.__class__ = kind
     if is_hooked:
         own["_old_forward"] = types.MethodType(kind.forward, model)
@@ -124,8 +129,8 @@ def _kept_name(forward: Callable[..., Any]) -> str:
 def _with_forward(base: Any, forward: Callable[..., Any]) -> Any:
     @functools.wraps(base.forward)
     def own(self: Any, *args: Any, **kwargs: Any) -> Any:
-        original, owner = vars(self).get(_kept_name(forward)) or (super(kind, self).forward, id(self))
-        if owner != id(self):  # it may go on to the model that was copied
+        original, owner = vars(self).get(_kept_name(forward)) or (super(kind, self).forward, None)
+        if owner not in (None, id(self)):  # it may go on to the model that was copied
             raise RuntimeError(
                 f"this {base.__name__} is a copy of one whose forward had been replaced before its head was opened: "
                 "copy it first"

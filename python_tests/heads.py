@@ -38,6 +38,13 @@ def fused_logprobs(model: Any, **options: Any) -> Tensor:
     return model(IDS, labels=IDS, return_logprobs=True, **options).logprobs
 
 
+def move(model: Any) -> None:
+    """As a step of training does."""
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.2 * torch.randn_like(parameter))
+
+
 def assert_right(model: Any, seed: int | None = None) -> None:
     """Its fused log-probabilities, twice, and every gradient are those of its own logits."""
     parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}

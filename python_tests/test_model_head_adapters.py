@@ -13,7 +13,7 @@ pytest.importorskip("transformers")
 pytest.importorskip("peft")
 
 import peft
-from heads import IDS, assert_right, fused, fused_logprobs, model_of, own_logprobs
+from heads import IDS, TEMPERATURE, assert_right, fused, fused_logprobs, model_of, own_logprobs
 
 from grpo_kernels.integrations.transformers import fused_head
 
@@ -115,18 +115,43 @@ def test_an_adapter_of_a_tied_head_is_the_heads_alone() -> None:
     assert_right(_adapted(fused(tie_word_embeddings=True), target_modules=["lm_head"]))
 
 
-def test_an_adapter_in_16_bits_is_as_exact_as_the_models_own_head() -> None:
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("Gemma2", {"final_logit_softcapping": 3.0, "query_pre_attn_scalar": 8}),
+        ("Cohere2", {"logit_scale": 0.25}),
+        ("Granite", {"logits_scaling": 2.0}),
+    ],
+)
+def test_a_softcap_and_a_scale_come_after_the_adapters(name: str, options: dict[str, Any]) -> None:
+    assert_right(_adapted(fused(name, **options)))
+
+
+@pytest.mark.parametrize("adapter_dtype", [torch.bfloat16, torch.float32])
+def test_an_adapter_in_16_bits_is_as_exact_as_the_models_own_head(adapter_dtype: torch.dtype) -> None:
     """A small adapter beside a large weight, which their sum in bfloat16 would round away."""
-    errors = []
-    exact = _adapted(fused(), target_modules=["lm_head"])
+    narrow = _adapted(fused(), target_modules=["lm_head"]).to(torch.bfloat16)
+    adapters = [p for name, p in narrow.named_parameters() if "lora_" in name]
     with torch.no_grad():
-        exact.get_base_model().lm_head.lora_B["default"].weight.mul_(0.01)
-    narrow = copy.deepcopy(exact).to(torch.bfloat16)
-    exact = copy.deepcopy(narrow).double()
-    expected = own_logprobs(exact)
-    for logits in (own_logprobs(narrow.float().bfloat16()), fused_logprobs(narrow)):
-        errors.append((logits.double() - expected).abs().max().item())
-    assert errors[1] <= 2 * errors[0]
+        for parameter in adapters:
+            parameter.mul_(0.1)
+            parameter.data = parameter.data.to(adapter_dtype)
+    hidden: list[torch.Tensor] = []
+    head = narrow.get_base_model().lm_head
+    handle = head.register_forward_pre_hook(lambda module, given: hidden.append(given[0]))
+    own, ours = own_logprobs(narrow), fused_logprobs(narrow)
+    handle.remove()
+    exact = copy.deepcopy(head).double()
+    without = copy.deepcopy(exact)
+    without.enable_adapters(False)
+
+    def logprobs(module: Any) -> torch.Tensor:
+        logits = module(hidden[0].double())[:, :-1] / TEMPERATURE
+        return logits.log_softmax(-1).gather(-1, IDS[:, 1:, None])[..., 0]
+
+    expected = logprobs(exact)
+    errors = [(values.double() - expected).abs().max().item() for values in (own, ours)]
+    assert errors[1] <= 2 * errors[0] and errors[1] < 0.1 * (logprobs(without) - expected).abs().max()
 
 
 def _dora(model: Any) -> Any:
