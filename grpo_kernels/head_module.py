@@ -13,6 +13,7 @@ from torch.nn.modules import module as torch_module
 
 #: Modules whose forward hooks gather weights, cast or count, and leave the logits what they are.
 _FRAMEWORKS = ("torch.distributed.", "torch.utils.", "deepspeed.", "accelerate.")
+_LINEAR_FORWARD = nn.Linear.forward  # as it is before anybody replaces it
 _SERVED = "a torch.nn.Linear, or one with LoRA adapters or a modules_to_save copy of peft's"
 
 
@@ -123,7 +124,7 @@ def _is_of_peft(module: nn.Module) -> bool:
 def _is_linear(module: Any) -> bool:
     """Whether its class computes what ``torch.nn.Linear`` does; FSDP2's and parametrized classes do."""
     kind = type(module)
-    is_own = kind.forward is nn.Linear.forward and kind.__call__ is nn.Module.__call__
+    is_own = kind.forward is _LINEAR_FORWARD and kind.__call__ is nn.Module.__call__
     return isinstance(module, nn.Linear) and is_own
 
 
@@ -217,8 +218,10 @@ def _tensors(linear: nn.Module) -> tuple[Tensor, Tensor | None]:
     weight, bias = (x.full_tensor() if hasattr(x, "full_tensor") else x for x in (linear.weight, linear.bias))
     check_floating(weight)
     for x in (weight, bias):
-        if x is not None and type(x) not in (Tensor, nn.Parameter):
-            raise TypeError(f"the head must have weights that are plain tensors, not quantised: got {_name_of(x)}")
+        if x is not None and (type(x) not in (Tensor, nn.Parameter) or x.layout is not torch.strided):
+            raise TypeError(
+                f"the head must have plain tensors, neither quantised nor sparse: got {_name_of(x)}, {x.layout}"
+            )
     if weight.is_meta:
         raise ValueError("the head's weight is on the meta device: load it first")
     return weight, bias

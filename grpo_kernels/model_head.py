@@ -78,11 +78,13 @@ def open_head(model: Any) -> Any:
         )
     kind, attributes = type(model), dict(vars(model))
     add_forward(model, _forward)
-    model._head_scales = _scales_of(model)
+    opened = type(model)
+    checked = opened._checked_forward
+    opened._checked_forward, model._head_scales = opened._base.forward, _scales_of(model)
     try:
         _check(model)
     except Exception:
-        model.__class__ = kind
+        model.__class__, opened._checked_forward = kind, checked
         vars(model).clear()
         vars(model).update(attributes)
         raise
@@ -147,6 +149,7 @@ def _with_forward(base: Any, forward: Callable[..., Any]) -> Any:
     is_ours = "_forwards" in vars(base)
     forwards = (*(base._forwards if is_ours else ()), forward)
     lineage = {"_base": base._base if is_ours else base, "_forwards": forwards}
+    lineage |= {} if is_ours else {"_checked_forward": base.forward}
     kind = type(base.__name__, (base,), names | lineage | {"forward": own, "__reduce_ex__": reduce})
     return kind
 
@@ -164,11 +167,10 @@ def _forward(model: Any, original: Callable[..., Any], *args: Any, head: Head | 
 
 @torch.compiler.disable(recursive=False)  # what is compiled is what it calls: it changes a module and back
 def _headed(model: Any, original: Callable[..., Any], head: Head, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    if _scales_of(model) != model._head_scales:
-        raise RuntimeError(
-            f"the softcap or a scale of {type(model).__name__}'s logits has changed since its head was opened: open it "
-            "again"
-        )
+    is_class = type(model)._base.forward is type(model)._checked_forward
+    if not is_class or _scales_of(model) != model._head_scales:
+        what = "softcap or a scale of its logits" if is_class else "forward of its class"
+        raise RuntimeError(f"the {what} has changed since {type(model).__name__}'s head was opened: open it again")
     transform, module, results = _transform_of(model.config.get_text_config()), model.get_output_embeddings(), []
     linear = find_linear(module)
 

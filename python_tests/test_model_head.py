@@ -78,6 +78,7 @@ RIGHT: dict[str, Callable[[Any], Any]] = {
     "loaded": _loaded,
     "tied": _tied,
     "untied": _untied,
+    "strided": lambda model: setattr(model.lm_head, "weight", nn.Parameter(torch.randn(16, VOCAB).double().mT)),
     "cast": lambda model: model.float().double(),
     "frozen": lambda model: model.lm_head.requires_grad_(False),
     "weight norm": lambda model: nn.utils.parametrizations.weight_norm(model.lm_head),
@@ -151,14 +152,18 @@ def _tensor_subclass(model: Any) -> None:
     model.lm_head.weight = weight
 
 
+def _sparse(model: Any) -> None:
+    model.lm_head.weight = nn.Parameter(model.lm_head.weight.detach().to_sparse())
+
+
 def _foreign_accelerate_hook(model: Any) -> None:
-    from accelerate.hooks import ModelHook, add_hook_to_module
+    from accelerate.hooks import AlignDevicesHook, ModelHook, SequentialHook, add_hook_to_module
 
     class Doubling(ModelHook):
         def post_forward(self, module: Any, output: Any) -> Any:
             return output * 2
 
-    add_hook_to_module(model.lm_head, Doubling())
+    add_hook_to_module(model.lm_head, SequentialHook(AlignDevicesHook(), SequentialHook(Doubling())))
 
 
 def _aligned_over_own_forward(model: Any) -> None:
@@ -193,13 +198,14 @@ REFUSED: dict[str, tuple[Callable[[Any], Any], type[Exception], str]] = {
     "own forward": (_own_forward, TypeError, "must run its class's forward"),
     "own forward, aligned": (_aligned_over_own_forward, TypeError, "must run its class's forward"),
     "quantised": (_int8, TypeError, r"must be floating point, not quantised: got torch\.int8"),
-    "quantised tensor": (_tensor_subclass, TypeError, "plain tensors, not quantised: got .*_Quantised"),
+    "quantised tensor": (_tensor_subclass, TypeError, "neither quantised nor sparse: got .*_Quantised"),
     "hook": (lambda model: model.lm_head.register_forward_hook(_scaled), TypeError, "no hook that changes .*_scaled"),
     "hook in place": (lambda model: model.lm_head.register_forward_hook(_in_place), TypeError, "changes .*_in_place"),
     "accelerate's hook": (_foreign_accelerate_hook, TypeError, "no hook that changes its output, got .*Doubling"),
     "backward hook": (
         lambda model: model.lm_head.register_full_backward_hook(lambda *x: None), TypeError, "no backward hooks"
     ),
+    "sparse": (_sparse, TypeError, r"neither quantised nor sparse: got .*torch\.sparse_coo"),
     "arguments": (_kwargs, TypeError, r"hidden states alone, got \['scale'\]"),
     "none": (lambda model: setattr(model, "get_output_embeddings", lambda: None), ValueError, "no output embeddings"),
     "meta": (lambda model: model.lm_head.to("meta"), ValueError, "meta device"),
@@ -275,11 +281,44 @@ def test_a_softcap_or_scale_that_changes_is_refused_until_the_head_is_opened_aga
     assert_right(copy.deepcopy(model))
     owner, attribute = change
     setattr(model.config if owner else model, attribute, 7.0)
-    with pytest.raises(RuntimeError, match="has changed since its head was opened"):
+    with pytest.raises(RuntimeError, match=r"softcap or a scale of its logits has changed since .*s head was opened"):
         fused_logprobs(model)
     for x in (model.config, model):
         setattr(x, attribute, 7.0)
     assert_right(fused_head(model, temperature=0.7))
+
+
+def test_a_class_whose_forward_is_replaced_is_refused_until_the_head_is_opened_again(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    model = fused()
+    kind = type(model_of())
+    original = kind.forward
+
+    def quiet(self: Any, *args: Any, **kwargs: Any) -> Any:
+        return original(self, *args, **kwargs)
+
+    def loud(self: Any, *args: Any, **kwargs: Any) -> Any:
+        output = original(self, *args, **kwargs)
+        output.logits = output.logits * 2
+        return output
+
+    for forward in (quiet, loud, original):
+        monkeypatch.setattr(kind, "forward", forward)
+        with pytest.raises(RuntimeError, match="forward of its class has changed since"):
+            fused_logprobs(model)
+        if forward is loud:
+            with pytest.raises(RuntimeError, match="own logits give other log-probabilities"):
+                fused_head(model)
+        else:
+            assert_right(fused_head(model, temperature=0.7))
+
+
+def test_a_linear_layer_whose_class_is_patched_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = fused()
+    monkeypatch.setattr(nn.Linear, "forward", lambda self, x: 2 * nn.functional.linear(x, self.weight, self.bias))
+    with pytest.raises(TypeError, match=r"must be a torch\.nn\.Linear"):
+        fused_logprobs(model)
 
 
 def test_a_forward_without_named_logits_and_outputs_that_are_not_returned_are_refused() -> None:

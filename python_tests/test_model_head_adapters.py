@@ -79,11 +79,13 @@ def test_an_adapter_is_what_it_is_at_the_call(name: str) -> None:
     kept = own_logprobs(reference)
     model.merge_adapter()
     assert_right(model)
+    with model.disable_adapter():  # which unmerges
+        torch.testing.assert_close(fused_logprobs(model), base)
+        assert_right(model)
+    model.merge_adapter()
     _randomized(model)
     assert_right(model)
     torch.testing.assert_close(fused_logprobs(reference), kept)
-    with model.disable_adapter():  # which unmerges
-        assert_right(model)
     merged = model.merge_and_unload()
     assert type(merged.lm_head) is torch.nn.Linear
     assert_right(merged)
