@@ -188,6 +188,31 @@ def test_with_adapters_the_model_without_them_is_the_reference() -> None:
     assert gradients(policy.model).keys() == trained
 
 
+@pytest.mark.parametrize("packing", [False, True], ids=["padded", "packed"])
+def test_adapters_of_the_head_have_the_gradients_of_the_models_logits(packing: bool) -> None:
+    import peft
+
+    config = peft.LoraConfig(r=4, target_modules=["q_proj", "lm_head"], init_lora_weights=False, task_type="CAUSAL_LM")
+    model, rollout = peft.get_peft_model(model_of("untied"), config).eval(), rollout_of()
+    base = model.get_base_model()
+    given = inputs_of(base, rollout)
+    loss, expected = of_logits(base, rollout, given, CONFIG)
+    assert sum("lm_head.lora_" in name for name in expected) == 2
+    policy = Policy(model, CONFIG, packing=packing)
+    model.zero_grad()
+    found, *_ = policy.loss(rollout, ADVANTAGES, **given)
+    found.backward()
+    torch.testing.assert_close(found, loss, rtol=1e-5, atol=1e-6)
+    assert_same(gradients(base), expected)
+
+
+def test_packing_that_was_checked_with_another_attention_is_refused() -> None:
+    policy = Policy(model_of("untied"), GRPOLossConfig(), packing=True)
+    policy.model.set_attn_implementation("eager")
+    with pytest.raises(ValueError, match="was checked with attn_implementation='sdpa' and is now run with 'eager'"):
+        policy.logprobs(rollout_of(), 4)
+
+
 def test_gradient_checkpointing_changes_no_gradient() -> None:
     rollout = rollout_of()
     found = []

@@ -2,24 +2,43 @@
 
 from __future__ import annotations
 
-import functools
-import types
-from typing import Any
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from grpo_kernels.model_head import Projection, open_head
+from grpo_kernels.model_head import Projection, add_forward, open_head
 from grpo_kernels.ops.linear_token_logprobs import linear_token_logprobs
 from grpo_kernels.ops.token_logprobs import TokenLogprobs
 
 
+class ModelLogprobs(NamedTuple):
+    """A ``TokenLogprobs`` of a model's tokens, and what else of its forward was asked for."""
+
+    logprobs: Tensor  # [B, T - 1], nats
+    entropy: Tensor | None = None
+    log_sum_sq_probs: Tensor | None = None
+    mean_logits: Tensor | None = None
+    is_top1: Tensor | None = None
+    aux_loss: Tensor | None = None  # of a mixture of experts that was asked for it, unweighted
+
+
+class _Options(NamedTuple):
+    temperature: float
+    backend: str
+
+
 def fused_head(model: Any, *, temperature: float = 1.0, backend: str = "auto") -> Any:
-    """Lets ``model(..., labels=labels, return_logprobs=True)`` return a ``TokenLogprobs`` instead of logits.
+    """Lets ``model(..., labels=labels, return_logprobs=True)`` return a ``ModelLogprobs`` instead of logits.
 
     The backbone runs as ever, and the head through ``linear_token_logprobs``: logits never exist as a whole. ``labels``
     are ids like ``input_ids``, -100 where none is wanted; they are shifted as the model's own loss shifts them, so that
     the results are ``[B, T - 1]``, 0 where none was wanted. ``outputs=`` names statistics beside the log-probabilities.
     Without ``return_logprobs`` the model's forward is the one it had. Call it before wrapping the model.
+
+    Each call reads the head that the model has then: a ``torch.nn.Linear``, with LoRA adapters of peft's or as
+    ``modules_to_save`` copies it; any other, and one whose hooks change its output, is refused by name. A copy of the
+    model, deep or pickled, has a fused head with its own weights.
 
     Args:
         model: An ``AutoModelForCausalLM``. Softcap and scale of its logits are read from its configuration, and a few
@@ -28,45 +47,52 @@ def fused_head(model: Any, *, temperature: float = 1.0, backend: str = "auto") -
         backend: "auto", or one of ``grpo_kernels.registry.BACKENDS``.
 
     Returns:
-        The model, changed.
+        The model, its class replaced by one of the same name.
 
     Raises:
-        TypeError: The head is quantised.
+        TypeError: The head is quantised, or computes something else than a linear layer.
         RuntimeError: The model's own logits are others: its head does something more.
-        ValueError: The model has no output embeddings.
+        ValueError: The model has no output embeddings, or is prepared by accelerate already.
     """
-    opened = open_head(model).forward
-
-    @functools.wraps(type(model).forward)
-    def forward(
-        self: Any,
-        *args: Any,
-        return_logprobs: bool = False,
-        labels: Tensor | None = None,
-        outputs: tuple[str, ...] = (),
-        **kwargs: Any,
-    ) -> Any:
-        if not return_logprobs:
-            return opened(*args, **(kwargs if labels is None else kwargs | {"labels": labels}))
-        if labels is None:
-            raise ValueError("labels must be given with return_logprobs=True, got None")
-
-        def head(hidden: Tensor, projection: Projection) -> TokenLogprobs:
-            wanted = labels[:, 1:].to(hidden.device)  # of a model over several devices
-            return linear_token_logprobs(
-                hidden[:, :-1],
-                projection.weight,
-                wanted,
-                bias=projection.bias,
-                temperature=temperature,
-                softcap=projection.softcap,
-                logit_scale=projection.logit_scale,
-                mask=wanted != -100,
-                outputs=outputs,
-                backend=backend,
-            )
-
-        return opened(*args, head=head, **kwargs).result
-
-    model.forward = types.MethodType(forward, model)
+    open_head(model)
+    add_forward(model, _forward)
+    model._fused_head = _Options(temperature, backend)
     return model
+
+
+def _forward(
+    model: Any,
+    original: Callable[..., Any],
+    *args: Any,
+    return_logprobs: bool = False,
+    labels: Tensor | None = None,
+    outputs: tuple[str, ...] = (),
+    **kwargs: Any,
+) -> Any:
+    """The model's own forward, or its log-probabilities of ``labels``."""
+    if not return_logprobs:
+        return original(*args, **(kwargs if labels is None else kwargs | {"labels": labels}))
+    if labels is None:
+        raise ValueError("labels must be given with return_logprobs=True, got None")
+    dropped = [name for name in ("output_hidden_states", "output_attentions") if kwargs.get(name)]
+    if dropped:
+        raise ValueError(f"return_logprobs=True returns log-probabilities alone, got {dropped[0]}=True")
+    temperature, backend = model._fused_head
+
+    def head(hidden: Tensor, projection: Projection) -> TokenLogprobs:
+        wanted = labels[:, 1:].to(hidden.device)  # of a model over several devices
+        return linear_token_logprobs(
+            hidden[:, :-1],
+            projection.weight,
+            wanted,
+            bias=projection.bias,
+            temperature=temperature,
+            softcap=projection.softcap,
+            logit_scale=projection.logit_scale,
+            mask=wanted != -100,
+            outputs=outputs,
+            backend=backend,
+        )
+
+    headed = original(*args, head=head, **kwargs)
+    return ModelLogprobs(*headed.result, headed.aux_loss)

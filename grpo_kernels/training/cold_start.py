@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import math
 import random
@@ -53,21 +52,8 @@ def cold_start(
     def next_batch() -> Rollout:
         return worked_batch(model, tokenizer, rng.choices(examples, k=recipe.sft_batch_size), recipe)
 
-    with opened_head(model):
-        yield from descend(model, next_batch, worked_loss, recipe)
-
-
-@contextlib.contextmanager
-def opened_head(model: PreTrainedModel) -> Iterator[None]:
-    """``open_head`` inside; its forward would go on to this model in a copy that is made afterwards."""
-    before = vars(model).get("forward")
     open_head(model)
-    try:
-        yield
-    finally:
-        del model.forward
-        if before is not None:
-            model.forward = before
+    yield from descend(model, next_batch, worked_loss, recipe)
 
 
 def worked_loss(model: PreTrainedModel, batch: Rollout, tokens: int) -> Tensor:

@@ -117,8 +117,7 @@ def prepared(model: PreTrainedModel, recipe: Recipe) -> Any:
     """The model with the recipe's adapters and gradient checkpointing, in eval mode.
 
     Raises:
-        ValueError: ``lora_target_modules`` takes in the head, whose weight alone the loss reads: no adapter of it would
-            be trained.
+        ValueError: ``lora_target_modules`` takes in the head, which recipes do not adapt.
     """
     if recipe.gradient_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})

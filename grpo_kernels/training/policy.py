@@ -78,15 +78,14 @@ class Policy:
         self.model = self.wrapped = model
         self.config, self.backend, self.packing = config, backend, packing
         base = base_model(model)
+        open_head(base)
         self.reference = None
         if config.beta:
             self.reference = model if has_adapters(model) else copy.deepcopy(base).requires_grad_(False)
-        open_head(base)
-        if self.reference is not None and self.reference is not model:
-            open_head(self.reference)
         self._known = inspect.signature(base.forward).parameters
         if packing and not {"logits_to_keep", "position_ids"} <= self._known.keys():
             raise ValueError(f"{type(base).__name__} takes no logits_to_keep and position_ids: packing must be False")
+        self._attention = _attention_of(base)
         if packing:
             self._check_packing()
         self.aux_loss_coef = _aux_loss_coef(base, aux_loss_coef)
@@ -196,6 +195,12 @@ class Policy:
         mask, arguments = rollout.completion_mask.bool(), forward_arguments(self._known, rollout)
         if not self.packing:
             return Reading(arguments, mask.shape[1], mask)
+        attention = _attention_of(base_model(self.model))
+        if attention != self._attention:
+            raise ValueError(
+                f"packing was checked with attn_implementation={self._attention!r} and is now run with {attention!r}: "
+                "make the loop again"
+            )
         kept = arguments.pop("attention_mask").bool()
         is_completion = nn.functional.pad(mask, (rollout.prompt_ids.shape[1], 0))
         packed = {name: arguments[name][kept][None] for name in ("input_ids", "position_ids")}
@@ -210,6 +215,10 @@ def base_model(model: Any) -> Any:
 def has_adapters(model: Any) -> bool:
     """Whether peft has put adapters on it."""
     return hasattr(model, "disable_adapter")
+
+
+def _attention_of(base: Any) -> str | None:
+    return getattr(base.config.get_text_config(), "_attn_implementation", None)
 
 
 def _aux_loss_coef(base: Any, given: float | None) -> float:

@@ -177,7 +177,8 @@ def kl_slopes(d: Tensor, estimator: str) -> tuple[Tensor, Tensor]:
     if estimator == "k1":
         return torch.ones_like(d), d + 1
     if estimator == "abs":
-        return d.sign(), d.abs() + d.sign()
+        sign = torch.where(d.isnan(), d, d.sign())  # of NaN, NaN
+        return sign, d.abs() + sign
     return (-torch.expm1(-d), d) if estimator == "k3" else (d, d * (d / 2 + 1))
 
 
