@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator
+import threading
+from collections.abc import Callable, Iterable, Iterator, MutableMapping
 from contextlib import contextmanager
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules import module as torch_module
 
 #: Modules whose forward hooks gather weights, cast or count, and leave the logits what they are.
-_FRAMEWORKS = ("torch.distributed.", "torch.utils.", "deepspeed.", "accelerate.")
+_FRAMEWORKS = ("torch.distributed.", "torch.utils.", "deepspeed.", "accelerate.", "wandb.")
 _LINEAR_FORWARD = nn.Linear.forward  # as it is before anybody replaces it
+#: Held while a head's call is replaced.
+_LOCKS: MutableMapping[nn.Module, Any] = WeakKeyDictionary()
+_LOCKS_GUARD = threading.Lock()
 _SERVED = "a torch.nn.Linear, or one with LoRA adapters or a modules_to_save copy of peft's"
 
 
@@ -28,7 +33,7 @@ def find_linear(head: nn.Module | None) -> nn.Module:
     """
     if head is None:
         raise ValueError("the model has no output embeddings")
-    _check_backward_hooks(head)
+    _check_hooks(head)
     if _is_of_peft(head):
         if any("adapter_names" in getattr(hook, "keywords", ()) for hook in head._forward_pre_hooks.values()):
             raise TypeError("the head must have one adapter for all: a batch of several adapters is not served")
@@ -42,7 +47,7 @@ def find_linear(head: nn.Module | None) -> nn.Module:
         base = head
     check_floating(base._parameters.get("weight"))  # a parametrized one has none, and reading it may change it
     if not _is_linear(base):
-        raise TypeError(f"the head must be {_SERVED}, got {_name_of(base)}")
+        raise TypeError(f"the head must be {_SERVED}, got {name_of(base)}")
     _check_call(head)
     return head
 
@@ -79,41 +84,60 @@ def operands(linear: nn.Module, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor 
 
 
 @contextmanager
-def replaced_call(head: nn.Module, linear: nn.Module, function: Callable[[Tensor], Tensor]) -> Iterator[None]:
-    """Inside, calls of the linear module run ``function`` and the hooks around it.
+def replaced_call(head: nn.Module, function: Callable[[nn.Module, Tensor], Tensor]) -> Iterator[None]:
+    """Inside, calls of the head by this thread run ``function(linear, hidden)`` and the hooks around it.
+
+    Other threads, and ``function`` itself, call the head as it is; for another replacement they wait.
 
     Raises:
-        TypeError: A hook changes what ``function`` returns, as it would change the logits.
+        TypeError: As for ``find_linear``.
+        ValueError: As for ``find_linear``.
     """
-    outputs: list[tuple[Tensor, Tensor]] = []
+    if head is None:
+        find_linear(head)
+    with _lock_of(head):
+        linear = find_linear(head)
+        slot = "_old_forward" if "_hf_hook" in vars(linear) else "forward"
+        before = vars(linear).get(slot)
+        own = type(linear).forward.__get__(linear) if before is None else before
+        thread, is_within = threading.get_ident(), False
 
-    def noting(hidden: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        if args or kwargs:
-            raise TypeError(f"the head must be called with hidden states alone, got {sorted(kwargs) or len(args)}")
-        output = function(hidden)
-        if foreign:
-            outputs.append((output, output.detach().clone()))
-        return output
+        def called(hidden: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+            nonlocal is_within
+            if is_within or threading.get_ident() != thread:
+                return own(hidden, *args, **kwargs)
+            if args or kwargs:
+                raise TypeError(f"the head must be called with hidden states alone, got {sorted(kwargs) or len(args)}")
+            is_within = True
+            try:
+                return function(linear, hidden)
+            finally:
+                is_within = False
 
-    def check(module: nn.Module, arguments: Any, output: Any) -> None:
-        for own, kept in outputs:
-            if output is not own or not torch.allclose(own, kept, rtol=0, atol=0, equal_nan=True):
-                raise TypeError(f"the head must have no hook that changes its output, got {', '.join(foreign)}")
+        setattr(linear, slot, called)
+        try:
+            yield
+        finally:
+            if before is None:
+                delattr(linear, slot)
+            else:
+                setattr(linear, slot, before)
 
-    foreign = _foreign_hooks(head) + ([] if linear is head else _foreign_hooks(linear))
-    slot = "_old_forward" if "_hf_hook" in vars(linear) else "forward"
-    before = vars(linear).get(slot)
-    handle = head.register_forward_hook(check) if foreign else None
-    setattr(linear, slot, noting)
-    try:
-        yield
-    finally:
-        if before is None:
-            delattr(linear, slot)
-        else:
-            setattr(linear, slot, before)
-        if handle is not None:
-            handle.remove()
+
+def check_model(model: nn.Module) -> None:
+    """Raises TypeError where a call of a model does not end with the forward that opened its head."""
+    if not getattr(type(model).forward, "is_opened", False):
+        raise TypeError(f"the model must run the forward that opened its head, got {name_of(type(model).forward)}")
+    if "_original_forward" not in vars(model):  # accelerate's, which casts
+        _check_call(model, "model")
+    names = _foreign_hooks(model)
+    if names:
+        raise TypeError(f"the model must have no forward hooks, got {', '.join(names)}")
+
+
+def _lock_of(head: nn.Module) -> Any:
+    with _LOCKS_GUARD:
+        return _LOCKS.setdefault(head, threading.RLock())
 
 
 def _is_of_peft(module: nn.Module) -> bool:
@@ -128,7 +152,7 @@ def _is_linear(module: Any) -> bool:
     return isinstance(module, nn.Linear) and is_own
 
 
-def _name_of(value: Any) -> str:
+def name_of(value: Any) -> str:
     """Module and name of a function or method, or of a value's class."""
     named = value if hasattr(value, "__qualname__") else type(value)
     return f"{named.__module__}.{named.__qualname__}"
@@ -156,7 +180,7 @@ def _adapted_linear(layer: Any) -> nn.Module:
     for part in (layer.base_layer, *(layer.lora_B[name] for name in names)):  # read, not called
         hooks = (part._forward_pre_hooks, part._forward_hooks, part._backward_hooks, part._backward_pre_hooks)
         if any(hooks) or "_hf_hook" in vars(part) or "forward" in vars(part):
-            raise TypeError(f"the layers under a head's adapters must have no hooks, got some on {_name_of(part)}")
+            raise TypeError(f"the layers under a head's adapters must have no hooks, got some on {name_of(part)}")
     unserved = [layer.lora_B[name] for name in names if not _is_linear(layer.lora_B[name])]
     return unserved[0] if unserved else layer.base_layer
 
@@ -166,38 +190,42 @@ def _active_adapters(layer: Any) -> list[str]:
     return [] if is_base else [name for name in layer.active_adapters if name in layer.lora_A]
 
 
-def _check_call(module: nn.Module) -> None:
+def _check_call(module: nn.Module, what: str = "head") -> None:
     """Raises TypeError where a call of the module does not run its class's forward."""
     own = vars(module)
     function = own.get("_old_forward" if "_hf_hook" in own else "forward")
     is_class = getattr(function, "__func__", None) is type(module).forward and function.__self__ is module  # type: ignore[union-attr]
     if function is not None and not is_class:
-        raise TypeError(f"the head must run its class's forward, got one of its own on {_name_of(module)}")
-    if own.get("_compiled_call_impl") is not None:
+        raise TypeError(f"the {what} must run its class's forward, got one of its own on {name_of(module)}")
+    if what == "head" and own.get("_compiled_call_impl") is not None:
         raise TypeError("the head must not be compiled by itself: compile the model")
 
 
-def _check_backward_hooks(head: nn.Module) -> None:
-    """Raises TypeError where backward hooks wait for a gradient of logits, which there is not."""
-    hooks = (
+def _check_hooks(head: nn.Module) -> None:
+    """Raises TypeError where hooks wait for logits, or for their gradient, which there are not."""
+    backward = (
         *torch_module._global_backward_hooks.values(),
         *torch_module._global_backward_pre_hooks.values(),
         *head._backward_hooks.values(),
         *head._backward_pre_hooks.values(),
     )
-    names = [name for name in map(_hook_name, hooks) if not name.startswith(_FRAMEWORKS)]
-    if names:
-        raise TypeError(f"the head must have no backward hooks, got {', '.join(names)}")
+    for kind, names in (("forward", _foreign_hooks(head)), ("backward", _foreign(backward))):
+        if names:
+            raise TypeError(f"the head must have no {kind} hooks, got {', '.join(names)}")
 
 
 def _foreign_hooks(module: nn.Module) -> list[str]:
-    """Hooks that may change the output: of none that gathers weights, moves tensors or counts."""
+    """Forward hooks that may change the output: of none that gathers weights, moves tensors or counts."""
     moving = vars(module).get("_hf_hook")
     hooks = (
         *torch_module._global_forward_hooks.values(),
         *module._forward_hooks.values(),
         *([] if moving is None else _single_hooks(moving)),
     )
+    return _foreign(hooks)
+
+
+def _foreign(hooks: Iterable[Any]) -> list[str]:
     return [name for name in map(_hook_name, hooks) if not name.startswith(_FRAMEWORKS)]
 
 
@@ -210,7 +238,7 @@ def _single_hooks(hook: Any) -> list[Any]:
 def _hook_name(hook: Any) -> str:
     while isinstance(hook, functools.partial):
         hook = hook.func
-    return _name_of(hook)
+    return name_of(hook)
 
 
 def _tensors(linear: nn.Module) -> tuple[Tensor, Tensor | None]:
@@ -220,7 +248,7 @@ def _tensors(linear: nn.Module) -> tuple[Tensor, Tensor | None]:
     for x in (weight, bias):
         if x is not None and (type(x) not in (Tensor, nn.Parameter) or x.layout is not torch.strided):
             raise TypeError(
-                f"the head must have plain tensors, neither quantised nor sparse: got {_name_of(x)}, {x.layout}"
+                f"the head must have plain tensors, neither quantised nor sparse: got {name_of(x)}, {x.layout}"
             )
     if weight.is_meta:
         raise ValueError("the head's weight is on the meta device: load it first")

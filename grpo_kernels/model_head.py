@@ -11,14 +11,15 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from grpo_kernels.head_module import find_linear, operands, replaced_call
+from grpo_kernels.head_module import check_model, find_linear, name_of, operands, replaced_call
+from grpo_kernels.ops.linear_token_logprobs.rows import is_capturing
 
 #: What a model's configuration may multiply logits by, in the order in which it is looked for; Granite's divides.
 _SCALES = ("logit_scale", "output_multiplier", "lm_head_multiplier")
 #: Model types whose ``logits_scaling`` multiplies.
 _MULTIPLYING = ("hyperclovax",)
-_OTHER_SCALES = ("logits_scaling", "final_logit_softcapping")
 _CHECKED_TOKENS = 4
+_LARGEST = 50.0  # of the numbers that a forward is probed with
 
 
 class Projection(NamedTuple):
@@ -47,13 +48,14 @@ Head = Callable[[Tensor, Projection], Any]
 def open_head(model: Any) -> Any:
     """Lets ``model(..., head=function)`` call ``function(hidden_states, projection)`` in the place of its head.
 
-    The rest of the forward is the model's own, ``logits_to_keep`` and a mixture's auxiliary loss included, and it is
-    the head module itself that is called, so that the hooks of DDP, FSDP2 and ZeRO-3, which gather its weight, run as
-    ever. Without ``head`` the forward is the one it had. Call it before wrapping the model.
+    The rest of the forward is the model's own, ``logits_to_keep`` and a mixture's auxiliary loss included, but for
+    ``use_cache=False``. The head module itself is called, so that the hooks of DDP, FSDP2 and ZeRO-3, which gather its
+    weight, run as ever. Without ``head`` the forward is the one it had. Call it before wrapping the model.
 
     The head is the module that is it at the call: a ``torch.nn.Linear``, with LoRA adapters of peft's or as
-    ``modules_to_save`` copies it; any other is refused by name then. A copy of the model, pickled or deep, has its own.
-    Forward hooks of the head see one column in the place of its logits, and may not change it.
+    ``modules_to_save`` copies it; any other is refused by name then. At each call known numbers go through what the
+    forward does to its logits: where that is more than the configuration's softcap and scale, the call is refused. A
+    copy of the model, pickled or deep, has a head of its own.
 
     Args:
         model: An ``AutoModelForCausalLM``. Softcap and scale of its logits are read from its configuration, and a few
@@ -64,12 +66,15 @@ def open_head(model: Any) -> Any:
 
     Raises:
         TypeError: The head is quantised, or computes something else than a linear layer.
-        RuntimeError: The model's own logits are others: its head does something more.
-        ValueError: The model has no output embeddings, or is divided or prepared by accelerate already.
+        RuntimeError: The model's own logits are others: it does more to them.
+        ValueError: The model has no output embeddings, is an encoder-decoder, is divided or prepared by accelerate
+            already, or has a forward of its own that a copy would share.
     """
     head = model.get_output_embeddings()
     if head is None:
         raise ValueError(f"{type(model).__name__} has no output embeddings")
+    if getattr(model.config, "is_encoder_decoder", False):
+        raise ValueError(f"{type(model).__name__} is an encoder-decoder, not a causal language model")
     find_linear(head)
     if any(not parameter.numel() for parameter in head.parameters()):
         raise ValueError(
@@ -78,13 +83,10 @@ def open_head(model: Any) -> Any:
         )
     kind, attributes = type(model), dict(vars(model))
     add_forward(model, _forward)
-    opened = type(model)
-    checked = opened._checked_forward
-    opened._checked_forward, model._head_scales = opened._base.forward, _scales_of(model)
     try:
         _check(model)
     except Exception:
-        model.__class__, opened._checked_forward = kind, checked
+        model.__class__ = kind
         vars(model).clear()
         vars(model).update(attributes)
         raise
@@ -102,28 +104,31 @@ def add_forward(model: Any, forward: Callable[..., Any]) -> None:
         forward: A function of a module, which pickle can name.
 
     Raises:
-        ValueError: accelerate has prepared the model.
+        ValueError: accelerate has prepared the model, or its forward was replaced by one that a copy would share.
     """
     if any(forward in vars(kind).get("_forwards", ()) for kind in type(model).__mro__):
         return
     own = vars(model)
     if "_original_forward" in own:
         raise ValueError(f"{type(model).__name__} is prepared by accelerate: open its head before")
-    is_hooked = "_hf_hook" in own  # by accelerate, which keeps the forward that it calls
-    kind = _with_forward(type(model), forward)
-    before = own.get("_old_forward" if is_hooked else "forward")
+    slot = "_old_forward" if "_hf_hook" in own else "forward"  # accelerate's hooks keep the forward that they call
+    before = own.get(slot)
     if before is not None and getattr(before, "__func__", None) is not type(model).forward:
-        is_free = isinstance(before, types.MethodType) and before.__func__.__closure__ is None  # copies with the model
-        own[_kept_name(forward)] = before, None if is_free else id(model)
-    model.__class__ = kind
-    if is_hooked:
-        own["_old_forward"] = types.MethodType(kind.forward, model)
-    else:
+        if not isinstance(before, types.MethodType) or before.__func__.__closure__ is not None:
+            raise ValueError(
+                f"{type(model).__name__}'s forward was replaced by {name_of(before)}, which a copy would share: open "
+                "its head before"
+            )
+        own[_kept_name(forward)] = before
+    model.__class__ = kind = _with_forward(type(model), forward)
+    if slot == "forward":
         own.pop("forward", None)
+    else:
+        own[slot] = types.MethodType(kind.forward, model)
 
 
 def _kept_name(forward: Callable[..., Any]) -> str:
-    """The attribute for what somebody had put in the place of the class's forward, and for which model."""
+    """The attribute for what somebody had put in the place of the class's forward."""
     return f"_forward_under_{forward.__module__}"
 
 
@@ -131,26 +136,20 @@ def _kept_name(forward: Callable[..., Any]) -> str:
 def _with_forward(base: Any, forward: Callable[..., Any]) -> Any:
     @functools.wraps(base.forward)
     def own(self: Any, *args: Any, **kwargs: Any) -> Any:
-        original, owner = vars(self).get(_kept_name(forward)) or (super(kind, self).forward, None)
-        if owner not in (None, id(self)):  # it may go on to the model that was copied
-            raise RuntimeError(
-                f"this {base.__name__} is a copy of one whose forward had been replaced before its head was opened: "
-                "copy it first"
-            )
-        return forward(self, original, *args, **kwargs)
+        return forward(self, vars(self).get(_kept_name(forward)) or super(kind, self).forward, *args, **kwargs)
 
     def reduce(self: Any, protocol: Any) -> Any:
         reduced = super(kind, self).__reduce_ex__(protocol)
-        return (_with_forwards, (kind._base, *kind._forwards), *reduced[2:]) if type(self) is kind else reduced
+        return (_with_forwards, (original, *forwards), *reduced[2:]) if type(self) is kind else reduced
 
     del own.__wrapped__  # type: ignore[attr-defined]
     own.__signature__ = inspect.signature(base.forward)  # type: ignore[attr-defined]
+    own.is_opened = True  # type: ignore[attr-defined]
+    original, *before = vars(base).get("_forwards", (base,))
+    forwards = (*before, forward)
     names = {"__module__": base.__module__, "__qualname__": base.__qualname__, "__doc__": base.__doc__}
-    is_ours = "_forwards" in vars(base)
-    forwards = (*(base._forwards if is_ours else ()), forward)
-    lineage = {"_base": base._base if is_ours else base, "_forwards": forwards}
-    lineage |= {} if is_ours else {"_checked_forward": base.forward}
-    kind = type(base.__name__, (base,), names | lineage | {"forward": own, "__reduce_ex__": reduce})
+    attributes = {"_forwards": (original, *forwards), "forward": own, "__reduce_ex__": reduce}
+    kind = type(base.__name__, (base,), names | attributes)
     return kind
 
 
@@ -167,26 +166,48 @@ def _forward(model: Any, original: Callable[..., Any], *args: Any, head: Head | 
 
 @torch.compiler.disable(recursive=False)  # what is compiled is what it calls: it changes a module and back
 def _headed(model: Any, original: Callable[..., Any], head: Head, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    is_class = type(model)._base.forward is type(model)._checked_forward
-    if not is_class or _scales_of(model) != model._head_scales:
-        what = "softcap or a scale of its logits" if is_class else "forward of its class"
-        raise RuntimeError(f"the {what} has changed since {type(model).__name__}'s head was opened: open it again")
-    transform, module, results = _transform_of(model.config.get_text_config()), model.get_output_embeddings(), []
-    linear = find_linear(module)
+    check_model(model)
+    transform, results, probes = _transform_of(model.config.get_text_config()), [], []
+    module = model.get_output_embeddings()
 
-    def project(hidden: Tensor) -> Tensor:
+    def project(linear: Any, hidden: Tensor) -> Tensor:
         inputs, weight, bias = operands(linear, hidden)
         results.append(head(inputs, Projection(weight, bias, *transform)))
-        return hidden[..., :1].clone()  # for what the forward does to its logits
+        probes.append(_probe(hidden))
+        return probes[0]
 
-    with replaced_call(module, linear, project):
+    with replaced_call(module, project):
         outputs = original(*args, **(kwargs | {"use_cache": False}))
     if len(results) != 1 or not hasattr(outputs, "logits"):
         raise RuntimeError(
             f"{type(model).__name__}'s forward must call its output embeddings once and return logits by name, got "
             f"{len(results)} calls and {type(outputs).__name__}"
         )
+    _check_probe(model, probes[0], outputs.logits, *transform)
     return Headed(_after(outputs.logits, results[0]), getattr(outputs, "aux_loss", None))
+
+
+def _probe(hidden: Tensor) -> Tensor:  # [B, T, H] -> [B, T, 1]
+    """Known numbers in the place of logits, which for autograd come from the hidden states."""
+    known = torch.linspace(-_LARGEST, _LARGEST, hidden[..., 0].numel(), device=hidden.device)
+    known = known.view(*hidden.shape[:-1], 1).to(hidden.dtype)
+    return torch.where(torch.ones((), dtype=torch.bool, device=hidden.device), known, hidden[..., :1])
+
+
+def _check_probe(model: Any, probe: Tensor, found: Tensor, softcap: float | None, logit_scale: float) -> None:
+    """Raises where the forward did other things to its logits than softcap and scale; a captured graph is not asked."""
+    if is_capturing(probe.device):
+        return
+    expected = probe.detach().double() * logit_scale
+    if softcap is not None:
+        expected = softcap * torch.tanh(expected / softcap)
+    allowed = 3 * torch.finfo(probe.dtype).eps  # scaled, divided, tanh taken, multiplied: half an eps each, and some
+    found = found.detach().double().to(expected.device)
+    if found.shape != expected.shape or not torch.allclose(found, expected, rtol=allowed, atol=allowed):
+        raise RuntimeError(
+            f"{type(model).__name__}'s forward does more to its logits than project, scale by {logit_scale:g} and cap "
+            f"at {softcap}"
+        )
 
 
 class _After(torch.autograd.Function):
@@ -225,13 +246,6 @@ def _transform_of(config: Any) -> tuple[float | None, float]:
     return getattr(config, "final_logit_softcapping", None), float(scale)
 
 
-def _scales_of(model: Any) -> tuple[Any, ...]:
-    """What the model may do to its logits, by its configuration and by what it has read of it."""
-    owners = (model.config.get_text_config(), model, getattr(model, "base_model", model))
-    values = (getattr(owner, name, None) for owner in owners for name in (*_SCALES, *_OTHER_SCALES))
-    return tuple(value if isinstance(value, int | float) else None for value in values)
-
-
 @torch.no_grad()
 def _check(model: Any) -> None:
     """Raises where the projection does not make the model's own logits."""
@@ -245,12 +259,13 @@ def _check(model: Any) -> None:
         cap = projection.softcap
         return found if cap is None else cap * torch.tanh(found / cap)
 
-    was_training = model.training
+    modes = [(module, module.training) for module in model.modules()]
     model.eval()
     try:
         got, expected = model(ids, head=logits).result, model(ids).logits.float()
     finally:
-        model.train(was_training)
+        for module, is_training in modes:
+            module.training = is_training
     allowed = 1e-3 if dtypes[0] in (torch.float32, torch.float64) else 0.25  # half an ulp of a bf16 logit of tens
     error = (got.log_softmax(-1) - expected.to(got.device).log_softmax(-1)).abs().max().item()
     if not error <= allowed:

@@ -22,12 +22,8 @@ def _scaled(module: nn.Module, arguments: Any, output: Tensor) -> Tensor:
     return output * 2
 
 
-def _in_place(module: nn.Module, arguments: Any, output: Tensor) -> None:
-    output.mul_(2)
-
-
-def _observing(module: nn.Module, arguments: Any, output: Tensor) -> None:
-    assert output.dtype == torch.float64
+def _padded(module: nn.Module, arguments: Any, output: Tensor) -> None:
+    output[..., 13:] = -1e9
 
 
 def _halved(module: nn.Module, arguments: Any) -> Any:
@@ -86,7 +82,6 @@ RIGHT: dict[str, Callable[[Any], Any]] = {
     "spectral norm": lambda model: nn.utils.parametrizations.spectral_norm(model.lm_head),
     "pruned": lambda model: prune.random_unstructured(model.lm_head, "weight", 0.5),
     "input hook": lambda model: model.lm_head.register_forward_pre_hook(_halved),
-    "observing hook": lambda model: model.lm_head.register_forward_hook(_observing),
     "subclass": lambda model: setattr(model.lm_head, "__class__", type("Named", (nn.Linear,), {})),
     "checkpointing": lambda model: model.gradient_checkpointing_enable({"use_reentrant": False}) or model.train(),
     "aligned": _align,
@@ -199,9 +194,9 @@ REFUSED: dict[str, tuple[Callable[[Any], Any], type[Exception], str]] = {
     "own forward, aligned": (_aligned_over_own_forward, TypeError, "must run its class's forward"),
     "quantised": (_int8, TypeError, r"must be floating point, not quantised: got torch\.int8"),
     "quantised tensor": (_tensor_subclass, TypeError, "neither quantised nor sparse: got .*_Quantised"),
-    "hook": (lambda model: model.lm_head.register_forward_hook(_scaled), TypeError, "no hook that changes .*_scaled"),
-    "hook in place": (lambda model: model.lm_head.register_forward_hook(_in_place), TypeError, "changes .*_in_place"),
-    "accelerate's hook": (_foreign_accelerate_hook, TypeError, "no hook that changes its output, got .*Doubling"),
+    "hook": (lambda model: model.lm_head.register_forward_hook(_scaled), TypeError, "no forward hooks, got .*_scaled"),
+    "hook of columns": (lambda model: model.lm_head.register_forward_hook(_padded), TypeError, "forward .*_padded"),
+    "accelerate's hook": (_foreign_accelerate_hook, TypeError, "no forward hooks, got .*Doubling"),
     "backward hook": (
         lambda model: model.lm_head.register_full_backward_hook(lambda *x: None), TypeError, "no backward hooks"
     ),
@@ -249,7 +244,7 @@ def test_a_hook_of_all_modules_that_changes_a_head_is_refused() -> None:
 
     handle = nn.modules.module.register_module_forward_hook(doubled)
     try:
-        with pytest.raises(TypeError, match=r"no hook that changes its output, got .*doubled"):
+        with pytest.raises(TypeError, match=r"no forward hooks, got .*doubled"):
             fused_logprobs(model)
     finally:
         handle.remove()
@@ -263,55 +258,6 @@ def test_a_head_that_does_something_else_is_refused_at_opening(kind: type) -> No
     with pytest.raises(TypeError, match=rf"must be a torch\.nn\.Linear, .*got .*{kind.__name__}"):
         fused_head(model)
     assert type(model) is type(model_of())
-
-
-@pytest.mark.parametrize(
-    ("name", "options", "change"),
-    [
-        ("Gemma2", {"final_logit_softcapping": 3.0, "query_pre_attn_scalar": 8}, ("config", "final_logit_softcapping")),
-        ("Cohere2", {"logit_scale": 0.25}, ("", "logit_scale")),
-        ("Granite", {"logits_scaling": 2.0}, ("", "logits_scaling")),
-        ("Granite", {"logits_scaling": 2.0}, ("config", "logits_scaling")),
-    ],
-)
-def test_a_softcap_or_scale_that_changes_is_refused_until_the_head_is_opened_again(
-    name: str, options: dict[str, float], change: tuple[str, str]
-) -> None:
-    model = fused(name, **options)
-    assert_right(copy.deepcopy(model))
-    owner, attribute = change
-    setattr(model.config if owner else model, attribute, 7.0)
-    with pytest.raises(RuntimeError, match=r"softcap or a scale of its logits has changed since .*s head was opened"):
-        fused_logprobs(model)
-    for x in (model.config, model):
-        setattr(x, attribute, 7.0)
-    assert_right(fused_head(model, temperature=0.7))
-
-
-def test_a_class_whose_forward_is_replaced_is_refused_until_the_head_is_opened_again(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    model = fused()
-    kind = type(model_of())
-    original = kind.forward
-
-    def quiet(self: Any, *args: Any, **kwargs: Any) -> Any:
-        return original(self, *args, **kwargs)
-
-    def loud(self: Any, *args: Any, **kwargs: Any) -> Any:
-        output = original(self, *args, **kwargs)
-        output.logits = output.logits * 2
-        return output
-
-    for forward in (quiet, loud, original):
-        monkeypatch.setattr(kind, "forward", forward)
-        with pytest.raises(RuntimeError, match="forward of its class has changed since"):
-            fused_logprobs(model)
-        if forward is loud:
-            with pytest.raises(RuntimeError, match="own logits give other log-probabilities"):
-                fused_head(model)
-        else:
-            assert_right(fused_head(model, temperature=0.7))
 
 
 def test_a_linear_layer_whose_class_is_patched_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:

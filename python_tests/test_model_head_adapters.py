@@ -199,8 +199,8 @@ REFUSED: dict[str, tuple[Callable[[Any], Any], str]] = {
     "trainable tokens": (_tokens, "got peft.*TrainableTokens"),
     "parameter": (_parameter, r"got peft\.tuners\.lora\.layer\.ParamWrapper"),
     "hook under it": (_hooked, "layers under a head's adapters must have no hooks"),
-    "hook": (_scaled, "no hook that changes its output"),
-    "hook of a copy": (_scaled_copy, "no hook that changes its output"),
+    "hook": (_scaled, "the head must have no forward hooks"),
+    "hook of a copy": (_scaled_copy, "the head must have no forward hooks"),
 }
 
 

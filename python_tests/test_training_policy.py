@@ -206,6 +206,21 @@ def test_adapters_of_the_head_have_the_gradients_of_the_models_logits(packing: b
     assert_same(gradients(base), expected)
 
 
+@pytest.mark.parametrize("kind", ["LoraConfig", "IA3Config", "PromptTuningConfig"])
+def test_a_reference_without_adapters_must_not_move_with_the_policy(kind: str) -> None:
+    import peft
+
+    options = {"num_virtual_tokens": 2} if kind == "PromptTuningConfig" else {"target_modules": ["q_proj"]}
+    options |= {"feedforward_modules": []} if kind == "IA3Config" else {}
+    model = peft.get_peft_model(model_of("untied"), getattr(peft, kind)(task_type="CAUSAL_LM", **options))
+    assert Policy(model, GRPOLossConfig(beta=0.1)).reference is model
+    bias = next(p for name, p in model.named_parameters() if name.endswith(".bias"))
+    bias.requires_grad_()
+    assert Policy(model, GRPOLossConfig()).reference is None
+    with pytest.raises(ValueError, match=r"so they alone may train, got .*bias \(and 0 more\)"):
+        Policy(model, GRPOLossConfig(beta=0.1))
+
+
 def test_packing_that_was_checked_with_another_attention_is_refused() -> None:
     policy = Policy(model_of("untied"), GRPOLossConfig(), packing=True)
     policy.model.set_attn_implementation("eager")
@@ -239,6 +254,8 @@ def test_a_gradient_passes_the_heads_output_before_what_was_made_of_it() -> None
 
     def watch(module: Any, arguments: Any, output: Tensor) -> None:
         output.register_hook(lambda gradient: seen.append(("head", gradient)))
+
+    watch.__module__ = "torch.distributed.fsdp"  # hooks of others are refused
 
     def head(hidden: Tensor, projection: Any) -> tuple[Tensor, Tensor]:
         value = (hidden @ projection.weight.mT).square().mean()

@@ -37,8 +37,9 @@ def fused_head(model: Any, *, temperature: float = 1.0, backend: str = "auto") -
     Without ``return_logprobs`` the model's forward is the one it had. Call it before wrapping the model.
 
     Each call reads the head that the model has then: a ``torch.nn.Linear``, with LoRA adapters of peft's or as
-    ``modules_to_save`` copies it; any other, and one whose hooks change its output, is refused by name. A copy of the
-    model, deep or pickled, has a fused head with its own weights.
+    ``modules_to_save`` copies it; any other, and one with forward hooks, is refused by name. LoRA adapters of a head
+    cost a copy of its weight, and its whole gradient. A copy of the model, deep or pickled, has a fused head with its
+    own weights. Virtual tokens of a prompt adapter come first in the results.
 
     Args:
         model: An ``AutoModelForCausalLM``. Softcap and scale of its logits are read from its configuration, and a few
@@ -52,7 +53,8 @@ def fused_head(model: Any, *, temperature: float = 1.0, backend: str = "auto") -
     Raises:
         TypeError: The head is quantised, or computes something else than a linear layer.
         RuntimeError: The model's own logits are others: its head does something more.
-        ValueError: The model has no output embeddings, or is prepared by accelerate already.
+        ValueError: The model has no output embeddings, is an encoder-decoder, is prepared by accelerate already, or has
+            a forward of its own that a copy would share.
     """
     open_head(model)
     add_forward(model, _forward)
@@ -77,6 +79,8 @@ def _forward(
     dropped = [name for name in ("output_hidden_states", "output_attentions") if kwargs.get(name)]
     if dropped:
         raise ValueError(f"return_logprobs=True returns log-probabilities alone, got {dropped[0]}=True")
+    if "logits_to_keep" in kwargs:
+        raise ValueError("return_logprobs=True is of every position that has a label, got logits_to_keep")
     temperature, backend = model._fused_head
 
     def head(hidden: Tensor, projection: Projection) -> TokenLogprobs:

@@ -62,8 +62,9 @@ class Policy:
         aux_loss_coef: Weight of a mixture of experts' auxiliary loss; None takes the model's own.
 
     Raises:
-        ValueError: The model has no output embeddings, its forward takes no ``logits_to_keep`` to pack by, or one
-            packed sequence changes another's log-probabilities.
+        ValueError: The model has no output embeddings, its forward takes no ``logits_to_keep`` to pack by, one packed
+            sequence changes another's log-probabilities, or more than adapters trains of a model whose reference is
+            itself without them.
     """
 
     def __init__(
@@ -81,6 +82,8 @@ class Policy:
         open_head(base)
         self.reference = None
         if config.beta:
+            if has_adapters(model):
+                _check_only_adapters_train(model)
             self.reference = model if has_adapters(model) else copy.deepcopy(base).requires_grad_(False)
         self._known = inspect.signature(base.forward).parameters
         if packing and not {"logits_to_keep", "position_ids"} <= self._known.keys():
@@ -215,6 +218,21 @@ def base_model(model: Any) -> Any:
 def has_adapters(model: Any) -> bool:
     """Whether peft has put adapters on it."""
     return hasattr(model, "disable_adapter")
+
+
+def _check_only_adapters_train(model: Any) -> None:
+    """Raises ValueError where the model without its adapters, which is the reference, would move with the policy."""
+    infixes = [f".{name}" for name in model.peft_config]
+    moving = [
+        name
+        for name, parameter in model.named_parameters()
+        if parameter.requires_grad and not any(f"{infix}." in f"{name}." for infix in infixes)
+    ]
+    if moving:
+        raise ValueError(
+            f"with beta the reference is the model without its adapters, so they alone may train, got {moving[0]} (and "
+            f"{len(moving) - 1} more)"
+        )
 
 
 def _attention_of(base: Any) -> str | None:
