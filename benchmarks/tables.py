@@ -55,9 +55,9 @@ def markdown(results: Results, works: Sequence[str] = ()) -> str:
     return "\n\n".join(parts) + "\n"
 
 
-#: What a summary has, a line for each title; the rest is in the tables.
 #: Variants of a provider that have a column in the summary.
 _SUMMARISED = frozenset({"CUDA", "Triton", "bf16 logits"})
+#: What a summary has, a line for each title; the rest is in the tables.
 _SUMMARY = ("logits", "hidden", "frozen", "logprobs", "upstream", "policy")
 
 

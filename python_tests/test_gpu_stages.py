@@ -335,23 +335,24 @@ def test_why_a_test_failed_is_told_before_the_next_one_ends(tmp_path: Path, opti
     assert [line for line in lines if line.startswith(failures.REASON) and "no_such_module" in line], lines
 
 
-def test_a_worker_that_lost_the_gpu_ends_and_another_goes_on(tmp_path: Path) -> None:
+@pytest.mark.parametrize("faults", [1, pytest.param(6, marks=pytest.mark.full)])
+def test_a_worker_that_lost_the_gpu_ends_and_another_goes_on(tmp_path: Path, faults: int) -> None:
     """An error of the device that stays with its process fails one test, not those after it."""
     path = tmp_path / "test_of_a_lost_context.py"
     path.write_text(
-        "import torch\nlost = []\n"
+        "import pytest\nimport torch\nlost = []\n"
         "def synchronize():\n    if lost:\n        raise RuntimeError('misaligned address')\n"
         "torch.cuda.synchronize, torch.cuda.is_initialized = synchronize, lambda: True\n"
-        "def test_a():\n    lost.append(1)\n    synchronize()\n"
+        f"@pytest.mark.parametrize('i', range({faults}))\n"
+        "def test_a(i):\n    lost.append(i)\n    synchronize()\n"
         "def test_b():\n    synchronize()\n"
     )
-    options = ["-v", "-p", "no:cacheprovider", "-p", "gpu.failures", "--numprocesses", "1"]
+    options = ["-v", "-p", "no:cacheprovider", "-p", "gpu.failures", "--numprocesses", "1", *checks.RESTARTS]
     environment = os.environ | {"PYTHONPATH": str(ROOT / "benchmarks")}
-    lines = [
-        *checks.lines_of([sys.executable, "-m", "pytest", *options, str(path)], time.monotonic() + 120, environment)
-    ]
+    command = [sys.executable, "-m", "pytest", *options, str(path)]
+    lines = [*checks.lines_of(command, time.monotonic() + 300, environment)]
     outcomes = {line.split("::")[1].split()[0]: found[1] for line in lines if (found := checks._OUTCOME.search(line))}
-    assert outcomes == {"test_a": "FAILED", "test_b": "PASSED"}, lines
+    assert outcomes == {f"test_a[{i}]": "FAILED" for i in range(faults)} | {"test_b": "PASSED"}, lines
     assert [line for line in lines if line.startswith(failures.REASON) and "misaligned address" in line], lines
 
 

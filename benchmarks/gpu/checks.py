@@ -29,6 +29,7 @@ TESTS = ROOT / "python_tests" / "test_gpu.py"
 _NAME = re.compile(r"\S+\.py::\S+")
 #: A test's line in pytest's verbose output, in one process or from a worker.
 _OUTCOME = re.compile(r"(?:^\[gw\d+\] \[ *\d+%\]|^\S+\.py::.*) (PASSED|FAILED|ERROR|SKIPPED)\b")
+RESTARTS = ("--max-worker-restart", "10000")  # a test that loses the GPU ends its worker
 _TELLING = ("-p", "gpu.failures")  # why a test failed, at once
 _SOURCES = (ROOT / "grpo_kernels" / "ops").rglob("*.py")
 #: Our kernels by name: Triton's of the sources, and CUDA's.
@@ -77,7 +78,7 @@ def run_tests(
     deadline = stage.deadline if deadline is None else deadline
     command = [sys.executable, "-m", "pytest", "-v", "-rs", "--tb=short", "-p", "no:cacheprovider", "-m", "", *_TELLING]
     if importlib.util.find_spec("xdist") is not None:
-        command += ["--numprocesses", str(min(workers, os.cpu_count() or 1)), "--dist", "worksteal"]
+        command += ["--numprocesses", str(min(workers, os.cpu_count() or 1)), "--dist", "worksteal", *RESTARTS]
     if importlib.util.find_spec("pytest_timeout") is not None:
         command += ["--timeout", "60"]
     tests: dict[str, Any] = {"what": what, "counts": {}, "lines": []}

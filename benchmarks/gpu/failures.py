@@ -62,4 +62,5 @@ def pytest_configure(config: pytest.Config) -> None:
         config.pluginmanager.register(Worker(), "lost_context")
         return
     terminal = config.pluginmanager.get_plugin("terminalreporter")
-    config.pluginmanager.register(Failures(terminal), "failures_as_they_come")
+    if terminal is not None:
+        config.pluginmanager.register(Failures(terminal), "failures_as_they_come")

@@ -52,12 +52,12 @@ __device__ Moments moments_of(const RewardTable<R>& table, int64_t begin, int64_
 
 template <class R>
 __global__ void __launch_bounds__(kRewardThreads)
-normalize_kernel(RewardTable<R> table, int64_t size, int64_t scale_rewards, double eps, bool is_centred,
+normalize_kernel(RewardTable<R> table, int64_t size, int64_t scale_rewards, double eps, bool mean_is_zero,
                  bool zeroes_missing, R* out, int64_t* first_bad) {
   const int64_t columns = table.functions / table.summed;
   const int64_t column = blockIdx.x % columns, begin = blockIdx.x / columns * size;
   const Moments of_group = moments_of(table, begin, size, column);
-  const Moments group = is_centred ? of_group.around_zero() : of_group;
+  const Moments group = mean_is_zero ? of_group.around_zero() : of_group;
   const double std = scale_rewards == kBatch ? moments_of(table, 0, table.batch, column).std : group.std;
   const double divisor = scale_rewards == kNone ? 1 : std + eps;
   for (int64_t row = begin + threadIdx.x; row < begin + size; row += kRewardThreads) {
@@ -71,11 +71,11 @@ normalize_kernel(RewardTable<R> table, int64_t size, int64_t scale_rewards, doub
 template <class R>
 void run(const Place& place, const R* rewards, const R* weights, int64_t batch, int64_t functions, int64_t size,
          int64_t scale_rewards, int64_t aggregation, double eps, const Tensor& normalized, R* out) {
-  const auto normalize = [&](const RewardTable<R>& table, int64_t size, int64_t scale, bool is_centred, bool zeroes_missing,
-                             R* to) {
+  const auto normalize = [&](const RewardTable<R>& table, int64_t size, int64_t scale, bool mean_is_zero,
+                             bool zeroes_missing, R* to) {
     const Grid grid{batch / size * (functions / table.summed), kRewardThreads, kRewardWarps * int{sizeof(RewardSums)}};
     launch(place, "group_advantages", {batch, functions}, grid, normalize_kernel<R>, table, size, scale, eps,
-           is_centred, zeroes_missing, to, place.first_bad());
+           mean_is_zero, zeroes_missing, to, place.first_bad());
   };
   if (aggregation == kNormalizeThenSum) {
     R* const each = mutable_data<R>(normalized);

@@ -194,7 +194,7 @@ def async_grpo_modules() -> list[ModuleType]:
 
 
 def _is_installed(name: str) -> bool:
-    """Whether TRL has such a file; no package on the way to it is imported, since some warn of it."""
+    """Whether TRL has such a file. To ask imports no package on the way to it, since some warn of it."""
     *folders, last = name.split(".")[1:]
     return PathFinder.find_spec(last, [str(Path(path, *folders)) for path in trl.__path__]) is not None
 

@@ -23,7 +23,7 @@ def group_advantages(
         )
     total = weighted_sum(rewards, weights, missing)
     if aggregation == "normalize_then_sum":
-        advantages = _normalize(total.view(1, -1), "group", eps, is_centred=True)
+        advantages = _normalize(total.view(1, -1), "group", eps, mean_is_zero=True)
     else:
         advantages = _normalize(total.view(groups, -1), scale_rewards, eps)
     return advantages.reshape(-1).nan_to_num(nan=0.0)
@@ -43,13 +43,13 @@ def _normalize(
     rewards: Tensor,  # [groups, G]
     scale_rewards: str,
     eps: float,
-    is_centred: bool = False,
+    mean_is_zero: bool = False,
 ) -> Tensor:  # [groups, G]
     """Centred on the group's mean, and divided by the unbiased deviation of the group or of the whole tensor.
 
-    With ``is_centred`` a mean is 0 but for rounding, as that of the sums of normalised rewards is over a batch.
+    With ``mean_is_zero`` a mean is 0 but for rounding, as that of the sums of normalised rewards is over a batch.
     """
-    centred = rewards if is_centred else rewards - rewards.nanmean(-1, keepdim=True)
+    centred = rewards if mean_is_zero else rewards - rewards.nanmean(-1, keepdim=True)
     centred = torch.where(all_equal(rewards), 0, centred)
     if scale_rewards == "none":
         return centred

@@ -89,7 +89,7 @@ def _normalize_kernel(
     summed,  # functions that make one reward
     eps: tl.float64,
     SCALE: tl.constexpr,
-    IS_CENTRED: tl.constexpr,  # whether a mean is 0 but for rounding
+    MEAN_IS_ZERO: tl.constexpr,  # whether a mean is 0 but for rounding
     NAN_TO_ZERO: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
@@ -98,8 +98,8 @@ def _normalize_kernel(
     first = column * summed
     begin = (tl.program_id(0) // columns).to(tl.int64) * size
     mean, std, low, high = moments(table_ptr, weights_ptr, begin, size, functions, first, summed, BLOCK)
-    if IS_CENTRED:
-        mean = mean * 0.0
+    if MEAN_IS_ZERO:
+        mean = tl.zeros_like(mean)
     if SCALE == _BATCH:
         _, std, _, _ = moments(table_ptr, weights_ptr, begin * 0, batch, functions, first, summed, BLOCK)
     lanes = tl.arange(0, BLOCK)
@@ -132,14 +132,14 @@ def group_advantages(
     bad = first_bad(rewards.device)
     groups = batch // num_generations
     options = {"BLOCK": _BLOCK, "num_warps": _WARPS}
-    is_centred = aggregation == _NORMALIZE_THEN_SUM
-    if is_centred:
+    mean_is_zero = aggregation == _NORMALIZE_THEN_SUM
+    if mean_is_zero:
         table = torch.empty_like(rewards)
         sizes = (batch, num_generations, functions, 1)
-        each = options | {"SCALE": _GROUP.value, "IS_CENTRED": False, "NAN_TO_ZERO": False}
+        each = options | {"SCALE": _GROUP.value, "MEAN_IS_ZERO": False, "NAN_TO_ZERO": False}
         _normalize_kernel[(groups * functions,)](rewards, None, table, bad, *sizes, eps, **each)
         rewards, groups, num_generations, scale_rewards = table, 1, batch, _GROUP.value
     sizes = (batch, num_generations, functions, functions)
-    options |= {"SCALE": scale_rewards, "IS_CENTRED": is_centred, "NAN_TO_ZERO": True}
+    options |= {"SCALE": scale_rewards, "MEAN_IS_ZERO": mean_is_zero, "NAN_TO_ZERO": True}
     _normalize_kernel[(groups,)](rewards, weights, advantages, bad, *sizes, eps, **options)
     return advantages
