@@ -57,11 +57,12 @@ Mean mean_log_ratio(const Inputs<R>& in, int64_t begin, int64_t end) {
 // Whether every token of a sequence is far from the limits: one pass without a branch.
 template <class R>
 bool all_near(const Inputs<R>& in, int64_t begin, int64_t end, R mean) {
-  const R* const base = in.options.level == Level::kToken && in.old_logprobs ? in.old_logprobs : in.logprobs;
-  const R* const ref = in.ref_logprobs ? in.ref_logprobs : in.logprobs;
-  int far = !is_near(R(0), mean, R(0));
+  const R* const logprobs = in.logprobs;
+  const R* const old = in.options.level == Level::kToken && in.old_logprobs ? in.old_logprobs : logprobs;
+  const R* const ref = in.ref_logprobs ? in.ref_logprobs : logprobs;
+  int far = is_near(R(0), mean, R(0)) ? 0 : 1;
   for (int64_t n = begin; n < end; ++n) {
-    far |= !is_near(in.logprobs[n], in.logprobs[n] - base[n], in.logprobs[n] - ref[n]);
+    far |= is_near(logprobs[n], logprobs[n] - old[n], logprobs[n] - ref[n]) ? 0 : 1;
   }
   return far == 0;
 }

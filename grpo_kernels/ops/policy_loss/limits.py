@@ -35,13 +35,12 @@ def largest_term(dtype: torch.dtype) -> float:
 
 def limited(values: Tensor, low: float = -math.inf, high: float = math.inf) -> Tensor:
     """The values within these limits, with the gradient of the values."""
-    limits: Tensor = _Limited.apply(values, low, high)
+    function = _Limited if torch.compiler.is_compiling() else _LimitedWithJvp  # Dynamo refuses the latter
+    limits: Tensor = function.apply(values, low, high)
     return limits
 
 
 class _Limited(torch.autograd.Function):
-    generate_vmap_rule = True
-
     @staticmethod
     def forward(values: Tensor, low: float, high: float) -> Tensor:  # type: ignore[override]
         return values.clamp(low, high)
@@ -53,6 +52,10 @@ class _Limited(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, dvalues: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         return dvalues, None, None
+
+
+class _LimitedWithJvp(_Limited):
+    generate_vmap_rule = True
 
     @staticmethod
     def jvp(ctx: Any, dvalues: Tensor, *_: None) -> Tensor:  # type: ignore[override]
