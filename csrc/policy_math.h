@@ -71,9 +71,9 @@ struct PolicyOptions {
   }
 };
 
-// Past these a number counts as infinite, and stands at its limit: 0 times a ratio is 0, and terms add without inf - inf.
-// A token that has no bound there is told by its loss. See the "Limits" of ops/policy_loss/reference.py. Where `kAtLimits`
-// is false every number is `is_near`, and nothing is compared with them.
+// Past these a number counts as infinite, and stands at its limit: 0 times a ratio is 0, and terms add without
+// inf - inf. A token that has no bound there has an infinite loss. See "Limits" in ops/policy_loss/reference.py; the
+// same numbers are in limits.py beside it. Where `kAtLimits` is false the token `is_near`, and nothing is compared.
 template <class R>
 struct Limit {
   static constexpr R kLogRatio = sizeof(R) == 4 ? R(80) : R(700);
@@ -217,8 +217,8 @@ GRPO_HOST_DEVICE Term<R> far_k3(R joint, R reference_log_ratio, const Ratio<R>& 
   return {value, value, is_d_clamped ? R(0) : -value, is_past};
 }
 
-// The estimate, clamped, with its own derivative, k2's, or that of its product with a weight exp(l - sg l); bias-corrected,
-// times the ratio.
+// The estimate, clamped, with its own derivative, k2's, or that of its product with a weight exp(l - sg l);
+// bias-corrected, times the ratio.
 template <bool kAtLimits, class R>
 GRPO_HOST_DEVICE Term<R> kl_penalty(R logprob, R ref_logprob, R old_logprob, const Ratio<R>& ratio,
                                     const PolicyOptions<R>& o) {
@@ -259,7 +259,7 @@ struct TokenLoss {
 };
 
 // `log_ratio` is the token's own, or its sequence's: then `is_alone` says whether of this token alone. On-policy
-// `old_logprob` is the log-probability itself. An infinite loss is of a token without a bound; its derivatives are finite.
+// `old_logprob` is the log-probability itself. A token without a bound has an infinite loss and finite derivatives.
 template <bool kAtLimits = true, class R>
 GRPO_HOST_DEVICE TokenLoss<R> token_loss(R logprob, R log_ratio, bool is_alone, R old_logprob, const R* ref_logprob,
                                          R advantage, R policy_weight, R kl_weight, const PolicyOptions<R>& o) {
