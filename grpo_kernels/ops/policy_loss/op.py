@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from functools import cache
 from typing import Any, NamedTuple
 
 import torch
@@ -20,12 +19,9 @@ from grpo_kernels.ops.policy_loss.weights import settle
 from grpo_kernels.ops.validation import check_device, check_float, check_shape
 from grpo_kernels.options import CLIPPED_LOSS_TYPES
 
-
-@torch.compiler.assume_constant_result
-@cache
-def _keep_first_bad_of_cpu() -> None:
-    """Hands the C++ kernels the memory of their flags, once."""
-    torch.ops.grpo_kernels.cpu_keep_first_bad(first_bad(torch.device("cpu")))
+# at import: under tracing, memory that is made at first use would be a fake tensor's
+if registry.supports("policy_loss", "cpu", _CPU := torch.device("cpu")):
+    torch.ops.grpo_kernels.cpu_keep_first_bad(first_bad(_CPU))
 
 
 class PolicyLossOutput(NamedTuple):
@@ -68,8 +64,6 @@ def policy_loss_fwd(
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Loss, ``dloss/dlogprobs [N]`` and the metrics' partials, by the kernels of ``backend``."""
-    if backend == "cpu":
-        _keep_first_bad_of_cpu()
     return _FWD[backend](logprobs, entropy, *inputs.flat(), inputs.sequences.offsets, code.options, code.params, True)
 
 
