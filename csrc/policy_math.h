@@ -6,6 +6,7 @@
 
 #include <cmath>
 #include <cstdint>
+#include <limits>
 #include <stdexcept>
 
 #ifdef __CUDACC__
@@ -70,12 +71,31 @@ struct PolicyOptions {
   }
 };
 
+// Past these a number counts as infinite, and stands at its limit: 0 times a ratio is 0, and terms add without
+// inf - inf. A token that has no bound there has an infinite loss. See "Limits" in ops/policy_loss/reference.py; the
+// same numbers are in limits.py beside it. Where `kAtLimits` is false the token `is_near`, and nothing is compared.
+template <class R>
+struct Limit {
+  static constexpr R kLogRatio = sizeof(R) == 4 ? R(80) : R(700);
+  static constexpr R kJoint = kLogRatio + R(5);  // of the log-ratio less d: past what the ratio alone comes to
+  static constexpr R kDistance = R(1e15);        // of a log-probability from another, or from 0
+  static constexpr R kTerm = std::numeric_limits<R>::max() / R(32);
+  static constexpr R kNear = R(40);  // of log-ratios, either way: products of their exponentials are no limit's
+};
+
+// Whether a token is far from every limit; `d` is of the reference, or 0. NaN is.
+template <class R>
+GRPO_HOST_DEVICE bool is_near(R logprob, R log_ratio, R d) {
+  return !((log_ratio > Limit<R>::kNear) | (std::fabs(d) > Limit<R>::kNear) | (logprob < -Limit<R>::kDistance));
+}
+
 // A function of a token's log-ratio and of its log-probability, with both derivatives.
 template <class R>
 struct Term {
   R value;
   R dlog_ratio;
   R dlogprob;
+  bool is_infinite = false;  // whether the value has no bound, though the numbers here are finite
 };
 
 template <class R>
@@ -83,11 +103,12 @@ GRPO_HOST_DEVICE R clamp(R x, R low, R high) {
   return x < low ? low : (x > high ? high : x);
 }
 
-// A product's limit: what is 0 leaves nothing of what is infinite. NaN passes.
-template <class R>
-GRPO_HOST_DEVICE R product(R weight, R x) {
-  const R value = weight * x;
-  return value == value || weight != weight || x != x ? value : R(0);
+// The log-probability as it multiplies a weight.
+template <bool kAtLimits, class R>
+GRPO_HOST_DEVICE Term<R> weighted_logprob(R weight, R logprob) {
+  if constexpr (!kAtLimits) return {weight * logprob, R(0), weight};
+  const bool is_lost = logprob < -Limit<R>::kDistance;
+  return {weight * (is_lost ? -Limit<R>::kDistance : logprob), R(0), weight, is_lost && weight != 0};
 }
 
 // min(min(r, delta) A, clip(r) A). On a bound, and where both terms are equal, the derivative is autograd's: a clamp
@@ -104,10 +125,10 @@ GRPO_HOST_DEVICE Term<R> clip_surrogate(R ratio, R advantage, const PolicyOption
 }
 
 // CISPO: clip(r) A l, its weight detached.
-template <class R>
+template <bool kAtLimits, class R>
 GRPO_HOST_DEVICE Term<R> cispo_surrogate(R ratio, R logprob, R advantage, const PolicyOptions<R>& o) {
   const R weight = clamp(ratio, o.ratio_low, o.ratio_high) * advantage;
-  return {product(weight, logprob), R(0), weight};  // also of a token whose probability, and ratio, is 0
+  return weighted_logprob<kAtLimits>(weight, logprob);
 }
 
 // SAPO: 4 / tau sigmoid(tau (r - 1)) A.
@@ -115,22 +136,21 @@ template <class R>
 GRPO_HOST_DEVICE Term<R> sapo_surrogate(R ratio, R advantage, const PolicyOptions<R>& o) {
   const R tau = advantage > R(0) ? o.temperature_pos : o.temperature_neg;
   const R gate = R(1) / (R(1) + std::exp(-tau * (ratio - R(1))));
-  const R slope = gate == R(1) ? R(0) : R(4) * gate * (R(1) - gate) * ratio;  // of an infinite ratio too
-  return {gate * R(4) / tau * advantage, slope * advantage, R(0)};
+  return {gate * R(4) / tau * advantage, R(4) * gate * (R(1) - gate) * ratio * advantage, R(0)};
 }
 
-template <class R>
+template <bool kAtLimits, class R>
 GRPO_HOST_DEVICE Term<R> surrogate(R ratio, R logprob, R advantage, const PolicyOptions<R>& o) {
   if (o.level == Level::kGeometric) return {ratio * advantage, ratio * advantage, R(0)};  // clipped token by token
   switch (o.surrogate) {
     case Surrogate::kClip:
       return clip_surrogate(ratio, advantage, o);
     case Surrogate::kCispo:
-      return cispo_surrogate(ratio, logprob, advantage, o);
+      return cispo_surrogate<kAtLimits>(ratio, logprob, advantage, o);
     case Surrogate::kSapo:
       return sapo_surrogate(ratio, advantage, o);
     case Surrogate::kLogprob:
-      return {advantage * logprob, R(0), advantage};
+      return weighted_logprob<kAtLimits>(advantage, logprob);
   }
   return {R(NAN), R(NAN), R(NAN)};  // an option that this build does not know must not pass for a number
 }
@@ -152,70 +172,79 @@ GRPO_HOST_DEVICE LogRatio<R> averaged_log_ratio(R log_ratio, R advantage, const 
 }
 
 template <class R>
-struct KlEstimate {
-  R value;
-  R slope;
-  R weighted_slope;  // of its product with a weight that grows as exp(l): value + slope, where either may be infinite
-};
-
-template <class R>
-GRPO_HOST_DEVICE KlEstimate<R> kl_estimate(R d, const PolicyOptions<R>& o) {  // d = l - l_ref
+GRPO_HOST_DEVICE Term<R> kl_estimate(R d, const PolicyOptions<R>& o) {  // d = l - l_ref
   switch (o.kl_estimator) {
     case KlEstimator::kK1:
-      return {d, R(1), d + R(1)};
+      return {d, R(0), R(1)};
     case KlEstimator::kK2:
-      return {d * d / R(2), d, d * (d / R(2) + R(1))};
+      return {d * d / R(2), R(0), d};
     case KlEstimator::kK3: {
       const R growth = std::expm1(-d);
-      return {growth + (d < R(-1000) ? R(-1000) : d), -growth, d};  // infinite long before
+      return {growth + d, R(0), -growth};
     }
-    case KlEstimator::kAbs: {
-      const R sign = d > R(0) ? R(1) : (d < R(0) ? R(-1) : d);
-      return {std::fabs(d), sign, std::fabs(d) + sign};
-    }
+    case KlEstimator::kAbs:
+      return {std::fabs(d), R(0), d > R(0) ? R(1) : (d < R(0) ? R(-1) : d)};
   }
   return {R(NAN), R(NAN), R(NAN)};
 }
 
-// The log-ratios that a token's terms are made of.
+// The same of a distance that is clamped to its limits.
 template <class R>
-struct LogRatios {
-  R policy;     // over the old policy: the token's own or its sequence's, clamped
-  R ratio;      // its exponential
-  bool is_own;  // whether it moves with the token's own log-probability, one to one
-  R reference;  // of the reference over the old policy; NaN where a log-ratio is clamped, or a sequence's
-};
-
-// r exp(-d), taken at once: exp(-d) may be past the largest number while r is below the least.
-template <class R>
-GRPO_HOST_DEVICE R reference_ratio(R d, const LogRatios<R>& ratios) {
-  R joint = ratios.reference == ratios.reference ? ratios.reference : ratios.policy - d;
-  if (joint != joint && ratios.policy == ratios.policy) joint = INFINITY;  // of a sequence's, the faster one
-  return std::exp(joint);
+GRPO_HOST_DEVICE Term<R> limited_kl_estimate(R d, const PolicyOptions<R>& o) {
+  const R low = o.kl_estimator == KlEstimator::kK3 ? -Limit<R>::kLogRatio : -Limit<R>::kDistance;
+  Term<R> k = kl_estimate(clamp(d, low, Limit<R>::kDistance), o);
+  k.is_infinite = d < low || d > Limit<R>::kDistance;
+  return k;
 }
 
-// The estimate, clamped, with its own derivative, k2's, or that of its product with a weight exp(l - sg l); bias-corrected,
-// times the ratio.
+// What weighs a token: its own ratio or its sequence's.
 template <class R>
-GRPO_HOST_DEVICE Term<R> kl_penalty(R logprob, R ref_logprob, const LogRatios<R>& ratios, const PolicyOptions<R>& o) {
+struct Ratio {
+  R log, limited_log;
+  R value;        // exp(limited_log)
+  bool is_alone;  // whether the token's log-probability alone moves it
+
+  GRPO_HOST_DEVICE bool is_past() const { return log > limited_log; }
+};
+
+// r k3 far below the reference is r exp(-d), taken at once: exp(-d) may be past the largest number while r is below the
+// least. Where both are, a token alone comes to the reference over the old policy; in a sequence it has no bound.
+template <class R>
+GRPO_HOST_DEVICE Term<R> far_k3(R joint, R reference_log_ratio, const Ratio<R>& ratio, bool is_d_clamped) {
+  if (joint != joint && ratio.log == ratio.log) joint = ratio.is_alone ? reference_log_ratio : R(INFINITY);
+  const bool is_past = joint > Limit<R>::kJoint;
+  const R value = std::exp(is_past ? Limit<R>::kJoint : joint);
+  return {value, value, is_d_clamped ? R(0) : -value, is_past};
+}
+
+// The estimate, clamped, with its own derivative, k2's, or that of its product with a weight exp(l - sg l);
+// bias-corrected, times the ratio.
+template <bool kAtLimits, class R>
+GRPO_HOST_DEVICE Term<R> kl_penalty(R logprob, R ref_logprob, R old_logprob, const Ratio<R>& ratio,
+                                    const PolicyOptions<R>& o) {
   const R difference = logprob - ref_logprob;
   const R d = clamp(difference, -o.log_ratio_clamp, o.log_ratio_clamp);
-  KlEstimate<R> k = kl_estimate(d, o);
+  Term<R> k = kAtLimits ? limited_kl_estimate(d, o) : kl_estimate(d, o);
   const bool is_clamped = k.value < -o.kl_clamp || k.value > o.kl_clamp;
-  const bool is_d_clamped = d != difference && difference == difference;
-  if (o.kl_gradient == KlGradient::kImportanceWeighted) k.slope = k.weighted_slope;
-  if (is_clamped) k.slope = R(0);
-  if (o.kl_gradient == KlGradient::kStraightThrough) k.slope = d;
-  if (is_d_clamped) k.slope = R(0);
-  if (!o.bias_corrected_kl) return {clamp(k.value, -o.kl_clamp, o.kl_clamp), R(0), k.slope};
-  k.value = clamp(k.value, -o.kl_clamp, o.kl_clamp);
-  k = {product(ratios.ratio, k.value), product(ratios.ratio, k.slope), product(ratios.ratio, k.weighted_slope)};
-  if (o.kl_estimator == KlEstimator::kK3 && d < R(-40) && !is_clamped) {  // where the rest of k3 is below an ulp of it
-    k.value = reference_ratio(d, ratios);
-    if (!is_d_clamped) k.slope = -k.value;
+  if (o.kl_gradient == KlGradient::kImportanceWeighted) k.dlogprob += k.value;
+  if (is_clamped) k.dlogprob = R(0), k.is_infinite = false;
+  if (o.kl_gradient == KlGradient::kStraightThrough) {
+    k.dlogprob = kAtLimits ? clamp(d, -Limit<R>::kDistance, Limit<R>::kDistance) : d;
   }
-  if (!ratios.is_own) return {k.value, k.value, k.slope};
-  return {k.value, is_clamped || is_d_clamped ? k.value : k.weighted_slope, R(0)};
+  const bool is_d_clamped = d != difference && difference == difference;
+  if (is_d_clamped) k.dlogprob = R(0);
+  k.value = clamp(k.value, -o.kl_clamp, o.kl_clamp);
+  if (!o.bias_corrected_kl) return k;
+  if constexpr (kAtLimits) {
+    const bool is_far = d < -Limit<R>::kNear || ratio.limited_log - d > Limit<R>::kJoint;
+    if (o.kl_estimator == KlEstimator::kK3 && is_far && !is_clamped) {
+      return far_k3(ratio.log - d, ref_logprob - old_logprob, ratio, is_d_clamped);
+    }
+    k.is_infinite = ratio.value != 0 && k.value != 0 && (k.is_infinite || ratio.is_past());
+    const R value = clamp(k.value * ratio.value, -Limit<R>::kTerm, Limit<R>::kTerm);
+    return {value, value, clamp(k.dlogprob * ratio.value, -Limit<R>::kTerm, Limit<R>::kTerm), k.is_infinite};
+  }
+  return {k.value * ratio.value, k.value * ratio.value, k.dlogprob * ratio.value};
 }
 
 // What one unmasked token adds to the loss, without the entropy bonus, and to the metrics.
@@ -227,36 +256,35 @@ struct TokenLoss {
   R kl;
   bool is_low;
   bool is_high;
-
-  // Whether the objective has no bound here: a value to be flagged.
-  GRPO_HOST_DEVICE bool is_infinite() const { return std::isinf(loss) || std::isinf(dlog_ratio + dlogprob); }
 };
 
-// `log_ratio` is the token's own, or its sequence's. On-policy `old_logprob` is the log-probability itself.
-template <class R>
-GRPO_HOST_DEVICE TokenLoss<R> token_loss(R logprob, R log_ratio, R old_logprob, const R* ref_logprob, R advantage,
-                                         R policy_weight, R kl_weight, const PolicyOptions<R>& o) {
+// `log_ratio` is the token's own, or its sequence's: then `is_alone` says whether of this token alone. On-policy
+// `old_logprob` is the log-probability itself. A token without a bound has an infinite loss and finite derivatives.
+template <bool kAtLimits = true, class R>
+GRPO_HOST_DEVICE TokenLoss<R> token_loss(R logprob, R log_ratio, bool is_alone, R old_logprob, const R* ref_logprob,
+                                         R advantage, R policy_weight, R kl_weight, const PolicyOptions<R>& o) {
   const bool is_clamped = o.level == Level::kToken && std::fabs(log_ratio) > o.log_ratio_clamp;
   if (is_clamped) log_ratio = clamp(log_ratio, -o.log_ratio_clamp, o.log_ratio_clamp);
-  const R ratio = std::exp(log_ratio);
-  // without an advantage or a weight the policy term is 0 whatever the ratio, an infinite one included
-  const Term<R> s = advantage == 0 || policy_weight == 0 ? Term<R>{R(0), R(0), R(0)} : surrogate(ratio, logprob, advantage, o);
-  TokenLoss<R> out{product(-policy_weight, s.value), product(-policy_weight, s.dlog_ratio),
-                   product(-policy_weight, s.dlogprob), R(0), false, false};
+  const R limited = kAtLimits && log_ratio > Limit<R>::kLogRatio ? Limit<R>::kLogRatio : log_ratio;
+  const Ratio<R> ratio{log_ratio, limited, std::exp(limited), is_alone};
+  // without an advantage or a weight the policy term is 0 whatever the ratio
+  const Term<R> s = advantage == 0 || policy_weight == 0 ? Term<R>{R(0), R(0), R(0)}
+                                                         : surrogate<kAtLimits>(ratio.value, logprob, advantage, o);
+  TokenLoss<R> out{-policy_weight * s.value, -policy_weight * s.dlog_ratio, -policy_weight * s.dlogprob, R(0), false,
+                   false};
+  bool is_infinite = s.is_infinite || (ratio.is_past() && s.dlog_ratio != 0);
   if (ref_logprob != nullptr) {
-    const bool is_free = o.level == Level::kToken && !is_clamped;
-    const bool is_near = !(std::fabs(logprob - *ref_logprob) > o.log_ratio_clamp);
-    const LogRatios<R> ratios{log_ratio, ratio, is_free || o.level == Level::kSequenceToken,
-                              is_free && is_near ? *ref_logprob - old_logprob : R(NAN)};
-    const Term<R> k = kl_penalty(logprob, *ref_logprob, ratios, o);
+    const Term<R> k = kl_penalty<kAtLimits>(logprob, *ref_logprob, old_logprob, ratio, o);
     const R weight = o.beta * kl_weight;
-    out.loss += product(weight, k.value);
-    out.dlog_ratio += product(weight, k.dlog_ratio);
-    out.dlogprob += product(weight, k.dlogprob);
+    out.loss += weight * k.value;
+    out.dlog_ratio += weight * k.dlog_ratio;
+    out.dlogprob += weight * k.dlogprob;
     out.kl = k.value;
+    is_infinite |= k.is_infinite && weight != 0;
   }
+  if (kAtLimits && is_infinite && out.loss == out.loss) out.loss = std::copysign(R(INFINITY), out.loss);
   if (is_clamped) out.dlog_ratio = R(0);
-  const R counted = o.level == Level::kGeometric ? std::exp(logprob - old_logprob) : ratio;
+  const R counted = o.level == Level::kGeometric ? std::exp(logprob - old_logprob) : ratio.value;
   const R bounded = counted > o.delta ? o.delta : counted;  // as TRL counts
   out.is_low = bounded < o.ratio_low && advantage < R(0);
   out.is_high = bounded > o.ratio_high && advantage > R(0);

@@ -66,8 +66,8 @@ FAULTS = (
     Fault(
         "the sign of the k3 gradient",
         "csrc/policy_math.h",
-        old="return {growth + (d < R(-1000) ? R(-1000) : d), -growth, d};",
-        new="return {growth + (d < R(-1000) ? R(-1000) : d), growth, d};",
+        old="return {growth + d, R(0), -growth};",
+        new="return {growth + d, R(0), growth};",
         tests=(
             "test_reference.py::test_kl_by_hand[False-1.0-cpu]",
             "test_reference.py::test_kl_by_hand[True-1.5-cpu]",
@@ -79,19 +79,19 @@ FAULTS = (
     Fault(
         "0 times infinity",
         "csrc/policy_math.h",
-        old="  return value == value || weight != weight || x != x ? value : R(0);\n",
-        new="  return value;\n",
+        old="kAtLimits && log_ratio > Limit<R>::kLogRatio ? Limit<R>::kLogRatio : log_ratio;",
+        new="log_ratio;",
         tests=(
-            "test_limits.py::test_the_penalty_at_its_limits[k3-corrected-cpu-torch.float32]",
-            "test_limits.py::test_the_policy_term_at_its_limits[cispo-1.0-cpu-torch.float64]",
-            "test_limits.py::test_infinite_rollout_weights_leave_what_is_clipped[cpu]",
+            "test_limits.py::test_the_penalty_at_its_limits[k3-corrected-token-cpu-torch.float32]",
+            "test_limits.py::test_the_policy_term_at_its_limits[clip-token-1.0-cpu-torch.float64]",
+            "test_limits.py::test_both_terms_at_their_limits[clip-corrected-token-k1-cpu-torch.float32]",
         ),
     ),
     Fault(
         "a mask ignored",
         "csrc/cpu/policy_loss.cpp",
-        old="    if (!in.mask[n]) continue;\n    sum += in.averaged(n).value;\n",
-        new="    sum += in.averaged(n).value;\n",
+        old="    if (!in.mask[n]) continue;\n    mean.sum += in.averaged(n).value;\n",
+        new="    mean.sum += in.averaged(n).value;\n",
         tests=(
             "test_reference.py::test_sequence_ratio_is_the_geometric_mean[cpu]",
             "test_loss_family.py::test_objectives[sequence_token-cpu]",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from functools import partial
 
 import pytest
 import torch
@@ -68,14 +69,53 @@ def test_gradcheck(op: str, case: Case) -> None:
     torch.autograd.gradcheck(function, tensors, fast_mode=True, atol=1e-6)
 
 
-@pytest.mark.parametrize("level", ["token", "sequence"])
-def test_the_penaltys_written_derivative_has_its_own(level: str) -> None:
+@pytest.mark.parametrize("far", [0.0, 800.0])
+@pytest.mark.parametrize(
+    "config",
+    [
+        GRPOLossConfig(beta=0.5),
+        GRPOLossConfig(beta=0.5, importance_sampling_level="sequence"),
+        GRPOLossConfig(beta=0.5, use_bias_correction_kl=False, kl_gradient="importance_weighted"),
+        GRPOLossConfig(beta=0.5, loss_type="cispo", epsilon_high=2.0),
+    ],
+    ids=["corrected", "sequence", "weighted", "cispo"],
+)
+def test_the_policy_loss_under_transforms(config: GRPOLossConfig, far: float) -> None:
+    """torch.func's transforms, derivatives of derivatives and tracing, near the limits and at them."""
+    logprobs = torch.tensor([[-1.0, -2.0, -0.7]], dtype=torch.float64)
+    apart = torch.tensor([[0.1, -0.05, far]], dtype=torch.float64)
+
+    def loss(x: torch.Tensor) -> torch.Tensor:
+        return policy_loss(
+            x, torch.ones(1).double(), torch.ones(1, 3), old_logprobs=logprobs - apart, ref_logprobs=logprobs - 0.1,
+            config=config, backend="torch",
+        ).loss  # fmt: skip
+
+    leaf = logprobs.clone().requires_grad_()
+    (gradient,) = torch.autograd.grad(loss(leaf), leaf, create_graph=True)
+    tangent = torch.tensor([[0.3, 0.2, -0.1]], dtype=torch.float64)
+    (second,) = torch.autograd.grad((gradient * tangent).sum(), leaf)
+    of_func = torch.func.grad(loss)
+    near = partial(torch.testing.assert_close, rtol=1e-12, atol=1e-14)
+    near(of_func(logprobs), gradient)
+    near(torch.func.vmap(of_func)(torch.stack([logprobs, logprobs]))[1], gradient)
+    near(torch.func.jvp(loss, (logprobs,), (tangent,))[1], (gradient * tangent).sum())
+    near(torch.func.jvp(of_func, (logprobs,), (tangent,))[1], second)
+    near(torch.compile(loss, backend="eager", fullgraph=True)(leaf), loss(leaf))
+
+
+def test_the_second_derivative_of_a_weighted_estimate() -> None:
+    """``exp(l - sg[l]) k``, twice: ``k + 2 k' + k''``; with k2 and ``d = 0.2``, ``0.02 + 0.4 + 1``."""
+    leaf = torch.tensor([[-1.0]], dtype=torch.float64, requires_grad=True)
     config = GRPOLossConfig(
-        loss_type="reinforce" if level == "token" else "dapo", importance_sampling_level=level, beta=0.5
+        beta=1.0, kl_estimator="k2", kl_gradient="importance_weighted", use_bias_correction_kl=False
     )
-    inputs = build(Case("twice", batch=2, length=3, advantages="zero", config=config), torch.float64, "logprobs")
-    function, tensors = _differentiable("policy_loss", inputs, "torch")
-    torch.autograd.gradgradcheck(lambda x: function(x, *tensors[1:]), tensors[:1], fast_mode=True)
+    loss, _ = policy_loss(
+        leaf, torch.zeros(1), torch.ones(1, 1), ref_logprobs=leaf.detach() - 0.2, config=config, backend="torch"
+    )
+    (gradient,) = torch.autograd.grad(loss, leaf, create_graph=True)
+    (second,) = torch.autograd.grad(gradient.sum(), leaf)
+    assert second.item() == pytest.approx(1.42, rel=1e-12)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

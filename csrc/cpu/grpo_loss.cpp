@@ -22,7 +22,7 @@ struct PolicyInputs {
   R coefficient(int64_t n, R logprob, const PolicyOptions<R>& options) const {
     const R old_logprob = old_logprobs ? old_logprobs[n] : logprob;  // on-policy 0 apart, or a NaN's NaN
     const TokenLoss<R> loss =
-        token_loss(logprob, logprob - old_logprob, old_logprob, ref_logprobs ? ref_logprobs + n : nullptr,
+        token_loss(logprob, logprob - old_logprob, true, old_logprob, ref_logprobs ? ref_logprobs + n : nullptr,
                    advantages[n], policy_weights[n], kl_weights[n], options);
     return loss.dlog_ratio + loss.dlogprob;
   }

@@ -35,23 +35,44 @@ struct SequenceTotals {
   double partials[kPartialCount] = {};
 };
 
-// Mean log-ratio of a sequence's unmasked tokens.
-template <class R>
-R mean_log_ratio(const Inputs<R>& in, int64_t begin, int64_t end) {
+struct Mean {
   double sum = 0;
   int64_t tokens = 0;
+
+  double value() const { return tokens ? sum / static_cast<double>(tokens) : 0; }
+};
+
+// Of the log-ratios of a sequence's unmasked tokens.
+template <class R>
+Mean mean_log_ratio(const Inputs<R>& in, int64_t begin, int64_t end) {
+  Mean mean;
   for (int64_t n = begin; n < end; ++n) {
     if (!in.mask[n]) continue;
-    sum += in.averaged(n).value;
-    ++tokens;
+    mean.sum += in.averaged(n).value;
+    ++mean.tokens;
   }
-  return static_cast<R>(tokens ? sum / static_cast<double>(tokens) : 0);
+  return mean;
 }
 
+// Whether every token of a sequence is far from the limits: one pass without a branch.
 template <class R>
-SequenceTotals sequence_loss(const Inputs<R>& in, int64_t begin, int64_t end, R* dlogprobs) {
+bool all_near(const Inputs<R>& in, int64_t begin, int64_t end, R mean) {
+  const R* const logprobs = in.logprobs;
+  const R* const old = in.options.level == Level::kToken && in.old_logprobs ? in.old_logprobs : logprobs;
+  const R* const ref = in.ref_logprobs ? in.ref_logprobs : logprobs;
+  int far = is_near(R(0), mean, R(0)) ? 0 : 1;
+  for (int64_t n = begin; n < end; ++n) {
+    far |= is_near(logprobs[n], logprobs[n] - old[n], logprobs[n] - ref[n]) ? 0 : 1;
+  }
+  return far == 0;
+}
+
+template <bool kAtLimits, class R>
+[[gnu::noinline]] SequenceTotals sequence_loss(const Inputs<R>& in, int64_t begin, int64_t end, const Mean& means,
+                                               R* dlogprobs) {
   const Level level = in.options.level;
-  const R mean = level == Level::kToken ? R(0) : mean_log_ratio(in, begin, end);
+  const R mean = static_cast<R>(means.value());
+  const bool is_alone = level == Level::kToken || means.tokens == 1;
   const bool spreads = level == Level::kSequence || level == Level::kGeometric;
   SequenceTotals out;
   double tokens = 0, low = 0, high = 0, dmean = 0;
@@ -59,13 +80,14 @@ SequenceTotals sequence_loss(const Inputs<R>& in, int64_t begin, int64_t end, R*
     dlogprobs[n] = 0;
     if (!in.mask[n]) continue;
     const R log_ratio = level == Level::kToken ? in.log_ratio(n) : mean;
-    const TokenLoss<R> token = token_loss(in.logprobs[n], log_ratio, in.old_logprob(n),
-                                          in.ref_logprobs ? in.ref_logprobs + n : nullptr, in.advantages[n],
-                                          in.policy_weights[n], in.kl_weights[n], in.options);
+    const TokenLoss<R> token =
+        token_loss<kAtLimits>(in.logprobs[n], log_ratio, is_alone, in.old_logprob(n),
+                              in.ref_logprobs ? in.ref_logprobs + n : nullptr, in.advantages[n], in.policy_weights[n],
+                              in.kl_weights[n], in.options);
+    if (kAtLimits && std::isinf(token.loss)) out.first_infinite = std::min(out.first_infinite, n);
     dlogprobs[n] = token.dlogprob + (spreads ? R(0) : token.dlog_ratio);
     dmean += token.dlog_ratio;
     out.loss += token.loss;
-    if (token.is_infinite()) out.first_infinite = std::min(out.first_infinite, n);
     if (in.entropy && in.entropy_weights) out.loss -= static_cast<double>(in.entropy_weights[n]) * in.entropy[n];
     tokens += 1;
     low += token.is_low;
@@ -90,6 +112,14 @@ SequenceTotals sequence_loss(const Inputs<R>& in, int64_t begin, int64_t end, R*
   return out;
 }
 
+template <class R>
+SequenceTotals sequence_loss(const Inputs<R>& in, int64_t begin, int64_t end, R* dlogprobs) {
+  const Mean means = in.options.level == Level::kToken ? Mean() : mean_log_ratio(in, begin, end);
+  return all_near(in, begin, end, static_cast<R>(means.value()))
+             ? sequence_loss<false>(in, begin, end, means, dlogprobs)
+             : sequence_loss<true>(in, begin, end, means, dlogprobs);
+}
+
 // In the sequences' order, whatever thread computed them.
 template <class R>
 void reduce(const std::vector<SequenceTotals>& sequences, R* loss, R* partials) {
@@ -110,7 +140,11 @@ void reduce(const std::vector<SequenceTotals>& sequences, R* loss, R* partials) 
 void keep_infinite(const std::vector<SequenceTotals>& sequences) {
   int64_t* const flags = kept_flags.load(std::memory_order_acquire);
   if (flags == nullptr) return;
-  for (const SequenceTotals& s : sequences) flags[kBadLoss] = std::min(flags[kBadLoss], s.first_infinite);
+  int64_t least = kNone;
+  for (const SequenceTotals& s : sequences) least = std::min(least, s.first_infinite);
+  if (least == kNone) return;
+  const std::atomic_ref<int64_t> kept(flags[kBadLoss]);
+  for (int64_t known = kept.load(); least < known && !kept.compare_exchange_weak(known, least);) continue;
 }
 
 }  // namespace

@@ -86,7 +86,7 @@ __device__ __forceinline__ RowPlan<R> plan_row(const Loss<R>& loss, const TokenI
                                                const RowResult<R>& result) {
   const R old_logprob = loss.old_logprobs ? in.values[kOldLogprob] : result.logprob;  // 0 apart, or a NaN's NaN
   const TokenLoss<R> token =
-      token_loss(result.logprob, result.logprob - old_logprob, old_logprob,
+      token_loss(result.logprob, result.logprob - old_logprob, true, old_logprob,
                  loss.ref_logprobs ? &in.values[kRefLogprob] : nullptr, in.values[kAdvantage], in.values[kPolicyWeight],
                  in.values[kKlWeight], loss.options);
   const R c = token.dlog_ratio + token.dlogprob, c_h = -in.values[kEntropyWeight];

@@ -60,36 +60,38 @@ struct SequenceSums {
 };
 
 struct PolicyShared {
-  double mean, dmean;
+  Mean mean;
+  double dmean;
   Mean means[kThreads / kWarp];
   SequenceSums sums[kThreads / kWarp];
 };
 
-// Mean log-ratio of a sequence's unmasked tokens, for every thread.
+// Of the log-ratios of a sequence's unmasked tokens, for every thread.
 template <class R>
-__device__ R mean_log_ratio(const Policy<R>& policy, int64_t begin, int64_t end, PolicyShared& shared) {
+__device__ Mean mean_log_ratio(const Policy<R>& policy, int64_t begin, int64_t end, PolicyShared& shared) {
   Mean own;
   for (int64_t n = begin + threadIdx.x; n < end; n += kThreads) {
     if (policy.mask[n]) own.merge({static_cast<double>(policy.averaged(n).value), 1});
   }
   const Mean all = over_block(own, shared.means, Merge());
-  if (threadIdx.x == 0) shared.mean = all.value();
+  if (threadIdx.x == 0) shared.mean = all;
   __syncthreads();
-  return static_cast<R>(shared.mean);
+  return shared.mean;
 }
 
 // One token's part of the sums; its gradient is written.
 template <class R>
-__device__ void add_token(const Policy<R>& policy, int64_t n, R mean, bool spreads, SequenceSums& sums) {
+__device__ void add_token(const Policy<R>& policy, int64_t n, R mean, bool is_alone, bool spreads,
+                          SequenceSums& sums) {
   const R log_ratio = policy.options.level == Level::kToken ? policy.log_ratio(n) : mean;
   const TokenLoss<R> token =
-      token_loss(policy.logprobs[n], log_ratio, policy.old_logprob(n),
+      token_loss(policy.logprobs[n], log_ratio, is_alone, policy.old_logprob(n),
                  policy.ref_logprobs ? policy.ref_logprobs + n : nullptr, policy.advantages[n],
                  policy.policy_weights[n], policy.kl_weights[n], policy.options);
   policy.dlogprobs[n] = token.dlogprob + (spreads ? R(0) : token.dlog_ratio);
   sums.dmean += token.dlog_ratio;
   sums.loss += token.loss;
-  if (policy.first_bad != nullptr && token.is_infinite()) flag(policy.first_bad, kBadLoss, n);
+  if (policy.first_bad != nullptr && std::isinf(token.loss)) flag(policy.first_bad, kBadLoss, n);
   sums.tokens += 1;
   sums.kl += token.kl;
   sums.low += token.is_low;
@@ -125,11 +127,13 @@ loss_of_sequences(const __grid_constant__ Policy<R> policy) {
   const int64_t begin = policy.offsets[s] > 0 ? policy.offsets[s] : 0;
   const int64_t end = policy.offsets[s + 1] < policy.tokens ? policy.offsets[s + 1] : policy.tokens;
   const Level level = policy.options.level;
-  const R mean = level == Level::kToken ? R(0) : mean_log_ratio(policy, begin, end, shared);
+  const Mean means = level == Level::kToken ? Mean() : mean_log_ratio(policy, begin, end, shared);
+  const R mean = static_cast<R>(means.value());
+  const bool is_alone = level == Level::kToken || means.count == 1;
   const bool spreads = level == Level::kSequence || level == Level::kGeometric;
   SequenceSums sums;
   for (int64_t n = begin + threadIdx.x; n < end; n += kThreads) {
-    if (policy.mask[n]) add_token(policy, n, mean, spreads, sums);
+    if (policy.mask[n]) add_token(policy, n, mean, is_alone, spreads, sums);
     else policy.dlogprobs[n] = 0;
   }
   sums = over_block(sums, shared.sums, Merge());

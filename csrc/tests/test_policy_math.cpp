@@ -48,7 +48,7 @@ void check(const Config& config, const Token& c, int line_number) {
   const R logprob = static_cast<R>(c.logprob), advantage = static_cast<R>(c.advantage);
   const R ref_logprob = static_cast<R>(c.ref_logprob), old_logprob = static_cast<R>(c.old_logprob);
   const LogRatio<R> averaged = averaged_log_ratio(logprob - old_logprob, advantage, options);
-  const TokenLoss<R> got = token_loss(logprob, averaged.value, old_logprob,
+  const TokenLoss<R> got = token_loss(logprob, averaged.value, true, old_logprob,
                                       std::isnan(c.ref_logprob) ? nullptr : &ref_logprob, advantage,
                                       static_cast<R>(c.policy_weight), static_cast<R>(c.kl_weight), options);
   const R gradient = got.dlogprob + (averaged.passes ? got.dlog_ratio : R(0));

@@ -34,13 +34,12 @@ def note_live_rows(count: Tensor, bound: int) -> None:
     kept.copy_(torch.where(count > bound, torch.minimum(kept, count), kept))
 
 
-def note_infinite(losses: Tensor) -> None:
-    """Keeps the least index of an infinite loss of a token. No sync; nothing is kept of a graph that is traced."""
-    if torch.compiler.is_compiling() or losses.numel() == 0:
+def note_infinite(is_infinite: Tensor) -> None:
+    """Keeps the least index of a token without a bound. No sync; nothing is kept of what is traced or transformed."""
+    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active() or is_infinite.numel() == 0:
         return
-    kept = first_bad(losses.device)[_INFINITE]
-    is_infinite = losses.detach().reshape(-1).isinf()
-    index = is_infinite.to(torch.uint8).argmax()
+    kept = first_bad(is_infinite.device)[_INFINITE]
+    index = is_infinite.reshape(-1).to(torch.uint8).argmax()
     kept.copy_(torch.where(is_infinite.any(), torch.minimum(kept, index), kept))
 
 

@@ -19,7 +19,6 @@ mp = mpmath.MPContext()  # its precision is nobody else's
 mpf = mp.mpf
 mp.dps = 1000  # the derivative of k3 is the difference of numbers as large as e^2000
 Token = tuple[float, float, float]
-Row = tuple[Any, Any]
 #: Log-probabilities of the policy, the old policy and the reference: log-ratios of 0, 50, 100 and infinity either way.
 _FALLS = (-1.0, -51.0, -101.0, -math.inf)
 TOKENS: tuple[Token, ...] = tuple(
@@ -30,6 +29,9 @@ TOKENS: tuple[Token, ...] = tuple(
 ORDINARY = (-1.0, -1.0, -1.0)
 FEW_TOKENS = ((-1.0, -101.0, -1.0), (-101.0, -1.0, -1.0), (-1.0, -math.inf, -1.0), (-math.inf, -1.0, -1.0),
               (-1.0, -1.0, -math.inf), (-1.0, -101.0, -1.5))  # fmt: skip
+#: Where terms meet at their limits.
+JOINT_TOKENS = (*FEW_TOKENS, (-1.0, -math.inf, -0.5), (-1.0, -101.0, -0.5), (-51.0, -1.0, -1.0), (-101.0, -101.0, -1.0),
+                (-101.0, -1.0, -1.5), (-1.0, -51.0, -101.0), (-101.0, -math.inf, -1.0))  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -93,8 +95,8 @@ POLICY: dict[str, tuple[dict[str, Any], Callable[[Number, Number, float], Number
     "surrogate": ({"loss_type": "surrogate"}, lambda r, x, a: r * a),
     "cispo": ({"loss_type": "cispo", "epsilon_high": 2.0}, lambda r, x, a: r.detach().clamp(high=2.0) * a * x),
     "cispo_low": (
-        {"loss_type": "cispo", "epsilon_high": 2.0, "cispo_ratio_low": 0.5},
-        lambda r, x, a: r.detach().clamp(0.5, 2.0) * a * x,
+        {"loss_type": "cispo", "epsilon_high": 2.0, "cispo_ratio_low": 0.25},  # no term cancels a penalty of BETA
+        lambda r, x, a: r.detach().clamp(0.25, 2.0) * a * x,
     ),
     "sapo": (
         {"loss_type": "sapo", "loss_agg_mode": "token-mean", "sapo_temperature_pos": 1.5, "sapo_temperature_neg": 0.5},
@@ -135,60 +137,100 @@ def _log(r: Number) -> Number:
     return Number(mp.log(r.value), r.slope / r.value)
 
 
-def _limit(function: Callable[[Callable[[float], Any]], Any]) -> Any:
-    """Of a function of numbers of which the infinite ones grow: two that differ by their size are infinite, or 0."""
-    near, far = (function(lambda x, s=size: mpf(x) if math.isfinite(x) else -mpf(s)) for size in (1000, 2000))
+def _limit(values: dict[int, Any]) -> Any:
+    """Of numbers of which the infinite inputs grow: two that differ by their size are infinite, or 0."""
+    near, far = values.values()
     if abs(far) > abs(near) * 1.4:
         return mp.sign(far) * mp.inf
     return mpf(0) if abs(far) < abs(near) / 1.4 else far
 
 
-def _row(loss: Callable[[Number, Any, Any], Number], token: Token) -> Row:
-    def at(number: Callable[[float], Any]) -> Number:
-        return loss(Number(number(token[0]), mpf(1)), number(token[1]), number(token[2]))
-
-    return _limit(lambda number: at(number).value), _limit(lambda number: at(number).slope)
-
-
-@cache
-def policy_row(name: str, advantage: float, token: Token) -> Row:
-    """Loss and gradient of one token."""
-    return _row(lambda x, old, ref: -POLICY[name][1]((x - old).exp(), x, advantage), token)
-
-
-@cache
-def penalty_row(estimator: str, name: str, token: Token) -> Row:
-    """The penalty of one token, and its gradient."""
-    estimate, penalty = ESTIMATES[estimator], PENALTIES[name][1]
-    return _row(lambda x, old, ref: penalty(estimate, (x - old).exp(), x, x - ref) * BETA, token)
-
-
 LEVELS: dict[str, dict[str, Any]] = {
+    "token": {},
     "sequence": {"importance_sampling_level": "sequence"},
     "sequence_token": {"importance_sampling_level": "sequence_token"},
     "gmpo": {"loss_type": "gmpo"},
 }
+Tokens = tuple[Token, ...]
+
+
+@dataclass(frozen=True)
+class Row:
+    """A completion's limits: each token's loss, the total and its gradient; and what was added up for them."""
+
+    losses: tuple[Any, ...]
+    loss: Any
+    gradient: tuple[Any, ...]
+    size: Any  # the largest finite number that was added, of the loss or a gradient
 
 
 @cache
-def sequence_row(level: str, advantage: float, is_penalised: bool, token: Token) -> tuple[Any, Any, Any]:
-    """The loss of a completion of a token and an ordinary one, and the gradient of each."""
+def _logs(
+    level: str, advantage: float, tokens: Tokens, which: int, size: int
+) -> tuple[list[Number], list[Number], list[Any]]:
+    """Log-probabilities and log-ratios as they weigh each token, differentiated by one of the former; references."""
 
-    def at(number: Callable[[float], Any], which: int) -> Number:
-        points = [[number(x) for x in row] for row in (token, ORDINARY)]
-        own = [Number(row[0], mpf(n == which)) for n, row in enumerate(points)]
-        logs = [x - row[1] for x, row in zip(own, points, strict=True)]
-        bounds = {"high": 0.25} if advantage > 0 else {"low": -0.25}
-        averaged = [log.clamp(**bounds) for log in logs] if level == "gmpo" else logs
-        mean = (averaged[0] + averaged[1]) * 0.5
-        total = Number(mpf(0))
-        for x, log, row in zip(own, logs, points, strict=True):
-            r = (Number(mean.value, log.slope) if level == "sequence_token" else mean).exp()
-            total += -(r * advantage if level == "gmpo" else _clip(r, advantage)) if advantage else 0
-            total += r * ESTIMATES["k3"](x - row[2]) * BETA if is_penalised else 0
-        return total * (0.5 if level == "gmpo" else 1)
+    def number(x: float) -> Any:
+        return mpf(x) if math.isfinite(x) else -mpf(size)
 
-    return (
-        _limit(lambda number: at(number, 0).value),
-        *(_limit(lambda number, n=n: at(number, n).slope) for n in range(2)),
+    own = [Number(number(token[0]), mpf(n == which)) for n, token in enumerate(tokens)]
+    logs = [x - number(token[1]) for x, token in zip(own, tokens, strict=True)]
+    bounds = {"high": 0.25} if advantage > 0 else {"low": -0.25}
+    averaged = [log.clamp(**bounds) for log in logs] if level == "gmpo" else logs
+    if level != "token":
+        mean = sum(averaged, Number(mpf(0))) * (mpf(1) / len(tokens))
+        logs = [Number(mean.value, log.slope) if level == "sequence_token" else mean for log in logs]
+    return own, logs, [number(token[2]) for token in tokens]
+
+
+@cache
+def _policy(name: str, level: str, advantage: float, tokens: Tokens, which: int, size: int) -> list[Number]:
+    own, logs, _ = _logs(level, advantage, tokens, which, size)
+    if not advantage:
+        return [Number(mpf(0))] * len(tokens)
+    if level == "gmpo":
+        return [-(log.exp() * advantage) for log in logs]
+    return [-POLICY[name][1](log.exp(), x, advantage) for x, log in zip(own, logs, strict=True)]
+
+
+@cache
+def _penalty(
+    estimator: str, name: str, level: str, advantage: float, tokens: Tokens, which: int, size: int
+) -> list[Number]:
+    own, logs, refs = _logs(level, advantage if level == "gmpo" else 0.0, tokens, which, size)
+    penalty = PENALTIES[name][1]
+    return [
+        penalty(ESTIMATES[estimator], log.exp(), x, x - ref) * BETA for x, log, ref in zip(own, logs, refs, strict=True)
+    ]
+
+
+@cache
+def row(policy: str, estimator: str | None, penalty: str, level: str, advantage: float, tokens: Tokens) -> Row:
+    """The limits of a completion: an objective, and a penalty if there is an estimator."""
+    sizes = (1000, 2000)
+
+    def terms(which: int, size: int) -> tuple[list[Number], list[Number]]:
+        first = _policy(policy, level, advantage, tokens, which, size)
+        if estimator is None:
+            return first, [Number(mpf(0))] * len(tokens)
+        return first, _penalty(estimator, penalty, level, advantage, tokens, which, size)
+
+    at = {(which, size): terms(which, size) for which in range(len(tokens)) for size in sizes}
+    scale = mpf(1) / len(tokens) if level == "gmpo" else mpf(1)
+    size = mpf(0)
+    for which, term, n in itertools.product(range(len(tokens)), range(2), range(len(tokens))):
+        for part in ("value", "slope"):
+            added = _limit({s: getattr(at[which, s][term][n], part) for s in sizes})
+            size = max(size, abs(added)) if abs(added) < mp.inf else size
+    return Row(
+        tuple(
+            _limit({s: scale * (at[0, s][0][n].value + at[0, s][1][n].value) for s in sizes})
+            for n in range(len(tokens))
+        ),
+        _limit({s: scale * sum(x.value for term in at[0, s] for x in term) for s in sizes}),
+        tuple(
+            _limit({s: scale * sum(x.slope for term in at[n, s] for x in term) for s in sizes})
+            for n in range(len(tokens))
+        ),
+        size,
     )

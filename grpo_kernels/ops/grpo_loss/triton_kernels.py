@@ -185,6 +185,7 @@ def _grpo_loss_kernel(
                 _, dlog_ratio, dlogprob, _, _, _ = token_loss(
                     logprob,
                     logprob - old_logprob,
+                    logprob == logprob,
                     old_logprob,
                     ref_logprob,
                     advantage,

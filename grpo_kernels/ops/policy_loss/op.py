@@ -19,6 +19,7 @@ from grpo_kernels.ops.policy_loss.weights import settle
 from grpo_kernels.ops.validation import check_device, check_float, check_shape
 from grpo_kernels.options import CLIPPED_LOSS_TYPES
 
+# at import: under tracing, memory that is made at first use would be a fake tensor's
 if registry.supports("policy_loss", "cpu", _CPU := torch.device("cpu")):
     torch.ops.grpo_kernels.cpu_keep_first_bad(first_bad(_CPU))
 

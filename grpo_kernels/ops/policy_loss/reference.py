@@ -1,13 +1,14 @@
 """The policy loss in plain torch: the equations as they stand in the papers, gradients by autograd.
 
-Where a ratio is past the largest number, or 0, values and gradients are the limits. The derivative of the KL is written
-down, for autograd would multiply 0 by infinity or subtract infinity from itself.
+Limits: a log-ratio past ``largest_log_ratio`` counts as infinite, as does a log-probability that is ``DISTANCE`` from
+the reference's or from 0. Values and gradients are then their limits: what is clipped keeps its bound, with a gradient
+of 0. A token without a bound there has a finite gradient and an infinite loss, of its terms' sign, which
+``check_device_values`` names. NaN remains NaN; the sum of tokens that are infinite with opposite signs is NaN.
 """
 
 from __future__ import annotations
 
 import math
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,6 +16,15 @@ from torch import Tensor
 from grpo_kernels.config import GRPOLossConfig
 from grpo_kernels.ops.device_values import note_infinite
 from grpo_kernels.ops.policy_loss.inputs import PolicyInputs
+from grpo_kernels.ops.policy_loss.limits import (
+    DISTANCE,
+    NEAR,
+    are_near,
+    largest_joint,
+    largest_log_ratio,
+    largest_term,
+    limited,
+)
 from grpo_kernels.ops.policy_loss.weights import settle
 from grpo_kernels.options import Level, Surrogate
 
@@ -34,17 +44,29 @@ def policy_loss(
 
     logprobs = unmasked(logprobs)
     advantages = unmasked(inputs.advantages)
+    difference = None if inputs.ref_logprobs is None else logprobs - unmasked(inputs.ref_logprobs)
     log_ratio = importance_log_ratio(logprobs, advantages, inputs, config)
-    ratio = log_ratio.exp()
-    # no advantage or weight, no policy term: not even of an infinite ratio
-    bounded = torch.where((advantages == 0) | (inputs.policy_weights == 0), 0, log_ratio)
-    bounded = bounded_log_ratio(bounded, advantages, config).exp()
-    losses = product(-inputs.policy_weights, surrogate(bounded, logprobs, advantages, config))
+    # far from the limits, where training is, nothing is compared with them
+    is_near = are_near(log_ratio) and (difference is None or are_near(difference)) and are_near(logprobs, DISTANCE)
+    ratio = (log_ratio if is_near else limited(log_ratio, high=largest_log_ratio(log_ratio.dtype))).exp()
+    # no advantage or weight, no policy term
+    is_absent = (advantages == 0) | (inputs.policy_weights == 0)
+    own = logprobs if is_near else limited(logprobs, low=-DISTANCE)
+    values = surrogate(torch.where(is_absent, 1, ratio), own, advantages, config)
+    losses = -inputs.policy_weights * values
+    is_infinite = None if is_near else (~is_absent & is_unbounded(values, log_ratio, logprobs, advantages, config))
     kl = None
-    if inputs.ref_logprobs is not None:
-        kl = kl_penalty(logprobs, unmasked(inputs.ref_logprobs), log_ratio, inputs, config)
-        losses = losses + product(config.penalty.weight * inputs.kl_weights, kl)
-    note_infinite(losses)
+    if difference is not None:
+        kl, is_kl_infinite = kl_penalty(difference, logprobs, log_ratio, ratio, is_near, inputs, config)
+        kl_weights = config.penalty.weight * inputs.kl_weights
+        losses = losses + kl_weights * kl
+        if is_infinite is not None and is_kl_infinite is not None:
+            is_infinite = is_infinite | (is_kl_infinite & (kl_weights != 0))
+    if is_infinite is not None:
+        note_infinite(is_infinite)
+        infinity = torch.full_like(losses, torch.inf).copysign(losses.detach())
+        losses = losses + torch.where(is_infinite, infinity, 0)
+        losses = losses + own * torch.where(losses.isnan(), torch.nan, 0)  # a clamp would give NaN a gradient of 0
     loss = losses.sum()
     if inputs.entropy_weights is not None and entropy is not None:
         loss = loss - (inputs.entropy_weights * unmasked(entropy)).sum()
@@ -78,25 +100,9 @@ def importance_log_ratio(logprobs: Tensor, advantages: Tensor, inputs: PolicyInp
     lengths = sequences.sum(mask.to(logprobs.dtype)).clamp(min=1)
     mean = torch.where(mask, sequences.spread(sequences.sum(summed) / lengths), 0)
     if config.level == Level.SEQUENCE_TOKEN:
-        own = torch.where(logprobs.isinf(), 0, logprobs)  # its ratio is 0, and has no gradient
+        own = logprobs.clamp(min=-DISTANCE)
         return mean.detach() + (own - own.detach())
     return mean
-
-
-def bounded_log_ratio(log_ratio: Tensor, advantages: Tensor, config: GRPOLossConfig) -> Tensor:
-    """The log-ratio, held where its exponential is finite if the surrogate is constant from there on."""
-    is_constant = torch.full_like(log_ratio, config.surrogate == Surrogate.SAPO, dtype=torch.bool)
-    if config.surrogate == Surrogate.CLIP and config.level != Level.GEOMETRIC:
-        is_clipped = (advantages > 0) & math.isfinite(config.ratio_bounds[1])
-        is_constant = torch.full_like(is_clipped, True) if config.delta is not None else is_clipped
-    largest = math.floor(math.log(torch.finfo(log_ratio.dtype).max))
-    return torch.where(is_constant, log_ratio.clamp(max=largest), log_ratio)
-
-
-def product(weight: Tensor, values: Tensor) -> Tensor:
-    """The product, to the limit: what is 0 leaves nothing of what is infinite."""
-    is_nothing = ((weight == 0) & values.isinf()) | (weight.isinf() & (values == 0))
-    return torch.where(is_nothing, 0, weight * torch.where(is_nothing, 0, values))
 
 
 def surrogate(ratio: Tensor, logprobs: Tensor, advantages: Tensor, config: GRPOLossConfig) -> Tensor:
@@ -109,7 +115,7 @@ def surrogate(ratio: Tensor, logprobs: Tensor, advantages: Tensor, config: GRPOL
     """
     low, high = config.ratio_bounds
     if config.surrogate == Surrogate.CISPO:
-        return product(ratio.detach().clamp(low, high) * advantages, logprobs)
+        return ratio.detach().clamp(low, high) * advantages * logprobs
     if config.surrogate == Surrogate.SAPO:
         tau = torch.where(
             advantages > 0, config.sapo_temperature_pos, torch.full_like(advantages, config.sapo_temperature_neg)
@@ -122,43 +128,81 @@ def surrogate(ratio: Tensor, logprobs: Tensor, advantages: Tensor, config: GRPOL
     return torch.minimum(unclipped * advantages, clipped * advantages)
 
 
-def kl_penalty(
-    logprobs: Tensor, ref_logprobs: Tensor, log_ratio: Tensor, inputs: PolicyInputs, config: GRPOLossConfig
+@torch.no_grad()
+def is_unbounded(
+    values: Tensor, log_ratio: Tensor, logprobs: Tensor, advantages: Tensor, config: GRPOLossConfig
 ) -> Tensor:
+    """Where the objective has no bound."""
+    if config.surrogate in (Surrogate.CISPO, Surrogate.LOGPROB):
+        return (logprobs < -DISTANCE) & (values != 0)
+    largest = largest_log_ratio(log_ratio.dtype)
+    return (log_ratio > largest) & (values.abs() > advantages.abs() * math.exp(largest / 2))
+
+
+def kl_penalty(
+    difference: Tensor,  # of the log-probability from the reference's
+    logprobs: Tensor,
+    log_ratio: Tensor,
+    ratio: Tensor,
+    is_near: bool,
+    inputs: PolicyInputs,
+    config: GRPOLossConfig,
+) -> tuple[Tensor, Tensor | None]:
     """The estimate of the KL divergence, with ``d = l - l_ref``; times the importance ratio where that is asked for.
 
     http://joschu.net/blog/kl-approx.html; straight-through, the value of one with the gradient of k2;
-    importance-weighted, times ``exp(l - sg[l])`` (arXiv:2506.09477).
+    importance-weighted, times ``exp(l - sg[l])`` (arXiv:2506.09477). Also where it has no bound, unless all is near.
     """
     penalty = config.penalty
-    difference = logprobs - ref_logprobs
     d = _clamped(difference, config.log_ratio_clamp)
-    estimate = kl_estimate(d, penalty.estimator)
-    slope, weighted_slope = kl_slopes(d, penalty.estimator)
+    low = -largest_log_ratio(d.dtype) if penalty.estimator == "k3" else -DISTANCE
+    distance = d
+    if not is_near:
+        distance = limited(d, low, DISTANCE)
+        if penalty.is_bias_corrected:  # so that the product's derivatives are finite too
+            is_past = (log_ratio > largest_log_ratio(d.dtype)) | (d.abs() > DISTANCE)
+            distance = torch.where(is_past, limited(d, -NEAR, NEAR), distance)
+    estimate = kl_estimate(distance, penalty.estimator)
     kl = _clamped(estimate, config.kl_clamp)
-    is_held = d != difference
-    is_clamped = (is_held | (kl != estimate)) & ~estimate.isnan()
-    slope = torch.where(is_clamped, 0, weighted_slope if penalty.gradient == "importance_weighted" else slope)
+    is_infinite = None if is_near else ((d < low) | (d > DISTANCE)) & (kl == estimate)
+    if penalty.gradient == "importance_weighted":
+        own = logprobs if is_near else limited(logprobs, low=-DISTANCE)
+        is_clamped = (d != difference) | (kl != estimate)
+        kl = torch.where(is_clamped, kl, kl * (own - own.detach()).exp())
     if penalty.gradient == "straight_through":
-        slope = torch.where(is_held, 0, d)
+        k2 = kl_estimate(d if is_near else limited(d, -DISTANCE, DISTANCE), "k2")
+        kl = kl.detach() + (k2 - k2.detach())
     if not penalty.is_bias_corrected:
-        return _WithDerivatives.apply(kl, log_ratio, torch.zeros_like(kl), logprobs, slope)
-    ratio = log_ratio.exp()
-    value, slope = product(ratio, kl), product(ratio, slope)
-    joint = log_ratio - d
-    if config.level == Level.TOKEN:
-        is_own = log_ratio == inputs.log_ratio(logprobs)
-        old = logprobs if inputs.old_logprobs is None else inputs.old_logprobs
-        joint = torch.where(is_own & ~is_held, torch.where(inputs.mask, ref_logprobs - old, 0), joint)
-    else:
-        is_own = torch.full_like(inputs.mask, config.level == Level.SEQUENCE_TOKEN)
-    if penalty.estimator == "k3":  # exp(-d) may be past the largest number while the ratio is below the least
-        joint = torch.where(joint.isnan() & ~log_ratio.isnan() & ~d.isnan(), torch.inf, joint)
-        is_far = (d < -40) & (kl == estimate)  # where the rest of k3 is below an ulp of it
-        value = torch.where(is_far, joint.exp(), value)
-        slope = torch.where(is_far & ~is_held, -joint.exp(), slope)
-    dlog_ratio = torch.where(is_own & ~is_clamped, product(ratio, weighted_slope), value)
-    return _WithDerivatives.apply(value, log_ratio, dlog_ratio, logprobs, torch.where(is_own, 0, slope))
+        return kl, is_infinite
+    value = kl * ratio
+    if is_infinite is None:
+        return value, None
+    value = limited(value, -largest_term(d.dtype), largest_term(d.dtype))
+    is_infinite = (ratio != 0) & (kl != 0) & (is_infinite | (log_ratio > largest_log_ratio(d.dtype)))
+    if penalty.estimator != "k3":
+        return value, is_infinite
+    far, is_far, is_far_infinite = far_k3(d, log_ratio, inputs, config)
+    is_far = is_far & (kl == estimate)
+    return torch.where(is_far, far, value), torch.where(is_far, is_far_infinite, is_infinite)
+
+
+def far_k3(d: Tensor, log_ratio: Tensor, inputs: PolicyInputs, config: GRPOLossConfig) -> tuple[Tensor, Tensor, Tensor]:
+    """``r exp(-d)`` at once, where that is all there is of ``r k3``, and where it has no bound.
+
+    ``exp(-d)`` may be past the largest number while ``r`` is below the least. Where both are, a token alone comes to
+    the reference over the old policy; in a sequence it has no bound.
+    """
+    joint = limited(log_ratio, high=largest_log_ratio(d.dtype)) - d
+    largest = largest_joint(d.dtype)
+    is_far = (d < -NEAR) | (joint > largest)
+    limit = torch.full_like(d, torch.inf)
+    if inputs.ref_logprobs is not None and inputs.old_logprobs is not None:
+        is_alone = inputs.mask
+        if config.level != Level.TOKEN:
+            is_alone = inputs.sequences.spread(inputs.sequences.sum(inputs.mask.to(d.dtype))) == 1
+        limit = torch.where(is_alone, inputs.ref_logprobs - inputs.old_logprobs, limit)
+    joint = torch.where(joint.isnan() & ~log_ratio.isnan(), limit, joint)
+    return limited(joint, high=largest).exp(), is_far, joint > largest
 
 
 def kl_estimate(d: Tensor, estimator: str) -> Tensor:
@@ -167,35 +211,7 @@ def kl_estimate(d: Tensor, estimator: str) -> Tensor:
         return d
     if estimator == "abs":
         return d.abs()
-    if estimator == "k3":
-        return torch.expm1(-d) + d.clamp(min=-1000)  # infinite long before
-    return d.square() / 2
-
-
-def kl_slopes(d: Tensor, estimator: str) -> tuple[Tensor, Tensor]:
-    """The estimate's derivative, and that of ``exp(l - sg[l])`` times it: their sum, which may be finite alone."""
-    if estimator == "k1":
-        return torch.ones_like(d), d + 1
-    if estimator == "abs":
-        sign = torch.where(d.isnan(), d, d.sign())  # of NaN, NaN
-        return sign, d.abs() + sign
-    return (-torch.expm1(-d), d) if estimator == "k3" else (d, d * (d / 2 + 1))
-
-
-class _WithDerivatives(torch.autograd.Function):
-    """A value and its derivatives by the log-ratio and by the log-probability. What has no weight has no gradient."""
-
-    @staticmethod
-    def forward(  # type: ignore[override]
-        ctx: Any, value: Tensor, log_ratio: Tensor, dlog_ratio: Tensor, logprobs: Tensor, dlogprobs: Tensor
-    ) -> Tensor:
-        ctx.save_for_backward(dlog_ratio, dlogprobs)
-        return value.clone()
-
-    @staticmethod
-    def backward(ctx: Any, dvalue: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        dlog_ratio, dlogprobs = ctx.saved_tensors
-        return None, product(dvalue, dlog_ratio), None, product(dvalue, dlogprobs), None
+    return torch.expm1(-d) + d if estimator == "k3" else d.square() / 2
 
 
 def _clamped(values: Tensor, bound: float | None) -> Tensor:

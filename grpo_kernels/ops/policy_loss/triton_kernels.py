@@ -97,6 +97,7 @@ def _policy_loss_kernel(
     end = tl.minimum(tl.load(offsets_ptr + s + 1), tokens)  # values are not checked on a GPU; reads stay inside
     lanes = tl.arange(0, BLOCK)
     mean = tl.full([], 0.0, ACC)
+    is_alone = end > begin
     low_ = tl.full([], ratio_low, ACC)
     high_ = tl.full([], ratio_high, ACC)
     if LEVEL != _TOKEN_LEVEL:
@@ -114,6 +115,7 @@ def _policy_loss_kernel(
             log_ratios += tl.where(live, averaged, 0.0).to(tl.float64)
             count += live.to(tl.float64)
         total = tl.sum(count, 0)
+        is_alone = total == 1
         mean = (tl.sum(log_ratios, 0) / tl.where(total > 0, total, 1.0)).to(ACC)
     losses = tl.zeros([BLOCK], tl.float64)
     count = tl.zeros([BLOCK], tl.float64)
@@ -140,6 +142,7 @@ def _policy_loss_kernel(
         loss, dlog_ratio, dlogprob, kl, is_low, is_high = token_loss(
             logprob,
             log_ratio,
+            is_alone,
             old_logprob,
             ref_logprob,
             tl.load(advantages_ptr + n, mask=live, other=0.0),
@@ -161,8 +164,7 @@ def _policy_loss_kernel(
             BIAS_CORRECTED,
         )
         if first_bad_ptr is not None:
-            is_infinite = (tl.abs(loss) == float("inf")) | (tl.abs(dlog_ratio + dlogprob) == float("inf"))
-            first_infinite = tl.minimum(first_infinite, tl.where(live & is_infinite, n, end))
+            first_infinite = tl.minimum(first_infinite, tl.where(live & (tl.abs(loss) == float("inf")), n, end))
         losses += tl.where(live, loss, 0.0).to(tl.float64)
         kls += tl.where(live, kl, 0.0).to(tl.float64)
         count += live.to(tl.float64)

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from grpo_kernels.config import GRPOLossConfig
+from grpo_kernels.ops.policy_loss.limits import largest_log_ratio
 from grpo_kernels.ops.sequences import Sequences
 
 if TYPE_CHECKING:
@@ -64,7 +65,7 @@ def rollout_weights(
     log_ratio = torch.where(mask, old_logprobs - sampling_logprobs, 0).nan_to_num(nan=0.0)
     if correction.startswith("sequence"):
         log_ratio = sequences.spread(sequences.sum(log_ratio))
-    ratio = compared = log_ratio.exp()
+    ratio = compared = log_ratio.clamp(max=largest_log_ratio(log_ratio.dtype)).exp()  # 0 times it is 0
     if correction == "geometric_mask":
         means = sequences.sum(log_ratio) / sequences.sum(mask.to(log_ratio.dtype)).clamp(min=1)
         compared = sequences.spread(means).exp()
