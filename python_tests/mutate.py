@@ -83,7 +83,7 @@ FAULTS = (
         new="log_ratio;",
         tests=(
             "test_limits.py::test_the_penalty_at_its_limits[k3-corrected-token-cpu-torch.float32]",
-            "test_limits.py::test_the_policy_term_at_its_limits[clip-token-1.0-cpu-torch.float64]",
+            "test_limits.py::test_the_policy_term_at_its_limits[clip-token--1.0-cpu-torch.float64]",
             "test_limits.py::test_both_terms_at_their_limits[clip-corrected-token-k1-cpu-torch.float32]",
         ),
     ),
