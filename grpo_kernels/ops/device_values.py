@@ -13,7 +13,7 @@ _KINDS = (
     "an id outside the vocabulary where unmasked, at {}",
     "an infinite reward, at {}",
     "{} rows that may have a gradient, more than max_live_rows",
-    "an unmasked token whose loss or gradient is infinite, at {}",
+    "an unmasked token whose loss is infinite, at {}",
 )
 _LIVE_ROWS, _INFINITE = 2, 3
 

@@ -142,7 +142,7 @@ def policy_loss(
     weights ``w``. Arithmetic is fp32, or fp64 for fp64 input.
 
     Where a ratio is past the largest number, or 0, loss and gradient are their limits. TRL gives NaN there. A token
-    whose loss or gradient is infinite is kept for ``check_device_values``.
+    whose loss is infinite is kept for ``check_device_values``.
 
     Args:
         logprobs: Log-probabilities, in nats, of the sampled tokens under the policy being trained.
