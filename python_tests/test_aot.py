@@ -44,8 +44,9 @@ NVIDIA = [target for target in TARGETS if target.startswith("sm_")]
 #: Instructions a logit that no record may pass. An H200 issues 27 in the time that it takes to read and write one bf16
 #: logit (132 multiprocessors x 128 lanes x 1.75 GHz x 4 B / 4.3 TB/s).
 BUDGET = {"statistics": 9.8, "gradient": 9.9}
-#: Bytes of a thread that ptxas of a release keeps in memory, read once a row: 1024 threads have 64 registers each.
-SPILLED = {("3.9.0", "_grpo_loss_kernel"): 8}
+#: Bytes of a thread that ptxas of a release keeps in memory, read once a row: 1024 threads have 64 registers each. On
+#: AMD registers, beside the 128 that 1024 threads have, of fp32 logits with a softcap.
+SPILLED = {("3.9.0", "_grpo_loss_kernel", "sm"): 8, ("3.9.0", "_grpo_loss_kernel", "gfx942"): 23}
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -91,7 +92,8 @@ def test_what_is_recorded_leaves_memory_the_bottleneck() -> None:
             assert targets.keys() == TARGETS.keys(), (release, kernel)
             for target, usage in targets.items():
                 where = (release, kernel, target, usage)
-                assert usage.spilled <= SPILLED.get((release, kernel.split()[0]), 0), where
+                spilled = SPILLED.get((release, kernel.split()[0], target.split("_")[0]), 0)
+                assert usage.spilled <= spilled, where
                 assert all((getattr(usage, kind) or 0) <= most for kind, most in BUDGET.items()), where
 
 
