@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from grpo_kernels import registry
+from grpo_kernels.ops.device_values import first_bad
 
 SIMD_LEVELS = ("baseline", "avx2", "avx512")
 
@@ -43,6 +44,13 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 hypothesis.settings.register_profile("repeatable", derandomize=True, deadline=None, max_examples=40)
 hypothesis.settings.load_profile("repeatable")
+
+
+@pytest.fixture(autouse=True)
+def forgotten_values() -> Iterator[None]:
+    """What a test's calls met, an infinite loss say, is not another test's."""
+    yield
+    first_bad(torch.device("cpu")).fill_(torch.iinfo(torch.int64).max)
 
 
 @pytest.fixture
