@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Container, Iterable, Iterator
+from collections.abc import Callable, Container, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -118,17 +118,27 @@ def _completions(tokens: Iterable[Token], level: str) -> Iterator[Tokens]:
 
 
 def _options(policy: str, estimator: str | None, penalty: str, level: str) -> dict[str, Any]:
-    """Of a config. Skips what it refuses."""
-    if level == "gmpo" and policy != "clip":
-        pytest.skip("a loss type is one of both")
+    """Of a config."""
     options = POLICY[policy][0] | LEVELS[level]
     if estimator is not None:
         options |= {"beta": BETA, "kl_estimator": estimator, **PENALTIES[penalty][0]}
-    try:
-        GRPOLossConfig(**options)
-    except ValueError as error:
-        pytest.skip(str(error))
     return options
+
+
+def _is_allowed(policy: str, estimator: str | None, penalty: str, level: str) -> bool:
+    """Whether a config takes these options together; a loss type is one of a policy term's and GMPO's."""
+    if level == "gmpo" and policy != "clip":
+        return False
+    try:
+        GRPOLossConfig(**_options(policy, estimator, penalty, level))
+    except ValueError:
+        return False
+    return True
+
+
+def _some_quick(rows: Iterable[tuple[Any, ...]], is_quick: Callable[..., bool]) -> list[Any]:
+    """Parameters of which some run with every change."""
+    return [pytest.param(*row, marks=() if is_quick(*row) else pytest.mark.full) for row in rows]
 
 
 def _sometimes(names: Iterable[str], always: Container[str]) -> list[Any]:
@@ -139,8 +149,13 @@ def _sometimes(names: Iterable[str], always: Container[str]) -> list[Any]:
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("backend", ALL_BACKENDS)
 @pytest.mark.parametrize("advantage", [1.0, -1.0, 0.0])
-@pytest.mark.parametrize("level", _sometimes(LEVELS, ("token",)))
-@pytest.mark.parametrize("name", _sometimes(POLICY, ("clip", "delta")))
+@pytest.mark.parametrize(
+    ("name", "level"),
+    _some_quick(
+        (row for row in itertools.product(POLICY, LEVELS) if _is_allowed(row[0], None, "", row[1])),
+        lambda name, level: name in ("clip", "delta") and level == "token",
+    ),
+)
 def test_the_policy_term_at_its_limits(
     name: str, level: str, advantage: float, backend: str, dtype: torch.dtype
 ) -> None:
@@ -152,12 +167,18 @@ def test_the_policy_term_at_its_limits(
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("backend", ALL_BACKENDS)
-@pytest.mark.parametrize("level", _sometimes(LEVELS, ("token",)))
-@pytest.mark.parametrize("penalty", _sometimes(PENALTIES, ("naive", "corrected")))
-@pytest.mark.parametrize("estimator", _sometimes(ESTIMATES, ("k3",)))
+@pytest.mark.parametrize(
+    ("estimator", "penalty", "level"),
+    _some_quick(
+        (
+            row
+            for row in itertools.product(ESTIMATES, PENALTIES, LEVELS)
+            if _is_allowed("clip", *row) and ("log_ratio_clamp" not in PENALTIES[row[1]][0] or row[2] == "token")
+        ),
+        lambda estimator, penalty, level: (estimator, level) == ("k3", "token") and penalty in ("naive", "corrected"),
+    ),
+)
 def test_the_penalty_at_its_limits(estimator: str, penalty: str, level: str, backend: str, dtype: torch.dtype) -> None:
-    if "log_ratio_clamp" in PENALTIES[penalty][0] and level != "token":
-        pytest.skip("the table has it at token level")
     options = _options("clip", estimator, penalty, level)
     tokens = FEW_TOKENS if backend not in ("torch", "cpu") else TOKENS if level == "token" else JOINT_TOKENS
     for completion in _completions(tokens, level):
@@ -166,31 +187,40 @@ def test_the_penalty_at_its_limits(estimator: str, penalty: str, level: str, bac
 
 
 #: Policy, penalty and level of what runs with every change, and where a call is slow.
+_FAST = ("torch", "cpu")
 _QUICK = {("clip", "corrected", "token"), ("surrogate", "corrected", "token"), ("clip", "corrected", "sequence")}
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("backend", ALL_BACKENDS)
-@pytest.mark.parametrize("estimator", ESTIMATES)
-@pytest.mark.parametrize(
-    ("policy", "penalty", "level"),
-    [
-        pytest.param(*names, marks=() if names in _QUICK else pytest.mark.full)
-        for names in itertools.product(POLICY, PENALTIES, LEVELS)
-        if names[1] != "corrected_log_ratio_clamped"
-    ],
-)
-def test_both_terms_at_their_limits(
-    policy: str, penalty: str, level: str, estimator: str, backend: str, dtype: torch.dtype
-) -> None:
-    is_slow = backend not in ("torch", "cpu")
-    if is_slow and (policy, penalty, level) not in _QUICK:
-        pytest.skip("a call is slow")
+_BOTH = [
+    row
+    for row in itertools.product(POLICY, PENALTIES, LEVELS, ESTIMATES)
+    if row[1] != "corrected_log_ratio_clamped" and _is_allowed(row[0], row[3], row[1], row[2])
+]
+
+
+def _check_both(row_of: tuple[str, str, str, str], tokens: Sequence[Token], backend: str, dtype: torch.dtype) -> None:
+    policy, penalty, level, estimator = row_of
     options = _options(policy, estimator, penalty, level)
     for advantage in (1.0, -1.0):
-        for completion in _completions(FEW_TOKENS if is_slow else JOINT_TOKENS, level):
+        for completion in _completions(tokens, level):
             at = row(policy, estimator, penalty, level, advantage, completion)
             _check(backend, dtype, advantage, completion, options, at)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("backend", [name for name in BACKENDS if name in _FAST])
+@pytest.mark.parametrize("names", _some_quick(((row,) for row in _BOTH), lambda row: row[:3] in _QUICK), ids="-".join)
+def test_both_terms_at_their_limits(names: tuple[str, str, str, str], backend: str, dtype: torch.dtype) -> None:
+    _check_both(names, JOINT_TOKENS, backend, dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("backend", [name for name in ALL_BACKENDS if name not in _FAST])
+@pytest.mark.parametrize("names", [row for row in _BOTH if row[:3] in _QUICK], ids="-".join)
+def test_both_terms_at_their_limits_where_a_call_is_slow(
+    names: tuple[str, str, str, str], backend: str, dtype: torch.dtype
+) -> None:
+    _check_both(names, FEW_TOKENS, backend, dtype)
 
 
 #: Loss and gradient where the ratio is infinite and where it is 0, worked by hand: an anchor of the table.
