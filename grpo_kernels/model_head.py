@@ -198,11 +198,11 @@ def _check_probe(model: Any, probe: Tensor, found: Tensor, softcap: float | None
     """Raises where the forward did other things to its logits than softcap and scale; a captured graph is not asked."""
     if is_capturing(probe.device):
         return
-    expected = probe.detach().double() * logit_scale
+    expected = probe.detach().cpu().double() * logit_scale  # not every device has fp64
     if softcap is not None:
         expected = softcap * torch.tanh(expected / softcap)
     allowed = 3 * torch.finfo(probe.dtype).eps  # scaled, divided, tanh taken, multiplied: half an eps each, and some
-    found = found.detach().double().to(expected.device)
+    found = found.detach().cpu().double()
     if found.shape != expected.shape or not torch.allclose(found, expected, rtol=allowed, atol=allowed):
         raise RuntimeError(
             f"{type(model).__name__}'s forward does more to its logits than project, scale by {logit_scale:g} and cap "
