@@ -20,7 +20,7 @@ from qualify import Sizes, Verdicts, qualify
 from records import Results
 from tables import OURS, terminal_lines
 
-from grpo_kernels import registry
+from grpo_kernels import backends
 from grpo_kernels.version import __version__
 
 _STORE = pytest.StashKey["Store"]()
@@ -55,7 +55,7 @@ def versions() -> dict[str, str]:
     compiler = subprocess.run(["c++", "--version"], capture_output=True, text=True).stdout.splitlines()
     found = {"grpo_kernels": __version__, "torch": torch.__version__, "python": platform.python_version()}
     found |= {"processor": processor(), "threads": str(torch.get_num_threads())}
-    return found | {"simd": registry.cpu_simd_level() or "none", "compiler": compiler[0] if compiler else "none"}
+    return found | {"simd": backends.cpu_simd_level() or "none", "compiler": compiler[0] if compiler else "none"}
 
 
 def processor() -> str:
@@ -67,7 +67,7 @@ def processor() -> str:
 
 def device_name() -> str:
     """A folder's name for this machine."""
-    simd = registry.cpu_simd_level() or platform.machine()
+    simd = backends.cpu_simd_level() or platform.machine()
     return re.sub(r"[^a-z0-9]+", "-", f"{processor()} {simd} {torch.get_num_threads()} threads".lower()).strip("-")
 
 

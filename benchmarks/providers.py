@@ -19,7 +19,7 @@ from problems import Function, Problem
 from tables import OURS
 from torch import Tensor
 
-from grpo_kernels import grpo_loss, linear_grpo_loss, linear_token_logprobs, registry, token_logprobs
+from grpo_kernels import backends, grpo_loss, linear_grpo_loss, linear_token_logprobs, token_logprobs
 
 #: Log-probs [N] of hidden states [N, H], a head [V, H] and ids [N].
 Head = Callable[[Tensor, Tensor, Tensor], Tensor]
@@ -63,7 +63,7 @@ class Provider:
             return f"it runs on {self.device} alone"
         if self.needs_torch and not hasattr(torch.nn.functional, self.needs_torch):
             return f"torch {torch.__version__} has no {self.needs_torch}"
-        return registry.unsupported_reason("grpo_loss", self.needs_backend, torch.device(device)) or ""
+        return backends.unsupported_reason("grpo_loss", self.needs_backend, torch.device(device)) or ""
 
     def version(self) -> str:
         """Of its package; empty where torch is all it needs, or a source tree does not say."""

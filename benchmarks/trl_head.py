@@ -12,9 +12,9 @@ from trl.trainer import utils as trl_utils
 
 from grpo_kernels import GRPOLossConfig
 from grpo_kernels.integrations import trl as drop_in
-from grpo_kernels.integrations.trl_head import Expected
-from grpo_kernels.ops.linear_grpo_loss.speculation import ExpectedLoss
-from grpo_kernels.ops.policy_loss.inputs import PolicyInputs
+from grpo_kernels.integrations.trl.head import Expected
+from grpo_kernels.loss.inputs import PolicyInputs
+from grpo_kernels.ops.head.speculation import ExpectedLoss
 
 #: What GRPOTrainer asks its head for.
 OUTPUTS = ("log_probs", "entropy")

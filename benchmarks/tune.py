@@ -21,10 +21,10 @@ from unittest import mock
 import torch
 from interleaved import Comparison, time_in_turns
 
-from grpo_kernels import grpo_loss, registry, token_logprobs
-from grpo_kernels.ops.grpo_loss import triton_kernels as loss_kernels
-from grpo_kernels.ops.token_logprobs import triton_kernels as row_kernels
-from grpo_kernels.ops.token_logprobs.triton_rows import TABLE, Blocks, architecture
+from grpo_kernels import backends, grpo_loss, token_logprobs
+from grpo_kernels.ops.rows.triton import grpo_loss as loss_kernels
+from grpo_kernels.ops.rows.triton import token_logprobs as row_kernels
+from grpo_kernels.ops.rows.triton.launch import TABLE, Blocks, architecture
 
 VOCABULARIES = (131072, 32768, 262144, 65536, 4096)  # those in most use first, should the time run out
 #: Warps, with the programs at once on a multiprocessor that fill it; for rows read twice also fewer, by their cache.
@@ -102,7 +102,7 @@ def main() -> int:
     if device.type == "cuda" and not torch.cuda.is_available():
         print(f"skipped: torch {torch.__version__} sees no CUDA or ROCm device here")
         return 0
-    reason = registry.unsupported_reason("grpo_loss", "triton", device)
+    reason = backends.unsupported_reason("grpo_loss", "triton", device)
     if reason is not None:
         print(f"cannot run: {reason}")
         return 1

@@ -1,4 +1,4 @@
-// What is kept of bad values that kernels met, in the order of ops/device_values.py: the least index of each.
+// What is kept of bad values that kernels met, in the order of device_values.py: the least index of each.
 #pragma once
 
 namespace grpo {

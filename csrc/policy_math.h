@@ -1,7 +1,8 @@
 // The per-token maths of the GRPO family, for host and device: ratio, clip, KL, and their derivatives.
 //
 // The only C++ copy. A new surrogate or KL estimator is a branch here, its constants, and the same in
-// ops/policy_loss/reference.py and triton_math.py. Enumerations mirror grpo_kernels/options.py and ops/policy_loss/metrics.py.
+// grpo_kernels/loss/reference.py and grpo_kernels/ops/tokens/triton/policy_math.py. Enumerations mirror options.py and
+// metrics.py of grpo_kernels/loss.
 #pragma once
 
 #include <cmath>
@@ -72,7 +73,7 @@ struct PolicyOptions {
 };
 
 // Past these a number counts as infinite, and stands at its limit: 0 times a ratio is 0, and terms add without
-// inf - inf. A token that has no bound there has an infinite loss. See "Limits" in ops/policy_loss/reference.py; the
+// inf - inf. A token that has no bound there has an infinite loss. See "Limits" in loss/reference.py; the
 // same numbers are in limits.py beside it. Where `kAtLimits` is false the token `is_near`, and nothing is compared.
 template <class R>
 struct Limit {

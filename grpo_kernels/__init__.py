@@ -3,23 +3,30 @@
 from typing import Any
 
 from grpo_kernels.adaptive_entropy import AdaptiveEntropy
-from grpo_kernels.config import GRPOLossConfig
+from grpo_kernels.backends import BACKENDS
+from grpo_kernels.device_values import check_device_values
+from grpo_kernels.integrations import presets
+from grpo_kernels.loss.config import GRPOLossConfig
+from grpo_kernels.loss.metrics import PolicyMetrics
+from grpo_kernels.loss.sequences import Sequences
+from grpo_kernels.loss.weights import rollout_weights
 from grpo_kernels.modules import GRPOLoss, LinearGRPOLoss
 from grpo_kernels.objectives import PreferenceOutput, distillation_loss, dpo_loss, reward_model_loss, sft_loss
-from grpo_kernels.ops.device_values import check_device_values
-from grpo_kernels.ops.gae import GAEOutput, gae
-from grpo_kernels.ops.group_advantages import group_advantages
-from grpo_kernels.ops.grpo_loss import GRPOLossOutput, grpo_loss
-from grpo_kernels.ops.linear_grpo_loss import linear_grpo_loss
-from grpo_kernels.ops.linear_token_divergence import linear_token_divergence
-from grpo_kernels.ops.linear_token_logprobs import linear_token_logprobs
-from grpo_kernels.ops.policy_loss import PolicyLossOutput, policy_loss
-from grpo_kernels.ops.token_divergence import TokenDivergence, token_divergence
-from grpo_kernels.ops.token_logprobs import TokenLogprobs, token_logprobs
+from grpo_kernels.ops.head.linear_grpo_loss import linear_grpo_loss
+from grpo_kernels.ops.head.linear_token_divergence import linear_token_divergence
+from grpo_kernels.ops.head.linear_token_logprobs import linear_token_logprobs
+from grpo_kernels.ops.rows.grpo_loss import GRPOLossOutput, grpo_loss
+from grpo_kernels.ops.rows.reference import TokenDivergence, TokenLogprobs
+from grpo_kernels.ops.rows.token_divergence import token_divergence
+from grpo_kernels.ops.rows.token_logprobs import token_logprobs
+from grpo_kernels.ops.tokens.gae import GAEOutput, gae
+from grpo_kernels.ops.tokens.group_advantages import group_advantages
+from grpo_kernels.ops.tokens.policy_loss import PolicyLossOutput, policy_loss
 from grpo_kernels.rewards import kl_penalized_rewards, mask_truncated
 from grpo_kernels.version import __version__
 
 __all__ = [
+    "BACKENDS",
     "AdaptiveEntropy",
     "GAEOutput",
     "GRPOLoss",
@@ -27,7 +34,9 @@ __all__ = [
     "GRPOLossOutput",
     "LinearGRPOLoss",
     "PolicyLossOutput",
+    "PolicyMetrics",
     "PreferenceOutput",
+    "Sequences",
     "TokenDivergence",
     "TokenLogprobs",
     "__version__",
@@ -44,7 +53,9 @@ __all__ = [
     "linear_token_logprobs",
     "mask_truncated",
     "policy_loss",
+    "presets",
     "reward_model_loss",
+    "rollout_weights",
     "sft_loss",
     "token_divergence",
     "token_logprobs",

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, replace
 
-from grpo_kernels.config import GRPOLossConfig
+from grpo_kernels.loss.config import GRPOLossConfig
 
 
 @dataclass

@@ -8,7 +8,7 @@ from importlib.metadata import PackageNotFoundError, version
 
 import torch
 
-from grpo_kernels import registry
+from grpo_kernels import backends
 from grpo_kernels.version import __version__
 
 
@@ -25,7 +25,7 @@ def report(device: torch.device | str | None = None) -> str:
 
 def _devices() -> list[torch.device]:
     gpu = torch.accelerator.current_accelerator(check_available=True)
-    served = gpu is not None and gpu.type in registry.PREFERENCE
+    served = gpu is not None and gpu.type in backends.PREFERENCE
     return [torch.device("cpu"), torch.device(gpu.type, 0)] if served else [torch.device("cpu")]
 
 
@@ -36,8 +36,8 @@ def _versions() -> list[str]:
         ("torch", f"{torch.__version__}, {torch.get_num_threads()} threads"),
     ]
     rows += [(name, _installed(name)) for name in ("transformers", "trl", "triton")]
-    rows.append(("simd level", registry.cpu_simd_level() or "none: the C++ kernels are not loaded"))
-    architectures = ", ".join(f"sm_{arch}" for arch in registry.cuda_architectures())
+    rows.append(("simd level", backends.cpu_simd_level() or "none: the C++ kernels are not loaded"))
+    architectures = ", ".join(f"sm_{arch}" for arch in backends.cuda_architectures())
     rows.append(("cuda", f"torch's {torch.version.cuda or 'none'}, kernels {architectures or 'not loaded'}"))
     return _table(rows)
 
@@ -64,19 +64,19 @@ def _value(value: object) -> str:
 
 def _backends(device: torch.device) -> list[str]:
     reasons = {
-        (op, backend): registry.unsupported_reason(op, backend, device=device)
-        for op in registry.OPS
-        for backend in registry.BACKENDS
+        (op, backend): backends.unsupported_reason(op, backend, device=device)
+        for op in backends.OPS
+        for backend in backends.BACKENDS
     }
-    rows = [(f"on {device}", *registry.BACKENDS)]
-    rows += [(op, *("no" if reasons[op, backend] else "yes" for backend in registry.BACKENDS)) for op in registry.OPS]
+    rows = [(f"on {device}", *backends.BACKENDS)]
+    rows += [(op, *("no" if reasons[op, backend] else "yes" for backend in backends.BACKENDS)) for op in backends.OPS]
     lines = _table(rows)
     notes: dict[str, list[str]] = {}
     for (op, backend), reason in reasons.items():
         if reason:
             notes.setdefault(f"{backend}: {reason}", []).append(op)
     for note, ops in notes.items():
-        lines.append(note if len(ops) == len(registry.OPS) else f"{note} ({', '.join(ops)})")
+        lines.append(note if len(ops) == len(backends.OPS) else f"{note} ({', '.join(ops)})")
     return lines
 
 

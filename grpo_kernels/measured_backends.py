@@ -36,7 +36,7 @@ class Measured:
     """A backend that was the fastest for an op, on an architecture, over a class of rows.
 
     Args:
-        op: Of ``grpo_kernels.registry.OPS``.
+        op: Of ``grpo_kernels.backends.OPS``.
         architecture: Of the GPU, as 90 for 9.0.
         backend: The fastest one.
         results: The file that shows it, from the repository's root; a test compares the two.
@@ -65,7 +65,7 @@ class Measured:
 _H200 = "benchmarks/results/nvidia-h200/2026-11-27T230130-0.1.0.json"
 #: Vocabularies near the one that was timed, 151936.
 _LARGE = (120_000, 160_000)
-#: The first that covers a call holds; where none does, "auto" goes by ``registry.PREFERENCE``: Triton. An entry comes
+#: The first that covers a call holds; where none does, "auto" goes by ``backends.PREFERENCE``: Triton. An entry comes
 #: in the commit of the results that it names.
 MEASURED: tuple[Measured, ...] = (
     Measured("grpo_loss", 90, "cuda", _H200, _LARGE, is_aligned=True),

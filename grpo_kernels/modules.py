@@ -6,9 +6,9 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from grpo_kernels.config import GRPOLossConfig
-from grpo_kernels.ops.grpo_loss import GRPOLossOutput, grpo_loss
-from grpo_kernels.ops.linear_grpo_loss import linear_grpo_loss
+from grpo_kernels.loss.config import GRPOLossConfig
+from grpo_kernels.ops.head.linear_grpo_loss import linear_grpo_loss
+from grpo_kernels.ops.rows.grpo_loss import GRPOLossOutput, grpo_loss
 
 
 class GRPOLoss(nn.Module):

@@ -12,20 +12,18 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from grpo_kernels import registry
-from grpo_kernels.config import GRPOLossConfig
+from grpo_kernels import backends
+from grpo_kernels.dtypes import accumulation_dtype
+from grpo_kernels.loss.config import GRPOLossConfig
+from grpo_kernels.loss.inputs import PolicyInputs
+from grpo_kernels.loss.sequences import Sequences
 from grpo_kernels.measured_backends import RowClass
-from grpo_kernels.ops.linear_grpo_loss import linear_grpo_loss
-from grpo_kernels.ops.linear_grpo_loss.op import one_pass_loss
-from grpo_kernels.ops.linear_token_divergence.reference import Reference
-from grpo_kernels.ops.linear_token_logprobs.inputs import check_head, check_workspace, head_dtypes
-from grpo_kernels.ops.policy_loss import PolicyLossOutput
-from grpo_kernels.ops.policy_loss.inputs import PolicyInputs
-from grpo_kernels.ops.sequences import Sequences
-from grpo_kernels.ops.token_divergence.op import Comparison
-from grpo_kernels.ops.token_logprobs.op import accumulation_dtype
-from grpo_kernels.ops.token_logprobs.transform import Transform
-from grpo_kernels.ops.validation import (
+from grpo_kernels.ops.head.inputs import check_head, check_workspace, head_dtypes
+from grpo_kernels.ops.head.linear_grpo_loss import linear_grpo_loss, one_pass_loss
+from grpo_kernels.ops.head.reference_model import Reference
+from grpo_kernels.ops.rows.transform import Comparison, Transform
+from grpo_kernels.ops.tokens.policy_loss import PolicyLossOutput
+from grpo_kernels.validation import (
     check_cu_seqlens,
     check_device,
     check_float,
@@ -222,7 +220,7 @@ def distillation_loss(
         debug=debug,
     )
     check_id_range("completion_ids", completion_ids, inputs.mask, lm_head_weight.shape[0], debug)
-    backend = registry.resolve(
+    backend = backends.resolve(
         "linear_token_divergence", backend, hidden_states.device, partial(RowClass.of_head, lm_head_weight)
     )
     found = one_pass_loss(

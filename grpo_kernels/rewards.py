@@ -8,9 +8,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from grpo_kernels.ops.policy_loss.reference import kl_estimate
-from grpo_kernels.ops.sequences import Sequences
-from grpo_kernels.ops.validation import (
+from grpo_kernels.loss.options import KL_ESTIMATORS
+from grpo_kernels.loss.reference import kl_estimate
+from grpo_kernels.loss.sequences import Sequences
+from grpo_kernels.validation import (
     check_cu_seqlens,
     check_device,
     check_float,
@@ -18,7 +19,6 @@ from grpo_kernels.ops.validation import (
     check_mask,
     check_shape,
 )
-from grpo_kernels.options import KL_ESTIMATORS
 
 
 @torch.no_grad()

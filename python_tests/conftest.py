@@ -8,8 +8,8 @@ import hypothesis
 import pytest
 import torch
 
-from grpo_kernels import registry
-from grpo_kernels.ops.device_values import first_bad
+from grpo_kernels import backends
+from grpo_kernels.device_values import first_bad
 
 SIMD_LEVELS = ("baseline", "avx2", "avx512")
 
@@ -22,7 +22,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def pytest_configure(config: pytest.Config) -> None:
     level = config.getoption("--simd-level")
     if level is not None:
-        registry.cpu_simd_level()  # loads the library
+        backends.cpu_simd_level()  # loads the library
         torch.ops.grpo_kernels.cpu_limit_simd_level(SIMD_LEVELS.index(level))
 
 

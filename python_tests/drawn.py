@@ -10,8 +10,7 @@ from testing.inputs import Inputs
 from torch import Tensor
 
 from grpo_kernels import GRPOLossConfig
-from grpo_kernels.ops.sequences import Sequences
-from grpo_kernels.options import (
+from grpo_kernels.loss.options import (
     CLIPPED_LOSS_TYPES,
     DIVERGENCES,
     KL_ESTIMATORS,
@@ -19,6 +18,7 @@ from grpo_kernels.options import (
     LOSS_AGG_MODES,
     LOSS_TYPES,
 )
+from grpo_kernels.loss.sequences import Sequences
 
 TRL_LOSS_TYPES = ("grpo", "bnpo", "dr_grpo", "dapo", "luspo", "cispo", "sapo", "vespo")
 _WITHOUT_LEVEL = ("vespo", "gmpo", "reinforce", "clip_cov", "kl_cov")

@@ -112,7 +112,7 @@ FAULTS = (
     ),
     Fault(
         "off by one at a row's edge",
-        "grpo_kernels/ops/token_logprobs/triton_math.py",
+        "grpo_kernels/ops/rows/triton/softmax.py",
         old="inside = (columns >= shift) & (columns < vocab + shift)\n",
         new="inside = (columns >= shift) & (columns < vocab + shift - 1)\n",
         tests=(
@@ -124,7 +124,7 @@ FAULTS = (
     ),
     Fault(
         "entropy before the temperature",
-        "grpo_kernels/ops/token_logprobs/triton_math.py",
+        "grpo_kernels/ops/rows/triton/softmax.py",
         old="entropy = log_sum - (weighted / row_sum).to(tl.float64)\n",
         new="entropy = log_sum - (weighted / row_sum).to(tl.float64) / (rate * _LN2)\n",
         tests=(
@@ -135,7 +135,7 @@ FAULTS = (
     ),
     Fault(
         "an id clamped one too far",
-        "grpo_kernels/ops/token_logprobs/triton_math.py",
+        "grpo_kernels/ops/rows/triton/softmax.py",
         old="return tl.minimum(tl.maximum(token, 0), vocab - 1)",
         new="return tl.minimum(tl.maximum(token, 0), vocab - 2)",
         tests=(
@@ -146,7 +146,7 @@ FAULTS = (
     ),
     Fault(
         "a weight doubled",
-        "grpo_kernels/ops/policy_loss/weights.py",
+        "grpo_kernels/loss/weights.py",
         old="return weights / weights.sum().clamp(min=1)",
         new="return 2 * weights / weights.sum().clamp(min=1)",
         tests=(  # worked by hand: the reference takes its weights from here too
@@ -157,7 +157,7 @@ FAULTS = (
     ),
     Fault(
         "grad_output dropped",
-        "grpo_kernels/ops/gradients.py",
+        "grpo_kernels/ops/tokens/scale.py",
         old="        if gradient is not None:\n            _SCALE[backend](gradient, factor.to(gradient.device))\n",
         new="        pass\n",
         tests=(
@@ -189,7 +189,7 @@ FAULTS = (
     ),
     Fault(
         "a mean of means over micro-batches",
-        "grpo_kernels/ops/policy_loss/metrics.py",
+        "grpo_kernels/loss/metrics.py",
         old="    combined = parts.sum(0)\n",
         new="    combined = (parts / parts[:, :1].clamp(min=1)).sum(0)\n",
         tests=(

@@ -12,9 +12,9 @@ from pathlib import Path
 import torch
 
 from grpo_kernels import GRPOLossConfig
-from grpo_kernels.ops.policy_loss.inputs import PolicyInputs
-from grpo_kernels.ops.policy_loss.metrics import Partial
-from grpo_kernels.ops.policy_loss.reference import policy_loss
+from grpo_kernels.loss.inputs import PolicyInputs
+from grpo_kernels.loss.metrics import Partial
+from grpo_kernels.loss.reference import policy_loss
 
 FILE = Path(__file__).parents[1] / "csrc" / "tests" / "policy_math_cases.txt"
 CONFIGS = {

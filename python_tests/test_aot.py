@@ -37,8 +37,8 @@ from triton_resources import (  # noqa: E402
 )
 
 from grpo_kernels import GRPOLossConfig  # noqa: E402
-from grpo_kernels.ops.linear_token_logprobs import rows  # noqa: E402
-from grpo_kernels.ops.token_logprobs import triton_rows  # noqa: E402
+from grpo_kernels.ops.head import rows  # noqa: E402
+from grpo_kernels.ops.rows.triton import launch as row_launch  # noqa: E402
 
 NVIDIA = [target for target in TARGETS if target.startswith("sm_")]
 #: Instructions a logit that no record may pass. An H200 issues 27 in the time that it takes to read and write one bf16
@@ -130,7 +130,7 @@ def test_rows_that_begin_anywhere_are_read_by_16_bytes_but_for_their_edges() -> 
     shifted = [
         launch
         for launch in launches_of("prime", "sm_90")
-        if launch.name in ROW_KERNELS and launch.constant("ALIGNMENT") == triton_rows.Alignment.SHIFTED
+        if launch.name in ROW_KERNELS and launch.constant("ALIGNMENT") == row_launch.Alignment.SHIFTED
     ]
     assert {launch.name for launch in shifted} == ROW_KERNELS
     for launch in shifted:
@@ -146,7 +146,7 @@ def test_rows_that_begin_anywhere_and_lie_differently_are_taken_element_by_eleme
     exact = GRPOLossConfig(beta=0.1, kl_estimator="forward_kl")
     case = Case("loose", vocab=4099, hidden=8, divergence="js", layout="strided", config=exact)
     found = [launch for launch in launches(lambda: calls(case, torch.bfloat16), target) if "ALIGNMENT" in
-             dict(launch.signature) and launch.constant("ALIGNMENT") == triton_rows.Alignment.LOOSE]  # fmt: skip
+             dict(launch.signature) and launch.constant("ALIGNMENT") == row_launch.Alignment.LOOSE]  # fmt: skip
     assert {launch.name for launch in found} >= {"_token_divergence_kernel", "_token_logprobs_bwd_kernel"}
     for launch in found:
         loops = row_loops(launch, target)
@@ -190,13 +190,13 @@ def test_a_narrowed_gradient_of_shifted_rows_does_not_compile() -> None:
         if launch.name == "_token_logprobs_bwd_kernel" and launch.constant("IS_NARROWED")
     )
     position = [name for name, _ in launch.signature].index("ALIGNMENT")
-    constants = dict(launch.constants) | {position: triton_rows.Alignment.SHIFTED}
+    constants = dict(launch.constants) | {position: row_launch.Alignment.SHIFTED}
     with pytest.raises(triton.CompilationError) as caught:
         replace(launch, constants=tuple(constants.items())).compile(TARGETS["sm_90"])
     assert "a narrowed gradient meets shifted rows" in f"{caught.value} {caught.value.__cause__}"
     strides = (151937, 151937)
-    assert triton_rows.alignment_of(4, strides, strides) == triton_rows.Alignment.SHIFTED
-    assert triton_rows.alignment_of(4, strides, strides, is_narrowed=True) == triton_rows.Alignment.LOOSE
+    assert row_launch.alignment_of(4, strides, strides) == row_launch.Alignment.SHIFTED
+    assert row_launch.alignment_of(4, strides, strides, is_narrowed=True) == row_launch.Alignment.LOOSE
 
 
 def test_a_new_length_or_value_compiles_nothing() -> None:
@@ -241,22 +241,22 @@ def test_a_batch_past_2_to_the_31_elements_compiles_nothing(op: str) -> None:
 @pytest.mark.parametrize(("name", "lanes"), [("any", 64), ("gfx942", 64), ("any", 32)])
 def test_no_program_has_more_threads_than_a_gpu_takes(name: str, lanes: int) -> None:
     with (
-        mock.patch.object(triton_rows, "architecture", lambda device: name),
-        mock.patch.object(triton_rows, "processors_of", lambda device: (100, lanes)),
+        mock.patch.object(row_launch, "architecture", lambda device: name),
+        mock.patch.object(row_launch, "processors_of", lambda device: (100, lanes)),
     ):
         for kernel in ("statistics", "gradient", "loss"):
             for vocab in (4096, 32000, 151936):
-                blocks = triton_rows.blocks_of(kernel, vocab, 2, torch.device("cpu"))
+                blocks = row_launch.blocks_of(kernel, vocab, 2, torch.device("cpu"))
                 _, sizes = blocks.launch(1000, 8, torch.device("cpu"), True)
                 assert sizes["LANES"] == lanes * sizes["num_warps"] <= 1024
 
 
 @pytest.mark.parametrize("target", ["sm_80", "sm_90", "sm_100"])
 def test_the_tables_programs_fit_together(target: str) -> None:
-    with mock.patch.object(triton_rows, "architecture", lambda device: target):
+    with mock.patch.object(row_launch, "architecture", lambda device: target):
         for kernel in ("statistics", "gradient", "loss"):
             for vocab in (4096, 32000, 65536, 128256, 151936, 262144):
                 for itemsize in (2, 4):
-                    blocks = triton_rows.blocks_of(kernel, vocab, itemsize, torch.device("cpu"))
+                    blocks = row_launch.blocks_of(kernel, vocab, itemsize, torch.device("cpu"))
                     threads = 32 * blocks.num_warps * math.ceil(blocks.per_processor)
                     assert threads <= 1024 and blocks.num_warps in (1, 2, 4, 8, 16, 32)

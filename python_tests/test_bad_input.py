@@ -14,12 +14,12 @@ from testing.calls import BACKENDS
 
 from grpo_kernels import (
     GRPOLossConfig,
+    backends,
     group_advantages,
     grpo_loss,
     linear_grpo_loss,
     linear_token_logprobs,
     policy_loss,
-    registry,
     token_logprobs,
 )
 
@@ -215,11 +215,11 @@ def test_a_named_backend_never_falls_back(op: str) -> None:
 
 @pytest.mark.parametrize("op", OPS)
 def test_a_missing_extension_is_named_and_auto_does_without(op: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    missing = registry._load_extension(Path("_nowhere.so"))
-    monkeypatch.setattr(registry, "_EXTENSION_ERROR", missing)
+    missing = backends._load_extension(Path("_nowhere.so"))
+    monkeypatch.setattr(backends, "_EXTENSION_ERROR", missing)
     function, arguments = OPS[op]
     function(**arguments)
-    assert registry.resolve(op, "auto", torch.device("cpu")) == "torch"
+    assert backends.resolve(op, "auto", torch.device("cpu")) == "torch"
     with pytest.raises(RuntimeError, match=f"'cpu' cannot run {op}: the C.* extension is not built .*_nowhere.so"):
         function(**arguments, backend="cpu")
 
@@ -278,7 +278,7 @@ def test_bad_configuration_is_named(options: dict[str, Any], parts: tuple[str, .
 
 def test_unknown_op_is_named() -> None:
     with pytest.raises(ValueError, match=r"op must be one of .*'grpo_loss'.*, got 'softmax'"):
-        registry.unsupported_reason("softmax", "cpu", torch.device("cpu"))
+        backends.unsupported_reason("softmax", "cpu", torch.device("cpu"))
 
 
 @pytest.mark.parametrize("op", [*LOGPROB_OPS, *LOGIT_LOSSES])
@@ -308,15 +308,15 @@ class _Broken:
 def test_a_gpu_without_triton_says_so_once(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
     device = torch.device("cuda", 7)
     monkeypatch.setattr(torch.cuda, "device", lambda device: _Broken())
-    registry._triton_failure.cache_clear()
+    backends._triton_failure.cache_clear()
     try:
         for _ in range(2):
-            assert registry.resolve("grpo_loss", "auto", device) == "torch"
+            assert backends.resolve("grpo_loss", "auto", device) == "torch"
         with pytest.raises(RuntimeError, match=r"'triton' cannot run grpo_loss: Triton cannot compile here: .*driver"):
-            registry.resolve("grpo_loss", "triton", device)
+            backends.resolve("grpo_loss", "triton", device)
     finally:
-        registry._triton_failure.cache_clear()
-    of_cuda = registry.unsupported_reason("grpo_loss", "cuda", device)
+        backends._triton_failure.cache_clear()
+    of_cuda = backends.unsupported_reason("grpo_loss", "cuda", device)
     assert [record.getMessage() for record in caplog.records] == [
         "backend 'triton' cannot run on cuda:7, another does: Triton cannot compile here: RuntimeError: "
         "0 active drivers ([]). There should only be one.",
@@ -327,14 +327,14 @@ def test_a_gpu_without_triton_says_so_once(monkeypatch: pytest.MonkeyPatch, capl
 def test_an_old_triton_is_refused_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
     triton = pytest.importorskip("triton", reason="Triton is not installed")
     monkeypatch.setattr(triton, "__version__", "3.5.1")
-    registry._triton_failure.cache_clear()
+    backends._triton_failure.cache_clear()
     try:
-        assert registry.unsupported_reason("grpo_loss", "triton", torch.device("cuda", 6)) == (
+        assert backends.unsupported_reason("grpo_loss", "triton", torch.device("cuda", 6)) == (
             "Triton 3.6 or newer is needed, got 3.5.1"
         )
     finally:
-        registry._triton_failure.cache_clear()
+        backends._triton_failure.cache_clear()
 
 
 def test_other_devices_have_the_reference() -> None:
-    assert registry.resolve("grpo_loss", "auto", torch.device("mps")) == "torch"
+    assert backends.resolve("grpo_loss", "auto", torch.device("mps")) == "torch"

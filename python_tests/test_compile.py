@@ -16,7 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import grpo_kernels
 from grpo_kernels import GRPOLossConfig, gae, group_advantages
-from grpo_kernels.ops.library import KERNEL_BACKENDS
+from grpo_kernels.ops.registration import KERNEL_BACKENDS
 
 CASES = {case.name: case for case in (*INPUT_CASES, *LOSS_CASES, *FAMILY_CASES)}
 #: One of each way through the code; the first ones in `make test`.

@@ -14,7 +14,7 @@ from testing.emulated import emulated
 from testing.expected import Expected
 from testing.inputs import build
 
-from grpo_kernels import registry
+from grpo_kernels import backends
 
 pytestmark = pytest.mark.usefixtures("poison", "one_thread")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -77,8 +77,8 @@ def _expected(op: str, dtype: torch.dtype, case: Case, rounds_dlogits: bool) -> 
 
 @pytest.mark.parametrize(("op", "backend", "dtype", "case"), GRID)
 def test_op_is_near_its_fp64_baseline(op: str, backend: str, dtype: torch.dtype, case: Case) -> None:
-    with emulated() if backend == "cuda" and registry.cuda_architectures() == () else nullcontext():
-        reason = registry.unsupported_reason(op, backend, torch.device("cpu"))
+    with emulated() if backend == "cuda" and backends.cuda_architectures() == () else nullcontext():
+        reason = backends.unsupported_reason(op, backend, torch.device("cpu"))
         if reason is not None:
             pytest.skip(reason)
         # GEMMs in half precision take gradients in half precision; the C++ backend widens instead
@@ -118,7 +118,7 @@ def test_variants_have_every_pair_of_options() -> None:
     assert pairs(VARIANT_CASES) == pairs(ALL_VARIANT_CASES) and len(VARIANT_CASES) == 12
 
 
-@pytest.mark.parametrize("op", registry.OPS)
+@pytest.mark.parametrize("op", backends.OPS)
 def test_the_compiled_backend_is_present(op: str) -> None:
-    assert registry.unsupported_reason(op, "cpu", torch.device("cpu")) is None
-    assert registry.resolve(op, "auto", torch.device("cpu")) == "cpu"
+    assert backends.unsupported_reason(op, "cpu", torch.device("cpu")) is None
+    assert backends.resolve(op, "auto", torch.device("cpu")) == "cpu"

@@ -20,7 +20,7 @@ import pytest
 import torch
 
 import grpo_kernels
-from grpo_kernels import registry
+from grpo_kernels import backends
 
 ROOT = Path(__file__).parents[1]
 ARCHS = (80, 90, 100)
@@ -88,23 +88,23 @@ def test_an_architecture_that_is_none_is_refused(nvcc: Path) -> None:
 
 @pytest.mark.parametrize("capability", [80, 86, 89, 90, 100, 103, 120])
 def test_an_architecture_runs_on_its_generation_and_the_newest_on_what_is_newer(capability: int) -> None:
-    assert registry.missing_architecture(ARCHS, capability) is None
+    assert backends.missing_architecture(ARCHS, capability) is None
 
 
 @pytest.mark.parametrize(("built", "capability"), [((86, 100), 80), ((80, 100), 90), ((90,), 89)])
 def test_a_gpu_that_was_not_built_for_is_told_so(built: tuple[int, ...], capability: int) -> None:
-    reason = registry.missing_architecture(built, capability)
+    reason = backends.missing_architecture(built, capability)
     assert reason is not None
     assert all(f"sm_{arch}" in reason for arch in built) and f"this GPU is sm_{capability}: " in reason
     assert f"GRPO_KERNELS_CUDA_ARCHS={capability} pip install" in reason
 
 
 def test_a_gpu_that_no_build_serves_is_told_so() -> None:
-    assert registry.missing_architecture(ARCHS, 75) == "its kernels need sm_80 or newer, and this GPU is sm_75"
+    assert backends.missing_architecture(ARCHS, 75) == "its kernels need sm_80 or newer, and this GPU is sm_75"
 
 
 def test_a_missing_library_is_told_with_the_command_that_builds_it(tmp_path: Path) -> None:
-    reason = registry._load_cuda_extension(tmp_path / "_cuda.so")
+    reason = backends._load_cuda_extension(tmp_path / "_cuda.so")
     assert reason is not None and "the CUDA extension is not built" in reason
     assert "'GRPO_KERNELS_CUDA_ARCHS=90 pip install --no-build-isolation .'" in reason
 
@@ -112,7 +112,7 @@ def test_a_missing_library_is_told_with_the_command_that_builds_it(tmp_path: Pat
 @pytest.mark.skipif(torch.version.cuda is not None, reason="of torch without CUDA")
 def test_a_library_beside_torch_without_cuda_is_not_loaded(tmp_path: Path) -> None:
     (tmp_path / "_cuda.so").write_bytes(b"not even a library")
-    reason = registry._load_cuda_extension(tmp_path / "_cuda.so")
+    reason = backends._load_cuda_extension(tmp_path / "_cuda.so")
     assert reason == f"torch {torch.__version__} is built without CUDA"
 
 
@@ -120,7 +120,7 @@ def test_ops_without_cuda_kernels_say_who_has_them() -> None:
     device = torch.device("cuda", 0)
     for op in ("gae", "token_divergence", "linear_token_divergence"):
         with pytest.raises(RuntimeError, match=rf"^backend 'cuda' cannot run {op}: it has no cuda kernels; it runs on"):
-            registry.resolve(op, "cuda", device)
+            backends.resolve(op, "cuda", device)
 
 
 def test_an_exact_divergence_asks_for_the_kernels_that_it_takes() -> None:
@@ -135,23 +135,23 @@ def test_an_exact_divergence_asks_for_the_kernels_that_it_takes() -> None:
 
 def test_auto_on_nvidia_takes_cuda_where_triton_cannot_run(monkeypatch: pytest.MonkeyPatch) -> None:
     reasons = {"triton": "it is not installed", "cuda": None, "torch": None, "cpu": "its tensors must be on the CPU"}
-    monkeypatch.setattr(registry, "_REASONS", {name: lambda _, why=why: why for name, why in reasons.items()})
+    monkeypatch.setattr(backends, "_REASONS", {name: lambda _, why=why: why for name, why in reasons.items()})
     device = torch.device("cuda", 0)
-    assert registry.resolve("grpo_loss", "auto", device) == "cuda"
-    assert registry.resolve("gae", "auto", device) == "torch"
+    assert backends.resolve("grpo_loss", "auto", device) == "cuda"
+    assert backends.resolve("gae", "auto", device) == "torch"
     reasons["triton"] = None
-    monkeypatch.setattr(registry, "_REASONS", {name: lambda _, why=why: why for name, why in reasons.items()})
-    assert registry.resolve("grpo_loss", "auto", device) == "triton"
+    monkeypatch.setattr(backends, "_REASONS", {name: lambda _, why=why: why for name, why in reasons.items()})
+    assert backends.resolve("grpo_loss", "auto", device) == "triton"
 
 
 def test_a_library_for_other_gpus_says_so_at_the_first_call(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(registry, "_CUDA_ERROR", None)
-    monkeypatch.setattr(registry, "_cuda_failure", lambda device: registry.missing_architecture((80, 100), 90))
-    monkeypatch.setitem(registry._REASONS, "triton", lambda device: None)
+    monkeypatch.setattr(backends, "_CUDA_ERROR", None)
+    monkeypatch.setattr(backends, "_cuda_failure", lambda device: backends.missing_architecture((80, 100), 90))
+    monkeypatch.setitem(backends._REASONS, "triton", lambda device: None)
     for _ in range(2):
-        assert registry.resolve("grpo_loss", "auto", torch.device("cuda", 6)) == "triton"
+        assert backends.resolve("grpo_loss", "auto", torch.device("cuda", 6)) == "triton"
     [record] = caplog.records
     said = "backend 'cuda' cannot run on cuda:6, another does: the CUDA extension is built for sm_80, sm_100, "
     assert record.getMessage().startswith(said + "and this GPU is sm_90: 'GRPO_KERNELS_CUDA_ARCHS=90 pip install")
@@ -325,9 +325,9 @@ def test_wheel_runs_beside_torch_without_cuda(wheel: Wheel, tmp_path: Path) -> N
     _run(python, "-m", "pip", "install", "--constraint", ROOT / "constraints.txt", "torch", wheel.path)
     script = """
 import torch, grpo_kernels
-from grpo_kernels import registry
+from grpo_kernels import backends
 if torch.version.cuda is None:
-    assert registry.resolve("grpo_loss", "auto", torch.device("cpu")) == "cpu"
+    assert backends.resolve("grpo_loss", "auto", torch.device("cpu")) == "cpu"
 logits = torch.randn(2, 3, 7, requires_grad=True)
 arguments = (logits, torch.tensor([[0, 1, 2], [3, 4, 5]]), torch.tensor([1.0, -1.0]), torch.ones(2, 3))
 grpo_kernels.grpo_loss(*arguments, backend="cpu").loss.backward()

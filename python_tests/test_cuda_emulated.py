@@ -14,10 +14,10 @@ from testing.expected import Expected
 from testing.inputs import build
 from torch import Tensor
 
-from grpo_kernels import GRPOLossConfig, check_device_values, grpo_loss, registry
-from grpo_kernels.ops.linear_token_logprobs import head
+from grpo_kernels import GRPOLossConfig, backends, check_device_values, grpo_loss
+from grpo_kernels.ops.head import gemm as head
 
-if registry.cuda_architectures():
+if backends.cuda_architectures():
     pytest.skip("test_gpu.py runs the kernels themselves", allow_module_level=True)
 
 pytestmark = [pytest.mark.full, pytest.mark.usefixtures("poison", "one_thread")]

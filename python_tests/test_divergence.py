@@ -20,9 +20,9 @@ from grpo_kernels import (
     token_divergence,
     token_logprobs,
 )
-from grpo_kernels.ops.linear_token_divergence.reference import Reference, ReferenceRows
-from grpo_kernels.ops.linear_token_logprobs.rows import Rows
-from grpo_kernels.options import DIVERGENCES
+from grpo_kernels.loss.options import DIVERGENCES
+from grpo_kernels.ops.head.reference_model import Reference, ReferenceRows
+from grpo_kernels.ops.head.rows import Rows
 
 KERNELS = [backend for backend in BACKENDS if backend != "torch"]
 HALF, QUARTER = math.log(2), math.log(4)

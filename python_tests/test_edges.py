@@ -21,7 +21,7 @@ from grpo_kernels import (
     policy_loss,
     token_logprobs,
 )
-from grpo_kernels.ops.library import lazily
+from grpo_kernels.ops.registration import lazily
 
 
 def _problem(batch: int = 2, length: int = 3, vocab: int = 11) -> tuple[Tensor, Tensor, Tensor, Tensor]:

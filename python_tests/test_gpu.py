@@ -21,13 +21,13 @@ from testing.expected import Expected
 from testing.inputs import Inputs, build
 from torch import Tensor
 
-from grpo_kernels import GRPOLossConfig, check_device_values, grpo_loss, linear_grpo_loss, registry, token_logprobs
-from grpo_kernels.ops.linear_token_logprobs.head import Head, row_width
+from grpo_kernels import GRPOLossConfig, backends, check_device_values, grpo_loss, linear_grpo_loss, token_logprobs
+from grpo_kernels.ops.head.gemm import Head, row_width
 
 pytestmark = pytest.mark.full  # `make gpu` runs these on a GPU by itself
 ON_GPU = torch.cuda.is_available()
 DEVICE = torch.device("cuda" if ON_GPU else "cpu")
-_REASONS = {name: registry.unsupported_reason("grpo_loss", name, DEVICE) for name in ("triton", "cuda")}
+_REASONS = {name: backends.unsupported_reason("grpo_loss", name, DEVICE) for name in ("triton", "cuda")}
 #: Whose kernels run here.
 BACKENDS = tuple(name for name, reason in _REASONS.items() if reason is None)
 if not BACKENDS:
@@ -60,7 +60,7 @@ def poisoned_memory() -> Iterator[None]:
 
 def on_each_backend(ops: Iterable[str]) -> pytest.MarkDecorator:
     """Every op on every backend that has kernels for it."""
-    pairs = [(op, backend) for op in ops for backend in BACKENDS if registry.supports(op, backend, DEVICE)]
+    pairs = [(op, backend) for op in ops for backend in BACKENDS if backends.supports(op, backend, DEVICE)]
     return pytest.mark.parametrize(("op", "backend"), pairs)
 
 
@@ -68,7 +68,7 @@ def _is_run(op: str, backend: str, dtype: torch.dtype, case: Case) -> bool:
     """Whether the conformance suite has it for Triton and the backend has the kernels that it takes."""
     needed = {"logits": "token_divergence", "hidden": "linear_token_divergence"}
     ops = [op, needed.get(SOURCES[op], op)] if case.config.has_exact_divergence else [op]
-    return is_tested(op, "triton", dtype, case) and all(registry.supports(each, backend, DEVICE) for each in ops)
+    return is_tested(op, "triton", dtype, case) and all(backends.supports(each, backend, DEVICE) for each in ops)
 
 
 def _assert_conforms(op: str, backend: str, case: Case, dtype: torch.dtype) -> None:

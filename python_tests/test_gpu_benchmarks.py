@@ -26,7 +26,7 @@ from records import Results, Row
 from report import markdown_report
 from testing.emulated import emulated
 
-from grpo_kernels import registry
+from grpo_kernels import backends
 
 ROOT = Path(__file__).parents[1]
 CPU = torch.device("cpu")
@@ -62,7 +62,7 @@ def test_our_backends_are_named_and_auto_is_none_of_them() -> None:
     assert ours.keys() >= {f"{label}{of}" for label in labels for of in ("", ", bf16 logits", ", token_logprobs")}
     assert "grpo_kernels" not in ours and ours[labels[1]].needs_backend == "cuda"
     for kind in ("cpu", "cuda"):
-        reason = registry.unsupported_reason("grpo_loss", "cuda", torch.device(kind)) or ""
+        reason = backends.unsupported_reason("grpo_loss", "cuda", torch.device(kind)) or ""
         assert ours[labels[1]].missing(kind) == reason
 
 

@@ -19,11 +19,12 @@ from testing.cases import INPUT_CASES, LOSS_CASES, Case  # noqa: E402
 from testing.inputs import build  # noqa: E402
 
 from grpo_kernels import GRPOLossConfig, check_device_values, grpo_loss  # noqa: E402
-from grpo_kernels.ops.device_values import first_bad  # noqa: E402
-from grpo_kernels.ops.grpo_loss import triton_kernels as loss_kernels  # noqa: E402
-from grpo_kernels.ops.linear_token_logprobs import head  # noqa: E402
-from grpo_kernels.ops.token_logprobs import triton_kernels, triton_math  # noqa: E402
-from grpo_kernels.ops.token_logprobs.triton_rows import Blocks  # noqa: E402
+from grpo_kernels.device_values import first_bad  # noqa: E402
+from grpo_kernels.ops.head import gemm as head  # noqa: E402
+from grpo_kernels.ops.rows.triton import grpo_loss as loss_kernels  # noqa: E402
+from grpo_kernels.ops.rows.triton import softmax as triton_math  # noqa: E402
+from grpo_kernels.ops.rows.triton import token_logprobs as triton_kernels  # noqa: E402
+from grpo_kernels.ops.rows.triton.launch import Blocks  # noqa: E402
 
 OPS = torch.ops.grpo_kernels
 CPU = torch.device("cpu")

@@ -31,13 +31,13 @@ from testing.limits import (
 )
 from torch import Tensor
 
-from grpo_kernels import GRPOLossConfig, check_device_values, grpo_loss, policy_loss, registry
-from grpo_kernels.ops.device_values import first_bad
+from grpo_kernels import GRPOLossConfig, backends, check_device_values, grpo_loss, policy_loss
+from grpo_kernels.device_values import first_bad
 
 CPU = torch.device("cpu")
 DTYPES = (torch.float32, torch.float64)
 EMULATED = pytest.param("cuda", marks=pytest.mark.full)
-ALL_BACKENDS = BACKENDS if registry.cuda_architectures() else (*BACKENDS, EMULATED)
+ALL_BACKENDS = BACKENDS if backends.cuda_architectures() else (*BACKENDS, EMULATED)
 
 
 def _near(got: float, expected: Any, size: Any, dtype: torch.dtype, what: Any) -> None:
@@ -57,7 +57,7 @@ def kept() -> Iterator[Tensor]:
 
 
 def _on(backend: str) -> AbstractContextManager[None]:
-    return emulated() if backend == "cuda" and not registry.cuda_architectures() else nullcontext()
+    return emulated() if backend == "cuda" and not backends.cuda_architectures() else nullcontext()
 
 
 def _loss(

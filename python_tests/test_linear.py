@@ -249,10 +249,10 @@ def test_nothing_is_read_back_while_a_graph_is_captured(
     """Then every row is taken, masked ones as zeros, and the results are the same."""
     inputs = build(CASES[name], torch.float64, "hidden")
     # checks of values, which run on a CPU alone, read back too
-    monkeypatch.setattr("grpo_kernels.ops.validation.may_read", lambda tensor, debug: False)
+    monkeypatch.setattr("grpo_kernels.validation.may_read", lambda tensor, debug: False)
     expected = run(op, inputs, "cpu")
-    for module in ("linear_token_logprobs.rows", "linear_token_logprobs.op", "linear_grpo_loss.chunks"):
-        monkeypatch.setattr(f"grpo_kernels.ops.{module}.is_capturing", lambda device: True)
+    for module in ("rows", "linear_token_logprobs", "loss_chunks"):
+        monkeypatch.setattr(f"grpo_kernels.ops.head.{module}.is_capturing", lambda device: True)
     made = torch.tensor
 
     def made_on_the_host(data: Any, *arguments: Any, **options: Any) -> torch.Tensor:

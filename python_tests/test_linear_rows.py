@@ -10,9 +10,9 @@ from testing.inputs import build
 from torch import Tensor
 
 from grpo_kernels import GRPOLossConfig
-from grpo_kernels.ops.linear_token_logprobs import head
-from grpo_kernels.ops.linear_token_logprobs.head import project_back
-from grpo_kernels.ops.linear_token_logprobs.rows import pack_rows, row_chunks
+from grpo_kernels.ops.head import gemm as head
+from grpo_kernels.ops.head.gemm import project_back
+from grpo_kernels.ops.head.rows import pack_rows, row_chunks
 
 
 def test_chunks_are_of_about_equal_size_and_of_a_multiple() -> None:

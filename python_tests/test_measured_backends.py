@@ -10,7 +10,7 @@ import torch
 from gpu.evidence import Evidence, contradictions, evidence
 from records import Results, Row
 
-from grpo_kernels import registry
+from grpo_kernels import backends
 from grpo_kernels.measured_backends import MEASURED, Measured, RowClass
 
 ROOT = Path(__file__).parents[1]
@@ -27,10 +27,10 @@ def test_every_entry_is_what_its_results_show(measured: Measured) -> None:
 @pytest.fixture
 def hopper(monkeypatch: pytest.MonkeyPatch) -> None:
     """A Hopper GPU on which every backend runs, and two entries."""
-    monkeypatch.setattr(registry, "_architecture", lambda device: 90)
-    monkeypatch.setattr(registry, "unsupported_reason", lambda op, backend, device: None)
-    monkeypatch.setattr(registry, "_CUDA_ERROR", "not asked for")
-    monkeypatch.setattr(registry, "MEASURED", (LARGE, POLICY))
+    monkeypatch.setattr(backends, "_architecture", lambda device: 90)
+    monkeypatch.setattr(backends, "unsupported_reason", lambda op, backend, device: None)
+    monkeypatch.setattr(backends, "_CUDA_ERROR", "not asked for")
+    monkeypatch.setattr(backends, "MEASURED", (LARGE, POLICY))
 
 
 @pytest.mark.parametrize(
@@ -46,24 +46,24 @@ def hopper(monkeypatch: pytest.MonkeyPatch) -> None:
 )
 def test_an_entry_holds_for_its_op_and_its_rows(hopper: None, op: str, rows: RowClass | None, expected: str) -> None:
     given = None if rows is None else lambda: rows
-    assert registry.resolve(op, "auto", GPU, given) == expected
-    assert registry.resolve(op, "triton", GPU, given) == "triton"
+    assert backends.resolve(op, "auto", GPU, given) == expected
+    assert backends.resolve(op, "triton", GPU, given) == "triton"
 
 
 def test_an_entry_holds_for_its_architecture(hopper: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(registry, "_architecture", lambda device: 100)
-    assert registry.resolve("grpo_loss", "auto", GPU, lambda: RowClass(151936, True)) == "triton"
+    monkeypatch.setattr(backends, "_architecture", lambda device: 100)
+    assert backends.resolve("grpo_loss", "auto", GPU, lambda: RowClass(151936, True)) == "triton"
 
 
 def test_what_cannot_run_is_not_taken(hopper: None, monkeypatch: pytest.MonkeyPatch) -> None:
     reasons = {"cuda": "it is not built"}
-    monkeypatch.setattr(registry, "unsupported_reason", lambda op, backend, device: reasons.get(backend))
-    assert registry.resolve("grpo_loss", "auto", GPU, lambda: RowClass(151936, True)) == "triton"
+    monkeypatch.setattr(backends, "unsupported_reason", lambda op, backend, device: reasons.get(backend))
+    assert backends.resolve("grpo_loss", "auto", GPU, lambda: RowClass(151936, True)) == "triton"
 
 
 def test_where_nothing_is_measured_it_is_triton(hopper: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(registry, "MEASURED", ())
-    assert {registry.resolve(op, "auto", GPU, lambda: RowClass(151936, True)) for op in registry.OPS} == {"triton"}
+    monkeypatch.setattr(backends, "MEASURED", ())
+    assert {backends.resolve(op, "auto", GPU, lambda: RowClass(151936, True)) for op in backends.OPS} == {"triton"}
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,7 @@ from testing.inputs import Inputs, build
 from torch import distributed, multiprocessing
 
 from grpo_kernels import GRPOLossConfig, policy_loss
-from grpo_kernels.ops.policy_loss.metrics import PolicyMetrics
+from grpo_kernels.loss.metrics import PolicyMetrics
 from grpo_kernels.training.processes import end_process_group
 
 CONFIGS = {

@@ -13,7 +13,7 @@ from testing.calls import BACKENDS
 from torch import Tensor
 
 from grpo_kernels import GRPOLossConfig, grpo_loss, linear_grpo_loss, policy_loss
-from grpo_kernels.ops.policy_loss.metrics import CLIP_METRICS, PolicyMetrics
+from grpo_kernels.loss.metrics import CLIP_METRICS, PolicyMetrics
 
 pytestmark = pytest.mark.usefixtures("poison")
 CONFIGS = {

@@ -19,7 +19,7 @@ pytest.importorskip("transformers")
 from heads import assert_right, fused, fused_logprobs, model_of, move, own_logprobs
 
 from grpo_kernels.integrations.transformers import fused_head
-from grpo_kernels.model_head import open_head
+from grpo_kernels.integrations.transformers.model_head import open_head
 from grpo_kernels.training.policy import Policy
 
 

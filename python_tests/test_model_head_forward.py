@@ -16,7 +16,7 @@ import transformers
 from heads import IDS, VOCAB, assert_right, fused, fused_logprobs, model_of, move
 
 from grpo_kernels.integrations.transformers import fused_head
-from grpo_kernels.model_head import open_head
+from grpo_kernels.integrations.transformers.model_head import open_head
 
 
 def _louder(output: Any) -> Any:

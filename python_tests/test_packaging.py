@@ -17,7 +17,7 @@ import pytest
 import torch
 
 import grpo_kernels
-from grpo_kernels import info, registry
+from grpo_kernels import backends, info
 
 ROOT = Path(__file__).parents[1]
 PACKAGE = Path(grpo_kernels.__file__).parent
@@ -111,7 +111,7 @@ def test_build_info_says_what_was_built():
     assert PYPROJECT["project"]["dependencies"] == [f"torch>={built['torch_stable_abi']}"]
     x86 = platform.machine() == "x86_64"
     assert built["simd_levels"] == (["baseline", "avx2", "avx512"] if x86 else ["baseline"])
-    assert registry.cpu_simd_level() in built["simd_levels"]
+    assert backends.cpu_simd_level() in built["simd_levels"]
     assert built["compiler"] and built["torch_version"]
 
 
@@ -139,14 +139,14 @@ absent = "accelerate datasets matplotlib numpy peft tqdm transformers triton trl
 absent.append("grpo_kernels._build_info")  # an editable install would find what the copy lacks
 sys.modules |= dict.fromkeys(absent)
 import torch, grpo_kernels
-from grpo_kernels import info, registry
+from grpo_kernels import backends, info
 assert pathlib.Path(grpo_kernels.__file__).parent.parent == pathlib.Path.cwd(), grpo_kernels.__file__
 logits = torch.randn(2, 3, 7, requires_grad=True)
 arguments = (logits, torch.tensor([[0, 1, 2], [3, 4, 5]]), torch.tensor([1.0, -1.0]), torch.ones(2, 3))
 grpo_kernels.grpo_loss(*arguments).loss.backward()
 assert logits.grad.abs().sum() > 0
-assert registry.resolve("grpo_loss", "auto", torch.device("cpu")) == "torch"
-assert registry.cpu_simd_level() is None
+assert backends.resolve("grpo_loss", "auto", torch.device("cpu")) == "torch"
+assert backends.cpu_simd_level() is None
 try:
     grpo_kernels.grpo_loss(*arguments, backend="cpu")
 except RuntimeError as error:
@@ -165,8 +165,8 @@ def test_console_script_reports():
     printed = output_of(Path(sysconfig.get_path("scripts")) / "grpo-kernels", "info")
     assert grpo_kernels.__version__ in printed
     assert torch.__version__ in printed
-    assert f"simd level    {registry.cpu_simd_level()}" in printed
-    for op in registry.OPS:
+    assert f"simd level    {backends.cpu_simd_level()}" in printed
+    for op in backends.OPS:
         assert re.search(rf"^{op} +yes +yes +(yes|no) +no$", printed, re.MULTILINE), printed
     assert f"cuda          torch's {torch.version.cuda or 'none'}, kernels " in printed
     assert re.search(
@@ -179,7 +179,7 @@ def test_report_gives_the_reason(monkeypatch):
     def reason(op, backend, device):
         return f"not on {device}" if (op, backend) == ("grpo_loss", "cpu") else None
 
-    monkeypatch.setattr(registry, "unsupported_reason", reason)
+    monkeypatch.setattr(backends, "unsupported_reason", reason)
     printed = info.report("meta")
     assert re.search(r"^grpo_loss +no +yes +yes +yes$", printed, re.MULTILINE), printed
     assert "cpu: not on meta (grpo_loss)" in printed
@@ -334,8 +334,8 @@ def test_wheel_from_the_sdist(tmp_path):
     } == set()
 
     script = (
-        "import torch; from grpo_kernels import registry;"
-        "print(registry.__file__, registry.unsupported_reason('grpo_loss', 'cpu', torch.device('cpu')))"
+        "import torch; from grpo_kernels import backends;"
+        "print(backends.__file__, backends.unsupported_reason('grpo_loss', 'cpu', torch.device('cpu')))"
     )
     site = tmp_path / "site"
-    assert run_python(script, first_on_path=site).strip() == f"{site}/grpo_kernels/registry.py None"
+    assert run_python(script, first_on_path=site).strip() == f"{site}/grpo_kernels/backends.py None"

@@ -17,7 +17,7 @@ from testing.inputs import Inputs, build
 from torch import Tensor
 
 from grpo_kernels import GRPOLossConfig, group_advantages
-from grpo_kernels.options import DIVERGENCES
+from grpo_kernels.loss.options import DIVERGENCES
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -21,7 +21,7 @@ from grpo_kernels import (
     policy_loss,
     token_logprobs,
 )
-from grpo_kernels.options import Level
+from grpo_kernels.loss.options import Level
 
 #: Of the losses from logits and from hidden states, which are the others one after another.
 COMPOSED = ("plain", "next_token_layout_sequence", "mask_holes_sequence", "all_masked", "transform_all",

@@ -11,12 +11,12 @@ from testing.cases import FOUND_CASES, INPUT_CASES, VOCABULARY_CASES, Case
 from testing.expected import Expected
 from testing.inputs import build
 
-from grpo_kernels import registry, token_logprobs
+from grpo_kernels import backends, token_logprobs
 
 pytestmark = pytest.mark.usefixtures("poison", "one_thread")
 LEVELS = ("baseline", "avx2", "avx512")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-WIDEST = registry.cpu_simd_level()
+WIDEST = backends.cpu_simd_level()
 CASES = tuple(
     case
     for case in (*INPUT_CASES, VOCABULARY_CASES[0], *FOUND_CASES)
@@ -34,7 +34,7 @@ def level(request: pytest.FixtureRequest) -> Iterator[str]:
 
 
 def test_the_limit_takes_effect(level: str) -> None:
-    assert registry.cpu_simd_level() == level
+    assert backends.cpu_simd_level() == level
 
 
 @pytest.mark.parametrize(

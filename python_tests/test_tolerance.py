@@ -20,8 +20,8 @@ from testing.expected import Expected, Results, baseline_at, moved
 from testing.inputs import Inputs, build
 from torch import Tensor
 
-from grpo_kernels.ops.policy_loss import reference as policy
-from grpo_kernels.ops.policy_loss import weights
+from grpo_kernels.loss import reference as policy
+from grpo_kernels.loss import weights
 
 pytestmark = pytest.mark.usefixtures("poison", "one_thread")
 TESTS = Path(__file__).parent

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from grpo_kernels import cli
-from grpo_kernels.model_head import open_head
+from grpo_kernels.integrations.transformers.model_head import open_head
 from grpo_kernels.training import addition
 from grpo_kernels.training.checkpoint import save_checkpoint
 from grpo_kernels.training.data import columns_needed, load_task_rows

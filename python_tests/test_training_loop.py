@@ -9,9 +9,9 @@ import pytest
 import torch
 from accelerate import Accelerator
 
-from grpo_kernels import registry
-from grpo_kernels.ops.device_values import first_bad
-from grpo_kernels.ops.policy_loss.metrics import PolicyMetrics
+from grpo_kernels import backends
+from grpo_kernels.device_values import first_bad
+from grpo_kernels.loss.metrics import PolicyMetrics
 from grpo_kernels.training import addition
 from grpo_kernels.training.cold_start import cold_start
 from grpo_kernels.training.data import Task, load_task
@@ -301,7 +301,7 @@ def test_the_same_recipe_gives_the_same_curve_and_another_seed_another(tmp_path)
 
 def test_the_backends_give_the_same_curve():
     """Rewards are those of the same sampled completions, so they are equal, not merely close."""
-    reason = registry.unsupported_reason("grpo_loss", "cpu", torch.device("cpu"))
+    reason = backends.unsupported_reason("grpo_loss", "cpu", torch.device("cpu"))
     if reason is not None:
         pytest.skip(reason)
     settings = {"num_iterations": 2, "beta": 0.1, "max_steps": 8, "temperature": 0.9}

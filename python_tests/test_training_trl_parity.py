@@ -12,7 +12,7 @@ import torch
 import transformers
 from torch import Tensor
 
-from grpo_kernels.ops.policy_loss.metrics import PolicyMetrics
+from grpo_kernels.loss.metrics import PolicyMetrics
 from grpo_kernels.training.data import Row, Task
 from grpo_kernels.training.loop import Batch, GRPOLoop, Sample
 from grpo_kernels.training.optimizer import build_optimizer

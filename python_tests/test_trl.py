@@ -17,7 +17,8 @@ from testing.cases import ALL_VARIANT_CASES, FAMILY_CASES, Case
 from testing.inputs import Inputs, build
 from torch import Tensor
 
-from grpo_kernels import AdaptiveEntropy, GRPOLossConfig, group_advantages, policy_loss, presets
+from grpo_kernels import AdaptiveEntropy, GRPOLossConfig, group_advantages, policy_loss
+from grpo_kernels.integrations import presets
 
 trl = pytest.importorskip("trl")
 

@@ -25,7 +25,7 @@ from trl.trainer import utils  # noqa: E402
 
 from grpo_kernels.integrations import trl as drop_in  # noqa: E402
 from grpo_kernels.integrations.trl import apply, unapply  # noqa: E402
-from grpo_kernels.integrations.trl_checks import ASYNC_GRPO  # noqa: E402
+from grpo_kernels.integrations.trl.checks import ASYNC_GRPO  # noqa: E402
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 STABLE = """

@@ -225,7 +225,7 @@ def test_a_wrong_backward_is_caught(folder: Path, tmp_path: Path) -> None:
     options = CONFIGURATIONS["dapo-beta_0.0-iterations_1"]
     stock = _train(trl.GRPOTrainer, folder, tmp_path, **options)
     with apply(), pytest.MonkeyPatch.context() as patch:
-        from grpo_kernels.ops.linear_grpo_loss import speculation
+        from grpo_kernels.ops.head import speculation
 
         right = speculation._common_factor
         patch.setattr(speculation, "_common_factor", lambda *arguments: 1.01 * right(*arguments))

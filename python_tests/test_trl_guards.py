@@ -237,9 +237,9 @@ def test_a_compiled_model_and_a_retained_graph(folder: Path) -> None:
 def _expected_head(dtype: torch.dtype, factor: float, twice: bool = False) -> tuple[list[Tensor], Any]:
     """dX and dW of a head whose gradient is expected, in fp64, and the counts."""
     from grpo_kernels import GRPOLossConfig
-    from grpo_kernels.integrations.trl_head import Expected, head_logprobs
-    from grpo_kernels.ops.linear_grpo_loss.speculation import ExpectedLoss
-    from grpo_kernels.ops.policy_loss.inputs import PolicyInputs
+    from grpo_kernels.integrations.trl.head import Expected, head_logprobs
+    from grpo_kernels.loss.inputs import PolicyInputs
+    from grpo_kernels.ops.head.speculation import ExpectedLoss
 
     generator = torch.Generator().manual_seed(0)
     hidden, weight = (torch.randn(shape, generator=generator).to(dtype).requires_grad_() for shape in ((6, 8), (31, 8)))
@@ -329,7 +329,7 @@ def test_apply_under_any_of_torchs_states(state: str) -> None:
 
 def test_tokens_that_are_not_scored_have_what_they_are_compared_with() -> None:
     """Their ratio is 1 then: of 0 over an improbable one it would be infinite, and its product with 0 NaN."""
-    from grpo_kernels.integrations.trl_head import Expected
+    from grpo_kernels.integrations.trl.head import Expected
 
     mask, old = torch.tensor([True, False]), torch.tensor([-1.0, -150.0])
     logprobs = torch.tensor([-2.0, 0.0], requires_grad=True)

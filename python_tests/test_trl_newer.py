@@ -23,7 +23,7 @@ from trl_newer import OUTPUTS, NewerHead, dense_head, sampling_from  # noqa: E40
 
 from grpo_kernels.integrations import trl as drop_in  # noqa: E402
 from grpo_kernels.integrations.trl import FusedGRPOTrainer, Settings, apply, unapply  # noqa: E402
-from grpo_kernels.integrations.trl_checks import HEAD_ARGUMENTS, TESTED, HeadSignature  # noqa: E402
+from grpo_kernels.integrations.trl.checks import HEAD_ARGUMENTS, TESTED, HeadSignature  # noqa: E402
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 OPTIONS = {"loss_type": "dapo", "beta": 0.04, "num_iterations": 2}
@@ -100,7 +100,7 @@ def test_an_output_that_only_trl_knows_is_trls_own(newer: type[NewerHead], caplo
 
 def test_nothing_is_expected_after_a_call_of_trls_own(newer: type[NewerHead]) -> None:
     """What a trainer expects is of its first head: a second one of that size has other rows."""
-    from grpo_kernels.integrations.trl_head import Expected
+    from grpo_kernels.integrations.trl.head import Expected
 
     (hidden, weight, bias), targets, kept = _problem()
     expected = Expected(torch.arange(9) % 2 == 0, torch.full((9,), -7.0), None)

@@ -13,7 +13,7 @@ import pytest
 pytest.importorskip("trl")
 pytest.importorskip("triton", reason="TRL 1.15's own head, with which ours is compared, needs Triton")
 
-from grpo_kernels.integrations.trl_checks import TESTED
+from grpo_kernels.integrations.trl.checks import TESTED
 
 TESTS = Path(__file__).parent
 RELEASE = TESTED.split()[0]

@@ -21,7 +21,8 @@ from testing.cases import Case
 from testing.inputs import build
 from torch import Tensor
 
-from grpo_kernels import GRPOLossConfig, gae, group_advantages, policy_loss, presets
+from grpo_kernels import GRPOLossConfig, gae, group_advantages, policy_loss
+from grpo_kernels.integrations import presets
 
 if importlib.util.find_spec("verl") is None:
     pytest.skip("verl is not installed", allow_module_level=True)

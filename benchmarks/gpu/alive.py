@@ -19,7 +19,7 @@ import torch
 from gpu.alive_checks import outcome_of
 from gpu.stage import RunningStage, main
 from gpu.stages import NO_TIME
-from grpo_kernels import registry
+from grpo_kernels import backends
 
 #: Processes for Triton on a GPU, which compiles while it runs: a core each. One is enough elsewhere.
 _PROCESSES = 6
@@ -35,7 +35,7 @@ def run(stage: RunningStage, options: argparse.Namespace) -> None:
                  for share, given in shares.items()}  # fmt: skip
     stage.need_a_backend()
     stage.entry["found"]["checks"] = checks = {}
-    resolved = {op: registry.resolve(op, "auto", stage.device) for op in registry.OPS}
+    resolved = {op: backends.resolve(op, "auto", stage.device) for op in backends.OPS}
     stage.entry["found"]["auto"] = {name: [op for op in resolved if resolved[op] == name] for name in resolved.values()}
     checks["addmm into fp32, in place"] = outcome_of(lambda: add_in_place(stage.device))
     lines: queue.SimpleQueue[tuple[str, str]] = queue.SimpleQueue()

@@ -14,7 +14,7 @@ from testing.calls import SOURCES
 from testing.cases import ALL_CASES, Case
 from testing.conformance import assert_conforms
 
-from grpo_kernels import gae, group_advantages, registry
+from grpo_kernels import backends, gae, group_advantages
 
 #: Six conformance cases: an op, a case by name and a dtype.
 CONFORMANCE = (
@@ -44,7 +44,7 @@ def checks_of_ops(backend: str, device: torch.device) -> dict[str, Callable[[], 
     """The smallest call of every op that the backend has, against the reference."""
     found: dict[str, Callable[[], None]] = {}
     for op in SOURCES:
-        if registry.supports(op, backend, device):
+        if backends.supports(op, backend, device):
             found[op] = lambda op=op: assert_conforms(op, backend, _SMALLEST, torch.bfloat16, device)
     rewards = torch.tensor([1.0, 0.0, 0.5, 0.5], device=device)
 
@@ -59,7 +59,7 @@ def checks_of_ops(backend: str, device: torch.device) -> dict[str, Callable[[], 
         torch.testing.assert_close(tuple(results), tuple(expected))
 
     found["group_advantages"] = advantages
-    if registry.supports("gae", backend, device):
+    if backends.supports("gae", backend, device):
         found["gae"] = estimate
     return found
 

@@ -14,8 +14,8 @@ from gpu.identity import KIT, ROOT, sources_digest
 from gpu.stage import RunningStage, main
 
 _ARCHITECTURES = """
-from grpo_kernels import registry
-print(registry._CUDA_ERROR or "for " + ", ".join(f"sm_{arch}" for arch in registry.cuda_architectures()))
+from grpo_kernels import backends
+print(backends._CUDA_ERROR or "for " + ", ".join(f"sm_{arch}" for arch in backends.cuda_architectures()))
 """
 
 

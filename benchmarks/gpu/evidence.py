@@ -25,7 +25,7 @@ class Evidence(NamedTuple):
     """One comparison of the two backends.
 
     Args:
-        op: Of ``grpo_kernels.registry.OPS``.
+        op: Of ``grpo_kernels.backends.OPS``.
         vocab: Elements of a row; 0 for an op without rows.
         is_aligned: Whether rows are multiples of 16 bytes.
         title: The work.

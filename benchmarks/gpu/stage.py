@@ -20,7 +20,7 @@ from records import Results
 from tables import OURS
 
 from gpu.stages import LOST_CONTEXT, NO_TIME, entry
-from grpo_kernels import registry
+from grpo_kernels import backends
 
 _RESERVE_SECONDS = 5  # of the limit, to write the results and to end
 _PART_SECONDS = 60  # most that a part may take on a GPU: one that hangs does not cost the others their time
@@ -46,7 +46,7 @@ class RunningStage:
         self.entry = entry(self.results, name)
         self.device = torch.device("cpu" if is_dry else "cuda")
         names = ("triton",) if is_dry else tuple(GPU_BACKENDS)
-        reasons = {name: registry.unsupported_reason("grpo_loss", name, self.device) for name in names}
+        reasons = {name: backends.unsupported_reason("grpo_loss", name, self.device) for name in names}
         self.backends = [name for name, reason in reasons.items() if reason is None]
         for backend, reason in reasons.items():
             if reason is not None:

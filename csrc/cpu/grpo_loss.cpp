@@ -12,7 +12,7 @@
 namespace grpo {
 namespace {
 
-// What the loss of each token needs beside its log-probability, [B, T] flattened; see ops/policy_loss/inputs.py.
+// What the loss of each token needs beside its log-probability, [B, T] flattened; see loss/inputs.py.
 template <class R>
 struct PolicyInputs {
   const bool* mask;

@@ -27,7 +27,7 @@ struct Inputs {
 };
 
 constexpr int64_t kNone = std::numeric_limits<int64_t>::max();
-std::atomic<int64_t*> kept_flags = nullptr;  // of ops/device_values.py
+std::atomic<int64_t*> kept_flags = nullptr;  // of device_values.py
 
 struct SequenceTotals {
   double loss = 0;

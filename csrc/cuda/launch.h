@@ -84,7 +84,7 @@ inline const Properties& properties_of(int device) {
   return known[device];
 }
 
-// ---- values that kernels flag, see grpo_kernels/ops/device_values.py
+// ---- values that kernels flag, see grpo_kernels/device_values.py
 
 // Memory of the flags by device; Python keeps it alive.
 inline std::array<std::atomic<int64_t*>, kMostDevices> kept_flags = {};

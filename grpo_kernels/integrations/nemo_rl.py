@@ -11,8 +11,8 @@ from typing import Any
 
 from torch import Tensor
 
-from grpo_kernels.config import GRPOLossConfig
-from grpo_kernels.ops.policy_loss import policy_loss
+from grpo_kernels.loss.config import GRPOLossConfig
+from grpo_kernels.ops.tokens.policy_loss import policy_loss
 
 __all__ = ["ClippedPGLoss"]
 
@@ -22,7 +22,7 @@ class ClippedPGLoss:
 
     Args:
         config: The options of ``GRPOLossConfig.nemo_rl``, by NeMo-RL's names.
-        backend: "auto", or one of ``grpo_kernels.registry.BACKENDS``.
+        backend: "auto", or one of ``grpo_kernels.backends.BACKENDS``.
 
     Example:
         >>> loss_fn = ClippedPGLoss({"ratio_clip_max": 0.28, "reference_policy_kl_penalty": 0.0})

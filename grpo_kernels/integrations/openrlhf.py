@@ -13,7 +13,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from grpo_kernels.ops.token_logprobs import token_logprobs
+from grpo_kernels.ops.rows.token_logprobs import token_logprobs
 
 __all__ = ["compute_entropy", "log_probs_from_logits"]
 

@@ -17,10 +17,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from grpo_kernels.config import GRPOLossConfig
-from grpo_kernels.ops.group_advantages import group_advantages
-from grpo_kernels.ops.linear_token_logprobs import linear_token_logprobs
-from grpo_kernels.ops.policy_loss import policy_loss
+from grpo_kernels.loss.config import GRPOLossConfig
+from grpo_kernels.ops.head.linear_token_logprobs import linear_token_logprobs
+from grpo_kernels.ops.tokens.group_advantages import group_advantages
+from grpo_kernels.ops.tokens.policy_loss import policy_loss
 
 __all__ = ["apply", "linear_cross_entropy", "register", "unapply"]
 
@@ -44,7 +44,7 @@ def register(*, backend: str = "auto") -> None:
     """Registers ``grpo_kernels_<name>`` for verl's loss modes and advantage estimators of those names.
 
     Args:
-        backend: Of the losses: "auto", or one of ``grpo_kernels.registry.BACKENDS``.
+        backend: Of the losses: "auto", or one of ``grpo_kernels.backends.BACKENDS``.
 
     Raises:
         ImportError: verl is not installed.

@@ -13,7 +13,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from grpo_kernels import sft_loss
-from grpo_kernels.model_head import Projection, open_head
+from grpo_kernels.integrations.transformers.model_head import Projection, open_head
 from grpo_kernels.training.data import Row
 from grpo_kernels.training.policy import base_model
 from grpo_kernels.training.recipe import Recipe

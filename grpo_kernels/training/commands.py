@@ -69,13 +69,13 @@ def stage(kind: str, name: str | None, overrides: Sequence[str]) -> int:
 
 def check_runs_here(recipe: Any) -> None:
     """Raises ValueError where the device or the backend that a recipe names cannot run here."""
-    from grpo_kernels import registry
+    from grpo_kernels import backends
     from grpo_kernels.training.data import pick_device
     from grpo_kernels.training.trackers import tracker_names
 
     tracker_names(recipe.report_to)
     try:
-        registry.resolve("grpo_loss", recipe.backend, pick_device(recipe.device))
+        backends.resolve("grpo_loss", recipe.backend, pick_device(recipe.device))
     except RuntimeError as error:
         raise ValueError(str(error)) from error
 

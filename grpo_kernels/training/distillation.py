@@ -13,7 +13,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from grpo_kernels import distillation_loss
-from grpo_kernels.model_head import Projection, open_head
+from grpo_kernels.integrations.transformers.model_head import Projection, open_head
 from grpo_kernels.training.cold_start import SupervisedStep, descend, traces_that_fit, worked_batch
 from grpo_kernels.training.recipe import Recipe
 from grpo_kernels.training.rollout import Rollout, generate, headed

@@ -17,7 +17,7 @@ from accelerate.utils import gather_object
 from torch import Tensor
 
 from grpo_kernels.files import replace_text
-from grpo_kernels.ops.group_advantages.reference import all_equal
+from grpo_kernels.ops.tokens.reference import all_equal
 from grpo_kernels.training.data import Task
 from grpo_kernels.training.evaluation import evaluate_samples
 from grpo_kernels.training.recipe import Recipe

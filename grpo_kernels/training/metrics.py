@@ -22,7 +22,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from grpo_kernels.ops.group_advantages.reference import nanstd
+from grpo_kernels.ops.tokens.reference import nanstd
 from grpo_kernels.training.filtering import differing_groups
 from grpo_kernels.training.rewards import total
 

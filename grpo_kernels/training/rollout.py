@@ -12,7 +12,7 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from grpo_kernels import token_logprobs
-from grpo_kernels.model_head import Head
+from grpo_kernels.integrations.transformers.model_head import Head
 from grpo_kernels.training.templates import encode_prompts
 
 

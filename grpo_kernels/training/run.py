@@ -17,7 +17,7 @@ from tqdm import tqdm
 from transformers import set_seed
 from transformers.utils.logging import disable_progress_bar
 
-from grpo_kernels import registry
+from grpo_kernels import backends
 from grpo_kernels.files import replace_text
 from grpo_kernels.training.checkpoint import (
     clear_run,
@@ -96,7 +96,7 @@ def train(recipe: Recipe, accelerator: Accelerator | None = None, rows: Sequence
     set_seed(recipe.seed)
     task = load_task(recipe, rows)
     task = task._replace(model=prepared(task.model, recipe), eval_rows=held_out(task, recipe))
-    backend = registry.resolve("grpo_loss", recipe.backend, task.model.device)
+    backend = backends.resolve("grpo_loss", recipe.backend, task.model.device)
     parameters = task.model.num_parameters()
     accelerator.print(
         f"{parameters / 1e6:.2f} M parameters on {accelerator.num_processes} x {task.model.device}, loss by the "

@@ -16,8 +16,8 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from grpo_kernels import GRPOLossConfig
-from grpo_kernels.ops.policy_loss.weights import rollout_weights
-from grpo_kernels.ops.sequences import Sequences
+from grpo_kernels.loss.sequences import Sequences
+from grpo_kernels.loss.weights import rollout_weights
 from grpo_kernels.training.policy import base_model
 from grpo_kernels.training.recipe import Recipe
 from grpo_kernels.training.rollout import Rollout, end_token_ids, generate, generation_config, padded

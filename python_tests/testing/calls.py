@@ -11,21 +11,21 @@ from unittest import mock
 import torch
 from torch import Tensor
 
-from grpo_kernels import registry
-from grpo_kernels.ops.grpo_loss import grpo_loss
-from grpo_kernels.ops.linear_grpo_loss import linear_grpo_loss
-from grpo_kernels.ops.linear_token_divergence import linear_token_divergence
-from grpo_kernels.ops.linear_token_logprobs import linear_token_logprobs
-from grpo_kernels.ops.linear_token_logprobs import reference as linear_reference
-from grpo_kernels.ops.policy_loss import policy_loss
-from grpo_kernels.ops.token_divergence import token_divergence
-from grpo_kernels.ops.token_logprobs import token_logprobs
-from grpo_kernels.ops.token_logprobs.reference import OUTPUTS
+from grpo_kernels import backends
+from grpo_kernels.ops.head import reference as linear_reference
+from grpo_kernels.ops.head.linear_grpo_loss import linear_grpo_loss
+from grpo_kernels.ops.head.linear_token_divergence import linear_token_divergence
+from grpo_kernels.ops.head.linear_token_logprobs import linear_token_logprobs
+from grpo_kernels.ops.rows.grpo_loss import grpo_loss
+from grpo_kernels.ops.rows.reference import OUTPUTS
+from grpo_kernels.ops.rows.token_divergence import token_divergence
+from grpo_kernels.ops.rows.token_logprobs import token_logprobs
+from grpo_kernels.ops.tokens.policy_loss import policy_loss
 from testing.cases import ALL_CASES, FAMILY_CASES, VARIANT_CASES, Case
 from testing.inputs import Inputs
 
 #: The backends that run on the CPU, here and now.
-BACKENDS = tuple(name for name in registry.BACKENDS if registry.supports("grpo_loss", name, torch.device("cpu")))
+BACKENDS = tuple(name for name in backends.BACKENDS if backends.supports("grpo_loss", name, torch.device("cpu")))
 #: What each op takes log-probabilities from, hence what it is differentiated by.
 SOURCES = {
     "token_logprobs": "logits",

@@ -6,8 +6,8 @@ import itertools
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from grpo_kernels.config import GRPOLossConfig
-from grpo_kernels.options import DIVERGENCES, KL_ESTIMATORS, KL_GRADIENTS, ROLLOUT_CORRECTIONS
+from grpo_kernels.loss.config import GRPOLossConfig
+from grpo_kernels.loss.options import DIVERGENCES, KL_ESTIMATORS, KL_GRADIENTS, ROLLOUT_CORRECTIONS
 
 
 @dataclass(frozen=True)

@@ -18,10 +18,12 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
 
-from grpo_kernels import registry
-from grpo_kernels.ops.linear_token_logprobs import head, inputs, op
-from grpo_kernels.ops.linear_token_logprobs.head import row_width
-from grpo_kernels.ops.token_logprobs import triton_rows
+from grpo_kernels import backends
+from grpo_kernels.ops.head import gemm as head
+from grpo_kernels.ops.head import inputs
+from grpo_kernels.ops.head import linear_token_logprobs as op
+from grpo_kernels.ops.head.gemm import row_width
+from grpo_kernels.ops.rows.triton import launch as row_launch
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
@@ -112,9 +114,9 @@ def launches(function: Callable[[], Any], target: str) -> list[Launch]:
         mock.patch.object(inputs, "writes_fp32", lambda device: True),
         mock.patch.object(head, "row_width", _gpu_row_width),
         mock.patch.object(op, "row_width", _gpu_row_width),
-        mock.patch.object(registry, "_IS_INTERPRETED", True),  # for the registry alone: it lets CPU tensors pass
-        mock.patch.object(triton_rows, "architecture", lambda device: target),
-        mock.patch.object(triton_rows, "processors_of", lambda device: (1, TARGETS[target].warp_size)),
+        mock.patch.object(backends, "_IS_INTERPRETED", True),  # for the registry alone: it lets CPU tensors pass
+        mock.patch.object(row_launch, "architecture", lambda device: target),
+        mock.patch.object(row_launch, "processors_of", lambda device: (1, TARGETS[target].warp_size)),
     ):
         torch.use_deterministic_algorithms(True)  # fills memory that nobody has written
         try:

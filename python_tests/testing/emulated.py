@@ -14,8 +14,8 @@ from unittest import mock
 
 import torch
 
-from grpo_kernels import registry
-from grpo_kernels.ops.device_values import first_bad
+from grpo_kernels import backends
+from grpo_kernels.device_values import first_bad
 
 _CPU = torch.device("cpu")
 _ROOT = Path(__file__).parents[2]
@@ -62,7 +62,7 @@ def emulated(
     ops.emulated_keep_first_bad(first_bad(_CPU))
     ops.emulated_become(capability, shared_bytes, processors)
     try:
-        with mock.patch.dict(registry._REASONS, {"cuda": _reason}):
+        with mock.patch.dict(backends._REASONS, {"cuda": _reason}):
             yield
     finally:
         ops.emulated_become(*_DEVICE)

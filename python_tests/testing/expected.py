@@ -11,7 +11,7 @@ from unittest import mock
 import torch
 from torch import Tensor
 
-from grpo_kernels.ops.policy_loss import reference as policy
+from grpo_kernels.loss import reference as policy
 from testing.assertions import assert_near_baseline
 from testing.calls import rounded_dlogits, run
 from testing.inputs import Inputs

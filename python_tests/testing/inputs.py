@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from grpo_kernels.ops.sequences import Sequences
-from grpo_kernels.ops.token_logprobs import reference
+from grpo_kernels.loss.sequences import Sequences
+from grpo_kernels.ops.rows import reference
 from testing.cases import Case
 
 #: Ratios of the policies, well off every clip bound that the cases use (0.8, 1.2, 1.28; delta 1.6; 1).

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from grpo_kernels.ops.group_advantages.reference import weighted_sum
+from grpo_kernels.ops.tokens.reference import weighted_sum
 
 _NOT_COLUMNS = ("prompt", "completion")  # given under names of their own
 

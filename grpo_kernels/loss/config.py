@@ -1,0 +1,377 @@
+"""The loss configuration: TRL's names and defaults, validated once, and its flat form for kernels."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, fields
+from typing import Any, NamedTuple
+
+from grpo_kernels.loss.options import (
+    CLIPPED_LOSS_TYPES,
+    DIVERGENCES,
+    IMPORTANCE_SAMPLING_LEVELS,
+    KL_ESTIMATORS,
+    KL_GRADIENTS,
+    LOSS_AGG_MODES,
+    LOSS_TYPES,
+    ROLLOUT_CORRECTIONS,
+    Level,
+    Option,
+    Param,
+    Surrogate,
+)
+
+#: The mean that is a loss type's own: those of verl's name count every sequence here. The others are "token-mean".
+_MEAN_OF = {
+    "grpo": "seq-mean-token-mean",
+    "sapo": "seq-mean-token-mean",
+    "gmpo": "seq-mean-token-mean",
+    "luspo": "seq-mean-token-sum",
+    "dr_grpo": "seq-mean-token-sum-norm",
+}
+_SURROGATE_OF = dict.fromkeys((*CLIPPED_LOSS_TYPES, "surrogate", "kl_cov", "gmpo"), Surrogate.CLIP) | {
+    "cispo": Surrogate.CISPO,
+    "sapo": Surrogate.SAPO,
+    "vespo": Surrogate.LOGPROB,
+    "reinforce": Surrogate.LOGPROB,
+}
+#: Functions that make our options of another framework's; ``grpo_kernels.integrations.presets`` adds them by name.
+PRESETS: dict[str, Callable[..., dict[str, Any]]] = {}
+_LEVEL_OF = dict(zip(IMPORTANCE_SAMPLING_LEVELS, (Level.TOKEN, Level.SEQUENCE, Level.SEQUENCE_TOKEN), strict=True))
+
+
+@dataclass(frozen=True)
+class PolicyLossCode:
+    """A configuration as it crosses into kernels: what to compute per token, without any reduction."""
+
+    options: list[int]
+    params: list[float]
+
+
+class Penalty(NamedTuple):
+    """A penalised divergence: its weight, the names of its estimator and of that one's gradient."""
+
+    weight: float
+    estimator: str
+    gradient: str
+    is_bias_corrected: bool
+
+
+@dataclass(frozen=True, kw_only=True)
+class GRPOLossConfig:
+    """What the GRPO family of losses computes. Names and defaults are TRL 1.16's.
+
+    The loss types, by their objective of a token, ``A`` its advantage, and by their mean:
+
+    - "grpo", "bnpo", "dr_grpo", "dapo", "luspo", "ppo": the clipped ratio times ``A``. The mean over sequences of each
+      one's token mean; over local tokens; ``max_completion_length`` times the number of sequences as divisor;
+      ``num_items_in_batch`` as divisor; the mean over sequences of each one's sum (arXiv:2602.05261); as "bnpo".
+    - "surrogate": the ratio times ``A``, unclipped, as "dapo".
+    - "clip_cov", "kl_cov": as "dapo" and as "surrogate", but where log-probabilities and advantages vary together the
+      most: there some tokens, drawn at random, leave the policy term, or ``|log ratio|`` is a penalty
+      (arXiv:2505.22617).
+    - "cispo": ``clip(ratio) A logprob``, its weight detached, as "dapo" (arXiv:2506.13585).
+    - "sapo": ``4 / tau sigmoid(tau (ratio - 1)) A``, as "grpo" (arXiv:2511.20347).
+    - "vespo": ``phi A logprob``, ``phi`` a detached weight by the sequence's ratio, as "dapo".
+    - "gmpo": the geometric mean of a sequence's ratios, clipped in log space, times ``A``; the mean over sequences
+      (arXiv:2507.20673).
+    - "reinforce": ``A logprob``, as "dapo".
+
+    Args:
+        loss_type: One of the above.
+        loss_agg_mode: verl's name of a mean, in the place of the loss type's own, for the policy term, the KL and the
+            entropy bonus alike; sequences without a token do not count. "seq-mean-token-sum-norm" divides by
+            ``max_completion_length``. None means the loss type's.
+        importance_sampling_level: "token"; "sequence" for one ratio a sequence, the exponential of its mean log-ratio
+            (GSPO, arXiv:2507.18071); "sequence_token" for that value with a gradient through each token's own
+            (GSPO-token), which differs where advantages or weights do within a sequence.
+        epsilon_low: Lower clip range: ratios below ``1 - epsilon_low`` are clipped (TRL's ``epsilon``). Of "gmpo" the
+            range of the log-ratio.
+        epsilon_high: Upper clip range; None means ``epsilon_low``. Of "cispo" the upper bound itself, as in TRL.
+        delta: Upper bound of the unclipped ratio (INTELLECT-2's two-sided clipping; verl's dual clip); None means no
+            bound.
+        beta: Weight of the KL penalty to the reference policy.
+        kl_estimator: With ``d = logprob - ref_logprob``: "k1" is ``d``, "k2" or "mse" ``d^2 / 2``, "k3"
+            ``exp(-d) - 1 + d``, "abs" ``|d|``. http://joschu.net/blog/kl-approx.html. Or none, but the divergence
+            itself, over the whole vocabulary: "reverse_kl", the policy's from the reference, "forward_kl", the
+            reference's from the policy, "js", Jensen's and Shannon's (see ``token_divergence``). It takes the
+            reference's logits, or hidden states, in the place of ``ref_logprobs``, and knows of no ratio.
+        kl_gradient: "naive" is the estimate's own; "straight_through" is k2's, which is unbiased (verl's "k3+");
+            "importance_weighted" is that of the estimate times ``exp(logprob - sg[logprob])``, which is 1
+            (arXiv:2506.09477, NeMo-RL); it is 0 where anything is clamped.
+        use_bias_correction_kl: Multiply the KL estimate by the importance ratio (DeepSeek-V3.2).
+        temperature: Divides the logits, in the ops that see logits.
+        entropy_coef: Weight of the bonus on the mean token entropy.
+        top_entropy_quantile: Share of the tokens, those of highest entropy, that keep a policy term (arXiv:2506.01939).
+        off_policy_mask_threshold: A sequence with a negative advantage whose mean log-ratio of sampler over policy is
+            above it leaves the policy term (DeepSeek-V3.2); None means none does.
+        rollout_correction: How weights are made of ``old_logprobs`` and ``sampling_logprobs``: the ratio of a
+            "token_..." or of a whole "sequence_...", clamped ("..._truncate", TIS) or, outside of the bounds, 0
+            ("..._mask", MIS; at tokens and with both bounds IcePop). "geometric_mask": a token's ratio, 0 in sequences
+            whose geometric mean of them is outside ("seq-mask-tis"). None means no correction, or weights as given.
+        rollout_clip_min, rollout_clip_max: Its bounds; None means no bound.
+        sapo_temperature_pos, sapo_temperature_neg: ``tau`` by the advantage's sign.
+        vespo_k_pos, vespo_lambda_pos, vespo_k_neg, vespo_lambda_neg: ``phi(w) = e^lambda w^k e^(-lambda w)`` by the
+            advantage's sign.
+        clip_cov_ratio, clip_cov_lb, clip_cov_ub: Share of the tokens that leave "clip_cov", and between which
+            covariances they are drawn.
+        kl_cov_ratio, kl_cov_coef: Share of the tokens that "kl_cov" penalises, those of highest covariance, and the
+            penalty's weight.
+        cispo_ratio_low: Lower bound of "cispo"'s weight; None, as in TRL, means none.
+        log_ratio_clamp: Bound of a token's log-ratios, to the old policy and to the reference, on either side; none by
+            default. The mean of a sequence is not bounded.
+        kl_clamp: Bound of the KL estimate on either side; none by default.
+        max_completion_length: The length that "dr_grpo" divides by, in tokens.
+
+    Raises:
+        ValueError: A value is outside its range, an option does not apply to the loss type, or "dr_grpo" has no
+            ``max_completion_length``.
+    """
+
+    loss_type: str = "dapo"
+    loss_agg_mode: str | None = None
+    importance_sampling_level: str = "token"
+    epsilon_low: float = 0.2
+    epsilon_high: float | None = None
+    delta: float | None = None
+    beta: float = 0.0
+    kl_estimator: str = "k3"
+    kl_gradient: str = "naive"
+    use_bias_correction_kl: bool = True
+    temperature: float = 1.0
+    entropy_coef: float = 0.0
+    top_entropy_quantile: float = 1.0
+    off_policy_mask_threshold: float | None = None
+    rollout_correction: str | None = None
+    rollout_clip_min: float | None = None
+    rollout_clip_max: float | None = None
+    sapo_temperature_pos: float = 1.0
+    sapo_temperature_neg: float = 1.05
+    vespo_k_pos: float = 2.0
+    vespo_lambda_pos: float = 3.0
+    vespo_k_neg: float = 3.0
+    vespo_lambda_neg: float = 2.0
+    clip_cov_ratio: float = 0.0002
+    clip_cov_lb: float = 1.0
+    clip_cov_ub: float = 5.0
+    kl_cov_ratio: float = 0.0002
+    kl_cov_coef: float = 0.1
+    cispo_ratio_low: float | None = None
+    log_ratio_clamp: float | None = None
+    kl_clamp: float | None = None
+    max_completion_length: int | None = None
+
+    def __post_init__(self) -> None:
+        _check(self)
+
+    @classmethod
+    def verl(cls, **options: Any) -> GRPOLossConfig:
+        """verl's actor loss by verl 0.9's names: see ``grpo_kernels.integrations.presets.verl``."""
+        return cls(**PRESETS["verl"](**options))
+
+    @classmethod
+    def nemo_rl(cls, **options: Any) -> GRPOLossConfig:
+        """NeMo-RL's by the names of NeMo-RL 0.6's ``loss_fn``: see ``grpo_kernels.integrations.presets.nemo_rl``."""
+        return cls(**PRESETS["nemo_rl"](**options))
+
+    @classmethod
+    def openrlhf(cls, **options: Any) -> GRPOLossConfig:
+        """OpenRLHF's actor loss by the names of OpenRLHF 0.11: see ``grpo_kernels.integrations.presets.openrlhf``."""
+        return cls(**PRESETS["openrlhf"](**options))
+
+    @classmethod
+    def trl(cls, **options: Any) -> GRPOLossConfig:
+        """TRL's by the names of TRL 1.16's ``GRPOConfig``: see ``grpo_kernels.integrations.presets.trl``."""
+        return cls(**PRESETS["trl"](**options))
+
+    @property
+    def ratio_bounds(self) -> tuple[float, float]:
+        """The clip range of the importance ratio."""
+        high = self.epsilon_low if self.epsilon_high is None else self.epsilon_high
+        if self.loss_type == "cispo":
+            return -math.inf if self.cispo_ratio_low is None else self.cispo_ratio_low, high
+        if self.loss_type == "gmpo":
+            return math.exp(-self.epsilon_low), math.exp(high)
+        return (1.0 - self.epsilon_low, 1.0 + high) if self.loss_type in CLIPPED_LOSS_TYPES else (-math.inf, math.inf)
+
+    @property
+    def aggregation(self) -> str:
+        """One of ``LOSS_AGG_MODES``."""
+        return self.loss_agg_mode or _MEAN_OF.get(self.loss_type, "token-mean")
+
+    @property
+    def level(self) -> Level:
+        """What an importance ratio is of."""
+        return Level.GEOMETRIC if self.loss_type == "gmpo" else _LEVEL_OF[self.importance_sampling_level]
+
+    @property
+    def surrogate(self) -> Surrogate:
+        """The per-token objective."""
+        return _SURROGATE_OF[self.loss_type]
+
+    @property
+    def has_settled_weights(self) -> bool:
+        """Whether tokens' weights are known before any log-probability is."""
+        is_masked = self.top_entropy_quantile < 1 or self.off_policy_mask_threshold is not None
+        return not is_masked and self.loss_type not in ("vespo", "clip_cov", "kl_cov")
+
+    @property
+    def has_exact_divergence(self) -> bool:
+        """Whether the penalised divergence is that of whole distributions, rather than estimated from a token."""
+        return self.beta != 0 and self.kl_estimator in DIVERGENCES
+
+    @property
+    def penalty(self) -> Penalty:
+        """The divergence that is penalised: from the reference, or "kl_cov"'s from the old policy."""
+        if self.loss_type == "kl_cov":
+            return Penalty(self.kl_cov_coef, "abs", "naive", False)
+        return Penalty(self.beta, self.kl_estimator, self.kl_gradient, self.use_bias_correction_kl)
+
+    @property
+    def is_token_local(self) -> bool:
+        """Whether a token's gradient coefficient needs that token alone, so that one pass over logits suffices."""
+        return self.level == Level.TOKEN and self.has_settled_weights
+
+    def code(self) -> PolicyLossCode:
+        """The flat form that crosses into registered ops; ``Option`` and ``Param`` name the positions."""
+        penalty = self.penalty
+        options = {
+            Option.SURROGATE: int(self.surrogate),
+            Option.LEVEL: int(self.level),
+            Option.KL_ESTIMATOR: KL_ESTIMATORS.get(penalty.estimator, 0),  # an exact divergence is no kernel's
+            Option.KL_GRADIENT: KL_GRADIENTS[penalty.gradient],
+            Option.BIAS_CORRECTED_KL: int(penalty.is_bias_corrected),
+        }
+        low, high = self.ratio_bounds
+        params = {
+            Param.RATIO_LOW: low,
+            Param.RATIO_HIGH: high,
+            Param.DELTA: math.inf if self.delta is None else self.delta,
+            Param.BETA: penalty.weight,
+            Param.TEMPERATURE_POS: self.sapo_temperature_pos,
+            Param.TEMPERATURE_NEG: self.sapo_temperature_neg,
+            Param.LOG_RATIO_CLAMP: math.inf if self.log_ratio_clamp is None else self.log_ratio_clamp,
+            Param.KL_CLAMP: math.inf if self.kl_clamp is None else self.kl_clamp,
+        }
+        return PolicyLossCode([options[o] for o in Option], [float(params[p]) for p in Param])
+
+
+def mixture_of(divergence: str, mixture: float = 0.5) -> float:
+    """A divergence as the share of the reference in its mixture: 0 "forward_kl", 1 "reverse_kl".
+
+    Raises:
+        ValueError: The divergence is unknown, or the share of "js" is not in (0, 1).
+    """
+    _one_of("divergence", divergence, tuple(DIVERGENCES))
+    if divergence != "js":
+        return DIVERGENCES[divergence]
+    _within("mixture", mixture, "in (0, 1)", lambda value: 0 < value < 1)
+    return float(mixture)
+
+
+def _check(config: GRPOLossConfig) -> None:
+    """Raises ValueError unless every value is in its range and every option given has an effect."""
+    _one_of("loss_type", config.loss_type, LOSS_TYPES)
+    _one_of("loss_agg_mode", config.loss_agg_mode, (None, *LOSS_AGG_MODES))
+    _one_of("importance_sampling_level", config.importance_sampling_level, IMPORTANCE_SAMPLING_LEVELS)
+    _one_of("kl_estimator", config.kl_estimator, (*KL_ESTIMATORS, *DIVERGENCES))
+    _one_of("kl_gradient", config.kl_gradient, tuple(KL_GRADIENTS))
+    _one_of("rollout_correction", config.rollout_correction, (None, *ROLLOUT_CORRECTIONS))
+    for name in ("epsilon_low", "epsilon_high", "beta", "rollout_clip_min", "cispo_ratio_low"):
+        _within(name, getattr(config, name), "at least 0", lambda value: value >= 0)
+    for name in ("delta", "temperature", "rollout_clip_max", "log_ratio_clamp", "kl_clamp", "max_completion_length"):
+        _within(name, getattr(config, name), "greater than 0", lambda value: value > 0)
+    for name in _OF_ONE_TYPE:
+        _within(name, getattr(config, name), "greater than 0", lambda value: value > 0)
+    for name in ("entropy_coef", "off_policy_mask_threshold"):
+        _within(name, getattr(config, name), "", lambda value: True)
+    _within("top_entropy_quantile", config.top_entropy_quantile, "in (0, 1]", lambda value: 0 < value <= 1)
+    if config.aggregation == "seq-mean-token-sum-norm" and config.max_completion_length is None:
+        name = "loss_type" if config.loss_agg_mode is None else "loss_agg_mode"
+        raise ValueError(f'max_completion_length must be given for {name}="{getattr(config, name)}", got None')
+    if config.loss_type == "gmpo" and max(config.epsilon_low, config.epsilon_high or 0.0) > _LARGEST_LOG_BOUND:
+        raise ValueError(
+            f'epsilon_low and epsilon_high must be at most {_LARGEST_LOG_BOUND:g} with loss_type="gmpo", whose '
+            f"log-ratios they bound, got {config.epsilon_low!r} and {config.epsilon_high!r}"
+        )
+    _check_that_all_apply(config)
+
+
+_LARGEST_LOG_BOUND = 80.0  # whose exponential is finite in fp32
+#: Options that one loss type alone has.
+_OF_ONE_TYPE = {
+    "sapo_temperature_pos": "sapo",
+    "sapo_temperature_neg": "sapo",
+    "vespo_k_pos": "vespo",
+    "vespo_lambda_pos": "vespo",
+    "vespo_k_neg": "vespo",
+    "vespo_lambda_neg": "vespo",
+    "clip_cov_ratio": "clip_cov",
+    "clip_cov_lb": "clip_cov",
+    "clip_cov_ub": "clip_cov",
+    "kl_cov_ratio": "kl_cov",
+    "kl_cov_coef": "kl_cov",
+}
+
+
+def _check_that_all_apply(config: GRPOLossConfig) -> None:
+    defaults = {field.name: field.default for field in fields(config)}
+    given = {name for name, default in defaults.items() if getattr(config, name) != default}
+
+    def refuse(names: Iterable[str], other: str) -> None:
+        for name in names:
+            if name in given:
+                raise ValueError(f"{name} has no effect with {other}, got {getattr(config, name)!r}")
+
+    loss_type = f'loss_type="{config.loss_type}"'
+    refuse((name for name, owner in _OF_ONE_TYPE.items() if owner != config.loss_type), loss_type)
+    if config.loss_type != "cispo":
+        refuse(("cispo_ratio_low",), loss_type)
+    elif config.epsilon_high is not None:
+        refuse(("epsilon_low",), f"{loss_type} and epsilon_high={config.epsilon_high}")
+    if config.loss_type == "kl_cov":
+        refuse(("beta",), loss_type)
+    without_ratio = "beta=0"
+    if config.has_exact_divergence:
+        without_ratio = f'kl_estimator="{config.kl_estimator}"'
+        refuse(("kl_gradient", "kl_clamp"), without_ratio)
+    if config.surrogate == Surrogate.LOGPROB and (config.beta == 0 or config.has_exact_divergence):
+        refuse(("log_ratio_clamp",), f"{without_ratio} and {loss_type}")
+    if config.loss_agg_mode is not None and config.entropy_coef != 0:
+        refuse(("top_entropy_quantile",), f'loss_agg_mode="{config.loss_agg_mode}" and an entropy bonus')
+    if config.loss_type not in CLIPPED_LOSS_TYPES:
+        refuse(("delta",), loss_type)
+    if config.loss_type in ("vespo", "gmpo", "reinforce", "clip_cov", "kl_cov"):
+        refuse(("importance_sampling_level",), loss_type)
+    if config.loss_type in ("surrogate", "kl_cov", "sapo", "vespo", "reinforce"):
+        refuse(("epsilon_low", "epsilon_high"), loss_type)
+    if config.loss_type == "gmpo":
+        refuse(("top_entropy_quantile", "loss_agg_mode"), loss_type)
+    if config.level != Level.TOKEN and (config.beta == 0 or config.has_exact_divergence):
+        refuse(("log_ratio_clamp",), f"{without_ratio} and a ratio of sequences ({loss_type}, {config.level.name})")
+    if config.beta == 0:
+        refuse(("kl_estimator", "kl_gradient", "kl_clamp"), "beta=0")
+    if config.kl_gradient != "naive" and config.use_bias_correction_kl:
+        raise ValueError(f'use_bias_correction_kl must be False with kl_gradient="{config.kl_gradient}", got True')
+    if config.rollout_correction is None:
+        refuse(("rollout_clip_min", "rollout_clip_max"), "rollout_correction=None")
+    elif config.rollout_correction.endswith("truncate") and config.rollout_clip_min == config.rollout_clip_max is None:
+        raise ValueError(
+            "rollout_clip_min or rollout_clip_max must be given with "
+            f'rollout_correction="{config.rollout_correction}", got neither'
+        )
+    elif None not in (low := config.rollout_clip_min, high := config.rollout_clip_max) and low > high:
+        raise ValueError(f"rollout_clip_min must be at most rollout_clip_max={high}, got {low}")
+    elif config.loss_type == "vespo" and config.rollout_correction.startswith("sequence"):
+        raise ValueError(f"rollout_correction must be of tokens with {loss_type}, got {config.rollout_correction!r}")
+
+
+def _one_of(name: str, value: object, allowed: tuple[object, ...]) -> None:
+    if value not in allowed:
+        raise ValueError(f"{name} must be one of {', '.join(map(repr, allowed))}, got {value!r}")
+
+
+def _within(name: str, value: float | None, what: str, is_within: Callable[[float], bool]) -> None:
+    if value is not None and not (math.isfinite(value) and is_within(value)):
+        raise ValueError(f"{name} must be finite{f' and {what}' if what else ''}, got {value!r}")

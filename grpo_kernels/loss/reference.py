@@ -1,0 +1,252 @@
+"""The policy loss in plain torch: the equations as they stand in the papers, gradients by autograd.
+
+Limits: a log-ratio past ``largest_log_ratio`` counts as infinite, as does a log-probability that is ``DISTANCE`` from
+the reference's or from 0. Values and gradients are then their limits: what is clipped keeps its bound, with a gradient
+of 0. A token without a bound there has a finite gradient and an infinite loss, of its terms' sign, which
+``check_device_values`` names. NaN remains NaN; the sum of tokens that are infinite with opposite signs is NaN.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from grpo_kernels.device_values import note_infinite
+from grpo_kernels.loss.config import GRPOLossConfig
+from grpo_kernels.loss.inputs import PolicyInputs
+from grpo_kernels.loss.limits import DISTANCE, NEAR, are_near, largest_joint, largest_log_ratio, largest_term, limited
+from grpo_kernels.loss.options import Level, Surrogate
+from grpo_kernels.loss.weights import settle
+
+
+def policy_loss(
+    logprobs: Tensor,  # [B, T] or [N]
+    inputs: PolicyInputs,
+    entropy: Tensor | None,  # like logprobs
+    config: GRPOLossConfig,
+) -> tuple[Tensor, Tensor]:
+    """``sum w (-S + beta k) - entropy bonus``, and the metrics' partials ``[len(Partial)]``."""
+    inputs, of_weights = settle(inputs, logprobs, entropy, config)
+    mask = inputs.mask
+
+    def unmasked(values: Tensor) -> Tensor:  # before any exp: inf * 0 is NaN
+        return torch.where(mask, values, 0)
+
+    logprobs = unmasked(logprobs)
+    advantages = unmasked(inputs.advantages)
+    difference = None if inputs.ref_logprobs is None else logprobs - unmasked(inputs.ref_logprobs)
+    log_ratio = importance_log_ratio(logprobs, advantages, inputs, config)
+    # far from the limits, where training is, nothing is compared with them
+    is_near = are_near(log_ratio) and (difference is None or are_near(difference)) and are_near(logprobs, DISTANCE)
+    ratio = (log_ratio if is_near else limited(log_ratio, high=largest_log_ratio(log_ratio.dtype))).exp()
+    # no advantage or weight, no policy term
+    is_absent = (advantages == 0) | (inputs.policy_weights == 0)
+    own = logprobs if is_near else limited(logprobs, low=-DISTANCE)
+    values = surrogate(torch.where(is_absent, 1, ratio), own, advantages, config)
+    losses = -inputs.policy_weights * values
+    is_infinite = None if is_near else (~is_absent & is_unbounded(values, log_ratio, logprobs, advantages, config))
+    kl = None
+    if difference is not None:
+        kl, is_kl_infinite = kl_penalty(difference, logprobs, log_ratio, ratio, is_near, inputs, config)
+        kl_weights = config.penalty.weight * inputs.kl_weights
+        losses = losses + kl_weights * kl
+        if is_infinite is not None and is_kl_infinite is not None:
+            is_infinite = is_infinite | (is_kl_infinite & (kl_weights != 0))
+    if is_infinite is not None:
+        note_infinite(is_infinite)
+        infinity = torch.full_like(losses, torch.inf).copysign(losses.detach())
+        losses = losses + torch.where(is_infinite, infinity, 0)
+        losses = losses + own * torch.where(losses.isnan(), torch.nan, 0)  # a clamp would give NaN a gradient of 0
+    loss = losses.sum()
+    if inputs.entropy_weights is not None and entropy is not None:
+        loss = loss - (inputs.entropy_weights * unmasked(entropy)).sum()
+    if config.level == Level.GEOMETRIC:  # what is clipped is a token's
+        ratio = token_log_ratio(logprobs, inputs, config).exp()
+    partials = metric_partials(ratio, advantages, kl, entropy, inputs, config)
+    return loss, partials if of_weights is None else torch.cat([partials, of_weights])
+
+
+def token_log_ratio(logprobs: Tensor, inputs: PolicyInputs, config: GRPOLossConfig) -> Tensor:
+    """``l - l_old``."""
+    log_ratio = inputs.log_ratio(logprobs)
+    return _clamped(log_ratio, config.log_ratio_clamp) if config.level == Level.TOKEN else log_ratio
+
+
+def importance_log_ratio(logprobs: Tensor, advantages: Tensor, inputs: PolicyInputs, config: GRPOLossConfig) -> Tensor:
+    """``l - l_old``; at sequence level ``mean_t(l - l_old)``, GSPO eq. 7 (arXiv:2507.18071).
+
+    GSPO-token, eq. 13: the same value with each token's own gradient. GMPO, eq. 4 (arXiv:2507.20673): the mean of
+    log-ratios clipped where a ratio would leave the range on the side that its advantage rewards.
+    """
+    log_ratio = token_log_ratio(logprobs, inputs, config)
+    if config.level == Level.TOKEN:
+        return log_ratio
+    mask, sequences = inputs.mask, inputs.sequences
+    summed = log_ratio
+    if config.level == Level.GEOMETRIC:
+        low, high = (math.log(bound) for bound in config.ratio_bounds)
+        summed = torch.where(advantages > 0, log_ratio.clamp(max=high), log_ratio.clamp(min=low))
+        summed = torch.where(mask, summed, 0)
+    lengths = sequences.sum(mask.to(logprobs.dtype)).clamp(min=1)
+    mean = torch.where(mask, sequences.spread(sequences.sum(summed) / lengths), 0)
+    if config.level == Level.SEQUENCE_TOKEN:
+        own = logprobs.clamp(min=-DISTANCE)
+        return mean.detach() + (own - own.detach())
+    return mean
+
+
+def surrogate(ratio: Tensor, logprobs: Tensor, advantages: Tensor, config: GRPOLossConfig) -> Tensor:
+    """The objective of a token, to be maximised.
+
+    - ``min(rho A, clip(rho, 1 - eps_low, 1 + eps_high) A)``, with ``rho`` bounded by ``delta`` in the first term;
+    - CISPO, eq. 4 (arXiv:2506.13585): ``sg[clip(rho)] A l``;
+    - SAPO, eq. 6 (arXiv:2511.20347): ``4 / tau sigmoid(tau (rho - 1)) A``;
+    - ``A l``.
+    """
+    low, high = config.ratio_bounds
+    if config.surrogate == Surrogate.CISPO:
+        return ratio.detach().clamp(low, high) * advantages * logprobs
+    if config.surrogate == Surrogate.SAPO:
+        tau = torch.where(
+            advantages > 0, config.sapo_temperature_pos, torch.full_like(advantages, config.sapo_temperature_neg)
+        )
+        return torch.sigmoid(tau * (ratio - 1)) * 4 / tau * advantages
+    if config.surrogate == Surrogate.LOGPROB:
+        return advantages * logprobs
+    unclipped = ratio if config.delta is None else ratio.clamp(max=config.delta)
+    clipped = unclipped if config.level == Level.GEOMETRIC else ratio.clamp(low, high)
+    return torch.minimum(unclipped * advantages, clipped * advantages)
+
+
+@torch.no_grad()
+def is_unbounded(
+    values: Tensor, log_ratio: Tensor, logprobs: Tensor, advantages: Tensor, config: GRPOLossConfig
+) -> Tensor:
+    """Where the objective has no bound."""
+    if config.surrogate in (Surrogate.CISPO, Surrogate.LOGPROB):
+        return (logprobs < -DISTANCE) & (values != 0)
+    largest = largest_log_ratio(log_ratio.dtype)
+    return (log_ratio > largest) & (values.abs() > advantages.abs() * math.exp(largest / 2))
+
+
+def kl_penalty(
+    difference: Tensor,  # of the log-probability from the reference's
+    logprobs: Tensor,
+    log_ratio: Tensor,
+    ratio: Tensor,
+    is_near: bool,
+    inputs: PolicyInputs,
+    config: GRPOLossConfig,
+) -> tuple[Tensor, Tensor | None]:
+    """The estimate of the KL divergence, with ``d = l - l_ref``; times the importance ratio where that is asked for.
+
+    http://joschu.net/blog/kl-approx.html; straight-through, the value of one with the gradient of k2;
+    importance-weighted, times ``exp(l - sg[l])`` (arXiv:2506.09477). Also where it has no bound, unless all is near.
+    """
+    penalty = config.penalty
+    d = _clamped(difference, config.log_ratio_clamp)
+    low = -largest_log_ratio(d.dtype) if penalty.estimator == "k3" else -DISTANCE
+    distance = d
+    if not is_near:
+        distance = limited(d, low, DISTANCE)
+        if penalty.is_bias_corrected:  # so that the product's derivatives are finite too
+            is_past = (log_ratio > largest_log_ratio(d.dtype)) | (d.abs() > DISTANCE)
+            distance = torch.where(is_past, limited(d, -NEAR, NEAR), distance)
+    estimate = kl_estimate(distance, penalty.estimator)
+    kl = _clamped(estimate, config.kl_clamp)
+    is_infinite = None if is_near else ((d < low) | (d > DISTANCE)) & (kl == estimate)
+    if penalty.gradient == "importance_weighted":
+        own = logprobs if is_near else limited(logprobs, low=-DISTANCE)
+        is_clamped = (d != difference) | (kl != estimate)
+        kl = torch.where(is_clamped, kl, kl * (own - own.detach()).exp())
+    if penalty.gradient == "straight_through":
+        k2 = kl_estimate(d if is_near else limited(d, -DISTANCE, DISTANCE), "k2")
+        kl = kl.detach() + (k2 - k2.detach())
+    if not penalty.is_bias_corrected:
+        return kl, is_infinite
+    value = kl * ratio
+    if is_infinite is None:
+        return value, None
+    value = limited(value, -largest_term(d.dtype), largest_term(d.dtype))
+    is_infinite = (ratio != 0) & (kl != 0) & (is_infinite | (log_ratio > largest_log_ratio(d.dtype)))
+    if penalty.estimator != "k3":
+        return value, is_infinite
+    far, is_far, is_far_infinite = far_k3(d, log_ratio, inputs, config)
+    is_far = is_far & (kl == estimate)
+    return torch.where(is_far, far, value), torch.where(is_far, is_far_infinite, is_infinite)
+
+
+def far_k3(d: Tensor, log_ratio: Tensor, inputs: PolicyInputs, config: GRPOLossConfig) -> tuple[Tensor, Tensor, Tensor]:
+    """``r exp(-d)`` at once, where that is all there is of ``r k3``, and where it has no bound.
+
+    ``exp(-d)`` may be past the largest number while ``r`` is below the least. Where both are, a token alone comes to
+    the reference over the old policy; in a sequence it has no bound.
+    """
+    joint = limited(log_ratio, high=largest_log_ratio(d.dtype)) - d
+    largest = largest_joint(d.dtype)
+    is_far = (d < -NEAR) | (joint > largest)
+    limit = torch.full_like(d, torch.inf)
+    if inputs.ref_logprobs is not None and inputs.old_logprobs is not None:
+        is_alone = inputs.mask
+        if config.level != Level.TOKEN:
+            is_alone = inputs.sequences.spread(inputs.sequences.sum(inputs.mask.to(d.dtype))) == 1
+        limit = torch.where(is_alone, inputs.ref_logprobs - inputs.old_logprobs, limit)
+    joint = torch.where(joint.isnan() & ~log_ratio.isnan(), limit, joint)
+    return limited(joint, high=largest).exp(), is_far, joint > largest
+
+
+def kl_estimate(d: Tensor, estimator: str) -> Tensor:
+    """The estimate by its name, of ``d = l - l_ref``."""
+    if estimator == "k1":
+        return d
+    if estimator == "abs":
+        return d.abs()
+    return torch.expm1(-d) + d if estimator == "k3" else d.square() / 2
+
+
+def _clamped(values: Tensor, bound: float | None) -> Tensor:
+    return values if bound is None else values.clamp(-bound, bound)
+
+
+@torch.no_grad()
+def metric_partials(
+    ratio: Tensor,
+    advantages: Tensor,
+    kl: Tensor | None,
+    entropy: Tensor | None,
+    inputs: PolicyInputs,
+    config: GRPOLossConfig,
+) -> Tensor:  # [len(Partial)]
+    """What ``PolicyMetrics`` reads, in the order of ``Partial``."""
+    mask, sequences = inputs.mask, inputs.sequences
+    low, high = config.ratio_bounds
+    bounded = ratio if config.delta is None else ratio.clamp(max=config.delta)
+    is_low = mask & (bounded < low) & (advantages < 0)
+    is_high = mask & (bounded > high) & (advantages > 0)
+    dtype = ratio.dtype
+    tokens = sequences.sum(mask.to(dtype))
+    low_share = sequences.sum(is_low.to(dtype)) / tokens.clamp(min=1)
+    high_share = sequences.sum(is_high.to(dtype)) / tokens.clamp(min=1)
+    per_sequence = config.level == Level.SEQUENCE
+    # at token level a sequence without a token has no share; at sequence level it still has a ratio, of 1
+    has_share = torch.ones_like(tokens, dtype=torch.bool) if per_sequence else tokens > 0
+    zero = ratio.new_zeros(())
+    return torch.stack(
+        [
+            tokens.sum(),
+            zero + sequences.count if per_sequence else tokens.sum(),
+            zero if kl is None else torch.where(mask, kl, 0).sum(),
+            zero if entropy is None else torch.where(mask, entropy, 0).sum().to(dtype),
+            low_share.sum() if per_sequence else is_low.sum().to(dtype),
+            high_share.sum() if per_sequence else is_high.sum().to(dtype),
+            _or_none(torch.where(has_share, low_share, torch.inf), torch.inf).amin(),
+            _or_none(torch.where(has_share, high_share, -torch.inf), -torch.inf).amax(),
+        ]
+    )
+
+
+def _or_none(shares: Tensor, none: float) -> Tensor:  # [S] -> [S + 1]
+    """The shares and a value that no share is compared to: a batch may hold no sequence."""
+    return torch.cat([shares, shares.new_full((1,), none)])

@@ -1,0 +1,1 @@
+"""Ops from hidden states: logits exist a chunk at a time."""

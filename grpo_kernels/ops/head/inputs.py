@@ -1,0 +1,86 @@
+"""What the linear ops check of a head, its dtypes and its workspace, before any launch."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from grpo_kernels.dtypes import accumulation_dtype
+from grpo_kernels.ops.head.gemm import row_width, writes_fp32
+from grpo_kernels.validation import FLOAT_DTYPES, check_device, check_float, check_ids, check_shape
+
+
+def head_dtypes(
+    hidden: Tensor, weight: Tensor, logits_dtype: torch.dtype | None, prefix: str = ""
+) -> tuple[torch.dtype, torch.dtype]:
+    """The compute dtype (autocast's, where on) and the logits' (fp32 or fp64, unless one is given).
+
+    Raises:
+        TypeError: The dtypes of the two inputs differ outside autocast, or ``logits_dtype`` does not fit.
+    """
+    device = hidden.device.type
+    is_autocast = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+    if is_autocast and hidden.dtype != torch.float64:
+        compute_dtype = torch.get_autocast_dtype(device)
+    elif hidden.dtype != weight.dtype:
+        raise TypeError(
+            f"{prefix}lm_head_weight must have the dtype of {prefix}hidden_states, {hidden.dtype}, got {weight.dtype}"
+        )
+    else:
+        compute_dtype = hidden.dtype
+    wide = accumulation_dtype(compute_dtype)
+    if logits_dtype is None:
+        return compute_dtype, wide if device == "cpu" or writes_fp32(hidden.device) else compute_dtype
+    if logits_dtype not in FLOAT_DTYPES or logits_dtype not in (compute_dtype, wide):
+        raise TypeError(f"logits_dtype must be None, {compute_dtype} or {wide}, got {logits_dtype}")
+    return compute_dtype, logits_dtype
+
+
+def check_head(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, ids: Tensor, ids_name: str = "ids", prefix: str = ""
+) -> None:
+    """Raises TypeError or ValueError unless hidden states, head and ids fit; ``prefix`` is that of the arguments."""
+    hidden_name, weight_name, bias_name = (prefix + name for name in ("hidden_states", "lm_head_weight", "bias"))
+    check_float(hidden_name, hidden)
+    check_float(weight_name, weight)
+    check_ids(ids_name, ids)
+    if ids.dim() not in (1, 2):
+        raise ValueError(f"{ids_name} must have shape [B, T] or, packed, [N], got {list(ids.shape)}")
+    size = hidden.shape[-1] if hidden.dim() else 0
+    if size == 0:
+        raise ValueError(f"{hidden_name} must have a last dimension of at least 1, got {list(hidden.shape)}")
+    check_shape(hidden_name, hidden, (*ids.shape, size))
+    if weight.dim() != 2 or weight.shape[0] == 0:
+        raise ValueError(f"{weight_name} must have shape [V, H] with V at least 1, got {list(weight.shape)}")
+    check_shape(weight_name, weight, (weight.shape[0], size))
+    if bias is not None:
+        check_float(bias_name, bias)
+        check_shape(bias_name, bias, (weight.shape[0],))
+    check_device(hidden.device, [(weight_name, weight), (bias_name, bias), (ids_name, ids)])
+
+
+def check_workspace(
+    workspace_bytes: int | None,
+    max_logits_bytes: int,
+    vocab: int,
+    dtype: torch.dtype,
+    device: torch.device,
+    models: int = 1,
+) -> int:
+    """The workspace's bound in bytes, with logits of one model or two.
+
+    By default 1 GiB on a CPU. On a GPU 1.5 GB, and 1,024 rows at least: adding a chunk to ``dW`` moves ``8 V H`` bytes,
+    which at that size is still under the time of its GEMM.
+
+    Raises:
+        ValueError: A bound is negative.
+    """
+    if max_logits_bytes < 0:
+        raise ValueError(f"max_logits_bytes must be at least 0, got {max_logits_bytes}")
+    if workspace_bytes is not None:
+        if workspace_bytes < 1:
+            raise ValueError(f"workspace_bytes must be None or at least 1, got {workspace_bytes}")
+        return workspace_bytes
+    if device.type == "cpu":
+        return 1 << 30
+    return max(1_500_000_000, models * 1024 * row_width(vocab, dtype, device) * dtype.itemsize)

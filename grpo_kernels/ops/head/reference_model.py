@@ -1,0 +1,128 @@
+"""The rows that a policy's are compared with: logits as they are given, or projected chunk by chunk."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from grpo_kernels.ops.head.gemm import Head, row_width
+from grpo_kernels.ops.head.inputs import check_head, head_dtypes
+from grpo_kernels.ops.head.reference import project
+from grpo_kernels.ops.head.rows import Rows
+from grpo_kernels.validation import check_device, check_float, check_shape
+
+
+class Reference(NamedTuple):
+    """Logits, or hidden states and the head that makes logits of them, as they cross into registered ops."""
+
+    logits: Tensor | None  # [N, V]
+    hidden: Tensor | None  # [N, H'], H' its own
+    weight: Tensor | None  # [V, H']
+    bias: Tensor | None  # [V]
+    compute_dtype: torch.dtype
+
+    @classmethod
+    def of(
+        cls,
+        ids: Tensor,  # [B, T] or [N]
+        vocab: int,
+        logits: Tensor | None,
+        hidden: Tensor | None,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        prefix: str = "reference_",
+    ) -> Reference:
+        """Validates the arguments of a public function, whose names begin with ``prefix``.
+
+        Raises:
+            TypeError: A dtype does not fit.
+            ValueError: Not either logits or both of hidden states and head are given, or shapes or devices do not fit.
+        """
+        if logits is not None:
+            for name, other in (("hidden_states", hidden), ("lm_head_weight", weight), ("bias", bias)):
+                if other is not None:
+                    raise ValueError(f"{prefix}{name} must be None beside {prefix}logits, got both")
+            check_float(f"{prefix}logits", logits)
+            check_shape(f"{prefix}logits", logits, (*ids.shape, vocab))
+            check_device(ids.device, [(f"{prefix}logits", logits)])
+            return cls(logits.detach().reshape(-1, vocab), None, None, None, logits.dtype)
+        if hidden is None or weight is None:
+            raise ValueError(
+                f"{prefix}logits, or both {prefix}hidden_states and {prefix}lm_head_weight, must be given, got "
+                + ("neither" if hidden is None and weight is None else "one of the latter")
+            )
+        check_head(hidden, weight, bias, ids, prefix=prefix)
+        check_shape(f"{prefix}lm_head_weight", weight, (vocab, weight.shape[1]))
+        compute_dtype, _ = head_dtypes(hidden, weight, None, prefix=prefix)
+        bias = None if bias is None else bias.detach()
+        return cls(None, hidden.detach().reshape(-1, hidden.shape[-1]), weight.detach(), bias, compute_dtype)
+
+    @property
+    def is_given(self) -> bool:
+        """Whether there is one."""
+        return self.logits is not None or self.hidden is not None
+
+    def whole(self, mask: Tensor | None, logits_dtype: torch.dtype) -> Tensor:  # [N] -> [N, V]
+        """All logits at once, for the "torch" backend."""
+        if self.logits is not None:
+            return self.logits.to(logits_dtype)
+        return project(self.hidden, self.weight, self.bias, mask, self.compute_dtype, logits_dtype)  # type: ignore[arg-type]
+
+
+#: ``Reference`` in the dispatcher's language, and how many arguments it is.
+REFERENCE_SCHEMA = (
+    "Tensor? reference_logits, Tensor? reference_hidden, Tensor? reference_weight, Tensor? reference_bias, "
+    "ScalarType reference_dtype"
+)
+REFERENCE_COUNT = len(Reference._fields)
+NO_REFERENCE = Reference(None, None, None, None, torch.float32)
+
+
+class ReferenceRows:
+    """A reference's logits, chunk by chunk: where they lie, or in a workspace of their own.
+
+    Args:
+        reference: Where they come from.
+        rows: Which of them are wanted.
+        logits_dtype: What they are rounded to.
+    """
+
+    def __init__(self, reference: Reference, rows: Rows, logits_dtype: torch.dtype) -> None:
+        self.given, self.hidden, self.rows, self.dtype = reference.logits, reference.hidden, rows, logits_dtype
+        self.head = None
+        if reference.weight is not None:
+            self.head = Head(reference.weight, reference.bias, reference.compute_dtype, logits_dtype, logits_dtype)
+
+    @property
+    def is_read_in_place(self) -> bool:
+        """Whether the logits given are read where they lie."""
+        given = self.given
+        is_dense = given is not None and (given.shape[1] == 1 or given.stride(1) == 1)
+        return is_dense and given.dtype == self.dtype and self.rows.index is None
+
+    @property
+    def row_bytes(self) -> int:
+        """Of one row of the workspace."""
+        return 0 if self.is_read_in_place else self._width * self.dtype.itemsize
+
+    @property
+    def _width(self) -> int:
+        like = self.given if self.head is None else self.head.parameter
+        vocab = like.shape[1] if self.head is None else like.shape[0]
+        return row_width(vocab, self.dtype, like.device)
+
+    def workspace(self, rows: int) -> Tensor:  # [rows, row_width]
+        """Memory for so many rows, none where they are read in place."""
+        like = self.given if self.head is None else self.hidden
+        return like.new_empty(0 if self.is_read_in_place else rows, self._width, dtype=self.dtype)
+
+    def logits(self, chunk: slice, workspace: Tensor) -> Tensor:  # -> [n, V]
+        """The logits of a chunk of rows."""
+        if self.head is not None:
+            return self.head.logits(self.head.inputs(self.hidden, self.rows, chunk), workspace)
+        if self.is_read_in_place:
+            return self.given[chunk]
+        out = workspace[: chunk.stop - chunk.start, : self.given.shape[1]]
+        return out.copy_(self.given[self.rows.part(chunk)])

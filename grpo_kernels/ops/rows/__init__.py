@@ -1,0 +1,1 @@
+"""Ops over rows of logits."""

@@ -1,0 +1,324 @@
+"""The public ``grpo_loss``, its registered op and its autograd function."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from functools import partial
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from grpo_kernels import backends
+from grpo_kernels.device_values import check_device_values
+from grpo_kernels.dtypes import accumulation_dtype
+from grpo_kernels.loss.config import GRPOLossConfig, PolicyLossCode
+from grpo_kernels.loss.inputs import FLAT_COUNT, FLAT_SCHEMA, PolicyInputs
+from grpo_kernels.loss.metrics import PolicyMetrics
+from grpo_kernels.measured_backends import RowClass
+from grpo_kernels.ops.gradients import mark_written, refuse_double_backward
+from grpo_kernels.ops.registration import define, lazily
+from grpo_kernels.ops.rows import reference
+from grpo_kernels.ops.rows.reference import TokenDivergence, TokenLogprobs
+from grpo_kernels.ops.rows.token_divergence import token_divergence
+from grpo_kernels.ops.rows.token_logprobs import rows_of, token_ids, token_logprobs
+from grpo_kernels.ops.rows.transform import TRANSFORM_SCHEMA, Transform
+from grpo_kernels.ops.tokens.group_advantages import EPS, check_rewards, group_advantages
+from grpo_kernels.ops.tokens.policy_loss import policy_loss_fwd, policy_loss_of, policy_metrics
+from grpo_kernels.ops.tokens.scale import hand_over
+from grpo_kernels.validation import check_cu_seqlens, check_device, check_id_range, check_logits, check_writable
+
+
+class GRPOLossOutput(NamedTuple):
+    """A scalar loss, the only differentiable field; log-probs and entropy in nats, like the ids; TRL's metrics."""
+
+    loss: Tensor
+    logprobs: Tensor
+    entropy: Tensor
+    metrics: PolicyMetrics
+
+
+class GroupRewards(NamedTuple):
+    """Rewards that become advantages on the way, as they cross into registered ops."""
+
+    rewards: Tensor | None = None  # [S]
+    offsets: Tensor | None = None  # [S + 1] where packed
+    num_generations: int = 1
+    is_scaled: bool = False
+    eps: float = 0.0
+
+
+def _fake(logits, ids, *inputs):  # type: ignore[no-untyped-def]
+    dtype = accumulation_dtype(logits.dtype)
+    statistics = (torch.empty_like(ids, dtype=dtype) for _ in range(2))
+    advantages = ids.new_empty(0 if inputs[FLAT_COUNT] is None else ids.numel(), dtype=dtype)
+    return (*statistics, torch.empty_like(ids, dtype=torch.bool), advantages)
+
+
+#: Statistics of every row and, into ``dlogits``, the gradient of the loss. ``dlogits`` may be ``logits`` itself, and
+#: for a backend that says so have another dtype. ``live`` tells the rows with a coefficient other than 0; those of the
+#: others are 0. Where rewards are given, the advantages that they make are returned ``[N]``, else none are.
+grpo_loss_fwd = define(
+    "grpo_loss_fwd",
+    f"(Tensor logits, Tensor ids, {FLAT_SCHEMA.replace('Tensor advantages', 'Tensor? advantages')}, Tensor? rewards, "
+    f"Tensor? offsets, int num_generations, bool is_scaled, float eps, int[] options, float[] params, "
+    f"{TRANSFORM_SCHEMA}, Tensor(a!)? dlogits) -> (Tensor logprobs, Tensor entropy, Tensor live, Tensor advantages)",
+    _fake,
+    {"triton": lazily("grpo_kernels.ops.rows.triton.grpo_loss", "grpo_loss_fwd")},
+)
+
+
+class _GRPOLoss(torch.autograd.Function):
+    @staticmethod
+    def forward(  # type: ignore[override]
+        ctx: Any,
+        logits: Tensor,
+        ids: Tensor,
+        inputs: PolicyInputs,
+        group: GroupRewards,
+        code: PolicyLossCode,
+        transform: Transform,
+        form_gradient: bool,
+        inplace: bool,
+        backend: str,
+    ) -> tuple[Tensor, ...]:
+        values = logits.detach()
+        dlogits = None
+        if form_gradient:
+            dlogits = values if inplace else torch.empty(values.shape, dtype=values.dtype, device=values.device)
+        logprobs, entropy, _, advantages = grpo_loss_fwd[backend](
+            rows_of(values),
+            token_ids(ids),
+            *inputs.flat(),
+            *group,
+            code.options,
+            code.params,
+            *transform,
+            dlogits if dlogits is None or dlogits.dim() == 3 else dlogits[None],
+        )
+        if group.rewards is not None:
+            inputs = replace(inputs, advantages=advantages)
+        loss, _, partials = policy_loss_fwd(logprobs.view(-1), entropy.view(-1), inputs, code, backend)
+        logprobs, entropy = logprobs.view(ids.shape), entropy.view(ids.shape)
+        if dlogits is not None and inplace:
+            mark_written(values)
+        ctx.save_for_backward(dlogits)
+        ctx.backend = backend
+        ctx.mark_non_differentiable(logprobs, entropy, partials)
+        ctx.set_materialize_grads(False)
+        return loss, logprobs, entropy, partials
+
+    @staticmethod
+    def backward(ctx: Any, dloss: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        refuse_double_backward()
+        if dloss is None:
+            return (None,) * 9
+        return (*hand_over(ctx, dloss, ctx.backend), *(None,) * 8)
+
+
+def grpo_loss(
+    logits: Tensor,  # [B, T, V] or [B, T + 1, V]; packed [N, V]
+    completion_ids: Tensor,  # [B, T]; packed [N]
+    advantages: Tensor | None,  # [B] or [B, T]; packed [S] or [N]
+    completion_mask: Tensor,  # like completion_ids
+    *,
+    rewards: Tensor | None = None,  # [B] or [B, K]
+    num_generations: int | None = None,
+    scale_rewards: str = "group",
+    old_logprobs: Tensor | None = None,  # like completion_ids
+    ref_logprobs: Tensor | None = None,  # like completion_ids
+    reference_logits: Tensor | None = None,  # like logits
+    sampling_logprobs: Tensor | None = None,  # like completion_ids
+    rollout_is_weights: Tensor | None = None,  # like completion_ids, or [B, 1]; packed [N] or [S, 1]
+    entropy_threshold: Tensor | float | None = None,
+    num_items_in_batch: float | Tensor | None = None,
+    cu_seqlens: Tensor | None = None,  # [S + 1]
+    loss_scale: float = 1.0,
+    config: GRPOLossConfig = GRPOLossConfig(),  # noqa: B008  frozen
+    softcap: float | None = None,
+    logit_scale: float = 1.0,
+    inplace: bool = False,
+    debug: bool = False,
+    backend: str = "auto",
+) -> GRPOLossOutput:
+    """The GRPO loss from logits, its gradient formed in the same pass.
+
+    ``token_logprobs`` at the configuration's temperature, then ``policy_loss``; see there for the equations. At token
+    level the forward reads the logits once and writes their gradient once, and the backward multiplies it by the
+    upstream scalar, unless that is 1. A sequence-level ratio needs a pass for the statistics first.
+
+    Args:
+        logits: Position ``t`` predicts token ``t``. A ``T + 1``-th position, as ``logits_to_keep=T + 1`` gives it, is
+            ignored, and its gradient is 0.
+        completion_ids: The sampled tokens.
+        advantages: One per completion, unitless; or one per token; or None, with ``rewards``.
+        completion_mask: 0 excludes a token, whatever the other inputs hold there.
+        rewards: Instead of advantages: ``group_advantages`` is taken over these. Whole groups, on this process.
+        num_generations: Completions per prompt, with ``rewards``.
+        scale_rewards: "group" or "none", with ``rewards``.
+        old_logprobs, ref_logprobs, sampling_logprobs, rollout_is_weights, entropy_threshold, num_items_in_batch,
+            cu_seqlens: As for ``policy_loss``.
+        reference_logits: The frozen reference policy's, in the dtype of ``logits``, transformed as they are; for an
+            exact ``kl_estimator``, instead of ``ref_logprobs``. The loss then takes the statistics of both rows first,
+            and reads them once more for the gradient.
+        loss_scale: Multiplies the loss and the gradient, before the gradient is rounded to the logits' dtype.
+        config: The loss.
+        softcap, logit_scale: As for ``token_logprobs``.
+        inplace: Write the gradient over the logits, which then hold no logits any more; their last dimension must be
+            dense. The "torch" backend has no such form and leaves them as they are.
+        debug: Check values on a GPU too, and what kernels met since (``check_device_values``): syncs.
+        backend: "auto", or one of ``grpo_kernels.backends.BACKENDS``.
+
+    Returns:
+        ``GRPOLossOutput``; only ``loss`` is differentiable, and only once. A second backward is refused.
+
+    Raises:
+        TypeError: A tensor has a dtype that does not fit.
+        ValueError: Shapes or devices do not fit, an input that the configuration needs is missing, both or neither of
+            ``advantages`` and ``rewards`` are given, or an unmasked id is outside the vocabulary (read on the CPU,
+            elsewhere with ``debug``).
+        RuntimeError: The named backend cannot run here.
+
+    Example:
+        >>> logits = torch.zeros(2, 3, 8, requires_grad=True)
+        >>> ids, mask = torch.zeros(2, 3, dtype=torch.long), torch.ones(2, 3)
+        >>> out = grpo_loss(logits, ids, None, mask, rewards=torch.tensor([0.0, 1.0]), num_generations=2)
+        >>> out.loss.backward()
+    """
+    check_logits(logits, completion_ids, "completion_ids")
+    check_device(logits.device, [("completion_ids", completion_ids)])
+    transform = Transform.of(config.temperature, softcap, logit_scale)
+    if inplace:
+        check_writable("logits", logits, "inplace=True")
+    op = "grpo_loss" if reference_logits is None else "token_divergence"
+    backend = backends.resolve(op, backend, logits.device, partial(RowClass.of_logits, logits))
+    dtype = accumulation_dtype(logits.dtype)
+    check_group_rewards(advantages, rewards, num_generations, scale_rewards, completion_ids, cu_seqlens, debug)
+    check_reference(reference_logits is not None, ref_logprobs, config, "reference_logits")
+    in_kernel = rewards is not None and rewards.dim() == 1 and config.is_token_local and backend != "torch"
+    in_kernel = in_kernel and not config.has_exact_divergence
+    if rewards is not None and not in_kernel:
+        advantages = group_advantages(rewards, num_generations, scale_rewards=scale_rewards, backend=backend)
+    inputs = PolicyInputs.of(
+        completion_ids,
+        dtype,
+        advantages,
+        completion_mask,
+        old_logprobs=old_logprobs,
+        ref_logprobs=ref_logprobs,
+        sampling_logprobs=sampling_logprobs,
+        rollout_is_weights=rollout_is_weights,
+        entropy_threshold=entropy_threshold,
+        num_items_in_batch=num_items_in_batch,
+        cu_seqlens=cu_seqlens,
+        loss_scale=loss_scale,
+        config=config,
+        debug=debug,
+    )
+    group = GroupRewards()
+    if in_kernel:
+        offsets = inputs.sequences.offsets if inputs.sequences.packed else None
+        values = rewards.detach().to(dtype).contiguous()
+        group = GroupRewards(values, offsets, num_generations, scale_rewards == "group", EPS)
+    check_id_range("completion_ids", completion_ids, inputs.mask, logits.shape[-1], debug)
+    if debug:
+        check_device_values(logits.device)
+    if reference_logits is not None:
+        tokens = token_divergence(
+            logits,
+            reference_logits,
+            divergence=config.kl_estimator,
+            ids=completion_ids,
+            mask=inputs.mask,
+            temperature=config.temperature,
+            softcap=softcap,
+            logit_scale=logit_scale,
+            reference_softcap=softcap,
+            reference_logit_scale=logit_scale,
+            inplace_backward=inplace,
+            backend=backend,
+        )
+        return loss_of_tokens(tokens, inputs, config, backend)
+    if backend == "torch":
+        rows = logits if completion_ids.dim() == 1 else logits[:, : completion_ids.shape[1]]
+        return reference_loss(rows, completion_ids, inputs, softcap, logit_scale, config)
+    inputs, config = inputs.token_local(config)
+    if not config.is_token_local:
+        tokens = token_logprobs(
+            logits,
+            completion_ids,
+            temperature=config.temperature,
+            softcap=softcap,
+            logit_scale=logit_scale,
+            mask=inputs.mask,
+            outputs=("entropy",),
+            inplace_backward=inplace,
+            backend=backend,
+        )
+        return loss_of_tokens(tokens, inputs, config, backend)
+    form_gradient = torch.is_grad_enabled() and logits.requires_grad
+    loss, logprobs, entropy, partials = _GRPOLoss.apply(
+        logits, completion_ids, inputs, group, config.code(), transform, form_gradient, inplace, backend
+    )
+    return GRPOLossOutput(loss, logprobs, entropy, policy_metrics(partials, config, True))
+
+
+def reference_loss(
+    logits: Tensor,
+    ids: Tensor,
+    inputs: PolicyInputs,
+    softcap: float | None,
+    logit_scale: float,
+    config: GRPOLossConfig,
+) -> GRPOLossOutput:
+    """The "torch" backend."""
+    loss, logprobs, entropy, partials = reference.grpo_loss(logits, ids, inputs, softcap, logit_scale, config)
+    return GRPOLossOutput(loss, logprobs.detach(), entropy.detach(), policy_metrics(partials, config, True))
+
+
+def loss_of_tokens(
+    tokens: TokenLogprobs | TokenDivergence, inputs: PolicyInputs, config: GRPOLossConfig, backend: str
+) -> GRPOLossOutput:
+    """A loss that needs the statistics of all rows first: their gradient is formed in the backward."""
+    divergence = tokens.divergence if isinstance(tokens, TokenDivergence) else None
+    loss, metrics = policy_loss_of(tokens.logprobs, tokens.entropy, divergence, inputs, config, backend)
+    return GRPOLossOutput(loss, tokens.logprobs.detach(), tokens.entropy.detach(), metrics)
+
+
+def check_reference(is_given: bool, ref_logprobs: Tensor | None, config: GRPOLossConfig, name: str) -> None:
+    """Raises ValueError unless a reference's distributions are given where the divergence is exact, and only there."""
+    if is_given and ref_logprobs is not None:
+        raise ValueError(f"ref_logprobs must be None beside {name.rstrip(',')}, got both")
+    if is_given != config.has_exact_divergence:
+        raise ValueError(
+            f'{name} must be {"None" if is_given else "given"} with kl_estimator="{config.kl_estimator}" and '
+            f"beta={config.beta}, got {'a tensor' if is_given else 'None'}"
+        )
+
+
+def check_group_rewards(
+    advantages: Tensor | None,
+    rewards: Tensor | None,
+    num_generations: int | None,
+    scale_rewards: str,
+    ids: Tensor,
+    cu_seqlens: Tensor | None,
+    debug: bool,
+) -> None:
+    """Raises ValueError unless either advantages are given or rewards, these in whole groups, one a completion."""
+    if advantages is not None:
+        if rewards is not None:
+            raise ValueError("rewards must be None where advantages are given, got both")
+        return
+    if rewards is None:
+        raise ValueError("advantages must be given, or else rewards with num_generations, got neither")
+    if num_generations is None:
+        raise ValueError("num_generations must be given with rewards, got None")
+    if scale_rewards not in ("group", "none"):
+        raise ValueError(f"scale_rewards must be 'group' or 'none' with rewards, got {scale_rewards!r}")
+    check_rewards(rewards, num_generations, debug)
+    check_device(ids.device, [("rewards", rewards)])
+    check_cu_seqlens(cu_seqlens, ids, debug)
+    count = ids.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
+    if rewards.shape[0] != count:
+        raise ValueError(f"rewards must have a row for each of the {count} completions, got {list(rewards.shape)}")

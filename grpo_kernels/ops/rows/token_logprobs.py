@@ -1,0 +1,239 @@
+"""The public ``token_logprobs``, its registered ops and its autograd function."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from grpo_kernels import backends
+from grpo_kernels.device_values import check_device_values
+from grpo_kernels.dtypes import accumulation_dtype
+from grpo_kernels.measured_backends import RowClass
+from grpo_kernels.ops.gradients import mark_written, refuse_double_backward, refuse_second_backward
+from grpo_kernels.ops.registration import define, lazily
+from grpo_kernels.ops.rows import reference
+from grpo_kernels.ops.rows.reference import OUTPUTS, TokenLogprobs
+from grpo_kernels.ops.rows.transform import TRANSFORM_SCHEMA, Transform
+from grpo_kernels.validation import (
+    check_device,
+    check_id_range,
+    check_logits,
+    check_mask,
+    check_shape,
+    check_writable,
+)
+
+
+def empty_statistics(like: Tensor, shape: tuple[int, ...], outputs: int) -> tuple[Tensor, ...]:
+    """``logprobs, lse, entropy, log_sum_sq_probs, mean_logits, is_top1``; empty where not asked for.
+
+    The log-sum-exp is fp64: the backward takes differences of logits from it, and an offset common to all logits
+    would leave an fp32 one with few digits after the point.
+    """
+    dtype = accumulation_dtype(like.dtype)
+
+    def out(index: int, dtype: torch.dtype = dtype) -> Tensor:
+        return like.new_empty(shape if outputs >> index & 1 else (0,), dtype=dtype)
+
+    always = [like.new_empty(shape, dtype=d) for d in (dtype, torch.float64, dtype)]
+    return (*always, out(1), out(2), out(3, torch.bool))
+
+
+def _fwd_fake(logits, ids, mask, temperature, softcap, logit_scale, outputs):  # type: ignore[no-untyped-def]
+    return empty_statistics(logits, ids.shape, outputs)
+
+
+def _bwd_fake(*_):  # type: ignore[no-untyped-def]
+    return None
+
+
+#: The statistics of every row, each like ids. ``outputs`` has bit ``i`` set where ``OUTPUTS[i]`` is wanted; log-prob,
+#: log-sum-exp and entropy always are.
+token_logprobs_fwd = define(
+    "token_logprobs_fwd",
+    f"(Tensor logits, Tensor ids, Tensor? mask, {TRANSFORM_SCHEMA}, int outputs) -> (Tensor logprobs, Tensor lse, "
+    "Tensor entropy, Tensor log_sum_sq_probs, Tensor mean_logits, Tensor is_top1)",
+    _fwd_fake,
+    {"triton": lazily("grpo_kernels.ops.rows.triton.token_logprobs", "token_logprobs_fwd")},
+)
+#: Writes the gradient of every row into ``dlogits``, which may be ``logits`` itself.
+token_logprobs_bwd = define(
+    "token_logprobs_bwd",
+    "(Tensor logits, Tensor ids, Tensor? mask, Tensor logprobs, Tensor lse, Tensor entropy, Tensor? dlogprobs, "
+    f"Tensor? dentropy, {TRANSFORM_SCHEMA}, Tensor(a!) dlogits) -> ()",
+    _bwd_fake,
+    {"triton": lazily("grpo_kernels.ops.rows.triton.token_logprobs", "token_logprobs_bwd")},
+)
+
+
+def outputs_code(outputs: tuple[str, ...]) -> int:
+    """The wanted outputs as bits.
+
+    Raises:
+        ValueError: An output is unknown.
+    """
+    unknown = [name for name in outputs if name not in OUTPUTS]
+    if unknown:
+        raise ValueError(f"outputs must be among {', '.join(map(repr, OUTPUTS))}, got {unknown[0]!r}")
+    return sum(1 << OUTPUTS.index(name) for name in set(outputs))
+
+
+def pack_outputs(
+    logprobs: Tensor, entropy: Tensor, extras: tuple[Tensor, ...], outputs: tuple[str, ...]
+) -> TokenLogprobs:
+    """A ``TokenLogprobs`` with None where an output was not asked for."""
+    given = dict(zip(OUTPUTS, (entropy, *extras), strict=True))
+    return TokenLogprobs(logprobs, *(given[name] if name in outputs else None for name in OUTPUTS))
+
+
+def rows_of(logits: Tensor) -> Tensor:  # -> [B, T or T + 1, V]
+    """Logits as kernels take them: three dimensions, the last one dense. Only a last dimension with gaps is copied."""
+    rows = logits if logits.dim() == 3 else logits[None]
+    return rows if rows.stride(-1) == 1 or rows.shape[-1] == 1 else rows.contiguous()
+
+
+def token_ids(ids: Tensor) -> Tensor:  # [B, T] or [N] -> [B, T] int64
+    """Ids as kernels take them; packed tokens are one long row."""
+    return (ids if ids.dim() == 2 else ids[None]).to(torch.int64).contiguous()
+
+
+def like_ids(values: Tensor, ids: Tensor) -> Tensor:
+    """A statistic in the shape of the ids, as a view only where it has another; an empty one as it is."""
+    return values if values.shape == ids.shape or values.numel() != ids.numel() else values.view(ids.shape)
+
+
+def token_mask(mask: Tensor | None, ids: Tensor) -> Tensor | None:
+    """The mask, checked against the ids, as booleans.
+
+    Raises:
+        TypeError: It is not a tensor that can be a mask.
+        ValueError: Its shape is not that of the ids.
+    """
+    if mask is None:
+        return None
+    check_mask("mask", mask)
+    check_shape("mask", mask, ids.shape)
+    return (mask != 0).contiguous()
+
+
+class _TokenLogprobs(torch.autograd.Function):
+    @staticmethod
+    def forward(  # type: ignore[override]
+        ctx: Any,
+        logits: Tensor,
+        ids: Tensor,
+        mask: Tensor | None,
+        transform: Transform,
+        outputs: int,
+        inplace_backward: bool,
+        backend: str,
+    ) -> tuple[Tensor, ...]:
+        rows = rows_of(logits)
+        kernel_mask = None if mask is None else mask.view(token_ids(ids).shape)
+        logprobs, lse, entropy, *extras = token_logprobs_fwd[backend](
+            rows, token_ids(ids), kernel_mask, *transform, outputs
+        )
+        ctx.save_for_backward(logits, ids, mask, logprobs, lse, entropy)
+        ctx.options = (transform, inplace_backward, backend)
+        ctx.set_materialize_grads(False)
+        shaped = [like_ids(x, ids) for x in (logprobs, entropy, *extras)]
+        ctx.mark_non_differentiable(*shaped[2:])
+        return tuple(shaped)
+
+    @staticmethod
+    def backward(ctx: Any, dlogprobs: Tensor | None, dentropy: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        refuse_double_backward()
+        if dlogprobs is None and dentropy is None:
+            return (None,) * 7
+        transform, inplace_backward, backend = ctx.options
+        if inplace_backward:
+            refuse_second_backward(ctx)
+        logits, ids, mask, logprobs, lse, entropy = ctx.saved_tensors
+        logits = logits.detach()
+        rows = rows_of(logits)
+        dlogits = logits if inplace_backward else torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
+        kernel_ids = token_ids(ids)
+        token_logprobs_bwd[backend](
+            rows,
+            kernel_ids,
+            None if mask is None else mask.view(kernel_ids.shape),
+            logprobs,
+            lse,
+            entropy,
+            None if dlogprobs is None else dlogprobs.reshape(kernel_ids.shape).contiguous(),
+            None if dentropy is None else dentropy.reshape(kernel_ids.shape).contiguous(),
+            *transform,
+            dlogits if dlogits.dim() == 3 else dlogits[None],
+        )
+        if inplace_backward:
+            mark_written(logits)
+        return dlogits, None, None, None, None, None, None
+
+
+def token_logprobs(
+    logits: Tensor,  # [B, T, V] or [B, T + 1, V]; packed [N, V]
+    ids: Tensor,  # [B, T]; packed [N]
+    *,
+    temperature: float = 1.0,
+    softcap: float | None = None,
+    logit_scale: float = 1.0,
+    mask: Tensor | None = None,  # like ids
+    outputs: tuple[str, ...] = (),
+    inplace_backward: bool = False,
+    debug: bool = False,
+    backend: str = "auto",
+) -> TokenLogprobs:
+    """Log-probability of each token, and on request its distribution's entropy and other statistics.
+
+        y = softcap tanh(logit_scale z / softcap) / temperature
+        logprobs = log_softmax(y)[id],  p = softmax(y),  entropy = -sum p log p
+
+    One read of the logits forward; one read and one write backward. Arithmetic is fp32, or fp64 for fp64 logits, and
+    so are the results.
+
+    Args:
+        logits: Position ``t`` predicts token ``t``. A ``T + 1``-th position, as ``logits_to_keep=T + 1`` gives it, is
+            ignored, and its gradient is 0.
+        ids: Token ids.
+        temperature: Divides the logits, last.
+        softcap: Bound of a tanh soft cap (Gemma); a Hugging Face model's logits already include it.
+        logit_scale: Multiplies the logits, first (Cohere, Granite); a Hugging Face model's logits already include it.
+        mask: 0 excludes a token, whatever the logits and the id hold there: its statistics are 0.
+        outputs: Any of "entropy", "log_sum_sq_probs", "mean_logits", "is_top1".
+        inplace_backward: Write the gradient over the logits in the backward; their last dimension must be dense. A
+            second backward is then refused. The "torch" backend has no such form and leaves the logits as they are.
+        debug: Check values on a GPU too, and what kernels met since (``check_device_values``): syncs.
+        backend: "auto", or one of ``grpo_kernels.backends.BACKENDS``.
+
+    Returns:
+        ``TokenLogprobs``, each field shaped like ``ids``; ``logprobs`` and ``entropy`` are in nats and differentiable.
+
+    Raises:
+        TypeError: A tensor has a dtype that does not fit.
+        ValueError: Shapes or devices do not fit, the vocabulary is empty, or an unmasked id is outside it (read on
+            the CPU, elsewhere with ``debug``).
+        RuntimeError: The named backend cannot run here.
+
+    Example:
+        >>> token_logprobs(torch.zeros(1, 1, 4), torch.tensor([[2]])).logprobs
+        tensor([[-1.3863]])
+    """
+    check_logits(logits, ids)
+    check_device(logits.device, [("ids", ids), ("mask", mask)])
+    transform = Transform.of(temperature, softcap, logit_scale)
+    if inplace_backward:
+        check_writable("logits", logits, "inplace_backward=True")
+    code = outputs_code(outputs)
+    mask = token_mask(mask, ids)
+    check_id_range("ids", ids, mask, logits.shape[-1], debug)
+    if debug:
+        check_device_values(logits.device)
+    backend = backends.resolve("token_logprobs", backend, logits.device, partial(RowClass.of_logits, logits))
+    if backend == "torch":
+        rows = logits if ids.dim() == 1 else logits[:, : ids.shape[1]]
+        return reference.token_logprobs(rows, ids, mask, temperature, softcap, logit_scale, tuple(outputs))
+    logprobs, entropy, *extras = _TokenLogprobs.apply(logits, ids, mask, transform, code, inplace_backward, backend)
+    return pack_outputs(logprobs, entropy, tuple(extras), tuple(outputs))

@@ -1,0 +1,164 @@
+"""What every launch over rows of logits is told: addresses, transform, block sizes, how many programs."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import dataclass
+from enum import IntEnum
+from functools import cache
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from grpo_kernels.ops.tokens.triton.launch import processors_of
+
+#: ``Blocks`` by architecture, kernel, bytes of an element and vocabulary; ``make tune`` writes a GPU's own.
+TABLE = Path(__file__).with_name("triton_blocks.json")
+#: Arguments that no kernel over rows is compiled for: strides, and what is one value a token, read one at a time.
+STRIDES = ["batch_stride", "row_stride", "dbatch_stride", "drow_stride"]
+TOKENS = ["ids_ptr", "mask_ptr", "first_bad_ptr"]
+_MOST_THREADS = 1024  # of a program, on any GPU
+_REGISTERS = 65536  # of an NVIDIA multiprocessor
+
+
+class Curve(IntEnum):
+    """What the logits become before they are scaled; mirrored in softmax.py."""
+
+    PLAIN = 0
+    NEGATED = 1
+    SOFTCAP = 2
+
+
+class Alignment(IntEnum):
+    """Whether rows begin at multiples of 16 bytes from the first; mirrored in softmax.py."""
+
+    ALIGNED = 0
+    SHIFTED = 1  # some do not, all alike in what is read and what is written: loads begin before the row
+    LOOSE = 2  # not alike
+
+
+@dataclass(frozen=True)
+class Blocks:
+    """How a kernel goes over its rows.
+
+    Args:
+        num_warps: Warps of a program. A lane of a block is a thread.
+        unroll: Loads of 16 bytes that a thread makes for a block; it has those of two blocks under way at once.
+        per_processor: Programs at once on a multiprocessor, each with a row of its own. Where rows are read twice they
+            should fit the cache together, so this may be less than 1.
+    """
+
+    num_warps: int
+    unroll: int
+    per_processor: float
+
+    def launch(self, rows: int, vector: int, device: torch.device, is_plain: bool) -> tuple[tuple[int], dict[str, int]]:
+        """The grid, and the kernel's constants.
+
+        Args:
+            rows: How many there are.
+            vector: Elements of 16 bytes.
+            device: Where they are.
+            is_plain: Whether rows are whole vectors, aligned, and nothing else is computed on the way. What is not
+                plain takes more registers of a thread, and gets half the threads.
+        """
+        processors, lanes = processors_of(device)
+        num_warps = min(self.num_warps, _MOST_THREADS // lanes)
+        num_warps = num_warps if is_plain else max(1, num_warps // 2)
+        options = {"LANES": lanes * num_warps, "UNROLL": self.unroll, "VECTOR": vector, "num_warps": num_warps}
+        if architecture(device).startswith("sm_"):  # as many registers as let these programs be there together
+            threads = 32 * num_warps * math.ceil(self.per_processor)
+            options["maxnreg"] = min(255, _REGISTERS // threads // 8 * 8)
+        return (min(rows, max(1, round(processors * self.per_processor))),), options
+
+
+def blocks_of(kernel: str, vocab: int, itemsize: int, device: torch.device) -> Blocks:
+    """The table's row for this kernel, element size and architecture whose vocabulary is the nearest.
+
+    Args:
+        kernel: "statistics" (rows read once), "gradient" (read and written once), "loss" (read twice, written once).
+        vocab, itemsize: Of the logits.
+        device: Where they are.
+    """
+    name = architecture(device)
+    others = ("sm_80", "any") if name.startswith("sm_") else ("any",)
+    itemsize = min(itemsize, 4)  # fp64 is there to test formulas
+    rows = next(rows for arch in (name, *others) if (rows := _table().get((arch, kernel, itemsize))))
+    return min(rows, key=lambda row: abs(math.log(row[0] / vocab)))[1]
+
+
+@cache
+def _table() -> dict[tuple[str, str, int], list[tuple[int, Blocks]]]:
+    table: dict[tuple[str, str, int], list[tuple[int, Blocks]]] = {}
+    for row in json.loads(TABLE.read_text())["blocks"]:
+        key = (row["architecture"], row["kernel"], row["itemsize"])
+        blocks = Blocks(row["num_warps"], row["unroll"], row["per_processor"])
+        table.setdefault(key, []).append((row["vocab"], blocks))
+    return table
+
+
+@cache
+def architecture(device: torch.device) -> str:
+    """The architecture as the table names it: "sm_90", "gfx942"; "any" for others than NVIDIA's and AMD's."""
+    if device.type != "cuda":
+        return "any"
+    if torch.version.hip is not None:
+        return torch.cuda.get_device_properties(device).gcnArchName.split(":")[0]
+    return "sm_{}{}".format(*torch.cuda.get_device_capability(device))
+
+
+def curve_of(softcap: float, logit_scale: float) -> Curve:
+    """The curve of a transform; a softcap's tanh takes the sign of the scale along."""
+    if softcap > 0:
+        return Curve.SOFTCAP
+    return Curve.NEGATED if logit_scale < 0 else Curve.PLAIN
+
+
+def transform_arguments(temperature: float, softcap: float, logit_scale: float) -> tuple[float, float, float]:
+    """``inner``, ``rate`` and ``slope``, as softmax.py takes the transform apart."""
+    slope = logit_scale / temperature
+    if softcap > 0:
+        return logit_scale / softcap, softcap / temperature * math.log2(math.e), slope
+    return 1.0, abs(slope) * math.log2(math.e), slope
+
+
+def check_rows(logits: Tensor, ids: Tensor, dlogits: Tensor | None = None) -> None:
+    """Raises ValueError unless the rows are those of ids ``[B, T]``, or have a position more, and gradients fit them.
+
+    A launch trusts its arguments; this is for who calls a registered op without the public function's checks.
+    """
+    fits = logits.dim() == 3 and ids.dim() == 2 and logits.shape[:2] in (ids.shape, (ids.shape[0], ids.shape[1] + 1))
+    if not fits or ids.dtype != torch.int64 or not ids.is_contiguous() or ids.device != logits.device:
+        raise ValueError(
+            f"ids must be contiguous int64 [B, T] beside logits [B, T or T + 1, V], got {list(ids.shape)} {ids.dtype} "
+            f"on {ids.device} beside {list(logits.shape)} on {logits.device}"
+        )
+    if dlogits is not None and (dlogits.shape != logits.shape or dlogits.element_size() > logits.element_size()):
+        raise ValueError(
+            f"dlogits must have the shape of logits, {list(logits.shape)}, and no wider elements than {logits.dtype}, "
+            f"got {list(dlogits.shape)} {dlogits.dtype}"
+        )
+
+
+def vector_of(dtype: torch.dtype) -> int:
+    """Elements of 16 bytes."""
+    return 16 // dtype.itemsize
+
+
+def alignment_of(
+    vector: int, strides: tuple[int, int], other: tuple[int, int] | None = None, is_narrowed: bool = False
+) -> Alignment:
+    """How rows lie that are read, and those that are written, if any.
+
+    Args:
+        vector: Elements of 16 bytes.
+        strides: Of the rows that are read.
+        other: Of those that are written.
+        is_narrowed: Whether what is written is narrower, and may lie over what is read: it is never shifted then.
+    """
+    both = strides + (other or ())
+    if all(stride % vector == 0 for stride in both):
+        return Alignment.ALIGNED
+    return Alignment.SHIFTED if (other is None or other == strides) and not is_narrowed else Alignment.LOOSE

@@ -1,0 +1,1 @@
+"""Ops over what is one number a token or a completion."""

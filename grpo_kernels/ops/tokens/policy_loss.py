@@ -1,0 +1,252 @@
+"""The public ``policy_loss``, its registered op and its autograd function."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from grpo_kernels import backends
+from grpo_kernels.device_values import check_device_values, first_bad
+from grpo_kernels.loss import reference
+from grpo_kernels.loss.config import GRPOLossConfig, PolicyLossCode
+from grpo_kernels.loss.inputs import FLAT_SCHEMA, PolicyInputs
+from grpo_kernels.loss.metrics import CLIP_METRICS, KERNEL_PARTIALS, PolicyMetrics
+from grpo_kernels.loss.options import CLIPPED_LOSS_TYPES
+from grpo_kernels.loss.weights import settle
+from grpo_kernels.ops.gradients import refuse_double_backward
+from grpo_kernels.ops.registration import define, lazily
+from grpo_kernels.validation import check_device, check_float, check_shape
+
+# at import: under tracing, memory that is made at first use would be a fake tensor's
+if backends.supports("policy_loss", "cpu", _CPU := torch.device("cpu")):
+    torch.ops.grpo_kernels.cpu_keep_first_bad(first_bad(_CPU))
+
+
+class PolicyLossOutput(NamedTuple):
+    """A scalar loss, differentiable, and metrics under TRL's names."""
+
+    loss: Tensor
+    metrics: PolicyMetrics
+
+
+def _fake(logprobs, *_):  # type: ignore[no-untyped-def]
+    return logprobs.new_empty(()), torch.empty_like(logprobs), logprobs.new_empty(KERNEL_PARTIALS)
+
+
+_FWD = define(
+    "policy_loss_fwd",
+    f"(Tensor logprobs, Tensor? entropy, {FLAT_SCHEMA}, Tensor offsets, int[] options, float[] params, "
+    "bool keeps_infinite=False) -> (Tensor loss, Tensor dlogprobs, Tensor partials)",
+    _fake,
+    {"triton": lazily("grpo_kernels.ops.tokens.triton.policy_loss", "policy_loss_fwd")},
+)
+
+
+def token_coefficients(
+    logprobs: Tensor,  # [n]
+    entropy: Tensor,  # [n]
+    flat: tuple[Tensor | None, ...],  # as ``PolicyInputs.flat``, of these tokens
+    code: tuple[list[int], list[float]],
+    backend: str,
+) -> Tensor:  # [n]
+    """``dloss/dlogprobs`` of some of the tokens, of a loss that is token-local."""
+    offsets = torch.arange(2, device=logprobs.device) * logprobs.shape[0]
+    return _FWD[backend](logprobs, entropy, *flat, offsets, *code)[1]
+
+
+def policy_loss_fwd(
+    logprobs: Tensor,  # [N]
+    entropy: Tensor | None,  # [N]
+    inputs: PolicyInputs,
+    code: PolicyLossCode,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Loss, ``dloss/dlogprobs [N]`` and the metrics' partials, by the kernels of ``backend``."""
+    return _FWD[backend](logprobs, entropy, *inputs.flat(), inputs.sequences.offsets, code.options, code.params, True)
+
+
+def policy_metrics(partials: Tensor, config: GRPOLossConfig, has_entropy: bool) -> PolicyMetrics:
+    """The metrics that a configuration defines."""
+    names = ("kl",) if config.beta != 0 else ()
+    names += ("entropy",) if has_entropy else ()
+    if config.loss_type in (*CLIPPED_LOSS_TYPES, "gmpo"):
+        names += CLIP_METRICS
+    names += {"cispo": ("cispo_clip_ratio",), "vespo": ("vespo/phi_seq_mean",)}.get(config.loss_type, ())
+    return PolicyMetrics(partials, names)
+
+
+class _PolicyLoss(torch.autograd.Function):
+    @staticmethod
+    def forward(  # type: ignore[override]
+        ctx: Any,
+        logprobs: Tensor,
+        entropy: Tensor | None,
+        inputs: PolicyInputs,
+        code: PolicyLossCode,
+        backend: str,
+    ) -> tuple[Tensor, Tensor]:
+        flat_entropy = None if entropy is None else _flat(entropy, inputs)
+        loss, dlogprobs, partials = policy_loss_fwd(_flat(logprobs, inputs), flat_entropy, inputs, code, backend)
+        ctx.mark_non_differentiable(partials)
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(dlogprobs.view(logprobs.shape), inputs.entropy_weights)
+        ctx.dtypes = (logprobs.dtype, None if entropy is None else entropy.dtype)
+        return loss, partials
+
+    @staticmethod
+    def backward(ctx: Any, dloss: Tensor | None, _: Tensor | None) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        refuse_double_backward()
+        if dloss is None:
+            return None, None, None, None, None
+        dlogprobs, entropy_weights = ctx.saved_tensors
+        logprobs_dtype, entropy_dtype = ctx.dtypes
+        dentropy = None
+        if ctx.needs_input_grad[1] and entropy_weights is not None:
+            dentropy = (-entropy_weights * dloss).to(entropy_dtype)
+        return (dlogprobs * dloss).to(logprobs_dtype), dentropy, None, None, None
+
+
+def _flat(values: Tensor, inputs: PolicyInputs) -> Tensor:  # -> [N]
+    return values.detach().to(inputs.policy_weights.dtype).reshape(-1).contiguous()
+
+
+def policy_loss(
+    logprobs: Tensor,  # [B, T], or packed [N]
+    advantages: Tensor,  # [B] or [B, T]; packed [S] or [N]
+    completion_mask: Tensor,  # like logprobs
+    *,
+    old_logprobs: Tensor | None = None,  # like logprobs
+    ref_logprobs: Tensor | None = None,  # like logprobs
+    sampling_logprobs: Tensor | None = None,  # like logprobs
+    rollout_is_weights: Tensor | None = None,  # like logprobs, or [B, 1]; packed [N] or [S, 1]
+    entropy: Tensor | None = None,  # like logprobs
+    divergence: Tensor | None = None,  # like logprobs
+    entropy_threshold: Tensor | float | None = None,
+    num_items_in_batch: float | Tensor | None = None,
+    cu_seqlens: Tensor | None = None,  # [S + 1]
+    loss_scale: float = 1.0,
+    config: GRPOLossConfig = GRPOLossConfig(),  # noqa: B008  frozen
+    debug: bool = False,
+    backend: str = "auto",
+) -> PolicyLossOutput:
+    """Policy-gradient loss with a KL penalty and an entropy bonus, weighted and summed over tokens.
+
+    With ``rho = exp(logprobs - old_logprobs)``, or its geometric mean over a sequence,
+
+        loss = sum_it w_it (-min(rho_it A_i, clip(rho_it, 1 - eps_low, 1 + eps_high) A_i) + beta k_it) - coef mean H
+
+    DeepSeekMath eq. 3 (arXiv:2402.03300) with the two clip bounds of DAPO (arXiv:2503.14476). ``GRPOLossConfig`` names
+    the other objectives that stand in the place of the clipped one, the divergences ``k``, and what goes into the
+    weights ``w``. Arithmetic is fp32, or fp64 for fp64 input.
+
+    Where a ratio is past the largest number, or 0, loss and gradient are their limits. TRL gives NaN there. A token
+    whose loss is infinite is kept for ``check_device_values``.
+
+    Args:
+        logprobs: Log-probabilities, in nats, of the sampled tokens under the policy being trained.
+        advantages: One per completion, unitless; or one per token.
+        completion_mask: 0 excludes a token, whatever the other inputs hold there.
+        old_logprobs: The same tokens under the policy that sampled them. None means on-policy: ratio 1.
+        ref_logprobs: The same tokens under the frozen reference policy; needed, and read, when beta is not 0.
+        sampling_logprobs: The same tokens as the inference engine scored them; NaN where it did not. Needed for
+            ``rollout_correction``; the off-policy mask takes them rather than ``old_logprobs``.
+        rollout_is_weights: Old policy over the inference engine's, a correction that multiplies the policy term.
+        entropy: Entropy of each token's distribution, in nats; needed when ``entropy_coef`` is not 0. The bonus is on
+            its mean over the unmasked tokens given here, whatever ``num_items_in_batch``, as in TRL.
+        divergence: Each token's divergence from the reference, in nats, as ``token_divergence`` gives it; needed for an
+            exact ``kl_estimator``.
+        entropy_threshold: Least entropy of a token that keeps its policy term, where several processes share one; by
+            default the quantile of the unmasked tokens given here.
+        num_items_in_batch: Tokens that a mean over tokens divides by, but for "bnpo" and "ppo", over all micro-batches
+            and processes that make one step. None means the unmasked tokens given here.
+        cu_seqlens: Where each packed completion begins, and the end.
+        loss_scale: Multiplies the loss and the gradient.
+        config: The loss. Its temperature has no effect here.
+        debug: Read the values of ``cu_seqlens`` on a GPU too, and what kernels met before (``check_device_values``):
+            syncs.
+        backend: "auto", or one of ``grpo_kernels.backends.BACKENDS``.
+
+    Returns:
+        Scalar loss, and metrics as 0-dim tensors under TRL's names. Zero, with zero gradient, if nothing is unmasked.
+
+    Raises:
+        TypeError: A tensor has a dtype that does not fit.
+        ValueError: Shapes or devices do not fit, or an input that the configuration needs is missing.
+        RuntimeError: The named backend cannot run here.
+
+    Example:
+        >>> logprobs = torch.tensor([[-1.0, -2.0]], requires_grad=True)
+        >>> loss, metrics = policy_loss(logprobs, torch.tensor([1.0]), torch.tensor([[1, 1]]))
+        >>> loss.backward()
+        >>> logprobs.grad
+        tensor([[-0.5000, -0.5000]])
+    """
+    check_float("logprobs", logprobs)
+    check_float("advantages", advantages)
+    if logprobs.dim() not in (1, 2):
+        raise ValueError(f"logprobs must have shape [B, T] or, packed, [N], got {list(logprobs.shape)}")
+    if entropy is not None:
+        check_float("entropy", entropy)
+        check_shape("entropy", entropy, logprobs.shape)
+        check_device(logprobs.device, [("entropy", entropy)])
+    elif config.entropy_coef != 0:
+        raise ValueError(f"entropy must be given when entropy_coef is not 0 ({config.entropy_coef}), got None")
+    elif config.top_entropy_quantile < 1:
+        quantile = config.top_entropy_quantile
+        raise ValueError(f"entropy must be given when top_entropy_quantile is below 1 ({quantile}), got None")
+    if config.has_exact_divergence != (divergence is not None):
+        raise ValueError(
+            f'divergence must be {"given" if divergence is None else "None"} with kl_estimator="{config.kl_estimator}" '
+            f"and beta={config.beta}, got {'None' if divergence is None else 'a tensor'}"
+        )
+    if divergence is not None:
+        if ref_logprobs is not None:
+            raise ValueError("ref_logprobs must be None beside divergence, got both")
+        check_float("divergence", divergence)
+        check_shape("divergence", divergence, logprobs.shape)
+        check_device(logprobs.device, [("divergence", divergence)])
+    dtype = torch.float64 if logprobs.dtype == torch.float64 else torch.float32
+    inputs = PolicyInputs.of(
+        logprobs,
+        dtype,
+        advantages,
+        completion_mask,
+        old_logprobs=old_logprobs,
+        ref_logprobs=ref_logprobs,
+        sampling_logprobs=sampling_logprobs,
+        rollout_is_weights=rollout_is_weights,
+        entropy_threshold=entropy_threshold,
+        num_items_in_batch=num_items_in_batch,
+        cu_seqlens=cu_seqlens,
+        loss_scale=loss_scale,
+        config=config,
+        debug=debug,
+    )
+    if debug:
+        check_device_values(logprobs.device)
+    backend = backends.resolve("policy_loss", backend, logprobs.device)
+    return policy_loss_of(logprobs, entropy, divergence, inputs, config, backend)
+
+
+def policy_loss_of(
+    logprobs: Tensor,
+    entropy: Tensor | None,
+    divergence: Tensor | None,
+    inputs: PolicyInputs,
+    config: GRPOLossConfig,
+    backend: str,
+) -> PolicyLossOutput:
+    """``policy_loss`` of inputs that are already validated, on a backend that is already resolved."""
+    if backend == "torch":
+        dtype = inputs.policy_weights.dtype
+        upcast = None if entropy is None else entropy.to(dtype)
+        loss, partials = reference.policy_loss(logprobs.to(dtype), inputs, upcast, config)
+    else:
+        inputs, of_weights = settle(inputs, logprobs, entropy, config)
+        loss, partials = _PolicyLoss.apply(logprobs, entropy, inputs, config.code(), backend)
+        partials = partials if of_weights is None else torch.cat([partials, of_weights])
+    if divergence is not None:
+        loss, partials = inputs.add_divergence(loss, partials, divergence, config)
+    return PolicyLossOutput(loss, policy_metrics(partials, config, entropy is not None))

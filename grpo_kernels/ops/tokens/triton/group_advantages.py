@@ -1,0 +1,145 @@
+"""Triton kernels of ``group_advantages`` and their launcher: one program a group, in fp64, for rewards are few."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from grpo_kernels.device_values import first_bad
+from grpo_kernels.ops.tokens.triton.launch import check_tokens
+
+_BLOCK = 256  # rewards that a program holds at once
+_WARPS = 8  # a reward a thread: with two, registers go to memory around the calls that divide in fp64
+_GROUP, _BATCH, _NONE = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)  # in the order of op.SCALE_REWARDS
+_NORMALIZE_THEN_SUM = 1  # in the order of op.AGGREGATIONS
+
+
+@triton.jit
+def _rewards(table_ptr, weights_ptr, rows, inside, functions, first, count):
+    """Weighted sum, over ``count`` reward functions from ``first``, of each row, rounded once; NaN where all are."""
+    total = tl.zeros(rows.shape, tl.float64)
+    scored = tl.zeros(rows.shape, tl.int32)
+    for k in range(first, first + count):
+        value = tl.load(table_ptr + rows * functions + k, mask=inside, other=float("nan")).to(tl.float64)
+        weight = scored.to(tl.float64) * 0.0 + 1.0
+        if weights_ptr is not None:
+            weight = weight * tl.load(weights_ptr + k).to(tl.float64)
+        total += tl.where(value == value, value * weight, 0.0)
+        scored += (value == value).to(tl.int32)
+    total = total.to(table_ptr.dtype.element_ty).to(tl.float64)
+    return tl.where(scored > 0, total, float("nan"))
+
+
+@triton.jit
+def moments(table_ptr, weights_ptr, begin, size, functions, first, count, BLOCK: tl.constexpr):
+    """Mean, unbiased deviation (0 where fewer than two are left), least and largest, of those not NaN."""
+    lanes = tl.arange(0, BLOCK)
+    total = tl.zeros([BLOCK], tl.float64)
+    present = tl.zeros([BLOCK], tl.float64)
+    low = tl.full([BLOCK], float("inf"), tl.float64)
+    high = tl.full([BLOCK], float("-inf"), tl.float64)
+    for start in range(0, size, BLOCK):
+        inside = start + lanes < size
+        value = _rewards(table_ptr, weights_ptr, begin + start + lanes, inside, functions, first, count)
+        given = value == value
+        total += tl.where(given, value, 0.0)
+        present += given.to(tl.float64)
+        low = tl.where(value < low, value, low)
+        high = tl.where(value > high, value, high)
+    number = tl.sum(present, 0)
+    mean = tl.sum(total, 0) / tl.where(number > 0, number, 1.0)
+    squares = tl.zeros([BLOCK], tl.float64)
+    for start in range(0, size, BLOCK):
+        inside = start + lanes < size
+        value = _rewards(table_ptr, weights_ptr, begin + start + lanes, inside, functions, first, count)
+        squares += tl.where(value == value, (value - mean) * (value - mean), 0.0)
+    std = tl.sqrt(tl.sum(squares, 0) / tl.where(number > 1, number - 1.0, 1.0))
+    return mean, std, tl.min(low, 0), tl.max(high, 0)
+
+
+@triton.jit
+def normalized(value, mean, std, low, high, eps, IS_SCALED: tl.constexpr):
+    """A reward centred on its group's mean, 0 where the group's are all equal, over the deviation; NaN stays NaN."""
+    centred = tl.where(low >= high, value * 0.0, value - mean)
+    return centred / (std + eps) if IS_SCALED else centred
+
+
+@triton.jit
+def group_advantage(rewards_ptr, s, size, eps, first_bad_ptr, IS_SCALED: tl.constexpr, BLOCK: tl.constexpr):
+    """The advantage of completion ``s`` from rewards ``[S]``; 0 where its reward is missing."""
+    mean, std, low, high = moments(rewards_ptr, None, s // size * size, size, 1, 0, 1, BLOCK)
+    reward = tl.load(rewards_ptr + s).to(tl.float64)
+    if tl.abs(reward) == float("inf"):
+        tl.atomic_min(first_bad_ptr + 1, s)
+    value = normalized(reward, mean, std, low, high, eps, IS_SCALED)
+    return tl.where(value == value, value, 0.0)
+
+
+@triton.jit(do_not_specialize=["batch", "size", "functions", "summed"])
+def _normalize_kernel(
+    table_ptr,  # [batch, functions]
+    weights_ptr,  # [functions] or None
+    out_ptr,  # [batch, functions / summed]
+    first_bad_ptr,  # [4]
+    batch,
+    size,  # of a group
+    functions,
+    summed,  # functions that make one reward
+    eps: tl.float64,
+    SCALE: tl.constexpr,
+    MEAN_IS_ZERO: tl.constexpr,  # whether a mean is 0 but for rounding
+    NAN_TO_ZERO: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    columns = functions // summed
+    column = tl.program_id(0) % columns
+    first = column * summed
+    begin = (tl.program_id(0) // columns).to(tl.int64) * size
+    mean, std, low, high = moments(table_ptr, weights_ptr, begin, size, functions, first, summed, BLOCK)
+    if MEAN_IS_ZERO:
+        mean = mean * 0.0  # a constant costs stack under Triton 3.9
+    if SCALE == _BATCH:
+        _, std, _, _ = moments(table_ptr, weights_ptr, begin * 0, batch, functions, first, summed, BLOCK)
+    lanes = tl.arange(0, BLOCK)
+    for start in range(0, size, BLOCK):
+        inside = start + lanes < size
+        rows = begin + start + lanes
+        value = _rewards(table_ptr, weights_ptr, rows, inside, functions, first, summed)
+        tl.atomic_min(first_bad_ptr + 1 + rows * 0, rows, mask=inside & (tl.abs(value) == float("inf")))
+        value = normalized(value, mean, std, low, high, tl.full([], eps, tl.float64), SCALE != _NONE)
+        if NAN_TO_ZERO:
+            value = tl.where(value == value, value, 0.0)
+        tl.store(out_ptr + rows * columns + column, value.to(out_ptr.dtype.element_ty), mask=inside)
+
+
+def group_advantages(
+    rewards: Tensor,  # [B, K]
+    weights: Tensor,  # [K]
+    num_generations: int,
+    scale_rewards: int,
+    aggregation: int,
+    eps: float,
+) -> Tensor:  # [B]
+    """The registered op."""
+    if rewards.dim() != 2 or num_generations < 1 or rewards.shape[0] % num_generations:
+        raise ValueError(f"rewards [B, K] must be whole groups of {num_generations}, got {list(rewards.shape)}")
+    check_tokens(rewards.numel(), rewards.dtype, rewards=rewards)
+    check_tokens(rewards.shape[1], rewards.dtype, weights=weights)
+    batch, functions = rewards.shape
+    advantages = rewards.new_empty(batch)
+    bad = first_bad(rewards.device)
+    groups = batch // num_generations
+    options = {"BLOCK": _BLOCK, "num_warps": _WARPS}
+    mean_is_zero = aggregation == _NORMALIZE_THEN_SUM
+    if mean_is_zero:
+        table = torch.empty_like(rewards)
+        sizes = (batch, num_generations, functions, 1)
+        each = options | {"SCALE": _GROUP.value, "MEAN_IS_ZERO": False, "NAN_TO_ZERO": False}
+        _normalize_kernel[(groups * functions,)](rewards, None, table, bad, *sizes, eps, **each)
+        rewards, groups, num_generations, scale_rewards = table, 1, batch, _GROUP.value
+    sizes = (batch, num_generations, functions, functions)
+    options |= {"SCALE": scale_rewards, "MEAN_IS_ZERO": mean_is_zero, "NAN_TO_ZERO": True}
+    _normalize_kernel[(groups,)](rewards, weights, advantages, bad, *sizes, eps, **options)
+    return advantages

@@ -1,0 +1,237 @@
+"""The per-token maths of the GRPO family as Triton device functions: the only Triton copy.
+
+The same functions as csrc/policy_math.h, and as loss/reference.py with autograd.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+from grpo_kernels.loss import limits
+from grpo_kernels.loss.options import KL_ESTIMATORS, KL_GRADIENTS, Level, Surrogate
+from grpo_kernels.ops.tokens.triton.elementary import expm1
+
+_CLIP, _CISPO, _SAPO = (tl.constexpr(int(s)) for s in (Surrogate.CLIP, Surrogate.CISPO, Surrogate.SAPO))
+_TOKEN, _GEOMETRIC = (tl.constexpr(int(level)) for level in (Level.TOKEN, Level.GEOMETRIC))
+_STRAIGHT_THROUGH, _IMPORTANCE_WEIGHTED = (
+    tl.constexpr(KL_GRADIENTS[name]) for name in ("straight_through", "importance_weighted")
+)
+_LOG_RATIO_FP32, _LOG_RATIO_FP64 = (
+    tl.constexpr(limits.largest_log_ratio(dtype)) for dtype in (torch.float32, torch.float64)
+)
+_TERM_FP32, _TERM_FP64 = (tl.constexpr(limits.largest_term(dtype)) for dtype in (torch.float32, torch.float64))
+_JOINT = tl.constexpr(limits.largest_joint(torch.float32) - limits.largest_log_ratio(torch.float32))
+_NEAR, _DISTANCE = tl.constexpr(limits.NEAR), tl.constexpr(limits.DISTANCE)
+_K1, _K2, _K3 = (tl.constexpr(KL_ESTIMATORS[name]) for name in ("k1", "k2", "k3"))
+
+
+@triton.jit
+def largest_log_ratio(x):
+    """The argument of an exponential: past it a ratio counts as infinite."""
+    return _LOG_RATIO_FP64 if x.dtype == tl.float64 else _LOG_RATIO_FP32
+
+
+@triton.jit
+def clamp(x, low, high):
+    """NaN passes."""
+    return tl.where(x < low, low, tl.where(x > high, high, x))
+
+
+@triton.jit
+def clip_surrogate(ratio, advantage, ratio_low, ratio_high, delta):
+    """``min(min(r, delta) A, clip(r) A)`` and its derivative by the log-ratio.
+
+    On a bound, and where both terms are equal, the derivative is autograd's: a clamp passes it on its bounds, and a
+    minimum of equal terms passes half to each.
+    """
+    unclipped = tl.where(ratio > delta, delta, ratio) * advantage
+    clamped = tl.where(ratio < ratio_low, ratio_low, tl.where(ratio > ratio_high, ratio_high, ratio))
+    clipped = clamped * advantage
+    d_unclipped = tl.where(ratio > delta, 0.0, ratio * advantage)  # NaN passes
+    d_clipped = tl.where((ratio < ratio_low) | (ratio > ratio_high), 0.0, ratio * advantage)
+    value = tl.where(clipped < unclipped, clipped, unclipped)
+    equal = 0.5 * (d_unclipped + d_clipped)
+    dlog_ratio = tl.where(unclipped < clipped, d_unclipped, tl.where(clipped < unclipped, d_clipped, equal))
+    return value, dlog_ratio
+
+
+@triton.jit
+def sapo_surrogate(ratio, advantage, temperature_pos, temperature_neg):
+    """``4 / tau sigmoid(tau (r - 1)) A`` and its derivative by the log-ratio."""
+    tau = tl.where(advantage > 0, temperature_pos, temperature_neg)
+    gate = 1 / (1 + tl.exp(-tau * (ratio - 1)))
+    return gate * 4 / tau * advantage, 4 * gate * (1 - gate) * ratio * advantage
+
+
+@triton.jit
+def averaged_log_ratio(log_ratio, advantage, ratio_low, ratio_high, LEVEL: tl.constexpr):
+    """A token's log-ratio as its sequence's mean takes it, and whether that passes a gradient: GMPO clips it."""
+    passes = log_ratio == log_ratio
+    if LEVEL == _GEOMETRIC:
+        bound = tl.where(advantage > 0, tl.log(ratio_high), tl.log(ratio_low))
+        is_clipped = tl.where(advantage > 0, log_ratio > bound, log_ratio < bound)
+        return tl.where(is_clipped, bound, log_ratio), ~is_clipped
+    return log_ratio, passes | True
+
+
+@triton.jit
+def kl_estimate(d, ESTIMATOR: tl.constexpr):
+    """The estimate, its derivative, and whether it has no bound."""
+    low = -_DISTANCE
+    if ESTIMATOR == _K3:
+        low = -largest_log_ratio(d)
+    is_infinite = (d < low) | (d > _DISTANCE)
+    d = clamp(d, low, _DISTANCE)
+    if ESTIMATOR == _K1:
+        return d, tl.zeros_like(d) + 1, is_infinite
+    elif ESTIMATOR == _K2:
+        return d * d / 2, d, is_infinite
+    elif ESTIMATOR == _K3:
+        growth = expm1(-d)
+        return growth + d, -growth, is_infinite
+    else:
+        return tl.abs(d), tl.where(d > 0, 1.0, tl.where(d < 0, -1.0, d)), is_infinite
+
+
+@triton.jit
+def kl_penalty(
+    difference,  # of the log-probability from the reference's
+    log_ratio,  # clamped
+    reference_log_ratio,  # where the log-ratio and the difference are both -inf
+    log_ratio_clamp,
+    kl_clamp,
+    ESTIMATOR: tl.constexpr,
+    GRADIENT: tl.constexpr,
+    BIAS_CORRECTED: tl.constexpr,
+):
+    """The estimate, clamped, its derivatives by the log-ratio and by the log-probability, whether it has no bound.
+
+    Straight-through, the second is k2's; importance-weighted, that of the product with a weight ``exp(l - sg l)``;
+    bias-corrected, all are times the ratio.
+    """
+    d = clamp(difference, -log_ratio_clamp, log_ratio_clamp)
+    kl, dlogprob, is_infinite = kl_estimate(d, ESTIMATOR)
+    if GRADIENT == _IMPORTANCE_WEIGHTED:
+        dlogprob += kl
+    is_clamped = (kl > kl_clamp) | (kl < -kl_clamp)
+    is_infinite = is_infinite & ~is_clamped
+    dlogprob = tl.where(is_clamped, 0.0, dlogprob)
+    if GRADIENT == _STRAIGHT_THROUGH:
+        dlogprob = clamp(d, -_DISTANCE, _DISTANCE)
+    is_d_clamped = (d < difference) | (d > difference)
+    dlogprob = tl.where(is_d_clamped, 0.0, dlogprob)
+    kl = clamp(kl, -kl_clamp, kl_clamp)
+    if not BIAS_CORRECTED:
+        return kl, tl.zeros_like(kl), dlogprob, is_infinite
+    largest = largest_log_ratio(d)
+    limited = tl.where(log_ratio > largest, largest, log_ratio)
+    ratio = tl.exp(limited)
+    most = _TERM_FP64 if d.dtype == tl.float64 else _TERM_FP32
+    is_infinite = (ratio != 0) & (kl != 0) & (is_infinite | (log_ratio > largest))
+    kl = clamp(kl * ratio, -most, most)
+    dlogprob = clamp(dlogprob * ratio, -most, most)
+    if ESTIMATOR == _K3:  # far below the reference exp(-d) may be past the largest number while r is below the least
+        is_far = ((d < -_NEAR) | (limited - d > largest + _JOINT)) & ~is_clamped
+        joint = log_ratio - d
+        joint = tl.where((joint != joint) & (log_ratio == log_ratio), reference_log_ratio, joint)
+        is_past = joint > largest + _JOINT
+        far = tl.exp(tl.where(is_past, largest + _JOINT, joint))
+        kl = tl.where(is_far, far, kl)
+        dlogprob = tl.where(is_far, tl.where(is_d_clamped, 0.0, -far), dlogprob)
+        is_infinite = tl.where(is_far, is_past, is_infinite)
+    return kl, kl, dlogprob, is_infinite
+
+
+@triton.jit
+def token_loss(
+    logprob,
+    log_ratio,  # the token's own, or its sequence's
+    is_alone,  # whether the token's log-probability alone moves it
+    old_logprob,  # on-policy the log-probability itself
+    ref_logprob,
+    advantage,
+    policy_weight,
+    kl_weight,
+    ratio_low,
+    ratio_high,
+    delta,
+    beta,
+    temperature_pos,
+    temperature_neg,
+    log_ratio_clamp,
+    kl_clamp,
+    HAS_REF: tl.constexpr,
+    SURROGATE: tl.constexpr,
+    LEVEL: tl.constexpr,
+    KL_ESTIMATOR: tl.constexpr,
+    KL_GRADIENT: tl.constexpr,
+    BIAS_CORRECTED: tl.constexpr,
+):
+    """What an unmasked token adds to the loss, without the entropy bonus, and to the metrics.
+
+    Returns:
+        loss, its derivatives by the log-ratio and (directly) by the log-probability, KL, clipped low, clipped high. An
+        infinite loss is of a token without a bound; its derivatives are finite.
+    """
+    is_clamped = log_ratio != log_ratio
+    if LEVEL == _TOKEN:
+        is_clamped = tl.abs(log_ratio) > log_ratio_clamp
+        log_ratio = tl.where(is_clamped, tl.where(log_ratio > 0, log_ratio_clamp, -log_ratio_clamp), log_ratio)
+    largest = largest_log_ratio(log_ratio)
+    is_past = log_ratio > largest
+    is_lost = logprob < -_DISTANCE
+    ratio = tl.exp(tl.where(is_past, largest, log_ratio))
+    own = tl.where(is_lost, -_DISTANCE, logprob)
+    dvalue = tl.zeros_like(logprob)
+    dvalue_direct = tl.zeros_like(logprob)
+    if LEVEL == _GEOMETRIC:  # clipped token by token
+        value = ratio * advantage
+        dvalue = ratio * advantage
+    elif SURROGATE == _CLIP:
+        value, dvalue = clip_surrogate(ratio, advantage, ratio_low, ratio_high, delta)
+    elif SURROGATE == _CISPO:
+        weight = tl.where(ratio < ratio_low, ratio_low, tl.where(ratio > ratio_high, ratio_high, ratio))
+        dvalue_direct = weight * advantage
+        value = dvalue_direct * own
+    elif SURROGATE == _SAPO:
+        value, dvalue = sapo_surrogate(ratio, advantage, temperature_pos, temperature_neg)
+    else:
+        dvalue_direct = tl.zeros_like(logprob) + advantage
+        value = advantage * own
+    # without an advantage or a weight the policy term is 0 whatever the ratio
+    is_absent = (advantage == 0) | (policy_weight == 0)
+    value = tl.where(is_absent, 0.0, value)
+    dvalue = tl.where(is_absent, 0.0, dvalue)
+    loss = -policy_weight * value
+    dlog_ratio = -policy_weight * dvalue
+    dlogprob = -policy_weight * dvalue_direct
+    is_infinite = (is_past & (dlog_ratio != 0)) | (is_lost & (dlogprob != 0))
+    kl = tl.zeros_like(logprob)
+    if HAS_REF:
+        kl, dkl_log_ratio, dkl_logprob, is_kl_infinite = kl_penalty(
+            logprob - ref_logprob,
+            log_ratio,
+            tl.where(is_alone, ref_logprob - old_logprob, float("inf")),
+            log_ratio_clamp,
+            kl_clamp,
+            KL_ESTIMATOR,
+            KL_GRADIENT,
+            BIAS_CORRECTED,
+        )
+        weight = beta * kl_weight
+        loss += weight * kl
+        dlog_ratio += weight * dkl_log_ratio
+        dlogprob += weight * dkl_logprob
+        is_infinite = is_infinite | (is_kl_infinite & (weight != 0))
+    loss = tl.where(is_infinite & (loss == loss), tl.where(loss < 0, float("-inf"), float("inf")), loss)
+    if LEVEL == _TOKEN:
+        dlog_ratio = tl.where(is_clamped, 0.0, dlog_ratio)
+    counted = ratio
+    if LEVEL == _GEOMETRIC:
+        counted = tl.exp(logprob - old_logprob)
+    bounded = tl.where(counted > delta, delta, counted)  # as TRL counts
+    is_low = (bounded < ratio_low) & (advantage < 0)
+    is_high = (bounded > ratio_high) & (advantage > 0)
+    return loss, dlog_ratio, dlogprob, kl, is_low, is_high
