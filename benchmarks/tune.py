@@ -80,7 +80,7 @@ def best(kernel: str, vocab: int, dtype: torch.dtype, tokens: int, rounds: int, 
     for name in sorted(tried, key=comparison.median):
         print(f"    {comparison.over_floor(name):.3f}x {name}", flush=True)
     row = {"architecture": architecture(device), "kernel": kernel, "itemsize": dtype.itemsize, "vocab": vocab}
-    return row | asdict(tried[winner])
+    return row | asdict(tried[winner]) | {"source": "measured"}
 
 
 def write(table: Path, rows: list[dict[str, Any]]) -> None:

@@ -54,6 +54,8 @@ inline constexpr ScalarType kTypeOf<float> = ScalarType::Float;
 template <>
 inline constexpr ScalarType kTypeOf<double> = ScalarType::Double;
 template <>
+inline constexpr ScalarType kTypeOf<int32_t> = ScalarType::Int;
+template <>
 inline constexpr ScalarType kTypeOf<int64_t> = ScalarType::Long;
 template <>
 inline constexpr ScalarType kTypeOf<bool> = ScalarType::Bool;

@@ -13,13 +13,13 @@ import torch
 from torch import Tensor
 
 from grpo_kernels import backends
-from grpo_kernels.dtypes import accumulation_dtype
 from grpo_kernels.loss.config import GRPOLossConfig
 from grpo_kernels.loss.inputs import PolicyInputs
 from grpo_kernels.loss.sequences import Sequences
 from grpo_kernels.measured_backends import RowClass
-from grpo_kernels.ops.head.inputs import check_head, check_workspace, head_dtypes
-from grpo_kernels.ops.head.linear_grpo_loss import linear_grpo_loss, one_pass_loss
+from grpo_kernels.ops.head.inputs import HeadOptions, check_head
+from grpo_kernels.ops.head.linear_divergence_loss import divergence_loss
+from grpo_kernels.ops.head.linear_grpo_loss import linear_grpo_loss
 from grpo_kernels.ops.head.reference_model import Reference
 from grpo_kernels.ops.rows.transform import Comparison, Transform
 from grpo_kernels.ops.tokens.policy_loss import PolicyLossOutput
@@ -199,8 +199,7 @@ def distillation_loss(
         teacher_bias,
         prefix="teacher_",
     )
-    dtypes = head_dtypes(hidden_states, lm_head_weight, logits_dtype)
-    workspace = check_workspace(workspace_bytes, 0, lm_head_weight.shape[0], dtypes[1], hidden_states.device, models=2)
+    options = HeadOptions.of(hidden_states, lm_head_weight, logits_dtype, workspace_bytes, models=2)
     config = GRPOLossConfig(
         loss_type="reinforce",
         loss_agg_mode=_SFT_MEANS[reduction],
@@ -210,7 +209,7 @@ def distillation_loss(
     count = completion_ids.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
     inputs = PolicyInputs.of(
         completion_ids,
-        accumulation_dtype(dtypes[0]),
+        options.arithmetic_dtype,
         torch.full((count,), hard_weight, device=hidden_states.device),
         completion_mask,
         num_items_in_batch=num_items_in_batch,
@@ -223,17 +222,16 @@ def distillation_loss(
     backend = backends.resolve(
         "linear_token_divergence", backend, hidden_states.device, partial(RowClass.of_head, lm_head_weight)
     )
-    found = one_pass_loss(
+    found = divergence_loss(
         hidden_states,
         lm_head_weight,
         bias,
-        dtypes,
-        workspace,
-        teacher,
         completion_ids,
+        options,
+        teacher,
+        comparison,
         inputs,
         config,
-        comparison,
         backend,
     )
     return PolicyLossOutput(found.loss, found.metrics)

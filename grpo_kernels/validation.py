@@ -38,7 +38,7 @@ def check_mask(name: str, tensor: Tensor) -> None:
 def check_shape(name: str, tensor: Tensor, *expected: Sequence[int]) -> None:
     """Raises ValueError unless ``tensor`` has one of the expected shapes."""
     # compared, not hashed: a hash would fix a traced graph to these sizes
-    if not any(tuple(tensor.shape) == tuple(shape) for shape in expected):
+    if tensor.shape != expected[0] and not any(tuple(tensor.shape) == tuple(shape) for shape in expected):
         wanted = " or ".join(str(list(shape)) for shape in expected)
         raise ValueError(f"{name} must have shape {wanted}, got {list(tensor.shape)}")
 
@@ -61,6 +61,8 @@ def check_logits(logits: Tensor, ids: Tensor, ids_name: str = "ids") -> None:
     vocab = logits.shape[-1] if logits.dim() else 0
     if vocab == 0:
         raise ValueError(f"logits must have a vocabulary of at least 1, got shape {list(logits.shape)}")
+    if logits.shape[:-1] == ids.shape:
+        return
     shapes = [(*ids.shape, vocab)]
     if ids.dim() == 2:
         shapes.append((ids.shape[0], ids.shape[1] + 1, vocab))
@@ -68,14 +70,14 @@ def check_logits(logits: Tensor, ids: Tensor, ids_name: str = "ids") -> None:
 
 
 def check_transform(temperature: float, softcap: float | None, logit_scale: float, prefix: str = "") -> None:
-    """Raises ValueError unless the temperature and the softcap, if there is one, are positive, the scale not 0, and
-    all finite."""
+    """Raises ValueError unless the temperature and the softcap, if there is one, and the scale are positive, and all
+    finite."""
     if not (temperature > 0 and math.isfinite(temperature)):
         raise ValueError(f"{prefix}temperature must be finite and greater than 0, got {temperature!r}")
     if softcap is not None and not (softcap > 0 and math.isfinite(softcap)):
         raise ValueError(f"{prefix}softcap must be None, or finite and greater than 0, got {softcap!r}")
-    if logit_scale == 0 or not math.isfinite(logit_scale):
-        raise ValueError(f"{prefix}logit_scale must be finite and not 0, got {logit_scale!r}")
+    if not (logit_scale > 0 and math.isfinite(logit_scale)):
+        raise ValueError(f"{prefix}logit_scale must be finite and greater than 0, got {logit_scale!r}")
 
 
 def check_writable(name: str, tensor: Tensor, argument: str) -> None:
@@ -100,6 +102,11 @@ def check_id_range(name: str, ids: Tensor, mask: Tensor | None, vocab: int, debu
     """Raises ValueError for an unmasked id outside the vocabulary; kernels on a GPU keep it in mind."""
     if not may_read(ids, debug):
         return
+    if ids.numel() == 0:
+        return
+    low, high = ids.aminmax()
+    if low.item() >= 0 and high.item() < vocab:
+        return  # the search for a bad one is longer
     bad = (ids < 0) | (ids >= vocab)
     if mask is not None:
         bad = bad & (mask != 0)

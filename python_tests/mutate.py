@@ -90,8 +90,8 @@ FAULTS = (
     Fault(
         "a mask ignored",
         "csrc/cpu/policy_loss.cpp",
-        old="    if (!in.mask[n]) continue;\n    mean.sum += in.averaged(n).value;\n",
-        new="    mean.sum += in.averaged(n).value;\n",
+        old="    if (!in.fields.mask[n]) continue;\n    mean.sum += in.averaged(s, n).value;\n",
+        new="    mean.sum += in.averaged(s, n).value;\n",
         tests=(
             "test_reference.py::test_sequence_ratio_is_the_geometric_mean[cpu]",
             "test_loss_family.py::test_objectives[sequence_token-cpu]",
@@ -147,8 +147,8 @@ FAULTS = (
     Fault(
         "a weight doubled",
         "grpo_kernels/loss/weights.py",
-        old="return weights / weights.sum().clamp(min=1)",
-        new="return 2 * weights / weights.sum().clamp(min=1)",
+        old="return _inverse(mask.sum(dtype=dtype), loss_scale)",
+        new="return 2 * _inverse(mask.sum(dtype=dtype), loss_scale)",
         tests=(  # worked by hand: the reference takes its weights from here too
             "test_reference.py::test_grpo_loss_by_hand[cpu]",
             "test_reference.py::test_clipped_gradient_and_metrics_by_hand[cpu]",

@@ -64,7 +64,7 @@ def _line(config: GRPOLossConfig, logprob: float, difference: float, log_ratio: 
     )
     loss, partials = policy_loss(leaf, inputs, None, config)
     loss.backward()
-    weights = inputs.policy_weights.item(), inputs.kl_weights.item()
+    weights = inputs.weights.item(), inputs.weights.item()
     found = [partials[at].item() for at in (Partial.KL, Partial.LOW, Partial.HIGH)]
     values = [logprob, old, ref, advantage, *weights, loss.item(), leaf.grad.item(), *found]
     return " ".join(["token", *map(repr, values)])

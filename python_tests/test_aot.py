@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import json
 import math
 import os
 from collections.abc import Iterable, Iterator
@@ -37,7 +38,7 @@ from triton_resources import (  # noqa: E402
 )
 
 from grpo_kernels import GRPOLossConfig  # noqa: E402
-from grpo_kernels.ops.head import rows  # noqa: E402
+from grpo_kernels.ops.head import selection  # noqa: E402
 from grpo_kernels.ops.rows.triton import launch as row_launch  # noqa: E402
 
 NVIDIA = [target for target in TARGETS if target.startswith("sm_")]
@@ -117,7 +118,7 @@ def _is_wide(launch: Launch, loop: list[str]) -> bool:
     return all({"LDG": ".128", "STG": store}.get(x[:3], "") in x for x in loop)
 
 
-@for_targets(["plain", "full_fp32", "full_fp16", "small"], NVIDIA)
+@for_targets(["plain", "full_fp32", "full_fp16", "full_rewards", "small"], NVIDIA)
 def test_rows_are_read_and_written_by_16_bytes(name: str, target: str) -> None:
     kernels = [launch for launch in launches_of(name, target) if launch.name in ROW_KERNELS]
     assert {launch.name for launch in kernels} == ROW_KERNELS
@@ -160,7 +161,7 @@ def test_rows_are_read_by_16_bytes_on_amd() -> None:
             assert "global_load_dwordx4" in compiled(launch, "gfx942").asm["amdgcn"], launch.name
 
 
-@for_targets(["plain", "full", "full_fp32", "prime", "compared"], NVIDIA)
+@for_targets(["plain", "full", "full_fp32", "full_rewards", "prime", "compared"], NVIDIA)
 def test_threads_go_over_a_row_without_waiting_for_each_other_or_for_their_own_memory(name: str, target: str) -> None:
     """A block's layout keeps UNROLL within a thread, whatever the release of Triton."""
     kernels = [launch for launch in launches_of(name, target) if "ALIGNMENT" in dict(launch.signature)]
@@ -180,6 +181,23 @@ def test_instructions_a_logit_are_no_more_than_recorded(name: str, target: str) 
             writes = launch.writes("dlogits_ptr") if is_fused else launch.name == "_token_logprobs_bwd_kernel"
             assert ("statistics" in counts, "gradient" in counts) == (reads, writes), (launch.name, counts)
             assert all(round(n, 2) <= getattr(most, kind) for kind, n in counts.items()), (launch.name, counts, most)
+
+
+@pytest.mark.parametrize("target", [pytest.param(x, marks=() if x == "sm_90" else pytest.mark.full) for x in TARGETS])
+def test_advantages_from_rewards_cost_rows_nothing(target: str) -> None:
+    """As many threads, no register in memory, as many instructions; a load of 8 logits has one to spare."""
+    given, made = (
+        {kernel_of(launch): launch for launch in launches_of(name, target) if launch.name == "_grpo_loss_kernel"}
+        for name in ("full", "full_rewards")
+    )
+    name = "_grpo_loss_kernel bf16 bf16"
+    assert made[name].writes("rewards_ptr") and made[name].options == given[name].options
+    taken, least = (resources(compiled(x[name], target)) for x in (made, given))
+    most = dict(made[name].options).get("maxnreg", least.registers)
+    assert taken.registers <= most and taken.spilled <= least.spilled, (taken, least)
+    if target in NVIDIA:
+        counts, least_counts = (instructions_a_logit(x[name], target) for x in (made, given))
+        assert all(counts[kind] <= n + 1 / 8 for kind, n in least_counts.items()), (counts, least_counts)
 
 
 def test_a_narrowed_gradient_of_shifted_rows_does_not_compile() -> None:
@@ -225,7 +243,7 @@ def test_a_new_share_of_dead_rows_compiles_nothing() -> None:
                 inputs, advantages=some.float(), dlogprobs=some[:, None].float(), dentropy=torch.zeros(24, 1)
             )
             keys.append(set(launches(lambda given=given, op=op: run(op, given, "triton"), "sm_90")))
-        with mock.patch.object(rows, "is_capturing", lambda device: True):
+        with mock.patch.object(selection, "is_capturing", lambda device: True):
             keys.append(set(launches(lambda given=given, op=op: run(op, given, "triton"), "sm_90")))
         assert all(key <= keys[0] for key in keys), op
 
@@ -249,6 +267,11 @@ def test_no_program_has_more_threads_than_a_gpu_takes(name: str, lanes: int) -> 
                 blocks = row_launch.blocks_of(kernel, vocab, 2, torch.device("cpu"))
                 _, sizes = blocks.launch(1000, 8, torch.device("cpu"), True)
                 assert sizes["LANES"] == lanes * sizes["num_warps"] <= 1024
+
+
+def test_the_tables_rows_say_whether_they_were_measured() -> None:
+    rows = json.loads(row_launch.TABLE.read_text())["blocks"]
+    assert {row["source"] for row in rows} <= {"rule", "measured"}
 
 
 @pytest.mark.parametrize("target", ["sm_80", "sm_90", "sm_100"])

@@ -182,3 +182,15 @@ def test_module_traces_whole() -> None:
     options = {"old_logprobs": inputs.old, "ref_logprobs": inputs.ref}
     compiled = torch.compile(module, fullgraph=True, backend="aot_eager")
     assert torch.equal(compiled(*arguments, **options).loss, module(*arguments, **options).loss)
+
+
+def test_a_config_may_be_made_in_what_is_traced() -> None:
+    """And is by the loss itself, of sequences' ratios that are all 1."""
+    logits, ids, mask = torch.randn(2, 3, 8, requires_grad=True), torch.zeros(2, 3, dtype=torch.long), torch.ones(2, 3)
+
+    def loss_of(logits: Tensor) -> Tensor:
+        config = GRPOLossConfig(importance_sampling_level="sequence")
+        return grpo_kernels.grpo_loss(logits, ids, torch.tensor([1.0, -1.0]), mask, config=config, backend="cpu").loss
+
+    compiled = torch.compile(loss_of, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(logits), loss_of(logits))

@@ -23,7 +23,7 @@ COMPARED = ("triton",) if "triton" in BACKENDS else ("cpu", "cuda")
 #: Other dtypes add conversions alone; these cases cover them.
 FEW = ("plain", "vocab_prime", "softcap", "dirty_mask", "strided", "logits_peaked")
 #: In `make test`: of every Triton kernel, and of those of a loss. Each case takes another way through the code.
-QUICK = (*FEW, "vocab_128256", "temperature", "logits_holes", "logits_offset_negated", "mask_holes_sequence")
+QUICK = (*FEW, "vocab_128256", "temperature", "logits_holes", "logits_offset_cooled", "mask_holes_sequence")
 QUICK_LOSSES = (*QUICK, "next_token_layout_sequence", "all_masked", "packed_sequence", "rewards", "loss_scale",
                 "grad_output", "bias_sequence", "vespo", "exact_js", "exact_reverse_kl")  # fmt: skip
 

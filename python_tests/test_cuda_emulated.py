@@ -15,7 +15,7 @@ from testing.inputs import build
 from torch import Tensor
 
 from grpo_kernels import GRPOLossConfig, backends, check_device_values, grpo_loss
-from grpo_kernels.ops.head import gemm as head
+from grpo_kernels.ops.head import driver
 
 if backends.cuda_architectures():
     pytest.skip("test_gpu.py runs the kernels themselves", allow_module_level=True)
@@ -94,7 +94,7 @@ def test_a_narrow_gradient_lies_in_the_back_half_of_its_row(op: str, dtype: torc
     generator = torch.Generator().manual_seed(0)
     logits = torch.randn(rows, width, generator=generator)
     ids = torch.randint(vocab, (1, rows), generator=generator)
-    one, none = torch.ones(rows), (None, None, None)
+    one, none = torch.ones(rows), (None, None, None, None)
     wide = torch.empty(1, rows, vocab)
 
     def dlogits_of(workspace: Tensor, dlogits: Tensor) -> None:
@@ -102,7 +102,7 @@ def test_a_narrow_gradient_lies_in_the_back_half_of_its_row(op: str, dtype: torc
         code = GRPOLossConfig().code()
         if op == "grpo_loss":
             mask = torch.tensor([True, True, False, True, True])
-            OPS.grpo_loss_fwd_cuda(z, ids, mask, one, one, one, *none, None, None, 1, False, 0.0, code.options,
+            OPS.grpo_loss_fwd_cuda(z, ids, mask, None, one[None], one[0], *none, None, 1, False, 0.0, code.options,
                                    code.params, 0.7, 0.0, 1.0, dlogits)  # fmt: skip
             return
         found = OPS.token_logprobs_fwd_cuda(z, ids, None, 0.7, 0.0, 1.0, 0)[:3]
@@ -124,19 +124,19 @@ def test_ids_outside_are_held_and_told() -> None:
     with pytest.raises(ValueError, match="an id outside the vocabulary where unmasked, at 1"):
         check_device_values(CPU)
     assert torch.equal(got, OPS.token_logprobs_fwd_cuda(logits, held, mask, 1.0, 0.0, 1.0, 0)[0])
-    assert head.held_ids("cuda", ids[0], mask[0], 40).tolist() == [3, 39, 0, 39]
+    assert driver.clamp_ids("cuda", ids[0], mask[0], 40).tolist() == [3, 39, 0, 39]
     with pytest.raises(ValueError, match="at 1"):
         check_device_values(CPU)
 
 
 def test_infinite_rewards_are_told() -> None:
     rewards, code = torch.tensor([1.0, float("inf"), 0.0, 1.0]), GRPOLossConfig().code()
-    ones, none = torch.ones(8), (None, None, None)
+    mask, one = torch.ones(8, dtype=torch.bool), torch.ones(())
     advantages = OPS.grpo_loss_fwd_cuda(
-        torch.randn(4, 2, 16), torch.zeros(4, 2, dtype=torch.long), ones.bool(), None, ones, ones, *none, rewards, None,
-        2, True, 1e-4, code.options, code.params, 1.0, 0.0, 1.0, None,
+        torch.randn(4, 2, 16), torch.zeros(4, 2, dtype=torch.long), mask, None, None, one, *(None,) * 4, rewards, 2,
+        True, 1e-4, code.options, code.params, 1.0, 0.0, 1.0, None,
     )[3]  # fmt: skip
-    assert advantages.view(4, 2)[:2].eq(0).all() and advantages.view(4, 2)[2:].ne(0).all()
+    assert advantages[:2].eq(0).all() and advantages[2:].ne(0).all()
     with pytest.raises(ValueError, match="an infinite reward, at 1"):
         check_device_values(CPU)
     assert OPS.group_advantages_cuda(rewards[:, None], torch.ones(1), 2, 0, 0, 1e-4)[:2].eq(0).all()

@@ -22,7 +22,7 @@ from grpo_kernels import (
 )
 from grpo_kernels.loss.options import DIVERGENCES
 from grpo_kernels.ops.head.reference_model import Reference, ReferenceRows
-from grpo_kernels.ops.head.rows import Rows
+from grpo_kernels.ops.head.selection import SelectedRows
 
 KERNELS = [backend for backend in BACKENDS if backend != "torch"]
 HALF, QUARTER = math.log(2), math.log(4)
@@ -142,9 +142,9 @@ def test_given_logits_may_lie_anywhere(backend: str, masked: bool, layout: str) 
 def test_given_logits_are_copied_where_they_must_be_alone() -> None:
     """Else no workspace is theirs, and the policy's chunks may be twice as large."""
     given, ids = torch.randn(6, 31), torch.zeros(6, dtype=torch.int64)
-    every, some = Rows.of(None, None, ids), Rows.of(torch.arange(6) != 2, None, ids)
+    every, some = SelectedRows.of(None, None, ids), SelectedRows.of(torch.arange(6) != 2, None, ids)
 
-    def row_bytes(logits: Tensor, rows: Rows) -> int:
+    def row_bytes(logits: Tensor, rows: SelectedRows) -> int:
         return ReferenceRows(Reference.of(ids, 31, logits, None, None, None), rows, torch.float32).row_bytes
 
     assert row_bytes(given, every) == 0

@@ -19,9 +19,10 @@ from grpo_kernels import (
     linear_grpo_loss,
     linear_token_logprobs,
     policy_loss,
+    token_divergence,
     token_logprobs,
 )
-from grpo_kernels.ops.registration import lazily
+from grpo_kernels.ops.registration import lazy_import
 
 
 def _problem(batch: int = 2, length: int = 3, vocab: int = 11) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -127,6 +128,19 @@ def test_a_transform_that_forgets_the_logits_is_refused(option: dict[str, float]
         token_logprobs(logits, ids, temperature=float("inf"))
 
 
+@pytest.mark.parametrize("softcap", [None, 20.0])
+def test_a_negative_scale_is_refused(softcap: float | None) -> None:
+    logits, ids, advantages, mask = _problem()
+    refusal = r"logit_scale must be finite and greater than 0, got -0\.3"
+    for op, arguments in ((token_logprobs, ()), (grpo_loss, (advantages, mask))):
+        with pytest.raises(ValueError, match=f"^{refusal}"):
+            op(logits, ids, *arguments, softcap=softcap, logit_scale=-0.3)
+    with pytest.raises(ValueError, match=f"^reference_{refusal}"):
+        token_divergence(
+            logits, logits, divergence="js", ids=ids, reference_softcap=softcap, reference_logit_scale=-0.3
+        )
+
+
 def test_a_transposed_head_gets_its_gradient_scaled() -> None:
     _, ids, advantages, mask = _problem()
     hidden, transposed = torch.randn(2, 3, 4), torch.randn(4, 11)
@@ -199,24 +213,33 @@ def test_num_items_in_batch_is_one_number(items: Any) -> None:
 
 def test_raw_ops_refuse_tensors_that_are_too_short() -> None:
     logits, ids, _, mask = _problem()
-    flat = torch.ones(6)
+    of_tokens, of_completions, one = torch.ones(1, 6), torch.ones(2), torch.ones(())
     mask = mask.bool().flatten()
-    group = (None, None, 1, False, 0.0)
     code = GRPOLossConfig().code()
-    loss = (code.options, code.params, 1.0, 0.0, 1.0, None)
-    rest = (None, None, None, *group, *loss)
+    group = (None, 1, False, 0.0)
+    rest = (*group, code.options, code.params, 1.0, 0.0, 1.0, None)
+    none = (None, None, None, None)
     op = torch.ops.grpo_kernels.grpo_loss_fwd_cpu
-    op(logits, ids, mask, flat, flat, flat, *rest)
+    for advantages, weights in ((of_tokens, one), (of_completions, of_completions), (one, of_tokens)):
+        op(logits, ids, mask, None, advantages, weights, *none, *rest)
     with pytest.raises(RuntimeError):
-        op(logits, ids, mask[:5], flat, flat, flat, *rest)
+        op(logits, ids, mask[:5], None, of_tokens, one, *none, *rest)
     with pytest.raises(RuntimeError):
-        op(logits, ids, mask, flat.double(), flat, flat, *rest)
+        op(logits, ids, mask, None, of_tokens.double(), one, *none, *rest)
+    for advantages in (of_tokens[:, :5], torch.ones(6), torch.ones(1)):
+        with pytest.raises(RuntimeError):
+            op(logits, ids, mask, None, advantages, one, *none, *rest)
+    with pytest.raises(RuntimeError, match="token 5 is of completion 2 of 2"):
+        sequence_ids = torch.tensor([0, 0, 0, 1, 1, 2], dtype=torch.int32)
+        op(logits, ids, mask, sequence_ids, of_completions, one, *none, *rest)
     with pytest.raises(RuntimeError):
-        op(logits[:, :2], ids, mask, flat, flat, flat, *rest)
+        op(logits, ids, mask, None, of_tokens, one, of_tokens[:, :5], None, None, None, *rest)
+    with pytest.raises(RuntimeError):
+        op(logits[:, :2], ids, mask, None, of_tokens, one, *none, *rest)
     with pytest.raises(ValueError):
-        op(logits, ids, mask, flat, flat, flat, None, None, None, *group, [0], *loss[1:])
+        op(logits, ids, mask, None, of_tokens, one, *none, *group, [0], *rest[5:])
     with pytest.raises(RuntimeError):
-        op(logits, ids, mask, None, flat, flat, *rest)
+        op(logits, ids, mask, None, None, one, *none, *rest)
 
 
 def test_rewards_are_named_when_they_are_too_many() -> None:
@@ -280,4 +303,4 @@ def test_kernels_are_launched_on_the_device_of_their_tensors(monkeypatch: pytest
 
     monkeypatch.setattr(torch, "get_device_module", lambda device: Module)
     second = SimpleNamespace(device=torch.device("cuda:1"))
-    assert lazily("operator", "is_")(second, second) and entered == [second.device]
+    assert lazy_import("operator", "is_")(second, second) and entered == [second.device]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from typing import Any
 
@@ -18,13 +19,14 @@ from testing.calls import call, leaves, rounded_dlogits, run  # noqa: E402
 from testing.cases import INPUT_CASES, LOSS_CASES, Case  # noqa: E402
 from testing.inputs import build  # noqa: E402
 
-from grpo_kernels import GRPOLossConfig, check_device_values, grpo_loss  # noqa: E402
+from grpo_kernels import GRPOLossConfig, check_device_values, group_advantages, grpo_loss  # noqa: E402
 from grpo_kernels.device_values import first_bad  # noqa: E402
 from grpo_kernels.ops.head import gemm as head  # noqa: E402
 from grpo_kernels.ops.rows.triton import grpo_loss as loss_kernels  # noqa: E402
 from grpo_kernels.ops.rows.triton import softmax as triton_math  # noqa: E402
 from grpo_kernels.ops.rows.triton import token_logprobs as triton_kernels  # noqa: E402
 from grpo_kernels.ops.rows.triton.launch import Blocks  # noqa: E402
+from grpo_kernels.ops.tokens.triton.policy_math import decode, encode  # noqa: E402
 
 OPS = torch.ops.grpo_kernels
 CPU = torch.device("cpu")
@@ -93,10 +95,11 @@ def test_interpreted_runs_are_bit_equal(op: str) -> None:
 
 def _loss_arguments(logits: Tensor, ids: Tensor) -> list[Any]:
     count = ids.numel()
-    ones, mask = torch.ones(count), torch.ones(count, dtype=torch.bool)
+    one, mask = torch.ones(()), torch.ones(count, dtype=torch.bool)
     code = GRPOLossConfig().code()
     loss = (code.options, code.params, 1.0, 0.0, 1.0)
-    return [logits, ids, mask, ones, ones, ones, None, None, None, None, None, 1, False, 0.0, *loss, logits.clone()]
+    advantages = torch.ones(1, count)
+    return [logits, ids, mask, None, advantages, one, *(None,) * 4, None, 1, False, 0.0, *loss, logits.clone()]
 
 
 @pytest.mark.parametrize("bad", [-1, -100, 11, 2**40])
@@ -142,10 +145,33 @@ def test_interpreted_infinite_rewards_are_told() -> None:
     with pytest.raises(ValueError, match="an earlier call on cpu was given an infinite reward, at 3"):
         check_device_values(CPU)
     arguments = _loss_arguments(torch.randn(4, 2, 5), torch.zeros(4, 2, dtype=torch.long))
-    arguments[3], arguments[9], arguments[11:14] = None, rewards[:, 0].contiguous(), [2, True, 1e-4]
+    arguments[4], arguments[10:14] = None, [rewards[:, 0].contiguous(), 2, True, 1e-4]
     OPS.grpo_loss_fwd_triton(*arguments)
     with pytest.raises(ValueError, match="an infinite reward, at 3"):
         check_device_values(CPU)
+
+
+@pytest.mark.parametrize(("groups", "size"), [(1, 1), (12, 3), (2, 20)])
+@pytest.mark.parametrize("packed", [False, True])
+def test_interpreted_advantages_of_more_completions_than_lanes(
+    groups: int, size: int, packed: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Missing rewards, groups of equal ones, and, packed, completions without a token."""
+    _use(monkeypatch, Blocks(1, 2, 2))
+    count = groups * size
+    rewards = torch.randn(count)
+    rewards[::7], rewards[: count // 2 : 5] = 0.1, float("nan")
+    rewards[-size:] = 0.7
+    lengths = torch.arange(count) % 3 if packed else torch.ones(count, dtype=torch.long)
+    lengths[-1] = 1
+    shape = (1, int(lengths.sum())) if packed else (count, 1)
+    arguments = _loss_arguments(torch.randn(*shape, 5), torch.zeros(shape, dtype=torch.long))
+    arguments[3] = torch.arange(count, dtype=torch.int32).repeat_interleave(lengths) if packed else None
+    arguments[4], arguments[10:14] = None, [rewards, size, packed, 1e-4]
+    made = OPS.grpo_loss_fwd_triton(*arguments)[3]
+    scale = "group" if packed else "none"
+    expected = group_advantages(rewards.double(), size, scale_rewards=scale, backend="torch").float()
+    torch.testing.assert_close(made, expected, rtol=1e-6, atol=1e-7)
 
 
 def test_interpreted_debug_tells_of_earlier_calls() -> None:
@@ -161,7 +187,7 @@ def test_interpreted_raw_ops_refuse_what_does_not_fit() -> None:
     good = _loss_arguments(logits, ids)
     OPS.grpo_loss_fwd_triton(*good)
     short, wide = torch.ones(5), torch.ones(6, dtype=torch.float64)
-    for position, bad in ((1, ids.int()), (1, ids[:, :1]), (2, torch.ones(5, dtype=torch.bool)), (3, short), (4, wide),
+    for position, bad in ((1, ids.int()), (1, ids[:, :1]), (2, torch.ones(5, dtype=torch.bool)), (4, short), (5, wide),
                           (6, short), (14, [0]), (19, logits[:, :2])):  # fmt: skip
         with pytest.raises(ValueError):
             OPS.grpo_loss_fwd_triton(*good[:position], bad, *good[position + 1 :])
@@ -189,6 +215,20 @@ def test_interpreted_tanh_is_within_two_ulps() -> None:
     exact = x.double().tanh()
     ulp = torch.finfo(torch.float32).eps * exact.abs().clamp(min=1e-30)
     assert ((y.double() - exact).abs() <= 2 * ulp).all()
+
+
+@triton.jit(do_not_specialize=["loss_params"])
+def _decode_kernel(y_ptr, loss_params):
+    tl.store(y_ptr, decode(loss_params.ratio_low, y_ptr.dtype.element_ty))
+    tl.store(y_ptr + 1, decode(loss_params.kl_clamp, y_ptr.dtype.element_ty))
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
+def test_interpreted_parameters_are_exact(dtype: torch.dtype) -> None:
+    for values in ((0.1, math.inf), (0.0, 1e-28 / 3), (-math.inf, 1 / 3), (-0.0, 3.4e38 / 3)):
+        y = torch.empty(2, dtype=dtype)
+        _decode_kernel[(1,)](y, encode([values[0], *[1.0] * 6, values[1]]))
+        assert y.tolist() == torch.tensor(values, dtype=dtype).tolist()
 
 
 def _mm(a: Tensor, b: Tensor, *, out_dtype: torch.dtype, out: Tensor) -> Tensor:

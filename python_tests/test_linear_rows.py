@@ -10,9 +10,10 @@ from testing.inputs import build
 from torch import Tensor
 
 from grpo_kernels import GRPOLossConfig
-from grpo_kernels.ops.head import gemm as head
+from grpo_kernels.ops.head import gemm
+from grpo_kernels.ops.head.buffers import HeadGradients, Needs
 from grpo_kernels.ops.head.gemm import project_back
-from grpo_kernels.ops.head.rows import pack_rows, row_chunks
+from grpo_kernels.ops.head.selection import pack_rows, row_chunks
 
 
 def test_chunks_are_of_about_equal_size_and_of_a_multiple() -> None:
@@ -95,10 +96,10 @@ def test_gemms_of_any_dtypes_are_asked_for_what_cuda_has(
     inputs: torch.dtype, out: torch.dtype, add: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """On meta tensors, which refuse what a GPU's GEMM refuses."""
-    monkeypatch.setattr(head, "writes_fp32", lambda device: True)
+    monkeypatch.setattr(gemm, "writes_fp32", lambda device: True)
     a, b, c = (torch.empty(shape, dtype=kind, device="meta") for shape, kind in
                (((3, 4), inputs), ((4, 5), inputs), ((3, 5), out)))  # fmt: skip
-    assert head.matmul(a, b, c, add=add).dtype == out
+    assert gemm.matmul(a, b, c, add=add).dtype == out
 
 
 @pytest.mark.parametrize(
@@ -114,9 +115,9 @@ def test_the_weights_gradient_of_one_chunk_is_made_as_the_parameter_has_it(
 ) -> None:
     """On a GPU, in half the memory and without a conversion; sums of several are fp32."""
     half = torch.bfloat16
-    monkeypatch.setattr(head, "writes_fp32", lambda device: True)
-    projection = head.Head(torch.randn(6, 4).to(parameter), None, half, torch.float32, half)
-    grads = head.HeadGradients(projection, torch.empty(8, 4, dtype=half), (False, True, False), chunks)
+    monkeypatch.setattr(gemm, "writes_fp32", lambda device: True)
+    projection = gemm.Head(torch.randn(6, 4).to(parameter), None, half, torch.float32, half)
+    grads = HeadGradients(projection, torch.empty(8, 4, dtype=half), Needs(False, True, False), chunks)
     assert grads.dweight is not None and grads.dweight.dtype == expected
     if expected == half:
         dlogits, inputs = torch.randn(8, 6).to(half), torch.randn(8, 4).to(half)

@@ -20,8 +20,8 @@ from testing.expected import Expected, Results, baseline_at, moved
 from testing.inputs import Inputs, build
 from torch import Tensor
 
+from grpo_kernels.loss import finish_weights
 from grpo_kernels.loss import reference as policy
-from grpo_kernels.loss import weights
 
 pytestmark = pytest.mark.usefixtures("poison", "one_thread")
 TESTS = Path(__file__).parent
@@ -89,7 +89,7 @@ _SURROGATES = ("on_policy", "vespo-rollout", "gmpo", "sapo", "rollout_sequence_l
 @pytest.mark.parametrize(
     ("module", "function", "error", "names"),
     [
-        (weights, "_gamma_weights", PLANTED, ("vespo", "vespo-rollout", "vespo-on_policy")),
+        (finish_weights, "_gamma_weights", PLANTED, ("vespo", "vespo-rollout", "vespo-on_policy")),
         (policy, "surrogate", PLANTED, _SURROGATES),
         (policy, "kl_penalty", 10 * PLANTED, ("zero_advantage_kl", "on_policy_kl")),  # a tenth of the loss
     ],

@@ -95,6 +95,7 @@ def test_tuned_rows_join_the_shipped_table(tmp_path: Path) -> None:
     assert {(row["kernel"], row["itemsize"]) for row in added} == {
         (kernel, itemsize) for kernel in ("statistics", "gradient", "loss") for itemsize in (2, 4)
     }
+    assert all(row["source"] == "measured" for row in added)
     assert all(row in rows for row in shipped)
 
 

@@ -45,8 +45,8 @@ CASES = {
     "sapo": (Case("sapo", length=3, vocab=32000, hidden=8, config=SAPO), torch.bfloat16),
     "gmpo": (Case("gmpo", length=3, vocab=32000, hidden=8, config=GMPO), torch.bfloat16),
     "rewards": (Case("rewards", length=3, vocab=32000, hidden=8, advantages="rewards"), torch.bfloat16),
+    "full_rewards": (replace(FULL, name="full_rewards", advantages="rewards"), torch.bfloat16),
     "packed_rewards": (Case("packed", lengths=(1, 2), vocab=32000, hidden=8, advantages="rewards"), torch.bfloat16),
-    "negated": (Case("negated", length=3, vocab=32000, hidden=8, logit_scale=-1.0, config=EVERYTHING), torch.bfloat16),
     "compared": (replace(FULL, name="compared", divergence="reverse_kl", config=EXACT), torch.bfloat16),
     "compared_softly": (replace(FULL, name="softly", divergence="js", soft=True, softcap=30.0), torch.float32),
     "strided": (Case("strided", length=3, vocab=32000, hidden=8, layout="strided"), torch.bfloat16),
@@ -55,7 +55,7 @@ OTHERS = "others"
 #: Kernels that read each logit once for its statistics, once for its gradient.
 ROW_KERNELS = {"_grpo_loss_kernel", "_token_logprobs_fwd_kernel", "_token_logprobs_bwd_kernel"}
 #: Where their instructions are counted: aligned rows, logits as they are.
-COUNTED = ("plain", "full", "full_fp32")
+COUNTED = ("plain", "full", "full_fp32", "full_rewards")
 
 
 class Usage(NamedTuple):
@@ -99,9 +99,10 @@ def compiled(launch: Launch, target: str) -> Any:
 
 
 def row_loops(launch: Launch, target: str) -> list[list[str]]:
-    """The innermost loops that read a row, NVIDIA."""
+    """The innermost loops that read a row, NVIDIA; those over a group's rewards add in fp64, as none of these does."""
     loops = loop_instructions(compiled(launch, target))
-    return [loop for loop in loops if any(instruction.startswith("LDG") for instruction in loop)]
+    opcodes = [{instruction.split(".")[0] for instruction in loop} for loop in loops]
+    return [loop for loop, found in zip(loops, opcodes, strict=True) if "LDG" in found and "DADD" not in found]
 
 
 def kernel_of(launch: Launch) -> str:

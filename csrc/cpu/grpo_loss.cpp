@@ -8,43 +8,19 @@
 #include "parallel.h"
 #include "policy_math.h"
 #include "row_kernels.h"
+#include "token_fields.h"
 
 namespace grpo {
 namespace {
 
-// What the loss of each token needs beside its log-probability, [B, T] flattened; see loss/inputs.py.
+// The advantage of each completion from its group's rewards.
 template <class R>
-struct PolicyInputs {
-  const bool* mask;
-  const R *advantages, *policy_weights, *kl_weights, *entropy_weights, *old_logprobs, *ref_logprobs;
-
-  // dL/dlogprob of an unmasked token; its ratio is its own (token level).
-  R coefficient(int64_t n, R logprob, const PolicyOptions<R>& options) const {
-    const R old_logprob = old_logprobs ? old_logprobs[n] : logprob;  // on-policy 0 apart, or a NaN's NaN
-    const TokenLoss<R> loss =
-        token_loss(logprob, logprob - old_logprob, true, old_logprob, ref_logprobs ? ref_logprobs + n : nullptr,
-                   advantages[n], policy_weights[n], kl_weights[n], options);
-    return loss.dlog_ratio + loss.dlogprob;
-  }
-};
-
-// The advantage of each token from the rewards of each completion, whose tokens are [B, T] or lie at `offsets`.
-template <class R>
-void spread_advantages(const Tensor& rewards, const std::optional<Tensor>& offsets, int64_t num_generations,
-                       bool is_scaled, double eps, int64_t tokens, R* out) {
+void advantages_of(const Tensor& rewards, int64_t num_generations, bool is_scaled, double eps, R* out) {
   const int64_t count = rewards.numel();
   STD_TORCH_CHECK(num_generations > 0 && count % num_generations == 0, num_generations, " must divide ", count);
-  std::vector<R> advantages(data<R>(rewards, count), data<R>(rewards, count) + count);
-  normalize(advantages.data(), count, 1, num_generations, is_scaled ? kGroup : kNone, eps);
-  zero_missing(advantages.data(), count);
-  const int64_t* offset = data<int64_t>(offsets, count + 1);
-  STD_TORCH_CHECK(offset || (count > 0 && tokens % count == 0), "expected the rewards of whole completions");
-  for (int64_t s = 0; s < count; ++s) {
-    const int64_t begin = offset ? offset[s] : s * (tokens / count);
-    const int64_t end = offset ? offset[s + 1] : begin + tokens / count;
-    STD_TORCH_CHECK(0 <= begin && begin <= end && end <= tokens, "cu_seqlens must rise from 0 to ", tokens);
-    std::fill(out + begin, out + end, advantages[s]);
-  }
+  std::copy_n(data<R>(rewards, count), count, out);
+  normalize(out, count, 1, num_generations, is_scaled ? kGroup : kNone, eps);
+  zero_missing(out, count);
 }
 
 template <class R>
@@ -54,24 +30,35 @@ struct Forward {
   const RowKernels& kernels;
   int64_t length, row_bytes;
   const int64_t* ids;
-  PolicyInputs<R> inputs;
+  TokenFields<R> fields;
   PolicyOptions<R> options;
   Transform transform;
   R *logprobs, *entropy;
   bool* live;
 
-  // Statistics of token n, read at `z`, and its gradient, written at `dz` if there is one; whether it is live.
-  bool token(int64_t n, const void* z, void* dz) const {
+  // dL/dlogprob of an unmasked token; its ratio is its own (token level).
+  R coefficient(int64_t s, int64_t n) const {
+    const R logprob = logprobs[n], old_logprob = fields.old_logprob(n, logprob);  // 0 apart, or a NaN's NaN
+    const TokenLoss<R> loss =
+        token_loss(logprob, logprob - old_logprob, true, old_logprob, fields.ref_logprob(n),
+                   fields.advantages.at(s, n), fields.policy_weight(s, n), fields.weights.at(s, n), options);
+    return loss.dlog_ratio + loss.dlogprob;
+  }
+
+  // Statistics of token n of completion b, or of its own, read at `z`, and its gradient, written at `dz` if there is
+  // one; whether it is live.
+  bool token(int64_t b, int64_t n, const void* z, void* dz) const {
     logprobs[n] = entropy[n] = 0;
-    if (!inputs.mask[n]) return false;
+    if (!fields.mask[n]) return false;
     const RowStatistics row = kernels.statistics(z, from.width, ids[n], transform, false);
     const double lse = row.softmax.log_sum_exp();
     const double logprob = row.target - row.softmax.max - std::log(row.softmax.sum);
     logprobs[n] = static_cast<R>(logprob);
     entropy[n] = static_cast<R>(row.softmax.entropy());
     if (!dz) return false;
-    const R c = inputs.coefficient(n, logprobs[n], options);
-    const R c_h = inputs.entropy_weights ? -inputs.entropy_weights[n] : R(0);
+    const int64_t s = fields.sequence_of(b, n);
+    const R c = coefficient(s, n);
+    const R c_h = fields.entropy_weights.values ? -fields.entropy_weights.at(s, n) : R(0);
     if (c == 0 && c_h == 0) return false;
     kernels.gradient(z, dz, from.width, transform, {ids[n], logprob, lse, row.softmax.entropy(), c, c_h});
     return true;
@@ -83,7 +70,7 @@ struct Forward {
       const int64_t b = row / from.length, t = row % from.length, n = b * length + t;
       char* dz = to ? to->row(b, t) : nullptr;
       bool is_live = false;
-      if (t < length) is_live = live[n] = token(n, from.row(b, t), dz);
+      if (t < length) is_live = live[n] = token(b, n, from.row(b, t), dz);
       if (dz && !is_live) std::memset(dz, 0, row_bytes);
     });
   }
@@ -94,26 +81,27 @@ struct Forward {
 std::tuple<Tensor, Tensor, Tensor, Tensor> grpo_loss_fwd(
     const Tensor& logits,  // [B, T or T + 1, V]
     const Tensor& ids,     // [B, T]
-    const Tensor& mask, const std::optional<Tensor>& advantages, const Tensor& policy_weights, const Tensor& kl_weights,
-    const std::optional<Tensor>& entropy_weights, const std::optional<Tensor>& old_logprobs,
-    const std::optional<Tensor>& ref_logprobs,
+    const Tensor& mask, const std::optional<Tensor>& sequence_ids, const std::optional<Tensor>& advantages,
+    const Tensor& weights, const std::optional<Tensor>& policy_factors, const std::optional<Tensor>& entropy_weights,
+    const std::optional<Tensor>& old_logprobs, const std::optional<Tensor>& ref_logprobs,
     const std::optional<Tensor>& rewards,  // [S], instead of advantages
-    const std::optional<Tensor>& offsets,  // [S + 1] where packed
     int64_t num_generations, bool is_scaled, double eps, std::vector<int64_t> options, std::vector<double> params,
     double temperature, double softcap, double logit_scale, const std::optional<Tensor>& dlogits) {
   const ScalarType type = arithmetic_type(logits);
   const Tensor logprobs = empty_like(ids, type), entropy = empty_like(ids, type);
   const Tensor live = empty_like(ids, ScalarType::Bool);
-  const Tensor given = empty({rewards ? ids.numel() : 0}, type, logits);
+  const Tensor made = empty({rewards ? rewards->numel() : 0}, type, logits);
   STD_TORCH_CHECK(advantages.has_value() != rewards.has_value(), "expected either advantages or rewards");
   const auto run = [&]<class R>(R) {
     const Rows from(logits);
     const int64_t n = ids.numel();
     from.check_ids_fit(ids);
     if (dlogits) Rows(*dlogits).check_like(from, *dlogits, logits);
-    if (rewards) {
-      spread_advantages<R>(*rewards, offsets, num_generations, is_scaled, eps, n, mutable_data<R>(given));
-    }
+    if (rewards) advantages_of<R>(*rewards, num_generations, is_scaled, eps, mutable_data<R>(made));
+    const std::optional<Tensor> known = rewards ? made : advantages;
+    const TokenTensors tensors{mask, sequence_ids, known, weights, policy_factors, entropy_weights, old_logprobs,
+                               ref_logprobs};
+    const int64_t sequences = tensors.sequences(ids.size(0));
     const Forward<R> forward{
         from,
         dlogits ? std::optional<Rows>(Rows(*dlogits)) : std::nullopt,
@@ -121,19 +109,19 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> grpo_loss_fwd(
         ids.size(1),
         from.width * static_cast<int64_t>(logits.element_size()),
         data<int64_t>(ids, n),
-        {data<bool>(mask, n), data<R>(rewards ? given : *advantages, n), data<R>(policy_weights, n),
-         data<R>(kl_weights, n), data<R>(entropy_weights, n), data<R>(old_logprobs, n), data<R>(ref_logprobs, n)},
+        token_fields<R>(tensors, sequences, n),
         PolicyOptions<R>::decode(options, params),
         {temperature, softcap, logit_scale},
         mutable_data<R>(logprobs),
         mutable_data<R>(entropy),
         mutable_data<bool>(live)};
     STD_TORCH_CHECK(forward.options.level == Level::kToken, "a sequence-level ratio needs every token's statistics first");
-    check_ids(forward.ids, forward.inputs.mask, ids.numel(), from.width);
+    check_ids(forward.ids, forward.fields.mask, n, from.width);
+    check_sequence_ids(forward.fields.sequence_ids, n, sequences);
     forward.run();
   };
   type == ScalarType::Double ? run(double()) : run(float());
-  return {logprobs, entropy, live, given};
+  return {logprobs, entropy, live, made};
 }
 
 }  // namespace grpo

@@ -18,6 +18,14 @@ inline void check_ids(const int64_t* ids, const bool* mask, int64_t count, int64
   }
 }
 
+// Refuses a token of a completion that there is not.
+inline void check_sequence_ids(const int32_t* sequence_ids, int64_t count, int64_t sequences) {
+  for (int64_t n = 0; sequence_ids && n < count; ++n) {
+    STD_TORCH_CHECK(sequence_ids[n] >= 0 && sequence_ids[n] < sequences, "token ", n, " is of completion ",
+                    sequence_ids[n], " of ", sequences);
+  }
+}
+
 // Refuses completions that do not lie end to end.
 inline void check_offsets(const int64_t* offset, int64_t count, int64_t tokens) {
   for (int64_t s = 0; s < count; ++s) {

@@ -9,6 +9,7 @@
 #include "bad_values.h"
 #include "parallel.h"
 #include "policy_math.h"
+#include "token_fields.h"
 
 namespace grpo {
 namespace {
@@ -16,14 +17,15 @@ namespace {
 template <class R>
 struct Inputs {
   const R *logprobs, *entropy;
-  const bool* mask;
-  const R *advantages, *policy_weights, *kl_weights, *entropy_weights, *old_logprobs, *ref_logprobs;
+  TokenFields<R> fields;
   PolicyOptions<R> options;
 
-  R old_logprob(int64_t n) const { return old_logprobs ? old_logprobs[n] : logprobs[n]; }
+  R old_logprob(int64_t n) const { return fields.old_logprob(n, logprobs[n]); }
   R log_ratio(int64_t n) const { return logprobs[n] - old_logprob(n); }  // on-policy 0, or a NaN's NaN
 
-  LogRatio<R> averaged(int64_t n) const { return averaged_log_ratio(log_ratio(n), advantages[n], options); }
+  LogRatio<R> averaged(int64_t s, int64_t n) const {
+    return averaged_log_ratio(log_ratio(n), fields.advantages.at(fields.sequence_of(s, n), n), options);
+  }
 };
 
 constexpr int64_t kNone = std::numeric_limits<int64_t>::max();
@@ -44,11 +46,11 @@ struct Mean {
 
 // Of the log-ratios of a sequence's unmasked tokens.
 template <class R>
-Mean mean_log_ratio(const Inputs<R>& in, int64_t begin, int64_t end) {
+Mean mean_log_ratio(const Inputs<R>& in, int64_t s, int64_t begin, int64_t end) {
   Mean mean;
   for (int64_t n = begin; n < end; ++n) {
-    if (!in.mask[n]) continue;
-    mean.sum += in.averaged(n).value;
+    if (!in.fields.mask[n]) continue;
+    mean.sum += in.averaged(s, n).value;
     ++mean.tokens;
   }
   return mean;
@@ -58,8 +60,8 @@ Mean mean_log_ratio(const Inputs<R>& in, int64_t begin, int64_t end) {
 template <class R>
 bool all_near(const Inputs<R>& in, int64_t begin, int64_t end, R mean) {
   const R* const logprobs = in.logprobs;
-  const R* const old = in.options.level == Level::kToken && in.old_logprobs ? in.old_logprobs : logprobs;
-  const R* const ref = in.ref_logprobs ? in.ref_logprobs : logprobs;
+  const R* const old = in.options.level == Level::kToken && in.fields.old_logprobs.values ? in.fields.old_logprobs.values : logprobs;
+  const R* const ref = in.fields.ref_logprobs.values ? in.fields.ref_logprobs.values : logprobs;
   int far = is_near(R(0), mean, R(0)) ? 0 : 1;
   for (int64_t n = begin; n < end; ++n) {
     far |= is_near(logprobs[n], logprobs[n] - old[n], logprobs[n] - ref[n]) ? 0 : 1;
@@ -68,8 +70,8 @@ bool all_near(const Inputs<R>& in, int64_t begin, int64_t end, R mean) {
 }
 
 template <bool kAtLimits, class R>
-[[gnu::noinline]] SequenceTotals sequence_loss(const Inputs<R>& in, int64_t begin, int64_t end, const Mean& means,
-                                               R* dlogprobs) {
+[[gnu::noinline]] SequenceTotals sequence_loss(const Inputs<R>& in, int64_t own, int64_t begin, int64_t end,
+                                               const Mean& means, R* dlogprobs) {
   const Level level = in.options.level;
   const R mean = static_cast<R>(means.value());
   const bool is_alone = level == Level::kToken || means.tokens == 1;
@@ -78,17 +80,20 @@ template <bool kAtLimits, class R>
   double tokens = 0, low = 0, high = 0, dmean = 0;
   for (int64_t n = begin; n < end; ++n) {
     dlogprobs[n] = 0;
-    if (!in.mask[n]) continue;
+    if (!in.fields.mask[n]) continue;
+    const int64_t s = in.fields.sequence_of(own, n);
     const R log_ratio = level == Level::kToken ? in.log_ratio(n) : mean;
     const TokenLoss<R> token =
-        token_loss<kAtLimits>(in.logprobs[n], log_ratio, is_alone, in.old_logprob(n),
-                              in.ref_logprobs ? in.ref_logprobs + n : nullptr, in.advantages[n], in.policy_weights[n],
-                              in.kl_weights[n], in.options);
+        token_loss<kAtLimits>(in.logprobs[n], log_ratio, is_alone, in.old_logprob(n), in.fields.ref_logprob(n),
+                              in.fields.advantages.at(s, n), in.fields.policy_weight(s, n), in.fields.weights.at(s, n),
+                              in.options);
     if (kAtLimits && std::isinf(token.loss)) out.first_infinite = std::min(out.first_infinite, n);
     dlogprobs[n] = token.dlogprob + (spreads ? R(0) : token.dlog_ratio);
     dmean += token.dlog_ratio;
     out.loss += token.loss;
-    if (in.entropy && in.entropy_weights) out.loss -= static_cast<double>(in.entropy_weights[n]) * in.entropy[n];
+    if (in.entropy && in.fields.entropy_weights.values) {
+      out.loss -= static_cast<double>(in.fields.entropy_weights.at(s, n)) * in.entropy[n];
+    }
     tokens += 1;
     low += token.is_low;
     high += token.is_high;
@@ -97,7 +102,7 @@ template <bool kAtLimits, class R>
   }
   if (spreads && tokens > 0) {  // the mean hands its derivative to its tokens in equal parts
     for (int64_t n = begin; n < end; ++n) {
-      if (in.mask[n] && in.averaged(n).passes) dlogprobs[n] += static_cast<R>(dmean / tokens);
+      if (in.fields.mask[n] && in.averaged(own, n).passes) dlogprobs[n] += static_cast<R>(dmean / tokens);
     }
   }
   const bool counts_sequences = level == Level::kSequence;
@@ -113,11 +118,11 @@ template <bool kAtLimits, class R>
 }
 
 template <class R>
-SequenceTotals sequence_loss(const Inputs<R>& in, int64_t begin, int64_t end, R* dlogprobs) {
-  const Mean means = in.options.level == Level::kToken ? Mean() : mean_log_ratio(in, begin, end);
+SequenceTotals sequence_loss(const Inputs<R>& in, int64_t s, int64_t begin, int64_t end, R* dlogprobs) {
+  const Mean means = in.options.level == Level::kToken ? Mean() : mean_log_ratio(in, s, begin, end);
   return all_near(in, begin, end, static_cast<R>(means.value()))
-             ? sequence_loss<false>(in, begin, end, means, dlogprobs)
-             : sequence_loss<true>(in, begin, end, means, dlogprobs);
+             ? sequence_loss<false>(in, s, begin, end, means, dlogprobs)
+             : sequence_loss<true>(in, s, begin, end, means, dlogprobs);
 }
 
 // In the sequences' order, whatever thread computed them.
@@ -156,31 +161,30 @@ void keep_first_bad(const Tensor& first_bad) {
 std::tuple<Tensor, Tensor, Tensor> policy_loss_fwd(
     const Tensor& logprobs,                // [N]
     const std::optional<Tensor>& entropy,  // [N]
-    const Tensor& mask, const Tensor& advantages, const Tensor& policy_weights, const Tensor& kl_weights,
-    const std::optional<Tensor>& entropy_weights, const std::optional<Tensor>& old_logprobs,
-    const std::optional<Tensor>& ref_logprobs,
-    const Tensor& offsets,  // [S + 1]
-    std::vector<int64_t> options, std::vector<double> params, bool keeps_infinite) {
+    const Tensor& mask, const std::optional<Tensor>& sequence_ids, const std::optional<Tensor>& advantages,
+    const Tensor& weights, const std::optional<Tensor>& policy_factors, const std::optional<Tensor>& entropy_weights,
+    const std::optional<Tensor>& old_logprobs, const std::optional<Tensor>& ref_logprobs,
+    const std::optional<Tensor>& offsets,  // [sequences + 1]; else each has as many tokens
+    int64_t sequences, std::vector<int64_t> options, std::vector<double> params, bool keeps_infinite) {
+  STD_TORCH_CHECK(advantages.has_value(), "expected advantages");
   const ScalarType type = arithmetic_type(logprobs);
   const Tensor loss = empty({}, type, logprobs), dlogprobs = empty_like(logprobs, type);
   const Tensor partials = empty({kPartialCount}, type, logprobs);
   const auto run = [&]<class R>(R) {
-    const int64_t count = offsets.size(0) - 1, tokens = logprobs.numel();
-    const Inputs<R> in{data<R>(logprobs, tokens),
-                       data<R>(entropy, tokens),
-                       data<bool>(mask, tokens),
-                       data<R>(advantages, tokens),
-                       data<R>(policy_weights, tokens),
-                       data<R>(kl_weights, tokens),
-                       data<R>(entropy_weights, tokens),
-                       data<R>(old_logprobs, tokens),
-                       data<R>(ref_logprobs, tokens),
+    const int64_t tokens = logprobs.numel(), length = sequences > 0 ? tokens / sequences : 0;
+    const TokenTensors tensors{mask, sequence_ids, advantages, weights, policy_factors, entropy_weights, old_logprobs,
+                               ref_logprobs};
+    const int64_t known = tensors.sequences(sequences);
+    const Inputs<R> in{data<R>(logprobs, tokens), data<R>(entropy, tokens), token_fields<R>(tensors, known, tokens),
                        PolicyOptions<R>::decode(options, params)};
-    const int64_t* offset = data<int64_t>(offsets, count + 1);
-    check_offsets(offset, count, tokens);
-    std::vector<SequenceTotals> totals(count);
-    parallel_rows(count, 32 * (count ? tokens / count : 0), [&](int64_t s) {
-      totals[s] = sequence_loss<R>(in, offset[s], offset[s + 1], mutable_data<R>(dlogprobs));
+    check_sequence_ids(in.fields.sequence_ids, tokens, known);
+    const int64_t* offset = data<int64_t>(offsets, sequences + 1);
+    if (offset) check_offsets(offset, sequences, tokens);
+    else STD_TORCH_CHECK(sequences >= 0 && length * sequences == tokens, "expected sequences of the same length");
+    std::vector<SequenceTotals> totals(sequences);
+    parallel_rows(sequences, 32 * length, [&](int64_t s) {
+      const int64_t begin = offset ? offset[s] : s * length, end = offset ? offset[s + 1] : begin + length;
+      totals[s] = sequence_loss<R>(in, s, begin, end, mutable_data<R>(dlogprobs));
     });
     if (keeps_infinite) keep_infinite(totals);
     reduce<R>(totals, mutable_data<R>(loss), mutable_data<R>(partials));

@@ -24,13 +24,11 @@ struct VectorTransform {
   R inner;  // scale / softcap
   R outer;  // softcap / temperature, or scale / temperature without a softcap
   R slope;  // scale / temperature
-  R sign;   // of the scale: y grows with sign z
 
   explicit VectorTransform(const Transform& t)
       : inner(static_cast<R>(kSoftcap ? t.logit_scale / t.softcap : 1)),
         outer(static_cast<R>((kSoftcap ? t.softcap : t.logit_scale) / t.temperature)),
-        slope(static_cast<R>(t.logit_scale / t.temperature)),
-        sign(slope < 0 ? -1 : 1) {}
+        slope(static_cast<R>(t.logit_scale / t.temperature)) {}
 
   Vector<R> operator()(Vector<R> z) const {  // u
     if constexpr (kSoftcap) return tanh(z * inner);
@@ -84,15 +82,14 @@ RowStatistics statistics_of(const T* z, int64_t vocab, int64_t id, const Transfo
   using R = Arithmetic<T>;
   using V = Vector<R>;
   const VectorTransform<R, kSoftcap> transform(options);
-  const R least_z = -transform.sign * static_cast<R>(INFINITY);
-  const R nothing = transform.outer < 0 ? static_cast<R>(INFINITY) : static_cast<R>(-INFINITY);  // u of probability 0
+  const R nothing = static_cast<R>(-INFINITY);  // of probability 0
   RowStatistics row;
   for (int64_t start = 0; start < vocab; start += kBlock) {
     const int64_t count = std::min(kBlock, vocab - start);
     V largest = splat<R>(-INFINITY);
     const auto raw = [](V values) { return values; };
-    for_each_vector(z + start, count, raw, least_z, [&](V v) { largest = max(v * transform.sign, largest); });
-    const R largest_z = transform.sign * horizontal_max<R>(largest);
+    for_each_vector(z + start, count, raw, nothing, [&](V v) { largest = max(v, largest); });
+    const R largest_z = horizontal_max<R>(largest);
     const R at_largest = transform(splat<R>(largest_z))[0];  // u
     OnlineSoftmax<double> block;
     block.max = static_cast<double>(at_largest) * transform.outer;

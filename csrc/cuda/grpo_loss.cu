@@ -9,6 +9,7 @@
 #include "rewards.h"
 #include "row_launch.h"
 #include "statistics.h"
+#include "token_fields.h"
 
 namespace grpo::cuda {
 namespace {
@@ -21,8 +22,7 @@ struct Loss {
   RowTransform<R> transform;
   PolicyOptions<R> options;
   const int64_t* ids;
-  const bool* mask;
-  const R *advantages, *policy_weights, *kl_weights, *entropy_weights, *old_logprobs, *ref_logprobs;
+  TokenFields<R> fields;
   R *logprobs, *entropy;
   bool* live;
   int64_t* first_bad;
@@ -30,7 +30,7 @@ struct Loss {
 
 // What is read of a token beside its logits: one value a lane of the block's last warp, all at once, so that they are
 // there when the row's statistics are; then in shared memory, for the thread that plans the row.
-enum Input { kTarget, kAdvantage, kPolicyWeight, kKlWeight, kEntropyWeight, kOldLogprob, kRefLogprob, kInputCount };
+enum Input { kTarget, kAdvantage, kWeight, kPolicyFactor, kEntropyWeight, kOldLogprob, kRefLogprob, kInputCount };
 
 template <class R>
 struct TokenInputs {
@@ -44,21 +44,23 @@ struct InputReader {
   int id = 0;
   R value = 0;
 
-  __device__ __forceinline__ void start(const Loss<R>& loss, const T* row, int n) {
-    const int lane = lane_of_reader();
+  __device__ __forceinline__ void start(const Loss<R>& loss, const T* row, const Token& token) {
+    const int lane = lane_of_reader(), n = token.n;
     if (lane < 0 || lane >= kInputCount) return;
     if (lane == kTarget) {
       id = held_inside(loss.ids[n], n, loss.space.vocab, loss.first_bad);
       value = element(row[id]);
       return;
     }
-    const R* const from = lane == kAdvantage       ? loss.advantages
-                          : lane == kPolicyWeight  ? loss.policy_weights
-                          : lane == kKlWeight      ? loss.kl_weights
-                          : lane == kEntropyWeight ? loss.entropy_weights
-                          : lane == kOldLogprob    ? loss.old_logprobs
-                                                   : loss.ref_logprobs;
-    if (from != nullptr) value = from[n];
+    const TokenFields<R>& fields = loss.fields;
+    const PerToken<R>& from = lane == kAdvantage       ? fields.advantages
+                              : lane == kWeight        ? fields.weights
+                              : lane == kPolicyFactor  ? fields.policy_factors
+                              : lane == kEntropyWeight ? fields.entropy_weights
+                              : lane == kOldLogprob    ? fields.old_logprobs
+                                                       : fields.ref_logprobs;
+    if (from.values != nullptr) value = from.at(from.of_sequence ? fields.sequence_of(token.batch, n) : 0, n);
+    else if (lane == kPolicyFactor) value = 1;
   }
 
   __device__ __forceinline__ void finish(const RowTransform<R>& f, TokenInputs<R>& inputs) const {
@@ -84,11 +86,11 @@ struct RowPlan {
 template <bool kPlain, class R>
 __device__ __forceinline__ RowPlan<R> plan_row(const Loss<R>& loss, const TokenInputs<R>& in,
                                                const RowResult<R>& result) {
-  const R old_logprob = loss.old_logprobs ? in.values[kOldLogprob] : result.logprob;  // 0 apart, or a NaN's NaN
+  const R old_logprob = loss.fields.old_logprobs.values ? in.values[kOldLogprob] : result.logprob;  // 0 apart, or a NaN's NaN
   const TokenLoss<R> token =
       token_loss(result.logprob, result.logprob - old_logprob, true, old_logprob,
-                 loss.ref_logprobs ? &in.values[kRefLogprob] : nullptr, in.values[kAdvantage], in.values[kPolicyWeight],
-                 in.values[kKlWeight], loss.options);
+                 loss.fields.ref_logprobs.values ? &in.values[kRefLogprob] : nullptr, in.values[kAdvantage],
+                 in.values[kWeight] * in.values[kPolicyFactor], in.values[kWeight], loss.options);
   const R c = token.dlog_ratio + token.dlogprob, c_h = -in.values[kEntropyWeight];
   const R own_slope = slope_at<kPlain>(in.values[kTarget], loss.transform);
   return {gradient_weights(result.offset, result.log_sum, result.logprob, result.entropy, c, c_h, own_slope,
@@ -113,7 +115,7 @@ struct Peek {
     const int inside = row < loss.space.rows ? row : loss.space.rows - 1;
     const Token token(inside, loss.space);
     is_token = row < loss.space.rows && token.is_token;
-    mask = loss.space.length > 0 && loss.mask[token.is_token ? token.n : token.n - 1];
+    mask = loss.space.length > 0 && loss.fields.mask[token.is_token ? token.n : token.n - 1];
   }
   __device__ __forceinline__ bool is_unmasked() const { return is_token && mask; }
 };
@@ -160,7 +162,7 @@ loss_on_chip(const __grid_constant__ Loss<Arithmetic<T>> loss) {
     auto* const drow = loss.dlogits.template row<Packet<Out, kCount>>(token.batch, token.position);
     if (is_row) {
       InputReader<kPlain, T> reader;
-      reader.start(loss, loss.logits.template row<T>(token.batch, token.position), token.n);
+      reader.start(loss, loss.logits.template row<T>(token.batch, token.position), token);
       if (packets > 0) wait_for(&shared.loaded, loads % 2);
       const Softmax<R> own = thread_softmax<kPlain>(part, packets, loss.transform);
       reader.finish(loss.transform, shared.inputs);
@@ -236,10 +238,10 @@ loss_in_two_passes(const __grid_constant__ Loss<Arithmetic<T>> loss) {
     const Token token(row, loss.space);
     const auto* const from = loss.logits.template row<Packet<T, kCount>>(token.batch, token.position);
     auto* const to = loss.dlogits.template row<Packet<Out, kCount>>(token.batch, token.position);
-    const bool is_row = token.is_token && loss.mask[token.n];
+    const bool is_row = token.is_token && loss.fields.mask[token.n];
     if (is_row) {
       InputReader<kPlain, T> reader;
-      reader.start(loss, reinterpret_cast<const T*>(from), token.n);
+      reader.start(loss, reinterpret_cast<const T*>(from), token);
       const Softmax<R> own = thread_softmax<kPlain, kTwoPassThreads<T>>(from, packets, loss.transform);
       reader.finish(loss.transform, shared.inputs);
       const Softmax<R> state = softmax_over_block<kTwoPassThreads<T>>(own, shared.parts, loss.transform.rate);
@@ -268,26 +270,16 @@ loss_in_two_passes(const __grid_constant__ Loss<Arithmetic<T>> loss) {
 
 // ---- advantages
 
-// Of each token, from the rewards of its completion's group; one thread a token.
+// Of each completion, from the rewards of its group; one thread a completion.
 template <class R>
-__global__ void spread_advantages(const R* rewards, const int64_t* offsets, int64_t count, int64_t num_generations,
-                                  bool is_scaled, double eps, int64_t tokens, R* advantages, int64_t* first_bad) {
-  const int64_t n = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x;
-  if (n >= tokens) return;
-  int64_t s = 0;
-  if (offsets == nullptr) {
-    s = n / (tokens / count);
-  } else {  // the last completion that begins at n or before
-    int64_t end = count;
-    while (s + 1 < end) {
-      const int64_t middle = (s + end) / 2;
-      offsets[middle] <= n ? s = middle : end = middle;
-    }
-  }
+__global__ void advantages_of(const R* rewards, int64_t count, int64_t num_generations, bool is_scaled, double eps,
+                              R* advantages, int64_t* first_bad) {
+  const int64_t s = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x;
+  if (s >= count) return;
   const R reward = rewards[s];
   if (std::isinf(reward)) flag(first_bad, kBadReward, s);
   const Moments m = moments(rewards + s / num_generations * num_generations, num_generations, 1);
-  advantages[n] = zero_if_missing(static_cast<R>(m.normalized(reward, is_scaled ? m.std + eps : 1.0)));
+  advantages[s] = zero_if_missing(static_cast<R>(m.normalized(reward, is_scaled ? m.std + eps : 1.0)));
 }
 
 // ---- launches
@@ -320,17 +312,16 @@ void launch_loss(const Place& place, Loss<Arithmetic<T>> loss, const Rows& from,
 std::tuple<Tensor, Tensor, Tensor, Tensor> grpo_loss_fwd(
     const Tensor& logits,  // [B, T or T + 1, V]
     const Tensor& ids,     // [B, T]
-    const Tensor& mask, const std::optional<Tensor>& advantages, const Tensor& policy_weights, const Tensor& kl_weights,
-    const std::optional<Tensor>& entropy_weights, const std::optional<Tensor>& old_logprobs,
-    const std::optional<Tensor>& ref_logprobs,
+    const Tensor& mask, const std::optional<Tensor>& sequence_ids, const std::optional<Tensor>& advantages,
+    const Tensor& weights, const std::optional<Tensor>& policy_factors, const std::optional<Tensor>& entropy_weights,
+    const std::optional<Tensor>& old_logprobs, const std::optional<Tensor>& ref_logprobs,
     const std::optional<Tensor>& rewards,  // [S], instead of advantages
-    const std::optional<Tensor>& offsets,  // [S + 1] where packed
     int64_t num_generations, bool is_scaled, double eps, std::vector<int64_t> options, std::vector<double> params,
     double temperature, double softcap, double logit_scale, const std::optional<Tensor>& dlogits) {
   const ScalarType type = arithmetic_type(logits);
   const Tensor logprobs = empty_like(ids, type), entropy = empty_like(ids, type);
   const Tensor live = empty_like(ids, ScalarType::Bool);
-  const Tensor given = empty({rewards ? ids.numel() : 0}, type, ids);
+  const Tensor made = empty({rewards ? rewards->numel() : 0}, type, ids);
   STD_TORCH_CHECK(advantages.has_value() != rewards.has_value(), "expected either advantages or rewards");
   const Place place(logits);
   const Rows from(logits);
@@ -338,15 +329,16 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> grpo_loss_fwd(
   const int64_t n = ids.numel(), count = rewards ? rewards->numel() : 0;
   if (rewards) {
     STD_TORCH_CHECK(num_generations > 0 && count % num_generations == 0, num_generations, " must divide ", count);
-    STD_TORCH_CHECK(offsets || (count > 0 && n % count == 0), "expected the rewards of whole completions");
   }
+  const std::optional<Tensor> known = rewards ? made : advantages;
+  const TokenTensors tensors{mask, sequence_ids, known, weights, policy_factors, entropy_weights, old_logprobs,
+                             ref_logprobs};
   const auto run = [&]<class R>(R) {
     const PolicyOptions<R> decoded = PolicyOptions<R>::decode(options, params);
     STD_TORCH_CHECK(decoded.level == Level::kToken, "a sequence-level ratio needs every token's statistics first");
-    if (rewards && n > 0) {
-      const Grid grid{(n + 255) / 256, 256};
-      launch(place, "advantages of rewards", {count, n}, grid, spread_advantages<R>, data<R>(*rewards, count),
-             data<int64_t>(offsets, count + 1), count, num_generations, is_scaled, eps, n, mutable_data<R>(given),
+    if (rewards) {
+      launch(place, "advantages of rewards", {count}, {(count + 255) / 256, 256}, advantages_of<R>,
+             data<R>(*rewards, count), count, num_generations, is_scaled, eps, mutable_data<R>(made),
              place.first_bad());
     }
     const Loss<R> loss{row_space(from, ids.size(1)),
@@ -355,20 +347,14 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> grpo_loss_fwd(
                        row_transform<R>(temperature, softcap, logit_scale),
                        decoded,
                        data<int64_t>(ids, n),
-                       data<bool>(mask, n),
-                       data<R>(rewards ? given : *advantages, n),
-                       data<R>(policy_weights, n),
-                       data<R>(kl_weights, n),
-                       data<R>(entropy_weights, n),
-                       data<R>(old_logprobs, n),
-                       data<R>(ref_logprobs, n),
+                       token_fields<R>(tensors, tensors.sequences(ids.size(0)), n),
                        mutable_data<R>(logprobs),
                        mutable_data<R>(entropy),
                        mutable_data<bool>(live),
                        place.first_bad()};
     if (!dlogits) {
       launch_statistics<R>(place, logits, from,
-                           {loss.space, loss.logits, loss.transform, loss.ids, loss.mask, loss.logprobs, nullptr,
+                           {loss.space, loss.logits, loss.transform, loss.ids, loss.fields.mask, loss.logprobs, nullptr,
                             loss.entropy, nullptr, nullptr, nullptr, loss.live, loss.first_bad});
       return;
     }
@@ -381,7 +367,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> grpo_loss_fwd(
     });
   };
   type == ScalarType::Double ? run(double()) : run(float());
-  return {logprobs, entropy, live, given};
+  return {logprobs, entropy, live, made};
 }
 
 }  // namespace grpo::cuda

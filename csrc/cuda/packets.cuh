@@ -11,14 +11,14 @@ namespace grpo::cuda {
 // How a row is read: 16 bytes at a time, or, where it is not aligned, an element at a time.
 enum class Access { kVector, kElement };
 
-enum class Curve { kPlain, kNegated, kSoftcap };
+enum class Curve { kPlain, kSoftcap };
 
-// y = outer v(z) of a launch; slope is dy/dz at v = 0, signed.
+// y = outer v(z) of a launch; slope is dy/dz at v = 0.
 template <class R>
 struct RowTransform {
   Curve curve;
   R inner;
-  R rate;  // at least 0
+  R rate;
   R slope;
 };
 
@@ -35,8 +35,7 @@ __device__ __forceinline__ double tanh_of(double x) { return tanh(x); }
 template <bool kPlain, class R>
 __device__ __forceinline__ R curved(R z, const RowTransform<R>& f) {
   if constexpr (kPlain) return z;
-  if (f.curve == Curve::kSoftcap) return tanh_of(z * f.inner);
-  return f.curve == Curve::kNegated ? -z : z;
+  return f.curve == Curve::kSoftcap ? tanh_of(z * f.inner) : z;
 }
 
 // dy/dz where the transform is at v.

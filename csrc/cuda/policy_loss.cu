@@ -7,6 +7,7 @@
 #include <vector>
 
 #include "row.cuh"
+#include "token_fields.h"
 
 namespace grpo::cuda {
 namespace {
@@ -17,21 +18,20 @@ constexpr int kTotalCount = kPartialCount + 1;
 template <class R>
 struct Policy {
   const R *logprobs, *entropy;
-  const bool* mask;
-  const R *advantages, *policy_weights, *kl_weights, *entropy_weights, *old_logprobs, *ref_logprobs;
-  const int64_t* offsets;
+  TokenFields<R> fields;
+  const int64_t* offsets;  // or null: each sequence has as many tokens
   PolicyOptions<R> options;
   R* dlogprobs;
   double* totals;  // [kTotalCount, sequences]
   int64_t tokens, sequences;
   int64_t* first_bad;  // or null
 
-  __device__ __forceinline__ R old_logprob(int64_t n) const { return old_logprobs ? old_logprobs[n] : logprobs[n]; }
+  __device__ __forceinline__ R old_logprob(int64_t n) const { return fields.old_logprob(n, logprobs[n]); }
   __device__ __forceinline__ R log_ratio(int64_t n) const {  // on-policy 0, or a NaN's NaN
     return logprobs[n] - old_logprob(n);
   }
-  __device__ __forceinline__ LogRatio<R> averaged(int64_t n) const {
-    return averaged_log_ratio(log_ratio(n), advantages[n], options);
+  __device__ __forceinline__ LogRatio<R> averaged(int64_t s, int64_t n) const {
+    return averaged_log_ratio(log_ratio(n), fields.advantages.at(fields.sequence_of(s, n), n), options);
   }
 };
 
@@ -68,10 +68,10 @@ struct PolicyShared {
 
 // Of the log-ratios of a sequence's unmasked tokens, for every thread.
 template <class R>
-__device__ Mean mean_log_ratio(const Policy<R>& policy, int64_t begin, int64_t end, PolicyShared& shared) {
+__device__ Mean mean_log_ratio(const Policy<R>& policy, int64_t s, int64_t begin, int64_t end, PolicyShared& shared) {
   Mean own;
   for (int64_t n = begin + threadIdx.x; n < end; n += kThreads) {
-    if (policy.mask[n]) own.merge({static_cast<double>(policy.averaged(n).value), 1});
+    if (policy.fields.mask[n]) own.merge({static_cast<double>(policy.averaged(s, n).value), 1});
   }
   const Mean all = over_block(own, shared.means, Merge());
   if (threadIdx.x == 0) shared.mean = all;
@@ -81,13 +81,14 @@ __device__ Mean mean_log_ratio(const Policy<R>& policy, int64_t begin, int64_t e
 
 // One token's part of the sums; its gradient is written.
 template <class R>
-__device__ void add_token(const Policy<R>& policy, int64_t n, R mean, bool is_alone, bool spreads,
+__device__ void add_token(const Policy<R>& policy, int64_t own, int64_t n, R mean, bool is_alone, bool spreads,
                           SequenceSums& sums) {
+  const TokenFields<R>& fields = policy.fields;
+  const int64_t s = fields.sequence_of(own, n);
   const R log_ratio = policy.options.level == Level::kToken ? policy.log_ratio(n) : mean;
   const TokenLoss<R> token =
-      token_loss(policy.logprobs[n], log_ratio, is_alone, policy.old_logprob(n),
-                 policy.ref_logprobs ? policy.ref_logprobs + n : nullptr, policy.advantages[n],
-                 policy.policy_weights[n], policy.kl_weights[n], policy.options);
+      token_loss(policy.logprobs[n], log_ratio, is_alone, policy.old_logprob(n), fields.ref_logprob(n),
+                 fields.advantages.at(s, n), fields.policy_weight(s, n), fields.weights.at(s, n), policy.options);
   policy.dlogprobs[n] = token.dlogprob + (spreads ? R(0) : token.dlog_ratio);
   sums.dmean += token.dlog_ratio;
   sums.loss += token.loss;
@@ -98,7 +99,9 @@ __device__ void add_token(const Policy<R>& policy, int64_t n, R mean, bool is_al
   sums.high += token.is_high;
   if (policy.entropy == nullptr) return;
   sums.entropy += policy.entropy[n];
-  if (policy.entropy_weights) sums.loss -= static_cast<double>(policy.entropy_weights[n]) * policy.entropy[n];
+  if (fields.entropy_weights.values) {
+    sums.loss -= static_cast<double>(fields.entropy_weights.at(s, n)) * policy.entropy[n];
+  }
 }
 
 template <class R>
@@ -124,16 +127,18 @@ loss_of_sequences(const __grid_constant__ Policy<R> policy) {
   auto& shared = *static_cast<PolicyShared*>(dynamic_shared());
   const int64_t s = blockIdx.x;
   // values are not checked on a GPU; reads stay inside
-  const int64_t begin = policy.offsets[s] > 0 ? policy.offsets[s] : 0;
-  const int64_t end = policy.offsets[s + 1] < policy.tokens ? policy.offsets[s + 1] : policy.tokens;
+  const int64_t length = policy.tokens / policy.sequences;
+  const int64_t first = policy.offsets ? policy.offsets[s] : s * length;
+  const int64_t past = policy.offsets ? policy.offsets[s + 1] : first + length;
+  const int64_t begin = first > 0 ? first : 0, end = past < policy.tokens ? past : policy.tokens;
   const Level level = policy.options.level;
-  const Mean means = level == Level::kToken ? Mean() : mean_log_ratio(policy, begin, end, shared);
+  const Mean means = level == Level::kToken ? Mean() : mean_log_ratio(policy, s, begin, end, shared);
   const R mean = static_cast<R>(means.value());
   const bool is_alone = level == Level::kToken || means.count == 1;
   const bool spreads = level == Level::kSequence || level == Level::kGeometric;
   SequenceSums sums;
   for (int64_t n = begin + threadIdx.x; n < end; n += kThreads) {
-    if (policy.mask[n]) add_token(policy, n, mean, is_alone, spreads, sums);
+    if (policy.fields.mask[n]) add_token(policy, s, n, mean, is_alone, spreads, sums);
     else policy.dlogprobs[n] = 0;
   }
   sums = over_block(sums, shared.sums, Merge());
@@ -146,7 +151,7 @@ loss_of_sequences(const __grid_constant__ Policy<R> policy) {
   // the mean hands its derivative to its tokens in equal parts
   const R part = static_cast<R>(shared.dmean);
   for (int64_t n = begin + threadIdx.x; n < end; n += kThreads) {
-    if (policy.mask[n] && policy.averaged(n).passes) policy.dlogprobs[n] += part;
+    if (policy.fields.mask[n] && policy.averaged(s, n).passes) policy.dlogprobs[n] += part;
   }
 }
 
@@ -186,28 +191,27 @@ add_sequences(const double* totals, int64_t sequences, R* loss, R* partials) {
 std::tuple<Tensor, Tensor, Tensor> policy_loss_fwd(
     const Tensor& logprobs,                // [N]
     const std::optional<Tensor>& entropy,  // [N]
-    const Tensor& mask, const Tensor& advantages, const Tensor& policy_weights, const Tensor& kl_weights,
-    const std::optional<Tensor>& entropy_weights, const std::optional<Tensor>& old_logprobs,
-    const std::optional<Tensor>& ref_logprobs,
-    const Tensor& offsets,  // [S + 1]
-    std::vector<int64_t> options, std::vector<double> params, bool keeps_infinite) {
+    const Tensor& mask, const std::optional<Tensor>& sequence_ids, const std::optional<Tensor>& advantages,
+    const Tensor& weights, const std::optional<Tensor>& policy_factors, const std::optional<Tensor>& entropy_weights,
+    const std::optional<Tensor>& old_logprobs, const std::optional<Tensor>& ref_logprobs,
+    const std::optional<Tensor>& offsets,  // [sequences + 1]; else each has as many tokens
+    int64_t sequences, std::vector<int64_t> options, std::vector<double> params, bool keeps_infinite) {
+  STD_TORCH_CHECK(advantages.has_value(), "expected advantages");
   const ScalarType type = arithmetic_type(logprobs);
   const Tensor loss = empty({}, type, logprobs), dlogprobs = empty_like(logprobs, type);
   const Tensor partials = empty({kPartialCount}, type, logprobs);
-  const int64_t tokens = logprobs.numel(), sequences = offsets.size(0) - 1;
-  STD_TORCH_CHECK(sequences >= 0, "expected at least one offset");
+  const int64_t tokens = logprobs.numel();
+  STD_TORCH_CHECK(sequences >= 0, "expected a number of sequences");
+  STD_TORCH_CHECK(offsets || tokens == 0 || (sequences > 0 && tokens % sequences == 0),
+                  "expected sequences of the same length");
+  const TokenTensors tensors{mask, sequence_ids, advantages, weights, policy_factors, entropy_weights, old_logprobs,
+                             ref_logprobs};
   const Tensor totals = empty({kTotalCount * sequences}, ScalarType::Double, logprobs);
   const Place place(logprobs);
   const auto run = [&]<class R>(R) {
     const Policy<R> policy{data<R>(logprobs, tokens),
                            data<R>(entropy, tokens),
-                           data<bool>(mask, tokens),
-                           data<R>(advantages, tokens),
-                           data<R>(policy_weights, tokens),
-                           data<R>(kl_weights, tokens),
-                           data<R>(entropy_weights, tokens),
-                           data<R>(old_logprobs, tokens),
-                           data<R>(ref_logprobs, tokens),
+                           token_fields<R>(tensors, tensors.sequences(sequences), tokens),
                            data<int64_t>(offsets, sequences + 1),
                            PolicyOptions<R>::decode(options, params),
                            mutable_data<R>(dlogprobs),

@@ -17,7 +17,7 @@ RowTransform<R> row_transform(double temperature, double softcap, double logit_s
   if (softcap > 0) {
     return {Curve::kSoftcap, static_cast<R>(logit_scale / softcap), rate(softcap / temperature), static_cast<R>(slope)};
   }
-  return {slope < 0 ? Curve::kNegated : Curve::kPlain, R(1), rate(std::fabs(slope)), static_cast<R>(slope)};
+  return {Curve::kPlain, R(1), rate(slope), static_cast<R>(slope)};
 }
 
 inline RowMemory row_memory(const Rows& rows) { return {rows.base, rows.batch_stride, rows.row_stride}; }

@@ -7,6 +7,8 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, fields
 from typing import Any, NamedTuple
 
+from grpo_kernels.calls import Call
+from grpo_kernels.computed_once import computed_once
 from grpo_kernels.loss.options import (
     CLIPPED_LOSS_TYPES,
     DIVERGENCES,
@@ -41,12 +43,19 @@ PRESETS: dict[str, Callable[..., dict[str, Any]]] = {}
 _LEVEL_OF = dict(zip(IMPORTANCE_SAMPLING_LEVELS, (Level.TOKEN, Level.SEQUENCE, Level.SEQUENCE_TOKEN), strict=True))
 
 
+_BETA = int(Param.BETA)  # a traced graph has no index that is an enumeration's
+
+
 @dataclass(frozen=True)
-class PolicyLossCode:
+class LossCode(Call):
     """A configuration as it crosses into kernels: what to compute per token, without any reduction."""
 
-    options: list[int]
-    params: list[float]
+    options: list[int]  # by ``Option``
+    params: list[float]  # by ``Param``
+
+    @property
+    def beta(self) -> float:
+        return self.params[_BETA]
 
 
 class Penalty(NamedTuple):
@@ -185,7 +194,7 @@ class GRPOLossConfig:
         """TRL's by the names of TRL 1.16's ``GRPOConfig``: see ``grpo_kernels.integrations.presets.trl``."""
         return cls(**PRESETS["trl"](**options))
 
-    @property
+    @computed_once
     def ratio_bounds(self) -> tuple[float, float]:
         """The clip range of the importance ratio."""
         high = self.epsilon_low if self.epsilon_high is None else self.epsilon_high
@@ -195,46 +204,50 @@ class GRPOLossConfig:
             return math.exp(-self.epsilon_low), math.exp(high)
         return (1.0 - self.epsilon_low, 1.0 + high) if self.loss_type in CLIPPED_LOSS_TYPES else (-math.inf, math.inf)
 
-    @property
+    @computed_once
     def aggregation(self) -> str:
         """One of ``LOSS_AGG_MODES``."""
         return self.loss_agg_mode or _MEAN_OF.get(self.loss_type, "token-mean")
 
-    @property
+    @computed_once
     def level(self) -> Level:
         """What an importance ratio is of."""
         return Level.GEOMETRIC if self.loss_type == "gmpo" else _LEVEL_OF[self.importance_sampling_level]
 
-    @property
+    @computed_once
     def surrogate(self) -> Surrogate:
         """The per-token objective."""
         return _SURROGATE_OF[self.loss_type]
 
-    @property
-    def has_settled_weights(self) -> bool:
-        """Whether tokens' weights are known before any log-probability is."""
+    @computed_once
+    def weights_need_logprobs(self) -> bool:
+        """Whether tokens' weights are known only once log-probabilities are."""
         is_masked = self.top_entropy_quantile < 1 or self.off_policy_mask_threshold is not None
-        return not is_masked and self.loss_type not in ("vespo", "clip_cov", "kl_cov")
+        return is_masked or self.loss_type in ("vespo", "clip_cov", "kl_cov")
 
-    @property
+    @computed_once
     def has_exact_divergence(self) -> bool:
         """Whether the penalised divergence is that of whole distributions, rather than estimated from a token."""
         return self.beta != 0 and self.kl_estimator in DIVERGENCES
 
-    @property
+    @computed_once
     def penalty(self) -> Penalty:
         """The divergence that is penalised: from the reference, or "kl_cov"'s from the old policy."""
         if self.loss_type == "kl_cov":
             return Penalty(self.kl_cov_coef, "abs", "naive", False)
         return Penalty(self.beta, self.kl_estimator, self.kl_gradient, self.use_bias_correction_kl)
 
-    @property
+    @computed_once
     def is_token_local(self) -> bool:
         """Whether a token's gradient coefficient needs that token alone, so that one pass over logits suffices."""
-        return self.level == Level.TOKEN and self.has_settled_weights
+        return self.level == Level.TOKEN and not self.weights_need_logprobs
 
-    def code(self) -> PolicyLossCode:
+    def code(self) -> LossCode:
         """The flat form that crosses into registered ops; ``Option`` and ``Param`` name the positions."""
+        return self._code
+
+    @computed_once
+    def _code(self) -> LossCode:
         penalty = self.penalty
         options = {
             Option.SURROGATE: int(self.surrogate),
@@ -254,7 +267,7 @@ class GRPOLossConfig:
             Param.LOG_RATIO_CLAMP: math.inf if self.log_ratio_clamp is None else self.log_ratio_clamp,
             Param.KL_CLAMP: math.inf if self.kl_clamp is None else self.kl_clamp,
         }
-        return PolicyLossCode([options[o] for o in Option], [float(params[p]) for p in Param])
+        return LossCode([options[o] for o in Option], [float(params[p]) for p in Param])
 
 
 def mixture_of(divergence: str, mixture: float = 0.5) -> float:

@@ -8,30 +8,30 @@ import torch
 from torch import Tensor
 
 from grpo_kernels.loss.config import GRPOLossConfig
-from grpo_kernels.loss.metrics import Partial
+from grpo_kernels.loss.fields import TokenFields
 from grpo_kernels.loss.options import Level, Surrogate
 from grpo_kernels.loss.sequences import Sequences
-from grpo_kernels.loss.weights import rollout_weights, token_weights
+from grpo_kernels.loss.weights import loss_weights, rollout_weights, token_mean
 from grpo_kernels.validation import check_cu_seqlens, check_device, check_float, check_mask, check_shape
 
 
 @dataclass(frozen=True)
 class PolicyInputs:
-    """Per-token inputs, each shaped like the tokens: ``[B, T]``, or ``[N]`` when packed.
+    """Inputs of tokens ``[B, T]``, or ``[N]`` when packed.
 
-    The loss is ``sum(-policy_weights S + beta kl_weights k - entropy_weights H)``: every loss type, the rollout
-    weights, the entropy bonus and the loss scale are in the weights, so kernels know of no reduction.
+    Every loss type, the rollout weights, the entropy bonus and the loss scale are in the weights, so kernels know of
+    no reduction.
+
+    Args:
+        sequences: How the tokens divide into completions.
+        fields: What kernels read, sequence by sequence: tensors in the tokens' shape where they are one a token, but
+            that packed advantages and weights that are one a token are ``[1, N]``.
+        sampling_logprobs, rollout_weights, entropy_threshold: For weights that wait for log-probabilities.
     """
 
     sequences: Sequences
-    mask: Tensor  # bool
-    advantages: Tensor | None  # None where the kernel makes them of rewards
-    policy_weights: Tensor
-    kl_weights: Tensor
-    entropy_weights: Tensor | None
-    old_logprobs: Tensor | None
-    ref_logprobs: Tensor | None
-    sampling_logprobs: Tensor | None = None  # this and the next two: for weights that wait for log-probabilities
+    fields: TokenFields
+    sampling_logprobs: Tensor | None = None
     rollout_weights: Tensor | None = None
     entropy_threshold: Tensor | float | None = None
 
@@ -64,61 +64,110 @@ class PolicyInputs:
         _check_items(num_items_in_batch)
         _check_threshold(entropy_threshold, config)
         sequences = Sequences.of(tokens, cu_seqlens)
-        mask = completion_mask != 0
-        weights = token_weights(mask, sequences, config, num_items_in_batch, dtype) * loss_scale
+        reads_reference = config.beta != 0 and not config.has_exact_divergence
+        reads_sampler = config.off_policy_mask_threshold is not None
+        mask = completion_mask if completion_mask.dtype == torch.bool else completion_mask != 0
+        weights = loss_weights(mask, sequences, config, num_items_in_batch, loss_scale, dtype)
         rollout = None
         if rollout_is_weights is not None:
-            rollout = sequences.per_token(rollout_is_weights.to(dtype))
+            rollout = sequences.per_token(_cast(rollout_is_weights, dtype))
         elif config.rollout_correction is not None and old_logprobs is not None and sampling_logprobs is not None:
             rollout = rollout_weights(old_logprobs.to(dtype), sampling_logprobs.to(dtype), mask, sequences, config)
         has_own_place = config.loss_type == "vespo"  # inside of its weight
-        policy_weights = weights if rollout is None or has_own_place else weights * torch.where(mask, rollout, 0)
         entropy_weights = None
-        if config.entropy_coef != 0 and config.loss_agg_mode is not None:
-            entropy_weights = weights * config.entropy_coef
-        elif config.entropy_coef != 0:
-            count = mask.sum().clamp(min=1)
-            entropy_weights = mask.to(dtype) * (config.entropy_coef * loss_scale) / count
-
-        def cast(values: Tensor | None) -> Tensor | None:
-            return None if values is None else values.detach().to(dtype)
-
-        return cls(
-            sequences,
-            mask,
-            None if advantages is None else sequences.per_token(advantages.detach().to(dtype)),
-            policy_weights,
+        if config.entropy_coef != 0:
+            mean = token_mean(mask, dtype, loss_scale) if config.loss_agg_mode is None else weights
+            entropy_weights = mean * config.entropy_coef
+        if advantages is not None:
+            advantages = _cast(advantages, dtype)
+            if sequences.packed and advantages.shape == tokens.shape:
+                advantages = advantages[None]
+        fields = TokenFields(
+            mask.contiguous(),
+            None,
+            advantages,
             weights,
+            rollout.contiguous() if rollout is not None and not has_own_place else None,
             entropy_weights,
-            cast(old_logprobs),
-            cast(ref_logprobs) if config.beta != 0 and not config.has_exact_divergence else None,
-            cast(sampling_logprobs) if config.off_policy_mask_threshold is not None else None,
-            rollout if has_own_place else None,
-            entropy_threshold,
+            None if old_logprobs is None else _cast(old_logprobs, dtype),
+            _cast(ref_logprobs, dtype) if ref_logprobs is not None and reads_reference else None,
         )
+        sampler = _cast(sampling_logprobs, dtype) if sampling_logprobs is not None and reads_sampler else None
+        return cls(sequences, fields, sampler, rollout if has_own_place else None, entropy_threshold)
+
+    @property
+    def mask(self) -> Tensor:  # like the tokens
+        return self.fields.mask
+
+    @property
+    def weights(self) -> Tensor:
+        return self.fields.weights
+
+    @property
+    def old_logprobs(self) -> Tensor | None:  # like the tokens
+        return self.fields.old_logprobs
+
+    @property
+    def ref_logprobs(self) -> Tensor | None:  # like the tokens
+        return self.fields.ref_logprobs
+
+    @property
+    def entropy_weights(self) -> Tensor | None:
+        return self.fields.entropy_weights
+
+    def with_fields(self, **changes: Tensor | None) -> PolicyInputs:
+        """The same with other fields."""
+        return replace(self, fields=replace(self.fields, **changes))
+
+    @property
+    def row_fields(self) -> TokenFields:
+        """The fields as kernels of rows take them: of packed tokens they are told the completion."""
+        fields = self.fields
+        is_told = self.sequences.packed and (fields.has_completions or fields.advantages is None)
+        return replace(fields, sequence_ids=self.sequences.ids) if is_told else fields
+
+    @property
+    def gathered_fields(self) -> TokenFields:
+        """The fields of tokens that are to be taken out of their order: flat, and each with its completion."""
+        fields = self.fields.of_tokens(lambda values: values)
+        return replace(fields, sequence_ids=self.sequences.ids) if fields.has_completions else fields
+
+    def at_tokens(self, values: Tensor) -> Tensor:  # like the tokens
+        """Advantages or weights as each token has them; 0 where masked."""
+        if values.dim() == 1:
+            values = self.sequences.spread(values)
+        elif values.dim() == 2:
+            values = values.view(self.mask.shape)
+        return torch.where(self.mask, values, 0)
+
+    def one_a_token(self, values: Tensor) -> Tensor:  # like the tokens -> [B, T] or [1, N]
+        """Advantages or weights that are one a token, told from those that are one a completion."""
+        return values[None] if self.sequences.packed else values
+
+    @property
+    def token_advantages(self) -> Tensor:  # like the tokens
+        if self.fields.advantages is None:
+            raise ValueError("advantages must be given, got None")
+        return self.at_tokens(self.fields.advantages)
+
+    @property
+    def token_policy_weights(self) -> Tensor:  # like the tokens
+        """The weights of the policy term."""
+        weights, factors = self.at_tokens(self.fields.weights), self.fields.policy_factors
+        return weights if factors is None else weights * torch.where(self.mask, factors, 0)
 
     def log_ratio(self, logprobs: Tensor) -> Tensor:  # like logprobs
         """``l - l_old`` of each token; 0 on-policy, or a NaN's NaN, and where masked."""
         old = logprobs.detach() if self.old_logprobs is None else self.old_logprobs
         return torch.where(self.mask, logprobs - old, 0)
 
-    def add_divergence(
-        self, loss: Tensor, partials: Tensor, divergence: Tensor, config: GRPOLossConfig
-    ) -> tuple[Tensor, Tensor]:
-        """Adds the penalty of an exact divergence to the loss, and its sum to what ``PolicyMetrics`` reads."""
-        values = torch.where(self.mask, divergence.to(loss.dtype), 0)
-        penalty = (torch.where(self.mask, self.kl_weights, 0) * values).sum()
-        partials = partials.clone()
-        partials[Partial.KL] += values.detach().sum()
-        return loss + config.beta * penalty, partials
-
     def token_local(self, config: GRPOLossConfig) -> tuple[PolicyInputs, GRPOLossConfig]:
         """The same loss with coefficients known token by token, where that is so; else unchanged.
 
-        On-policy every ratio is 1, so a sequence-level ratio hands each token of a sequence the mean of what its
-        tokens' policy terms weigh: known before any logit. Not so with a KL term that is multiplied by the ratio.
+        On-policy every ratio is 1, so a sequence-level ratio hands each token of a sequence the mean of its tokens'
+        ``f A``: known before any logit. Not so with a KL term that is multiplied by the ratio.
         """
-        if config.is_token_local or not config.has_settled_weights or self.old_logprobs is not None:
+        if config.is_token_local or config.weights_need_logprobs or self.old_logprobs is not None:
             return self, config
         if config.level == Level.SEQUENCE_TOKEN:  # whose gradient is each token's own
             return self, replace(config, importance_sampling_level="token")
@@ -126,32 +175,21 @@ class PolicyInputs:
         is_clipped = config.delta is not None and config.delta < 1
         if config.level != Level.SEQUENCE or config.surrogate != Surrogate.CLIP or is_clipped or waits_for_kl:
             return self, config
-        ones = self.mask.to(self.policy_weights.dtype)
-        pull = torch.where(self.mask, self.policy_weights * self.advantages, 0)
-        mean = self.sequences.sum(pull) / self.sequences.sum(ones).clamp(min=1)
-        inputs = replace(self, advantages=self.sequences.spread(mean), policy_weights=ones)
-        return inputs, replace(config, importance_sampling_level="token")
-
-    def flat(self) -> tuple[Tensor | None, ...]:
-        """The tensors as kernels take them, contiguous ``[N]``: the fields from ``mask`` to ``ref_logprobs``."""
-        fields = (
-            self.mask,
-            self.advantages,
-            self.policy_weights,
-            self.kl_weights,
-            self.entropy_weights,
-            self.old_logprobs,
-            self.ref_logprobs,
-        )
-        return tuple(None if f is None else f.reshape(-1).contiguous() for f in fields)
+        config = replace(config, importance_sampling_level="token")
+        factors, advantages = self.fields.policy_factors, self.fields.advantages
+        if factors is None and advantages is not None and advantages.dim() == 1:
+            return self, config
+        pull = self.token_advantages if factors is None else self.token_advantages * factors
+        lengths = self.sequences.lengths(self.mask, self.weights.dtype).clamp_(min=1)
+        mean = self.sequences.sum(torch.where(self.mask, pull, 0)) / lengths
+        return self.with_fields(advantages=mean, policy_factors=None), config
 
 
-#: ``PolicyInputs.flat`` in the dispatcher's language.
-FLAT_SCHEMA = (
-    "Tensor mask, Tensor advantages, Tensor policy_weights, Tensor kl_weights, Tensor? entropy_weights, "
-    "Tensor? old_logprobs, Tensor? ref_logprobs"
-)
-FLAT_COUNT = FLAT_SCHEMA.count(",") + 1
+def _cast(values: Tensor, dtype: torch.dtype) -> Tensor:
+    """Detached, dense and in a dtype; as it is where it is all that."""
+    if values.requires_grad:
+        values = values.detach()
+    return (values if values.dtype == dtype else values.to(dtype)).contiguous()
 
 
 def _check_threshold(entropy_threshold: Tensor | float | None, config: GRPOLossConfig) -> None:

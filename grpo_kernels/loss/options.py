@@ -37,7 +37,7 @@ class Level(IntEnum):
 
 
 class Option(IntEnum):
-    """Position of each integer option in ``PolicyLossCode.options``; mirrored in policy_math.h."""
+    """Position of each integer option in ``LossCode.options``; mirrored in policy_math.h."""
 
     SURROGATE = 0
     LEVEL = 1
@@ -47,7 +47,7 @@ class Option(IntEnum):
 
 
 class Param(IntEnum):
-    """Position of each real parameter in ``PolicyLossCode.params``; mirrored in policy_math.h."""
+    """Position of each real parameter in ``LossCode.params``; mirrored in policy_math.h."""
 
     RATIO_LOW = 0  # the clip range
     RATIO_HIGH = 1

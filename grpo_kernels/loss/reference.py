@@ -15,10 +15,10 @@ from torch import Tensor
 
 from grpo_kernels.device_values import note_infinite
 from grpo_kernels.loss.config import GRPOLossConfig
+from grpo_kernels.loss.finish_weights import finish_weights
 from grpo_kernels.loss.inputs import PolicyInputs
 from grpo_kernels.loss.limits import DISTANCE, NEAR, are_near, largest_joint, largest_log_ratio, largest_term, limited
 from grpo_kernels.loss.options import Level, Surrogate
-from grpo_kernels.loss.weights import settle
 
 
 def policy_loss(
@@ -28,29 +28,30 @@ def policy_loss(
     config: GRPOLossConfig,
 ) -> tuple[Tensor, Tensor]:
     """``sum w (-S + beta k) - entropy bonus``, and the metrics' partials ``[len(Partial)]``."""
-    inputs, of_weights = settle(inputs, logprobs, entropy, config)
+    inputs, of_weights = finish_weights(inputs, logprobs, entropy, config)
     mask = inputs.mask
 
     def unmasked(values: Tensor) -> Tensor:  # before any exp: inf * 0 is NaN
         return torch.where(mask, values, 0)
 
     logprobs = unmasked(logprobs)
-    advantages = unmasked(inputs.advantages)
+    advantages = inputs.token_advantages
+    weights, policy_weights = inputs.at_tokens(inputs.weights), inputs.token_policy_weights
     difference = None if inputs.ref_logprobs is None else logprobs - unmasked(inputs.ref_logprobs)
     log_ratio = importance_log_ratio(logprobs, advantages, inputs, config)
     # far from the limits, where training is, nothing is compared with them
     is_near = are_near(log_ratio) and (difference is None or are_near(difference)) and are_near(logprobs, DISTANCE)
     ratio = (log_ratio if is_near else limited(log_ratio, high=largest_log_ratio(log_ratio.dtype))).exp()
     # no advantage or weight, no policy term
-    is_absent = (advantages == 0) | (inputs.policy_weights == 0)
+    is_absent = (advantages == 0) | (policy_weights == 0)
     own = logprobs if is_near else limited(logprobs, low=-DISTANCE)
     values = surrogate(torch.where(is_absent, 1, ratio), own, advantages, config)
-    losses = -inputs.policy_weights * values
+    losses = -policy_weights * values
     is_infinite = None if is_near else (~is_absent & is_unbounded(values, log_ratio, logprobs, advantages, config))
     kl = None
     if difference is not None:
         kl, is_kl_infinite = kl_penalty(difference, logprobs, log_ratio, ratio, is_near, inputs, config)
-        kl_weights = config.penalty.weight * inputs.kl_weights
+        kl_weights = config.penalty.weight * weights
         losses = losses + kl_weights * kl
         if is_infinite is not None and is_kl_infinite is not None:
             is_infinite = is_infinite | (is_kl_infinite & (kl_weights != 0))
@@ -61,7 +62,7 @@ def policy_loss(
         losses = losses + own * torch.where(losses.isnan(), torch.nan, 0)  # a clamp would give NaN a gradient of 0
     loss = losses.sum()
     if inputs.entropy_weights is not None and entropy is not None:
-        loss = loss - (inputs.entropy_weights * unmasked(entropy)).sum()
+        loss = loss - (inputs.at_tokens(inputs.entropy_weights) * unmasked(entropy)).sum()
     if config.level == Level.GEOMETRIC:  # what is clipped is a token's
         ratio = token_log_ratio(logprobs, inputs, config).exp()
     partials = metric_partials(ratio, advantages, kl, entropy, inputs, config)
@@ -89,7 +90,7 @@ def importance_log_ratio(logprobs: Tensor, advantages: Tensor, inputs: PolicyInp
         low, high = (math.log(bound) for bound in config.ratio_bounds)
         summed = torch.where(advantages > 0, log_ratio.clamp(max=high), log_ratio.clamp(min=low))
         summed = torch.where(mask, summed, 0)
-    lengths = sequences.sum(mask.to(logprobs.dtype)).clamp(min=1)
+    lengths = sequences.lengths(mask, logprobs.dtype).clamp(min=1)
     mean = torch.where(mask, sequences.spread(sequences.sum(summed) / lengths), 0)
     if config.level == Level.SEQUENCE_TOKEN:
         own = logprobs.clamp(min=-DISTANCE)
@@ -191,7 +192,7 @@ def far_k3(d: Tensor, log_ratio: Tensor, inputs: PolicyInputs, config: GRPOLossC
     if inputs.ref_logprobs is not None and inputs.old_logprobs is not None:
         is_alone = inputs.mask
         if config.level != Level.TOKEN:
-            is_alone = inputs.sequences.spread(inputs.sequences.sum(inputs.mask.to(d.dtype))) == 1
+            is_alone = inputs.sequences.spread(inputs.sequences.lengths(inputs.mask, d.dtype)) == 1
         limit = torch.where(is_alone, inputs.ref_logprobs - inputs.old_logprobs, limit)
     joint = torch.where(joint.isnan() & ~log_ratio.isnan(), limit, joint)
     return limited(joint, high=largest).exp(), is_far, joint > largest
@@ -226,7 +227,7 @@ def metric_partials(
     is_low = mask & (bounded < low) & (advantages < 0)
     is_high = mask & (bounded > high) & (advantages > 0)
     dtype = ratio.dtype
-    tokens = sequences.sum(mask.to(dtype))
+    tokens = sequences.lengths(mask, dtype)
     low_share = sequences.sum(is_low.to(dtype)) / tokens.clamp(min=1)
     high_share = sequences.sum(is_high.to(dtype)) / tokens.clamp(min=1)
     per_sequence = config.level == Level.SEQUENCE

@@ -1,13 +1,8 @@
-"""The weights of tokens: loss types, rollout corrections and masks, all that kernels need not know apart.
-
-Weights are detached. Those that wait for log-probabilities are made between a pass for them and the gradient's.
-"""
+"""The weights of tokens: loss types and rollout corrections, all that kernels need not know apart. Detached."""
 
 from __future__ import annotations
 
 import math
-from dataclasses import replace
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -16,37 +11,45 @@ from grpo_kernels.loss.config import GRPOLossConfig
 from grpo_kernels.loss.limits import largest_log_ratio
 from grpo_kernels.loss.sequences import Sequences
 
-if TYPE_CHECKING:
-    from grpo_kernels.loss.inputs import PolicyInputs
 
-_LOG_RATIO_BOUND = 20.0  # of VESPO's ratios, above; below they are at least 1e-8
-_LOG_RATIO_FLOOR = math.log(1e-8)
-
-
-def token_weights(
+def loss_weights(
     mask: Tensor,  # bool
     sequences: Sequences,
     config: GRPOLossConfig,
     num_items_in_batch: float | Tensor | None,
+    loss_scale: float,
     dtype: torch.dtype,
-) -> Tensor:
-    """The weight of each token in the loss: all that tells one loss type from its siblings. 0 where masked."""
-    weights = mask.to(dtype)
+) -> Tensor:  # [S], or [] where one is for all
+    """The weight of a completion's tokens in the loss: all that tells one loss type from its siblings.
+
+    Infinite where a mean is over no token, and then nobody reads it.
+    """
     if config.aggregation == "token-mean":
         if num_items_in_batch is None or config.loss_type in ("bnpo", "ppo"):
-            return weights / weights.sum().clamp(min=1)
+            return token_mean(mask, dtype, loss_scale)
         if not isinstance(num_items_in_batch, Tensor):
-            return weights / max(float(num_items_in_batch), 1.0)
-        return weights / num_items_in_batch.to(device=mask.device, dtype=dtype).reshape(()).clamp(min=1)
-    lengths = sequences.sum(weights)
-    count = torch.full_like(lengths, sequences.count)
-    if config.loss_agg_mode is not None:
-        count = (lengths > 0).sum().clamp(min=1).to(dtype).expand_as(lengths)
-    if config.aggregation == "seq-mean-token-mean":
-        count = count * lengths.clamp(min=1)
-    elif config.aggregation == "seq-mean-token-sum-norm":
-        count = count * (config.max_completion_length or 1)  # which the config demands
-    return weights / sequences.spread(count)
+            return mask.new_full((), loss_scale / max(float(num_items_in_batch), 1.0), dtype=dtype)
+        items = num_items_in_batch.to(device=mask.device, dtype=dtype).reshape(())
+        return _inverse(items.clamp(min=1), loss_scale)
+    divisor = config.max_completion_length or 1 if config.aggregation == "seq-mean-token-sum-norm" else 1
+    is_mean = config.aggregation == "seq-mean-token-mean"
+    if config.loss_agg_mode is None and not is_mean:
+        return mask.new_full((), loss_scale / (max(sequences.count, 1) * divisor), dtype=dtype)
+    lengths = sequences.lengths(mask, dtype)
+    if config.loss_agg_mode is None:
+        return _inverse(lengths * sequences.count, loss_scale)
+    count = (lengths > 0).sum(dtype=dtype)
+    return _inverse(count * lengths if is_mean else count * divisor, loss_scale)
+
+
+def token_mean(mask: Tensor, dtype: torch.dtype, loss_scale: float) -> Tensor:  # []
+    """The weight of a token in a mean over the unmasked ones. Infinite where there are none, who would read it."""
+    return _inverse(mask.sum(dtype=dtype), loss_scale)
+
+
+def _inverse(divisors: Tensor, loss_scale: float) -> Tensor:
+    weights = divisors.reciprocal_()
+    return weights if loss_scale == 1 else weights.mul_(loss_scale)
 
 
 def rollout_weights(
@@ -67,122 +70,10 @@ def rollout_weights(
         log_ratio = sequences.spread(sequences.sum(log_ratio))
     ratio = compared = log_ratio.clamp(max=largest_log_ratio(log_ratio.dtype)).exp()  # 0 times it is 0
     if correction == "geometric_mask":
-        means = sequences.sum(log_ratio) / sequences.sum(mask.to(log_ratio.dtype)).clamp(min=1)
+        means = sequences.sum(log_ratio) / sequences.lengths(mask, log_ratio.dtype).clamp(min=1)
         compared = sequences.spread(means).exp()
     low = -math.inf if config.rollout_clip_min is None else config.rollout_clip_min
     high = math.inf if config.rollout_clip_max is None else config.rollout_clip_max
     if correction.endswith("truncate"):
         return ratio.clamp(low, high)
     return torch.where((compared < low) | (compared > high), 0, ratio)
-
-
-@torch.no_grad()
-def settle(
-    inputs: PolicyInputs, logprobs: Tensor, entropy: Tensor | None, config: GRPOLossConfig
-) -> tuple[PolicyInputs, Tensor | None]:
-    """The inputs with the weights that these log-probabilities make, and what ``PolicyMetrics`` reads of them."""
-    if config.has_settled_weights:
-        return inputs, None
-    mask, sequences = inputs.mask, inputs.sequences
-    weights = inputs.policy_weights
-    logprobs = torch.where(mask, logprobs.to(weights.dtype), 0)
-    entropy = None if entropy is None else entropy.to(weights.dtype)
-    entropy_weights = inputs.entropy_weights
-    partials = None
-    if config.off_policy_mask_threshold is not None:
-        weights = torch.where(_is_on_policy(inputs, logprobs, config.off_policy_mask_threshold), weights, 0)
-    if config.top_entropy_quantile < 1 and entropy is not None:
-        is_top = _is_top_entropy(entropy, mask, inputs.entropy_threshold, 1 - config.top_entropy_quantile)
-        weights = torch.where(is_top, weights, 0)
-        if entropy_weights is not None:  # the bonus is on the mean of the tokens that are left
-            count, left = (which.sum().clamp(min=1).to(weights.dtype) for which in (mask, is_top))
-            scale = count / left
-            entropy_weights = torch.where(is_top, entropy_weights * scale, 0)
-    if config.loss_type == "vespo":
-        phi = _gamma_weights(inputs, logprobs, config)
-        weights = weights * phi
-        lengths = sequences.sum(mask.to(phi.dtype))
-        means = sequences.sum(torch.where(mask, phi, 0)) / lengths.clamp(min=1)
-        means = torch.where(lengths > 0, means, 1)  # the ratio of no token is 1
-        partials = torch.stack([means.sum(), means.new_ones(()) * sequences.count])
-    if config.loss_type == "clip_cov":
-        weights = torch.where(_leaves_by_covariance(inputs, logprobs, config), 0, weights)
-    settled = replace(inputs, policy_weights=weights, entropy_weights=entropy_weights)
-    if config.loss_type == "kl_cov" and inputs.old_logprobs is not None:
-        is_chosen = _has_top_covariance(inputs, logprobs, config.kl_cov_ratio)
-        kl_weights = torch.where(is_chosen, weights, 0)
-        settled = replace(settled, ref_logprobs=inputs.old_logprobs, kl_weights=kl_weights)
-    return settled, partials
-
-
-def _is_on_policy(inputs: PolicyInputs, logprobs: Tensor, threshold: float) -> Tensor:  # like logprobs
-    """Whether the advantage is not negative, or the sequence near the policy: DeepSeek-V3.2 (arXiv:2512.02556)."""
-    mask, sequences = inputs.mask, inputs.sequences
-    sampler = inputs.old_logprobs if inputs.sampling_logprobs is None else inputs.sampling_logprobs
-    sampler = logprobs if sampler is None else sampler
-    divergence = torch.where(mask, sampler - logprobs, 0).nan_to_num(nan=0.0)
-    lengths = sequences.sum(mask.to(logprobs.dtype)).clamp(min=1)
-    return (inputs.advantages >= 0) | sequences.spread(sequences.sum(divergence) / lengths <= threshold)
-
-
-def _is_top_entropy(entropy: Tensor, mask: Tensor, threshold: Tensor | float | None, quantile: float) -> Tensor:
-    """Whether an unmasked token's entropy is at or above the threshold; by default their own quantile. No sync."""
-    if threshold is None and mask.numel() == 0:
-        return mask
-    if threshold is None:
-        values = torch.where(mask, entropy, torch.inf).flatten().sort().values
-        place = (mask.sum() - 1).clamp(min=0).to(values.dtype) * quantile
-        low, high = (values.take(at.long()) for at in (place.floor(), place.ceil()))
-        threshold = torch.lerp(low, high, place - place.floor())
-    return mask & (torch.where(mask, entropy, 0) >= threshold)
-
-
-def _gamma_weights(inputs: PolicyInputs, logprobs: Tensor, config: GRPOLossConfig) -> Tensor:  # like logprobs
-    """``phi(w) = e^lambda w^k e^(-lambda w)`` of the whole sequence's ratio: VESPO (arXiv:2602.10693)."""
-    mask, sequences = inputs.mask, inputs.sequences
-    log_ratio = inputs.log_ratio(logprobs).clamp(-_LOG_RATIO_BOUND, _LOG_RATIO_BOUND)
-    if inputs.rollout_weights is not None:
-        rollout = inputs.rollout_weights.log().clamp(_LOG_RATIO_FLOOR, _LOG_RATIO_BOUND)
-        log_ratio = log_ratio + torch.where(mask, rollout, 0)
-    log_w = sequences.spread(sequences.sum(log_ratio).clamp(_LOG_RATIO_FLOOR, _LOG_RATIO_BOUND))
-    is_positive = inputs.advantages >= 0
-    k = torch.where(is_positive, config.vespo_k_pos, torch.full_like(log_w, config.vespo_k_neg))
-    decay = torch.where(is_positive, config.vespo_lambda_pos, torch.full_like(log_w, config.vespo_lambda_neg))
-    return torch.exp(decay + k * log_w - decay * log_w.exp()).nan_to_num(nan=0.0, posinf=0.0)
-
-
-def _covariance(inputs: PolicyInputs, logprobs: Tensor) -> Tensor:  # like logprobs
-    """``(A - mean A) (l - mean l)`` over the unmasked tokens."""
-    count = inputs.mask.sum().clamp(min=1)
-
-    def centred(values: Tensor) -> Tensor:
-        values = torch.where(inputs.mask, values, 0)
-        return values - values.sum() / count
-
-    return centred(inputs.advantages) * centred(logprobs)
-
-
-def _leaves_by_covariance(inputs: PolicyInputs, logprobs: Tensor, config: GRPOLossConfig) -> Tensor:  # like logprobs
-    """Which tokens Clip-Cov leaves out: drawn at random from those that are not clipped, of a covariance in its range.
-
-    arXiv:2505.22617 eq. 11. No sync.
-    """
-    low, high = config.ratio_bounds
-    ratio = inputs.log_ratio(logprobs).exp()
-    is_clipped = ratio.clamp(low, high) * inputs.advantages < ratio * inputs.advantages
-    covariance = _covariance(inputs, logprobs)
-    may = inputs.mask & ~is_clipped & (covariance > config.clip_cov_lb) & (covariance < config.clip_cov_ub)
-    drawn = torch.where(may, torch.rand_like(logprobs), torch.inf)
-    return may & (drawn <= _smallest(drawn, inputs.mask, config.clip_cov_ratio))
-
-
-def _has_top_covariance(inputs: PolicyInputs, logprobs: Tensor, share: float) -> Tensor:  # like logprobs
-    """Which tokens KL-Cov penalises: those of the highest covariance (arXiv:2505.22617 eq. 12). No sync."""
-    order = torch.where(inputs.mask, -_covariance(inputs, logprobs), torch.inf)
-    return inputs.mask & (order <= _smallest(order, inputs.mask, share))
-
-
-def _smallest(values: Tensor, mask: Tensor, share: float) -> Tensor:  # -> []
-    """The largest of the smallest values that are a share of the unmasked tokens, and one at least."""
-    count = (mask.sum().double() * share).floor().long().clamp(min=1, max=max(values.numel(), 1))
-    return values.flatten().sort().values.take(count - 1) if values.numel() else values.new_zeros(())

@@ -1,11 +1,30 @@
-"""Gradients in memory that is not theirs alone: formed by the forward, or written over the logits."""
+"""What every backward returns, and what it refuses."""
 
 from __future__ import annotations
 
+import inspect
 from typing import Any
 
 import torch
 from torch import Tensor
+
+
+def named_gradients(function: type[torch.autograd.Function]) -> type[torch.autograd.Function]:
+    """Lets the backward of an autograd function return the gradients that it has, by the names of its inputs."""
+    names = tuple(inspect.signature(function.forward).parameters)[1:]  # without the context
+    backward = function.backward
+
+    def by_position(ctx: Any, *upstream: Tensor | None) -> tuple[Tensor | None, ...]:
+        gradients = backward(ctx, *upstream)
+        return tuple([gradients.get(name) for name in names])
+
+    function.backward = staticmethod(by_position)  # type: ignore[assignment]
+    return function
+
+
+def has_run_backward(ctx: Any) -> bool:
+    """Whether a backward that ``refuse_second_backward`` saw has run before."""
+    return getattr(ctx, "has_run_backward", False)
 
 
 def refuse_second_backward(ctx: Any) -> None:
@@ -18,12 +37,12 @@ def refuse_second_backward(ctx: Any) -> None:
     """
     if torch.compiler.is_compiling():
         return
-    if getattr(ctx, "handed_over", False):
+    if has_run_backward(ctx):
         raise RuntimeError(
             "a second backward is refused: the first handed over the gradient that the forward formed, or wrote it "
             "over the logits; call the loss again"
         )
-    ctx.handed_over = True
+    ctx.has_run_backward = True
 
 
 def refuse_double_backward() -> None:

@@ -272,10 +272,8 @@ FOUND_CASES = (
     Case("logits_offset_cooled", logits="offset", config=_COOLED),
     Case("logits_peaked_cooled", logits="peaked", config=_COOLED),
     Case("logits_peaked_cooled_block", logits="peaked", vocab=4097, batch=2, logit_scale=0.5, config=_COOLED),
-    Case("logits_offset_negated", logits="offset", logit_scale=-0.3, config=_COOLED),
     Case("logits_holes_cooled", logits="holes", vocab=5000, batch=2, logit_scale=0.3, config=_COOLED),
     Case("logits_holes_blocks", logits="holes", vocab=9000, batch=2, config=_ENTROPY, divergence="js"),
-    Case("vocab_block_negated", vocab=6000, batch=2, logit_scale=-1.5, config=_COOLED),
 )
 
 ALL_CASES = (*INPUT_CASES, *LOSS_CASES, *VOCABULARY_CASES, *VARIANT_CASES, *FAMILY_CASES, *FOUND_CASES)

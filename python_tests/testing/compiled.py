@@ -7,7 +7,8 @@ import re
 import subprocess
 import tempfile
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -15,13 +16,11 @@ from unittest import mock
 import torch
 import triton
 from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
-from triton.runtime.jit import JITFunction
+from triton.compiler import ASTSource, make_backend
+from triton.runtime.jit import JITFunction, create_function_from_signature
 
 from grpo_kernels import backends
-from grpo_kernels.ops.head import gemm as head
-from grpo_kernels.ops.head import inputs
-from grpo_kernels.ops.head import linear_token_logprobs as op
+from grpo_kernels.ops.head import buffers, gemm, inputs, reference_model
 from grpo_kernels.ops.head.gemm import row_width
 from grpo_kernels.ops.rows.triton import launch as row_launch
 
@@ -44,13 +43,15 @@ class Launch:
         constants: Values of those.
         divisible: Positions of arguments that are known to be multiples of 16.
         options: The compiler's: warps of a program, most registers of a thread.
+        key: What Triton's launcher looks a compiled kernel up by.
     """
 
     kernel: JITFunction
-    signature: tuple[tuple[str, str], ...]
+    signature: tuple[tuple[str, Any], ...]
     constants: tuple[tuple[int, Any], ...]
     divisible: tuple[int, ...]
     options: tuple[tuple[str, int], ...]
+    key: str = ""
 
     @classmethod
     def of(cls, kernel: JITFunction, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Launch:
@@ -105,15 +106,20 @@ def launches(function: Callable[[], Any], target: str) -> list[Launch]:
     found: dict[Launch, None] = {}
 
     def record(kernel: JITFunction, *args: Any, **kwargs: Any) -> None:
-        found[Launch.of(kernel, args, kwargs)] = None
+        bound = {name: value for name, value in kwargs.items() if name not in ("grid", "warmup")}
+        _, key, _ = _binder(kernel, target)(*args, **bound)
+        found[replace(Launch.of(kernel, args, kwargs), key=str(key))] = None
 
     with (
         mock.patch.object(JITFunction, "run", record),
-        mock.patch.object(head, "matmul", lambda a, b, out, add=False: out),
-        mock.patch.object(head, "writes_fp32", lambda device: True),
+        mock.patch.object(gemm, "matmul", lambda a, b, out, add=False: out),
+        mock.patch.object(gemm, "writes_fp32", lambda device: True),
         mock.patch.object(inputs, "writes_fp32", lambda device: True),
-        mock.patch.object(head, "row_width", _gpu_row_width),
-        mock.patch.object(op, "row_width", _gpu_row_width),
+        mock.patch.object(gemm, "row_width", _gpu_row_width),
+        mock.patch.object(buffers, "matmul", lambda a, b, out, add=False: out),
+        mock.patch.object(buffers, "row_width", _gpu_row_width),
+        mock.patch.object(inputs, "row_width", _gpu_row_width),
+        mock.patch.object(reference_model, "row_width", _gpu_row_width),
         mock.patch.object(backends, "_IS_INTERPRETED", True),  # for the registry alone: it lets CPU tensors pass
         mock.patch.object(row_launch, "architecture", lambda device: target),
         mock.patch.object(row_launch, "processors_of", lambda device: (1, TARGETS[target].warp_size)),
@@ -124,6 +130,12 @@ def launches(function: Callable[[], Any], target: str) -> list[Launch]:
         finally:
             torch.use_deterministic_algorithms(False)
     return list(found)
+
+
+@cache
+def _binder(kernel: JITFunction, target: str) -> Callable[..., Any]:
+    """What Triton's launcher takes a kernel's arguments by: written for each, it refuses some of their names."""
+    return create_function_from_signature(kernel.signature, kernel.params, make_backend(TARGETS[target]))
 
 
 def _gpu_row_width(vocab: int, dtype: torch.dtype, device: torch.device) -> int:

@@ -17,12 +17,15 @@ from trl.trainer import utils as trl_utils
 from grpo_kernels import backends
 from grpo_kernels.dtypes import accumulation_dtype
 from grpo_kernels.measured_backends import RowClass
+from grpo_kernels.ops.head.buffers import Needs
 from grpo_kernels.ops.head.gemm import writes_fp32
-from grpo_kernels.ops.head.inputs import check_workspace
-from grpo_kernels.ops.head.linear_token_divergence import LinearTokenDivergence
-from grpo_kernels.ops.head.linear_token_logprobs import LinearTokenLogprobs
+from grpo_kernels.ops.head.inputs import HeadOptions, check_workspace
+from grpo_kernels.ops.head.linear_grpo_loss import LinearLossCall
+from grpo_kernels.ops.head.linear_token_divergence import LinearDivergenceCall, LinearTokenDivergence
+from grpo_kernels.ops.head.linear_token_logprobs import LinearStatisticsCall, LinearTokenLogprobs
 from grpo_kernels.ops.head.reference_model import Reference
 from grpo_kernels.ops.head.speculation import ExpectedLoss, SpeculatedLogprobs
+from grpo_kernels.ops.rows.calls import DivergenceCall, StatisticsCall
 from grpo_kernels.ops.rows.token_logprobs import outputs_code
 from grpo_kernels.ops.rows.transform import Comparison, Transform
 
@@ -122,6 +125,12 @@ def _dtypes(hidden: Tensor, weight: Tensor) -> tuple[torch.dtype, torch.dtype]:
     return compute, accumulation_dtype(compute) if writes else compute
 
 
+def _options(settings: Settings, hidden: Tensor, weight: Tensor, models: int = 1) -> HeadOptions:
+    dtypes = _dtypes(hidden, weight)
+    bound = check_workspace(settings.workspace_bytes, 0, weight.shape[0], dtypes[1], hidden.device, models)
+    return HeadOptions(*dtypes, bound)
+
+
 def head_logprobs(
     settings: Settings,
     expected: Expected | None,
@@ -135,32 +144,30 @@ def head_logprobs(
     outputs: tuple[str, ...],
 ) -> tuple[Tensor | None, ...]:
     """Log-probability, entropy, log sum of squared probabilities, mean logit, is top 1; None where not asked for."""
-    dtypes = _dtypes(hidden, weight)
-    device, vocab = hidden.device, weight.shape[0]
+    device = hidden.device
+    options = _options(settings, hidden, weight)
     backend = settings.backend_on(device, partial(RowClass.of_head, weight))
     transform = Transform.of(temperature, softcap, logit_scale)
-    workspace = check_workspace(settings.workspace_bytes, 0, vocab, dtypes[1], device)
-    needs = tuple(torch.is_grad_enabled() and x is not None and x.requires_grad for x in (hidden, weight, bias))
+    needs = Needs.of(hidden, weight, bias)
     wanted = tuple(name for name in outputs if name != _ALWAYS)
     ids = targets.to(torch.int64).contiguous()
     mask = None
-    if any(needs) and expected is not None and not expected.is_used and expected.mask.shape == ids.shape:
+    if needs.any and expected is not None and not expected.is_used and expected.mask.shape == ids.shape:
         expected.is_used = True
         # fp16 gradients would be rounded before a scaler's factor comes
-        may_underflow = torch.float16 in (dtypes[0], hidden.dtype, weight.dtype)
+        may_underflow = torch.float16 in (options.compute_dtype, hidden.dtype, weight.dtype)
         if expected.loss is not None and _SPECULATED.issuperset(outputs) and not may_underflow:
-            loss = expected.loss.to(device, accumulation_dtype(dtypes[0]))
-            settings.counts.add_rows(loss.has_policy_term)
-            found = _SPECULATION.apply(
-                hidden, weight, bias, dtypes, workspace, ids, loss, transform, needs, backend, settings.counts.add
-            )
+            loss = expected.loss.to(device, options.arithmetic_dtype)
+            settings.counts.add_rows(loss.fields.has_policy_term())
+            call = LinearLossCall(options, ids, loss.fields, loss.code, transform, needs, None)
+            found = _SPECULATION.apply(hidden, weight, bias, call, backend, settings.counts.add)
             return expected.filled(found[0]), found[1] if "entropy" in wanted else None, None, None, None
         mask = expected.mask.to(device)
-    max_logits_bytes = settings.max_logits_bytes if any(needs) else 0
-    found = _LOGPROBS.apply(
-        hidden, weight, bias, dtypes, workspace, ids, mask, transform, outputs_code(wanted), max_logits_bytes,
-        needs == (True, False, False) and max_logits_bytes == 0, backend,
-    )  # fmt: skip
+    max_logits_bytes = settings.max_logits_bytes if needs.any else 0
+    saves_projection = needs == Needs(True, False, False) and max_logits_bytes == 0
+    rows = StatisticsCall(ids, mask, transform, outputs_code(wanted))
+    call = LinearStatisticsCall(options, rows, max_logits_bytes, saves_projection)
+    found = _LOGPROBS.apply(hidden, weight, bias, call, backend)
     names = ("entropy", "log_sum_sq_probs", "mean_logits", "is_top1")
     logprobs = found[0] if mask is None else expected.filled(found[0])  # type: ignore[union-attr]
     return logprobs, *(x if name in wanted else None for name, x in zip(names, found[1:], strict=True))
@@ -182,17 +189,17 @@ def head_divergence(
     teacher_softcap: float | None,
 ) -> tuple[Tensor, Tensor]:
     """Divergence of each token, and the student's entropy, which carries no gradient in TRL."""
-    dtypes = _dtypes(student_hidden, student_weight)
+    options = _options(settings, student_hidden, student_weight, models=2)
     teacher_dtype, _ = _dtypes(teacher_hidden, teacher_weight)
-    device, vocab = student_hidden.device, student_weight.shape[0]
-    backend = settings.backend_on(device, partial(RowClass.of_head, student_weight))
-    own = Transform.of(temperature, student_softcap, student_logit_scale)
-    comparison = Comparison(float(beta), *own, *Transform.of(temperature, teacher_softcap, teacher_logit_scale))
-    workspace = check_workspace(settings.workspace_bytes, 0, vocab, dtypes[1], device, models=2)
-    teacher = (None, teacher_hidden, teacher_weight, teacher_bias)
-    reference = Reference(*teacher, teacher_dtype)
-    ids = torch.zeros(student_hidden.shape[0], dtype=torch.int64, device=device)
-    _, entropy, divergence = _DIVERGENCE.apply(
-        student_hidden, student_weight, student_bias, dtypes, workspace, reference, ids, None, comparison, backend
+    backend = settings.backend_on(student_hidden.device, partial(RowClass.of_head, student_weight))
+    comparison = Comparison.between(
+        float(beta),
+        Transform.of(temperature, student_softcap, student_logit_scale),
+        Transform.of(temperature, teacher_softcap, teacher_logit_scale),
     )
+    reference = Reference(None, teacher_hidden, teacher_weight, teacher_bias, teacher_dtype)
+    ids = torch.zeros(student_hidden.shape[0], dtype=torch.int64, device=student_hidden.device)
+    rows = DivergenceCall(ids, None, None, None, None, comparison)
+    call = LinearDivergenceCall(options, reference, rows, Needs(False, False, False))
+    _, entropy, divergence = _DIVERGENCE.apply(student_hidden, student_weight, student_bias, call, backend)
     return divergence, entropy.detach()

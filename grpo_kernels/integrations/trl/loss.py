@@ -72,7 +72,7 @@ def expected_loss(trainer: Any, inputs: Mapping[str, Any], mask: Tensor, rows: T
         mask, rows: As ``scored_tokens`` gives them.
     """
     config = config_of(trainer)
-    if not config.has_settled_weights:
+    if config.weights_need_logprobs:
         return None
     accumulated, num_items = 1.0, None
     if trainer.model.training:

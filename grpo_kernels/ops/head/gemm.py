@@ -1,9 +1,4 @@
-"""The head's GEMMs, through one reused workspace of logits.
-
-Chunks of tokens, not of the vocabulary, so that a row's statistics and its gradient need one GEMM together. Gradients
-accumulate in fp32 (fp64): the first chunk of ``dW`` is written, later ones are added. One chunk alone is written in the
-parameter's dtype where a GEMM does that.
-"""
+"""The GEMMs of a head, which write where they are told: logits, and the gradients that come back from them."""
 
 from __future__ import annotations
 
@@ -12,15 +7,14 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from grpo_kernels.dtypes import accumulation_dtype
-from grpo_kernels.ops.head.rows import Rows
-from grpo_kernels.ops.registration import lazily
+from grpo_kernels.ops.head.selection import SelectedRows
 
 _FEWEST_ROWS = 4  # of a GEMM on a GPU
 _FEW_ROWS_A_THREAD = 16  # below which a GEMM on a CPU may sum the vocabulary in sequence
 _SUMS = 16  # of the vocabulary, for so few rows: partial ones
 _FEWEST_SUMMED = 2048  # columns that are more than one sum
 _GPU_MULTIPLE = 128  # of rows in a chunk, and of bytes between rows
+_NARROWING = ("triton", "cuda")  # backends whose row kernels write a gradient narrower than its logits
 
 
 def writes_fp32(device: torch.device) -> bool:
@@ -47,27 +41,14 @@ def matmul(a: Tensor, b: Tensor, out: Tensor, *, add: bool = False) -> Tensor:  
     return out.add_(product) if add else out.copy_(product)
 
 
-_HOLD_IDS = {
-    "triton": lazily("grpo_kernels.ops.rows.triton.token_logprobs", "hold_ids"),
-    "cuda": lambda ids, mask, vocab: torch.ops.grpo_kernels.hold_ids_cuda(ids, mask, vocab),
-}
-_NARROWING = ("triton", "cuda")  # backends whose row kernels write a gradient narrower than its logits
-
-
-def held_ids(backend: str, ids: Tensor, mask: Tensor | None, vocab: int) -> Tensor:  # [N] -> [N]
-    """The ids as row kernels take them that see a chunk's: C++ refuses a bad one, a GPU holds it inside."""
-    return _HOLD_IDS[backend](ids, mask, vocab) if backend in _HOLD_IDS else ids
-
-
-def make_head(
-    backend: str, weight: Tensor, bias: Tensor | None, compute_dtype: torch.dtype, logits_dtype: torch.dtype
-) -> Head:
-    """The head as the row kernels of ``backend`` want it: C++ writes gradients as wide as the logits."""
-    return Head(weight, bias, compute_dtype, logits_dtype, compute_dtype if backend in _NARROWING else logits_dtype)
+def row_width(vocab: int, dtype: torch.dtype, device: torch.device) -> int:
+    """Elements from one row of a workspace to the next: on a GPU every row begins at a multiple of 128 bytes."""
+    multiple = 1 if device.type == "cpu" else _GPU_MULTIPLE // dtype.itemsize
+    return -(-vocab // multiple) * multiple
 
 
 class Head:
-    """A projection ``h W^T + b`` as GEMMs that write where they are told.
+    """A projection ``h W^T + b``.
 
     Args:
         weight: ``[V, H]``.
@@ -93,6 +74,18 @@ class Head:
         self.parameter = weight
         self.bias = None if bias is None else self._cast(bias).to(logits_dtype)
 
+    @classmethod
+    def of(
+        cls,
+        backend: str,
+        weight: Tensor,
+        bias: Tensor | None,
+        compute_dtype: torch.dtype,
+        logits_dtype: torch.dtype,
+    ) -> Head:
+        """The head as the row kernels of ``backend`` want it: C++ writes gradients as wide as the logits."""
+        return cls(weight, bias, compute_dtype, logits_dtype, compute_dtype if backend in _NARROWING else logits_dtype)
+
     @property
     def vocab(self) -> int:
         return self.parameter.shape[0]
@@ -107,9 +100,9 @@ class Head:
         values = values.detach().to(self.compute_dtype)
         return values if writes_fp32(self.device) else values.to(self.logits_dtype)
 
-    def inputs(self, hidden: Tensor, rows: Rows, chunk: slice) -> Tensor:  # [N, H] -> [n, H]
+    def inputs(self, hidden: Tensor, rows: SelectedRows, chunk: slice) -> Tensor:  # [N, H] -> [n, H]
         """A chunk's hidden states as the GEMMs take them; 0 where masked."""
-        values = self._cast(hidden[rows.part(chunk)])
+        values = self._cast(hidden[rows.slice(chunk)])
         return values if rows.mask is None else torch.where(rows.mask[chunk, None], values, 0)
 
     @property
@@ -142,56 +135,6 @@ class Head:
             return workspace[:rows, : self.vocab]
         width = workspace.shape[1]
         return workspace[:rows].view(self.gradient_dtype)[:, width : width + self.vocab]
-
-
-def row_width(vocab: int, dtype: torch.dtype, device: torch.device) -> int:
-    """Elements from one row of the workspace to the next: on a GPU every row begins at a multiple of 128 bytes."""
-    multiple = 1 if device.type == "cpu" else _GPU_MULTIPLE // dtype.itemsize
-    return -(-vocab // multiple) * multiple
-
-
-class HeadGradients:
-    """``dX``, and sums of ``dW`` and ``db`` over chunks; each only where it is needed.
-
-    Args:
-        head: The projection.
-        hidden: The hidden states, ``[N, H]``; rows of ``dX`` that no chunk names stay 0.
-        needs: Whether ``dX``, ``dW`` and ``db`` are needed.
-        chunks: How many are added, at most.
-    """
-
-    def __init__(self, head: Head, hidden: Tensor, needs: tuple[bool, bool, bool], chunks: int) -> None:
-        self.head = head
-        self.dtype = accumulation_dtype(head.compute_dtype)
-        self.dhidden = torch.zeros_like(hidden, memory_format=torch.contiguous_format) if needs[0] else None
-        dtype = head.gradient_dtype if chunks == 1 and head.writes_parameters else self.dtype
-        self.dweight = hidden.new_empty((head.vocab, hidden.shape[1]), dtype=dtype) if needs[1] else None
-        self.dbias = hidden.new_zeros(head.vocab, dtype=self.dtype) if needs[2] else None
-        self._is_first = True
-
-    def add(self, dlogits: Tensor, inputs: Tensor, rows: Tensor | slice) -> None:  # [n, V], [n, H]
-        """Adds a chunk: the gradient of its logits, its ``Head.inputs``, and which rows of ``dX`` they are."""
-        if dlogits.shape[0] == 0:
-            return
-        if self.dhidden is not None:
-            self.dhidden[rows] = project_back(dlogits, self.head.weight, self.dtype).to(self.dhidden.dtype)
-        if self.dweight is not None:
-            matmul(dlogits.t(), inputs, self.dweight, add=not self._is_first)
-        if self.dbias is not None:
-            self.dbias += dlogits.sum(0, dtype=self.dtype)
-        self._is_first = False
-
-    def results(self) -> tuple[Tensor, ...]:
-        """``dX``, ``dW`` and ``db`` in their parameters' dtypes; empty where not needed."""
-        if self._is_first and self.dweight is not None:
-            self.dweight.zero_()
-        like = self.head.parameter
-        hidden_dtype = like.dtype if self.dhidden is None else self.dhidden.dtype
-        grads = (self.dhidden, self.dweight, self.dbias)
-        return tuple(
-            like.new_empty(0, dtype=dtype) if grad is None else grad.to(dtype)
-            for grad, dtype in zip(grads, (hidden_dtype, *self.head.parameter_dtypes), strict=True)
-        )
 
 
 def project_back(dlogits: Tensor, weight: Tensor, dtype: torch.dtype) -> Tensor:  # [n, V], [V, H] -> [n, H]

@@ -2,12 +2,49 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
+from grpo_kernels.calls import Call
 from grpo_kernels.dtypes import accumulation_dtype
 from grpo_kernels.ops.head.gemm import row_width, writes_fp32
 from grpo_kernels.validation import FLOAT_DTYPES, check_device, check_float, check_ids, check_shape
+
+
+@dataclass(frozen=True)
+class HeadOptions(Call):
+    """What a head is computed in, and the bound of the logits that exist at once."""
+
+    compute_dtype: torch.dtype
+    logits_dtype: torch.dtype
+    workspace_bytes: int
+
+    @classmethod
+    def of(
+        cls,
+        hidden: Tensor,
+        weight: Tensor,
+        logits_dtype: torch.dtype | None,
+        workspace_bytes: int | None,
+        max_logits_bytes: int = 0,
+        models: int = 1,
+    ) -> HeadOptions:
+        """Validates the arguments of a public function: see ``head_dtypes`` and ``check_workspace``."""
+        dtypes = head_dtypes(hidden, weight, logits_dtype)
+        bound = check_workspace(workspace_bytes, max_logits_bytes, weight.shape[0], dtypes[1], hidden.device, models)
+        return cls(*dtypes, bound)
+
+    @property
+    def arithmetic_dtype(self) -> torch.dtype:
+        """Of what is one number a token."""
+        return accumulation_dtype(self.compute_dtype)
+
+
+def flat_rows(hidden: Tensor) -> Tensor:  # [..., H] -> [N, H]
+    """Hidden states as registered ops take them."""
+    return hidden.detach().reshape(-1, hidden.shape[-1])
 
 
 def head_dtypes(

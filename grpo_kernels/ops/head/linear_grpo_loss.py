@@ -1,7 +1,8 @@
-"""The public ``linear_grpo_loss``, its registered op and its autograd function."""
+"""The public ``linear_grpo_loss``, its registered op and its autograd function: one pass over chunks of tokens."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -9,34 +10,114 @@ import torch
 from torch import Tensor
 
 from grpo_kernels import backends
+from grpo_kernels.calls import Call
 from grpo_kernels.device_values import check_device_values
 from grpo_kernels.dtypes import accumulation_dtype
-from grpo_kernels.loss.config import GRPOLossConfig
+from grpo_kernels.loss.config import GRPOLossConfig, LossCode
+from grpo_kernels.loss.fields import TokenFields
 from grpo_kernels.loss.inputs import PolicyInputs
 from grpo_kernels.measured_backends import RowClass
-from grpo_kernels.ops.gradients import refuse_double_backward
-from grpo_kernels.ops.head import reference as linear_reference
-from grpo_kernels.ops.head.inputs import check_head, check_workspace, head_dtypes
-from grpo_kernels.ops.head.linear_token_divergence import linear_token_divergence
-from grpo_kernels.ops.head.linear_token_logprobs import linear_token_logprobs
-from grpo_kernels.ops.head.loss_chunks import linear_grpo_loss_fwd
-from grpo_kernels.ops.head.reference_model import NO_REFERENCE, Reference
-from grpo_kernels.ops.rows import reference as divergence_reference
+from grpo_kernels.ops.gradients import named_gradients, refuse_double_backward
+from grpo_kernels.ops.head import reference as head_reference
+from grpo_kernels.ops.head.buffers import Needs
+from grpo_kernels.ops.head.driver import Chunk, HeadPass, RowOp, RowResults, clamp_ids
+from grpo_kernels.ops.head.gemm import Head
+from grpo_kernels.ops.head.inputs import HeadOptions, check_head, flat_rows
+from grpo_kernels.ops.head.linear_divergence_loss import divergence_loss
+from grpo_kernels.ops.head.linear_token_divergence import divergences
+from grpo_kernels.ops.head.linear_token_logprobs import (
+    HEAD_INPUTS,
+    gradient_fakes,
+    head_gradients,
+    logprobs_and_entropy,
+)
+from grpo_kernels.ops.head.live_rows import may_be_clipped, may_be_live
+from grpo_kernels.ops.head.reference_model import Reference
+from grpo_kernels.ops.head.selection import SelectedRows
+from grpo_kernels.ops.registration import KERNEL_BACKENDS, define
+from grpo_kernels.ops.rows.calls import GroupRewards, LossRowsCall
 from grpo_kernels.ops.rows.grpo_loss import (
     GRPOLossOutput,
     check_group_rewards,
     check_reference,
+    grpo_loss_fwd,
     loss_of_tokens,
     reference_loss,
 )
 from grpo_kernels.ops.rows.token_logprobs import token_ids
 from grpo_kernels.ops.rows.transform import Comparison, Transform
+from grpo_kernels.ops.tokens.calls import PolicyLossCall
 from grpo_kernels.ops.tokens.group_advantages import group_advantages
 from grpo_kernels.ops.tokens.policy_loss import policy_loss_fwd, policy_metrics
-from grpo_kernels.ops.tokens.scale import hand_over
+from grpo_kernels.ops.tokens.scale import scale_gradients
 from grpo_kernels.validation import check_id_range
 
 
+@dataclass(frozen=True)
+class LinearLossCall(Call):
+    """The loss of tokens ``[N]`` that is token-local, and which of its gradients are formed."""
+
+    options: HeadOptions
+    ids: Tensor  # [N]
+    fields: TokenFields  # of these tokens
+    code: LossCode
+    transform: Transform
+    needs: Needs
+    max_live_rows: int | None
+
+
+def _loss_rows(backend: str, call: LinearLossCall, finds_live: bool) -> RowOp:
+    """Takes log-probabilities and entropies of a chunk, its gradient, and which rows have one."""
+
+    def run(chunk: Chunk) -> RowResults:
+        rows = LossRowsCall(
+            call.ids[None, chunk.rows],
+            call.fields.of_tokens(lambda values: values[chunk.rows]),
+            GroupRewards(),
+            call.code,
+            call.transform,
+        )
+        dlogits = None if chunk.dlogits is None else chunk.dlogits[None]
+        logprobs, entropy, live, _ = grpo_loss_fwd[backend](chunk.logits[None], rows, dlogits)
+        return RowResults((logprobs[0], entropy[0]), live[0] if finds_live else None)
+
+    return run
+
+
+def _fwd(backend: str, hidden: Tensor, weight: Tensor, bias: Tensor | None, call: LinearLossCall) -> tuple[Tensor, ...]:
+    options, fields = call.options, call.fields
+    head = Head.of(backend, weight, bias, options.compute_dtype, options.logits_dtype)
+    has_kl = call.code.beta != 0 and fields.ref_logprobs is not None
+    live = may_be_live(has_kl, fields) if call.needs.any else torch.zeros_like(fields.mask)
+    rows = SelectedRows.of(fields.mask, live, call.ids, call.max_live_rows)
+    selected = replace(
+        call,
+        ids=rows.gather(clamp_ids(backend, call.ids, fields.mask, head.vocab)),
+        fields=fields.of_tokens(rows.gather),
+    )
+    finds_live = call.max_live_rows is None and may_be_clipped(has_kl, call.code.params, fields)
+    run = HeadPass(backend, head, hidden, rows, call.needs, options.workspace_bytes)
+    dtype = accumulation_dtype(options.logits_dtype)
+    values, gradients = run.run(_loss_rows(backend, selected, finds_live), (dtype, dtype))
+    return (*values, *gradients)
+
+
+def _fake(hidden: Tensor, weight: Tensor, bias: Tensor | None, call: LinearLossCall) -> tuple[Tensor, ...]:
+    dtype = accumulation_dtype(call.options.logits_dtype)
+    statistics = (hidden.new_empty(hidden.shape[0], dtype=dtype) for _ in range(2))
+    return (*statistics, *gradient_fakes(hidden, weight, bias, call.needs))
+
+
+linear_grpo_loss_fwd = define(
+    "linear_grpo_loss_fwd",
+    HEAD_INPUTS | {"call": LinearLossCall},
+    "(Tensor logprobs, Tensor entropy, Tensor dhidden, Tensor dweight, Tensor dbias)",
+    _fake,
+    {backend: partial(_fwd, backend) for backend in KERNEL_BACKENDS},
+)
+
+
+@named_gradients
 class _LinearGRPOLoss(torch.autograd.Function):
     @staticmethod
     def forward(  # type: ignore[override]
@@ -44,83 +125,47 @@ class _LinearGRPOLoss(torch.autograd.Function):
         hidden: Tensor,
         weight: Tensor,
         bias: Tensor | None,
-        dtypes: tuple[torch.dtype, torch.dtype],
-        workspace_bytes: int,
-        reference: Reference,
-        ids: Tensor,
-        inputs: PolicyInputs,
-        config: GRPOLossConfig,
-        comparison: Comparison,
-        needs: tuple[bool, bool, bool],
-        max_live_rows: int | None,
+        call: LinearLossCall,
+        policy: PolicyLossCall,
         backend: str,
     ) -> tuple[Tensor, ...]:
-        code = config.code()
-        logprobs, entropy, divergence, *grads = linear_grpo_loss_fwd[backend](
-            hidden.detach().reshape(-1, hidden.shape[-1]),
-            weight,
-            bias,
-            *dtypes,
-            workspace_bytes,
-            *reference,
-            token_ids(ids).view(-1),
-            *inputs.flat(),
-            code.options,
-            code.params,
-            *comparison,
-            *needs,
-            max_live_rows,
-        )
-        loss, _, partials = policy_loss_fwd(logprobs, entropy, inputs, code, backend)
-        if reference.is_given:
-            loss, partials = inputs.add_divergence(loss, partials, divergence.view(ids.shape), config)
-        logprobs, entropy = logprobs.view(ids.shape), entropy.view(ids.shape)
-        ctx.save_for_backward(*(grad if need else None for grad, need in zip(grads, needs, strict=True)))
-        ctx.options = (hidden.shape, backend)
+        logprobs, entropy, *found = linear_grpo_loss_fwd[backend](flat_rows(hidden), weight, bias, call)
+        loss, _, partials = policy_loss_fwd[backend](logprobs, entropy, policy)
+        gradients = head_gradients(found, call.needs, hidden.shape)
+        ctx.save_for_backward(*gradients.values())
+        ctx.backend = backend
+        logprobs, entropy = (x.view(hidden.shape[:-1]) for x in (logprobs, entropy))
         ctx.mark_non_differentiable(logprobs, entropy, partials)
         ctx.set_materialize_grads(False)
         return loss, logprobs, entropy, partials
 
     @staticmethod
-    def backward(ctx: Any, dloss: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, dloss: Tensor | None, *_: Any) -> dict[str, Tensor | None]:  # type: ignore[override]
         refuse_double_backward()
         if dloss is None:
-            return (None,) * 13
-        shape, backend = ctx.options
-        grads = hand_over(ctx, dloss, backend)
-        dhidden = None if grads[0] is None else grads[0].view(shape)
-        return (dhidden, *grads[1:], *(None,) * 10)
+            return {}
+        dhidden, dweight, dbias = scale_gradients(ctx, dloss, ctx.backend)
+        return {"hidden": dhidden, "weight": dweight, "bias": dbias}
 
 
-def one_pass_loss(
+def _one_pass_loss(
     hidden: Tensor,
     weight: Tensor,
     bias: Tensor | None,
-    dtypes: tuple[torch.dtype, torch.dtype],
-    workspace_bytes: int,
-    reference: Reference,
     ids: Tensor,
+    options: HeadOptions,
+    transform: Transform,
     inputs: PolicyInputs,
     config: GRPOLossConfig,
-    comparison: Comparison,
     backend: str,
-    max_live_rows: int | None = None,
+    max_live_rows: int | None,
 ) -> GRPOLossOutput:
-    """A token-local loss of inputs that are already validated, its gradient formed in the forward."""
-    if backend == "torch":
-        logits = linear_reference.project(hidden, weight, bias, inputs.mask, *dtypes)
-        if not reference.is_given:
-            softcap, logit_scale = comparison.softcap or None, comparison.logit_scale
-            return reference_loss(logits, ids, inputs, softcap, logit_scale, config)
-        others = reference.whole(inputs.mask.reshape(-1), dtypes[1]).view(logits.shape)
-        tokens = divergence_reference.token_divergence(logits, others, ids, inputs.mask, comparison)
-        return loss_of_tokens(tokens, inputs, config, backend)
-    grad = torch.is_grad_enabled()
-    needs = tuple(grad and x is not None and x.requires_grad for x in (hidden, weight, bias))
-    loss, logprobs, entropy, partials = _LinearGRPOLoss.apply(
-        hidden, weight, bias, dtypes, workspace_bytes, reference, ids, inputs, config, comparison, needs,
-        max_live_rows, backend,
-    )  # fmt: skip
+    """A token-local loss, its gradient formed in the forward."""
+    needs = Needs.of(hidden, weight, bias)
+    flat_ids = token_ids(ids).view(-1)
+    call = LinearLossCall(options, flat_ids, inputs.gathered_fields, config.code(), transform, needs, max_live_rows)
+    policy = PolicyLossCall.of(inputs, config)
+    loss, logprobs, entropy, partials = _LinearGRPOLoss.apply(hidden, weight, bias, call, policy, backend)
     return GRPOLossOutput(loss, logprobs, entropy, policy_metrics(partials, config, True))
 
 
@@ -200,13 +245,12 @@ def linear_grpo_loss(
     """
     check_head(hidden_states, lm_head_weight, bias, completion_ids, "completion_ids")
     transform = Transform.of(config.temperature, softcap, logit_scale)
-    dtypes = head_dtypes(hidden_states, lm_head_weight, logits_dtype)
-    workspace = check_workspace(
+    options = HeadOptions.of(
+        hidden_states,
+        lm_head_weight,
+        logits_dtype,
         workspace_bytes,
         max_logits_bytes,
-        lm_head_weight.shape[0],
-        dtypes[1],
-        hidden_states.device,
         models=2 if config.has_exact_divergence else 1,
     )
     given = (reference_logits, reference_hidden_states, reference_lm_head_weight, reference_bias)
@@ -214,14 +258,13 @@ def linear_grpo_loss(
     op = "linear_token_divergence" if is_compared else "linear_grpo_loss"
     backend = backends.resolve(op, backend, hidden_states.device, partial(RowClass.of_head, lm_head_weight))
     check_reference(is_compared, ref_logprobs, config, "reference_logits, or reference_hidden_states with their head,")
-    vocab = lm_head_weight.shape[0]
-    reference = Reference.of(completion_ids, vocab, *given) if is_compared else NO_REFERENCE
+    reference = Reference.of(completion_ids, lm_head_weight.shape[0], *given) if is_compared else None
     check_group_rewards(advantages, rewards, num_generations, scale_rewards, completion_ids, cu_seqlens, debug)
     if rewards is not None:
         advantages = group_advantages(rewards, num_generations, scale_rewards=scale_rewards, backend=backend)
     inputs = PolicyInputs.of(
         completion_ids,
-        accumulation_dtype(dtypes[0]),
+        options.arithmetic_dtype,
         advantages,
         completion_mask,
         old_logprobs=old_logprobs,
@@ -235,58 +278,27 @@ def linear_grpo_loss(
         config=config,
         debug=debug,
     )
-    check_id_range("completion_ids", completion_ids, inputs.mask, vocab, debug)
+    check_id_range("completion_ids", completion_ids, inputs.mask, lm_head_weight.shape[0], debug)
     if max_live_rows is not None and max_live_rows < 0:
         raise ValueError(f"max_live_rows must be at least 0, got {max_live_rows}")
     if debug:
         check_device_values(hidden_states.device)
     if backend != "torch":
         inputs, config = inputs.token_local(config)
-    divergence = config.kl_estimator if is_compared else "reverse_kl"
-    comparison = Comparison.of(divergence, 0.5, transform, None, softcap, logit_scale)
-    if backend == "torch" or config.is_token_local:
-        return one_pass_loss(
-            hidden_states,
-            lm_head_weight,
-            bias,
-            dtypes,
-            workspace,
-            reference,
-            completion_ids,
-            inputs,
-            config,
-            comparison,
-            backend,
-            max_live_rows,
-        )
-    if max_live_rows is not None:
+    head, ids = (hidden_states, lm_head_weight, bias), completion_ids
+    if reference is not None:
+        comparison = Comparison.of(config.kl_estimator, 0.5, transform, None, softcap, logit_scale)
+        if config.is_token_local:
+            return divergence_loss(*head, ids, options, reference, comparison, inputs, config, backend, max_live_rows)
+    elif backend == "torch":
+        logits = head_reference.project(*head, inputs.mask, options.compute_dtype, options.logits_dtype)
+        return reference_loss(logits, ids, inputs, softcap, logit_scale, config)
+    elif config.is_token_local:
+        return _one_pass_loss(*head, ids, options, transform, inputs, config, backend, max_live_rows)
+    if max_live_rows is not None and backend != "torch":
         raise ValueError(f"max_live_rows must be None where a ratio waits for its sequence, got {max_live_rows}")
-    common = {
-        "bias": bias,
-        "temperature": config.temperature,
-        "softcap": softcap,
-        "logit_scale": logit_scale,
-        "mask": inputs.mask,
-        "logits_dtype": logits_dtype,
-        "workspace_bytes": workspace_bytes,
-        "backend": backend,
-    }
-    head = (hidden_states, lm_head_weight)
-    if is_compared:
-        tokens = linear_token_divergence(
-            *head,
-            reference_logits=reference_logits,
-            reference_hidden_states=reference_hidden_states,
-            reference_lm_head_weight=reference_lm_head_weight,
-            reference_bias=reference_bias,
-            divergence=divergence,
-            ids=completion_ids,
-            reference_softcap=softcap,
-            reference_logit_scale=logit_scale,
-            **common,
-        )
+    if reference is not None:
+        tokens = divergences(*head, ids, inputs.mask, options, reference, comparison, backend)
     else:
-        tokens = linear_token_logprobs(
-            *head, completion_ids, outputs=("entropy",), max_logits_bytes=max_logits_bytes, **common
-        )
+        tokens = logprobs_and_entropy(*head, ids, inputs.mask, options, transform, max_logits_bytes, backend)
     return loss_of_tokens(tokens, inputs, config, backend)

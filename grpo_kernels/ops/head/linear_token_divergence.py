@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -9,130 +10,136 @@ import torch
 from torch import Tensor
 
 from grpo_kernels import backends
+from grpo_kernels.calls import Call
 from grpo_kernels.device_values import check_device_values
 from grpo_kernels.dtypes import accumulation_dtype
 from grpo_kernels.measured_backends import RowClass
-from grpo_kernels.ops.gradients import refuse_double_backward
-from grpo_kernels.ops.head import reference as linear_reference
-from grpo_kernels.ops.head.gemm import HeadGradients, held_ids, make_head
-from grpo_kernels.ops.head.inputs import check_head, check_workspace, head_dtypes
-from grpo_kernels.ops.head.linear_token_logprobs import HEAD_SCHEMA, gradient_fakes
-from grpo_kernels.ops.head.reference_model import REFERENCE_COUNT, REFERENCE_SCHEMA, Reference, ReferenceRows
-from grpo_kernels.ops.head.rows import Rows, row_chunks
+from grpo_kernels.ops.gradients import named_gradients, refuse_double_backward
+from grpo_kernels.ops.head import reference as head_reference
+from grpo_kernels.ops.head.buffers import Needs
+from grpo_kernels.ops.head.driver import Chunk, HeadPass, RowOp, RowResults, clamp_ids
+from grpo_kernels.ops.head.gemm import Head
+from grpo_kernels.ops.head.inputs import HeadOptions, check_head, flat_rows
+from grpo_kernels.ops.head.linear_token_logprobs import HEAD_INPUTS, gradient_fakes, head_gradients
+from grpo_kernels.ops.head.reference_model import Reference, ReferenceRows
+from grpo_kernels.ops.head.selection import SelectedRows
 from grpo_kernels.ops.registration import KERNEL_BACKENDS, define
-from grpo_kernels.ops.rows import reference as token_reference
+from grpo_kernels.ops.rows import reference as rows_reference
+from grpo_kernels.ops.rows.calls import DivergenceCall
 from grpo_kernels.ops.rows.reference import TokenDivergence
 from grpo_kernels.ops.rows.token_divergence import token_divergence_rows
-from grpo_kernels.ops.rows.token_logprobs import token_ids, token_mask
-from grpo_kernels.ops.rows.transform import COMPARISON_SCHEMA, Comparison, Transform
+from grpo_kernels.ops.rows.token_logprobs import like_rows, token_ids, token_mask
+from grpo_kernels.ops.rows.transform import Comparison, Transform
 from grpo_kernels.validation import check_device, check_id_range
 
 
-def _run(  # type: ignore[no-untyped-def]
-    backend, hidden, weight, bias, compute_dtype, logits_dtype, workspace_bytes, *options
-) -> tuple[Tensor, ...]:
-    reference, options = Reference(*options[:REFERENCE_COUNT]), options[REFERENCE_COUNT:]
-    ids, mask, *upstream = options[:5]
-    comparison, needs = options[5:-3], options[-3:]
-    head = make_head(backend, weight, bias, compute_dtype, logits_dtype)
-    rows = Rows.of(mask, None, ids)
-    others = ReferenceRows(reference, rows, logits_dtype)
-    chunks = [*row_chunks(0, rows.count, head.row_bytes + others.row_bytes, workspace_bytes, head.multiple)]
-    grads = HeadGradients(head, hidden, needs, len(chunks))
-    most = max((chunk.stop - chunk.start for chunk in chunks), default=0)
-    workspace, other_workspace = head.workspace(most), others.workspace(most)
-    ids, *upstream = (rows.take(x) for x in (held_ids(backend, ids, mask, head.vocab), *upstream))
-    row_mask = None if mask is None else rows.unmasked()
-    dtype = accumulation_dtype(logits_dtype)
-    results = [hidden.new_empty(rows.count, dtype=dtype) for _ in range(3)]
-    for chunk in chunks:
-        inputs = head.inputs(hidden, rows, chunk)
-        logits = head.logits(inputs, workspace)
-        dlogits = head.gradient(workspace, inputs.shape[0]) if any(needs) else None
+@dataclass(frozen=True)
+class LinearDivergenceCall(Call):
+    """Whose divergences are taken, ``[N]``, from which reference, and which gradients are formed."""
+
+    options: HeadOptions
+    reference: Reference
+    rows: DivergenceCall
+    needs: Needs
+
+
+def _divergence_rows(backend: str, call: DivergenceCall) -> RowOp:
+    def run(chunk: Chunk) -> RowResults:
         found = token_divergence_rows[backend](
-            logits[None],
-            others.logits(chunk, other_workspace)[None],
-            *(None if x is None else x[None, chunk] for x in (ids, row_mask, *upstream)),
-            *comparison,
-            None if dlogits is None else dlogits[None],
+            chunk.logits[None],
+            chunk.reference_logits[None],  # type: ignore[index]
+            call.map(lambda x: x[None, chunk.rows]),
+            None if chunk.dlogits is None else chunk.dlogits[None],
         )
-        for whole, piece in zip(results, found, strict=True):
-            whole[chunk] = piece[0]
-        if dlogits is not None:
-            grads.add(dlogits, inputs, rows.part(chunk))
-    return (*(rows.put_back(x, hidden.shape[0]) for x in results), *grads.results())
+        return RowResults(tuple(x[0] for x in found))
+
+    return run
 
 
-def _fake(hidden, weight, bias, compute_dtype, logits_dtype, *options):  # type: ignore[no-untyped-def]
-    dtype = accumulation_dtype(logits_dtype)
+def _run(
+    backend: str, hidden: Tensor, weight: Tensor, bias: Tensor | None, call: LinearDivergenceCall
+) -> tuple[Tensor, ...]:
+    options, ids, mask = call.options, call.rows.ids, call.rows.mask
+    head = Head.of(backend, weight, bias, options.compute_dtype, options.logits_dtype)
+    rows = SelectedRows.of(mask, None, ids)
+    others = ReferenceRows(call.reference, rows, options.logits_dtype)
+    ids = clamp_ids(backend, ids, mask, head.vocab)
+    selected = replace(call.rows, ids=ids, mask=None).map(rows.gather)
+    selected = selected if mask is None else replace(selected, mask=rows.unmasked())
+    run = HeadPass(backend, head, hidden, rows, call.needs, options.workspace_bytes, reference=others)
+    dtype = accumulation_dtype(options.logits_dtype)
+    values, gradients = run.run(_divergence_rows(backend, selected), (dtype, dtype, dtype))
+    return (*values, *gradients)
+
+
+def _fake(hidden: Tensor, weight: Tensor, bias: Tensor | None, call: LinearDivergenceCall) -> tuple[Tensor, ...]:
+    dtype = accumulation_dtype(call.options.logits_dtype)
     results = (hidden.new_empty(hidden.shape[0], dtype=dtype) for _ in range(3))
-    return (*results, *gradient_fakes(hidden, weight, bias, options[-3:]))
+    return (*results, *gradient_fakes(hidden, weight, bias, call.needs))
 
 
 #: Log-probabilities, entropies and divergences and, where any of the gradients is needed, those that the upstream ones
 #: make, in the same pass.
 _RUN = define(
     "linear_token_divergence",
-    f"({HEAD_SCHEMA}, {REFERENCE_SCHEMA}, Tensor ids, Tensor? mask, Tensor? dlogprobs, Tensor? dentropy, "
-    f"Tensor? ddivergence, {COMPARISON_SCHEMA}, bool need_dhidden, bool need_dweight, bool need_dbias) -> "
+    HEAD_INPUTS | {"call": LinearDivergenceCall},
     "(Tensor logprobs, Tensor entropy, Tensor divergence, Tensor dhidden, Tensor dweight, Tensor dbias)",
     _fake,
     {backend: partial(_run, backend) for backend in KERNEL_BACKENDS},
 )
 
 
+@named_gradients
 class LinearTokenDivergence(torch.autograd.Function):
     @staticmethod
     def forward(  # type: ignore[override]
-        ctx: Any,
-        hidden: Tensor,
-        weight: Tensor,
-        bias: Tensor | None,
-        dtypes: tuple[torch.dtype, torch.dtype],
-        workspace_bytes: int,
-        reference: Reference,
-        ids: Tensor,
-        mask: Tensor | None,
-        comparison: Comparison,
-        backend: str,
+        ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, call: LinearDivergenceCall, backend: str
     ) -> tuple[Tensor, ...]:
-        rows, flat_ids = hidden.detach().reshape(-1, hidden.shape[-1]), token_ids(ids).view(-1)
-        flat_mask = None if mask is None else mask.reshape(-1)
-        results = _RUN[backend](
-            rows, weight, bias, *dtypes, workspace_bytes, *reference, flat_ids, flat_mask,
-            None, None, None, *comparison, False, False, False,
-        )  # fmt: skip
-        ctx.save_for_backward(hidden, weight, bias, flat_ids, flat_mask, *reference[:-1])
-        ctx.options = (dtypes, workspace_bytes, reference.compute_dtype, comparison, backend)
+        results = _RUN[backend](flat_rows(hidden), weight, bias, call)
+        rows, reference = call.rows, call.reference
+        tensors = (reference.logits, reference.hidden, reference.weight, reference.bias)
+        ctx.save_for_backward(hidden, weight, bias, rows.ids, rows.mask, *tensors)
+        ctx.options = (call.options, reference.compute_dtype, rows.comparison, backend)
         ctx.set_materialize_grads(False)
-        return tuple(x.view(ids.shape) for x in results[:3])
+        return tuple(x.view(hidden.shape[:-1]) for x in results[:3])
 
     @staticmethod
-    def backward(ctx: Any, *upstream: Tensor | None) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, *upstream: Tensor | None) -> dict[str, Tensor | None]:  # type: ignore[override]
         refuse_double_backward()
-        given = [None if x is None else x.reshape(-1).contiguous() for x in upstream]
-        if all(x is None for x in given):
-            return (None,) * 10
-        hidden, weight, bias, ids, mask, *reference = ctx.saved_tensors
-        dtypes, workspace_bytes, reference_dtype, comparison, backend = ctx.options
-        live = torch.stack([x != 0 for x in given if x is not None]).any(0)
-        needs = (ctx.needs_input_grad[0], ctx.needs_input_grad[1], bias is not None and ctx.needs_input_grad[2])
-        *_, dhidden, dweight, dbias = _RUN[backend](
-            hidden.detach().reshape(-1, hidden.shape[-1]),
-            weight,
-            bias,
-            *dtypes,
-            workspace_bytes,
-            *reference,
-            reference_dtype,
-            ids,
-            live if mask is None else live & mask,
-            *given,
-            *comparison,
-            *needs,
-        )
-        grads = (dhidden.view(hidden.shape) if needs[0] else None, dweight, dbias)
-        return (*(g if need else None for g, need in zip(grads, needs, strict=True)), *(None,) * 7)
+        if all(x is None for x in upstream):
+            return {}
+        hidden, weight, bias, ids, mask, *tensors = ctx.saved_tensors
+        options, reference_dtype, comparison, backend = ctx.options
+        gradients = [like_rows(x, ids) for x in upstream]
+        live = torch.stack([x != 0 for x in gradients if x is not None]).any(0)
+        rows = DivergenceCall(ids, live if mask is None else live & mask, *gradients, comparison)
+        needs = Needs(*ctx.needs_input_grad[:2], bias is not None and ctx.needs_input_grad[2])
+        call = LinearDivergenceCall(options, Reference(*tensors, reference_dtype), rows, needs)
+        _, _, _, *found = _RUN[backend](flat_rows(hidden), weight, bias, call)
+        return head_gradients(found, needs, hidden.shape)
+
+
+def divergences(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    ids: Tensor,
+    mask: Tensor | None,
+    options: HeadOptions,
+    reference: Reference,
+    comparison: Comparison,
+    backend: str,
+) -> TokenDivergence:
+    """``linear_token_divergence`` of validated arguments."""
+    flat_mask = None if mask is None else mask.reshape(-1)
+    if backend == "torch":
+        logits = head_reference.project(hidden, weight, bias, mask, options.compute_dtype, options.logits_dtype)
+        others = reference.all_logits(flat_mask, options.logits_dtype).view(logits.shape)
+        return rows_reference.token_divergence(logits, others, ids, mask, comparison)
+    rows = DivergenceCall(token_ids(ids).view(-1), flat_mask, None, None, None, comparison)
+    call = LinearDivergenceCall(options, reference, rows, Needs(False, False, False))
+    logprobs, entropy, values = LinearTokenDivergence.apply(hidden, weight, bias, call, backend)
+    return TokenDivergence(values, entropy, logprobs)
 
 
 def linear_token_divergence(
@@ -210,18 +217,9 @@ def linear_token_divergence(
     check_id_range("ids", ids, mask, vocab, debug)
     if debug:
         check_device_values(hidden_states.device)
-    dtypes = head_dtypes(hidden_states, lm_head_weight, logits_dtype)
-    workspace = check_workspace(workspace_bytes, 0, vocab, dtypes[1], hidden_states.device, models=2)
+    options = HeadOptions.of(hidden_states, lm_head_weight, logits_dtype, workspace_bytes, models=2)
     backend = backends.resolve(
         "linear_token_divergence", backend, hidden_states.device, partial(RowClass.of_head, lm_head_weight)
     )
-    if backend == "torch":
-        logits = linear_reference.project(hidden_states, lm_head_weight, bias, mask, *dtypes)
-        others = reference.whole(None if mask is None else mask.reshape(-1), dtypes[1]).view(logits.shape)
-        found = token_reference.token_divergence(logits, others, ids, mask, comparison)
-    else:
-        logprobs, entropy, values = LinearTokenDivergence.apply(
-            hidden_states, lm_head_weight, bias, dtypes, workspace, reference, ids, mask, comparison, backend
-        )
-        found = TokenDivergence(values, entropy, logprobs)
+    found = divergences(hidden_states, lm_head_weight, bias, ids, mask, options, reference, comparison, backend)
     return found._replace(logprobs=None) if given_ids is None else found

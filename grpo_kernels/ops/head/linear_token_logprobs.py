@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -9,20 +10,23 @@ import torch
 from torch import Tensor
 
 from grpo_kernels import backends
+from grpo_kernels.calls import Call
 from grpo_kernels.device_values import check_device_values
-from grpo_kernels.dtypes import accumulation_dtype
 from grpo_kernels.measured_backends import RowClass
-from grpo_kernels.ops.gradients import refuse_double_backward
+from grpo_kernels.ops.gradients import named_gradients, refuse_double_backward
 from grpo_kernels.ops.head import reference
-from grpo_kernels.ops.head.gemm import Head, HeadGradients, held_ids, make_head, project_back, row_width
-from grpo_kernels.ops.head.inputs import check_head, check_workspace, head_dtypes
-from grpo_kernels.ops.head.rows import Rows, is_capturing, row_chunks
+from grpo_kernels.ops.head.buffers import KeepingLogits, KeptLogits, Needs, kept_shape
+from grpo_kernels.ops.head.driver import Chunk, HeadPass, RowOp, RowResults, clamp_ids
+from grpo_kernels.ops.head.gemm import Head
+from grpo_kernels.ops.head.inputs import HeadOptions, check_head, flat_rows
+from grpo_kernels.ops.head.selection import SelectedRows
 from grpo_kernels.ops.registration import KERNEL_BACKENDS, define
-from grpo_kernels.ops.rows import reference as token_reference
+from grpo_kernels.ops.rows import reference as rows_reference
+from grpo_kernels.ops.rows.calls import GradientCall, StatisticsCall, empty_statistics, statistics_dtypes
 from grpo_kernels.ops.rows.reference import TokenLogprobs
 from grpo_kernels.ops.rows.token_logprobs import (
-    empty_statistics,
     like_ids,
+    like_rows,
     outputs_code,
     pack_outputs,
     token_ids,
@@ -30,212 +34,224 @@ from grpo_kernels.ops.rows.token_logprobs import (
     token_logprobs_fwd,
     token_mask,
 )
-from grpo_kernels.ops.rows.transform import TRANSFORM_SCHEMA, Transform
+from grpo_kernels.ops.rows.transform import Transform
 from grpo_kernels.validation import check_device, check_id_range
 
-HEAD_SCHEMA = (
-    "Tensor hidden, Tensor weight, Tensor? bias, ScalarType compute_dtype, ScalarType logits_dtype, int workspace_bytes"
-)
+
+@dataclass(frozen=True)
+class LinearStatisticsCall(Call):
+    """Whose statistics are taken, ``[N]``, what is kept of the logits, and whether ``dlogits W`` is formed."""
+
+    options: HeadOptions
+    rows: StatisticsCall
+    max_logits_bytes: int
+    save_projection: bool
 
 
-def _retained_shape(rows: int, vocab: int, dtype: torch.dtype, device: torch.device, max_logits_bytes: int):  # type: ignore[no-untyped-def]
-    width = row_width(vocab, dtype, device)
-    return min(rows, max_logits_bytes // (width * dtype.itemsize)), width
+@dataclass(frozen=True)
+class LinearGradientCall(Call):
+    """Whose gradient is formed, ``[N]``, from which logits that were kept, and which gradients."""
+
+    options: HeadOptions
+    rows: GradientCall
+    kept: Tensor  # [kept, row_width]
+    kept_ids: Tensor  # [kept]
+    needs: Needs
 
 
-def _fwd(  # type: ignore[no-untyped-def]
-    backend, hidden, weight, bias, compute_dtype, logits_dtype, workspace_bytes, ids, mask, *options
+def _statistics_rows(backend: str, call: StatisticsCall) -> RowOp:
+    """Takes the statistics of a chunk and, where its gradient is wanted, that of the sum of log-probabilities."""
+
+    def run(chunk: Chunk) -> RowResults:
+        rows = call.map(lambda x: x[None, chunk.rows])
+        found = token_logprobs_fwd[backend](chunk.logits[None], rows)
+        if chunk.dlogits is not None:
+            gradient = GradientCall(rows.ids, rows.mask, *found[:3], torch.ones_like(found[0]), None, rows.transform)
+            token_logprobs_bwd[backend](chunk.logits[None], gradient, chunk.dlogits[None])
+        return RowResults(tuple(x[0] if x.numel() else x for x in found))
+
+    return run
+
+
+def _fwd(
+    backend: str, hidden: Tensor, weight: Tensor, bias: Tensor | None, call: LinearStatisticsCall
 ) -> tuple[Tensor, ...]:
-    *transform, outputs, max_logits_bytes, save_projection = options
-    head = make_head(backend, weight, bias, compute_dtype, logits_dtype)
-    rows = Rows.of(mask, None, ids)
-    kept, _ = _retained_shape(len(ids), head.vocab, logits_dtype, head.device, max_logits_bytes)
-    retained = head.workspace(kept)
-    retained_ids = ids.new_full((kept,), -1)
-    retained_ids[: rows.count] = torch.arange(len(ids), device=ids.device)[rows.part(slice(0, kept))]
-    dtype = accumulation_dtype(compute_dtype)
-    projection = hidden.new_zeros(hidden.shape if save_projection else (0,), dtype=dtype)
-    chunks = [
-        chunk
-        for begin, end in ((0, min(kept, rows.count)), (kept, rows.count))
-        for chunk in row_chunks(begin, end, head.row_bytes, workspace_bytes, head.multiple)
-    ]
-    workspace = head.workspace(max((c.stop - c.start for c in chunks if c.start >= kept), default=0))
-    row_ids = rows.take(held_ids(backend, ids, mask, head.vocab))
-    row_mask = None if mask is None else rows.unmasked()
-    statistics = empty_statistics(hidden.new_empty(0, dtype=logits_dtype), (rows.count,), outputs)
-    for chunk in chunks:
-        inputs = head.inputs(hidden, rows, chunk)
-        logits = head.logits(inputs, retained[chunk] if chunk.start < kept else workspace)
-        chunk_ids, chunk_mask = row_ids[None, chunk], None if row_mask is None else row_mask[None, chunk]
-        found = token_logprobs_fwd[backend](logits[None], chunk_ids, chunk_mask, *transform, outputs)
-        for whole, piece in zip(statistics, found, strict=True):
-            if whole.numel():
-                whole[chunk] = piece[0]
-        if save_projection:
-            dlogits = head.gradient(workspace, logits.shape[0])
-            ones = torch.ones_like(found[0])
-            token_logprobs_bwd[backend](
-                logits[None], chunk_ids, chunk_mask, *found[:3], ones, None, *transform, dlogits[None]
-            )
-            projection[rows.part(chunk)] = project_back(dlogits, head.weight, dtype).to(dtype)
-    asked = (True, True, True, *(outputs >> bit & 1 for bit in (1, 2, 3)))
-    whole = (rows.put_back(x, len(ids)) if wanted else x for x, wanted in zip(statistics, asked, strict=True))
-    return (*whole, retained, retained_ids, projection)
+    options, ids, mask = call.options, call.rows.ids, call.rows.mask
+    head = Head.of(backend, weight, bias, options.compute_dtype, options.logits_dtype)
+    rows = SelectedRows.of(mask, None, ids)
+    logits = KeepingLogits(head, ids, rows, call.max_logits_bytes)
+    selected = replace(
+        call.rows,
+        ids=rows.gather(clamp_ids(backend, ids, mask, head.vocab)),
+        mask=None if mask is None else rows.unmasked(),
+    )
+    run = HeadPass(
+        backend,
+        head,
+        hidden,
+        rows,
+        Needs(call.save_projection, False, False),
+        options.workspace_bytes,
+        logits,
+        dhidden_dtype=options.arithmetic_dtype,
+    )
+    dtypes = statistics_dtypes(options.logits_dtype, call.rows.outputs)
+    statistics, (projection, *_) = run.run(_statistics_rows(backend, selected), dtypes)
+    return (*statistics, logits.memory, logits.ids, projection.to(options.arithmetic_dtype))
 
 
-def _bwd(  # type: ignore[no-untyped-def]
-    backend, hidden, weight, bias, compute_dtype, logits_dtype, workspace_bytes, ids, mask, *options
+def _gradient_rows(backend: str, call: GradientCall) -> RowOp:
+    def run(chunk: Chunk) -> RowResults:
+        rows = call.map(lambda x: x[None, chunk.rows])
+        token_logprobs_bwd[backend](chunk.logits[None], rows, chunk.dlogits[None])  # type: ignore[index]
+        return RowResults()
+
+    return run
+
+
+def _bwd(
+    backend: str, hidden: Tensor, weight: Tensor, bias: Tensor | None, call: LinearGradientCall
 ) -> tuple[Tensor, ...]:
-    logprobs, lse, entropy, dlogprobs, dentropy, *transform, retained, retained_ids = options[:-3]
-    head = make_head(backend, weight, bias, compute_dtype, logits_dtype)
-    ids = held_ids(backend, ids, mask, head.vocab)
-    live = torch.stack([d != 0 for d in (dlogprobs, dentropy) if d is not None]).any(0)
-    rows = Rows.of(live if mask is None else mask & live, None, ids)
-    chunks = [*row_chunks(0, rows.count, head.row_bytes, workspace_bytes, head.multiple)]
-    grads = HeadGradients(head, hidden, options[-3:], len(chunks))
-    workspace = head.workspace(max((c.stop - c.start for c in chunks), default=0))
-    place = _places(retained_ids, rows, len(ids))
-    row_ids, *statistics = (rows.take(x) for x in (ids, logprobs, lse, entropy, dlogprobs, dentropy))
-    per_token = [row_ids, rows.unmasked(), *statistics]
-    for chunk in chunks:
-        inputs = head.inputs(hidden, rows, chunk)
-        logits = _chunk_logits(head, inputs, retained, None if place is None else place[chunk], workspace)
-        dlogits = head.gradient(workspace, inputs.shape[0])
-        token_logprobs_bwd[backend](
-            logits[None], *(None if x is None else x[None, chunk] for x in per_token), *transform, dlogits[None]
-        )
-        grads.add(dlogits, inputs, rows.part(chunk))
-    return grads.results()
+    options, given = call.options, call.rows
+    head = Head.of(backend, weight, bias, options.compute_dtype, options.logits_dtype)
+    live = torch.stack([d != 0 for d in (given.dlogprobs, given.dentropy) if d is not None]).any(0)
+    rows = SelectedRows.of(live if given.mask is None else given.mask & live, None, given.ids)
+    ids = clamp_ids(backend, given.ids, given.mask, head.vocab)
+    selected = replace(replace(given, ids=ids, mask=None).map(rows.gather), mask=rows.unmasked())
+    logits = KeptLogits(head, call.kept, call.kept_ids, rows, ids.shape[0])
+    run = HeadPass(backend, head, hidden, rows, call.needs, options.workspace_bytes, logits)
+    _, gradients = run.run(_gradient_rows(backend, selected), ())
+    return gradients
 
 
-def _places(retained_ids: Tensor, rows: Rows, count: int) -> Tensor | None:  # [kept] -> [rows.count]
-    """Where the logits of rows are among the retained ones; -1 where they are not."""
-    if retained_ids.shape[0] == 0 or is_capturing(retained_ids.device):
-        return None
-    places = retained_ids.new_full((count + 1,), -1)
-    places[retained_ids] = torch.arange(len(retained_ids), device=retained_ids.device)  # -1 is the place past the last
-    return rows.take(places[:count])
+def _fwd_fake(hidden: Tensor, weight: Tensor, bias: Tensor | None, call: LinearStatisticsCall) -> tuple[Tensor, ...]:
+    dtype, ids = call.options.logits_dtype, call.rows.ids
+    like = hidden.new_empty(0, dtype=dtype)
+    shape = kept_shape(ids.shape[0], weight.shape[0], dtype, weight.device, call.max_logits_bytes)
+    projection = hidden.new_empty(hidden.shape if call.save_projection else (0,), dtype=call.options.arithmetic_dtype)
+    statistics = empty_statistics(like, ids.shape, call.rows.outputs)
+    return (*statistics, like.new_empty(shape), ids.new_empty(shape[0]), projection)
 
 
-def _chunk_logits(head: Head, inputs: Tensor, retained: Tensor, place: Tensor | None, workspace: Tensor) -> Tensor:
-    """The logits of a chunk's rows: retained ones read where they lie if they lie together, else copied, and the others
-    projected again. Retained rows come first, and rise."""
-    if place is None:
-        return head.logits(inputs, workspace)
-    reused, first, last = torch.stack([(place >= 0).sum(), place[0], place.max()]).tolist()
-    if reused == place.shape[0] == last - first + 1:
-        return retained[first : last + 1, : head.vocab]
-    torch.index_select(retained, 0, place[:reused], out=workspace[:reused])
-    if reused < place.shape[0]:
-        head.logits(inputs[reused:], workspace[reused:])
-    return workspace[: place.shape[0], : head.vocab]
+def gradient_fakes(hidden: Tensor, weight: Tensor, bias: Tensor | None, needs: Needs) -> tuple[Tensor, ...]:
+    """``dX``, ``dW`` and ``db`` as ops that form them return them, empty where not needed."""
+    return (
+        hidden.new_empty(hidden.shape if needs.need_dhidden else (0,)),
+        weight.new_empty(weight.shape if needs.need_dweight else (0,)),
+        (weight if bias is None else bias).new_empty(weight.shape[0] if needs.need_dbias else 0),
+    )
 
 
-def _fwd_fake(  # type: ignore[no-untyped-def]
-    hidden, weight, bias, compute_dtype, logits_dtype, workspace_bytes, ids, mask, *options
-):
-    *_, outputs, max_logits_bytes, save_projection = options
-    like = hidden.new_empty(0, dtype=logits_dtype)
-    shape = _retained_shape(ids.shape[0], weight.shape[0], logits_dtype, weight.device, max_logits_bytes)
-    dtype = accumulation_dtype(compute_dtype)
-    projection = hidden.new_empty(hidden.shape if save_projection else (0,), dtype=dtype)
-    statistics = empty_statistics(like, ids.shape, outputs)
-    return (*statistics, like.new_empty(shape), ids.new_empty(shape[:1]), projection)
-
-
-def _bwd_fake(hidden, weight, bias, *options):  # type: ignore[no-untyped-def]
-    return gradient_fakes(hidden, weight, bias, options[-3:])
-
-
-def gradient_fakes(hidden: Tensor, weight: Tensor, bias: Tensor | None, needs: tuple[bool, ...]) -> tuple[Tensor, ...]:
-    """Shapes of ``dX``, ``dW`` and ``db``; empty where not needed."""
-    like = (hidden, weight, weight.new_empty(weight.shape[0]) if bias is None else bias)
-    return tuple(x.new_empty(x.shape if need else (0,)) for x, need in zip(like, needs, strict=True))
-
-
+#: The tensors that every op of a head takes first.
+HEAD_INPUTS = {"hidden": "Tensor", "weight": "Tensor", "bias": "Tensor?"}
+#: The statistics of every token, logits that are kept with the tokens they are of, and the projection of the gradient.
 linear_token_logprobs_fwd = define(
     "linear_token_logprobs_fwd",
-    f"({HEAD_SCHEMA}, Tensor ids, Tensor? mask, {TRANSFORM_SCHEMA}, int outputs, int max_logits_bytes, "
-    "bool save_projection) -> (Tensor logprobs, Tensor lse, Tensor entropy, Tensor log_sum_sq_probs, "
-    "Tensor mean_logits, Tensor is_top1, Tensor retained, Tensor retained_ids, Tensor projection)",
+    HEAD_INPUTS | {"call": LinearStatisticsCall},
+    "(Tensor logprobs, Tensor lse, Tensor entropy, Tensor log_sum_sq_probs, Tensor mean_logits, Tensor is_top1, "
+    "Tensor kept, Tensor kept_ids, Tensor projection)",
     _fwd_fake,
     {backend: partial(_fwd, backend) for backend in KERNEL_BACKENDS},
 )
 linear_token_logprobs_bwd = define(
     "linear_token_logprobs_bwd",
-    f"({HEAD_SCHEMA}, Tensor ids, Tensor? mask, Tensor logprobs, Tensor lse, Tensor entropy, Tensor? dlogprobs, "
-    f"Tensor? dentropy, {TRANSFORM_SCHEMA}, Tensor retained, Tensor retained_ids, bool need_dhidden, "
-    "bool need_dweight, bool need_dbias) -> (Tensor dhidden, Tensor dweight, Tensor dbias)",
-    _bwd_fake,
+    HEAD_INPUTS | {"call": LinearGradientCall},
+    "(Tensor dhidden, Tensor dweight, Tensor dbias)",
+    lambda hidden, weight, bias, call: gradient_fakes(hidden, weight, bias, call.needs),
     {backend: partial(_bwd, backend) for backend in KERNEL_BACKENDS},
 )
 
 
+@named_gradients
 class LinearTokenLogprobs(torch.autograd.Function):
     @staticmethod
     def forward(  # type: ignore[override]
-        ctx: Any,
-        hidden: Tensor,
-        weight: Tensor,
-        bias: Tensor | None,
-        dtypes: tuple[torch.dtype, torch.dtype],
-        workspace_bytes: int,
-        ids: Tensor,
-        mask: Tensor | None,
-        transform: Transform,
-        outputs: int,
-        max_logits_bytes: int,
-        save_projection: bool,
-        backend: str,
+        ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, call: LinearStatisticsCall, backend: str
     ) -> tuple[Tensor, ...]:
-        rows = hidden.detach().reshape(-1, hidden.shape[-1])
-        flat_ids = token_ids(ids).view(-1)
-        flat_mask = None if mask is None else mask.reshape(-1)
-        bounds = (outputs, max_logits_bytes, save_projection)
-        logprobs, lse, entropy, *extras, retained, retained_ids, projection = linear_token_logprobs_fwd[backend](
-            rows, weight, bias, *dtypes, workspace_bytes, flat_ids, flat_mask, *transform, *bounds
+        logprobs, lse, entropy, *extras, kept, kept_ids, projection = linear_token_logprobs_fwd[backend](
+            flat_rows(hidden), weight, bias, call
         )
-        statistics = (logprobs, lse, entropy, retained, retained_ids)
-        projection = projection if save_projection else None
-        ctx.save_for_backward(hidden, weight, bias, flat_ids, flat_mask, projection, *statistics)
-        ctx.options = (dtypes, workspace_bytes, transform, backend)
+        rows = call.rows
+        ctx.save_for_backward(
+            hidden, weight, bias, rows.ids, rows.mask, projection if call.save_projection else None,
+            logprobs, lse, entropy, kept, kept_ids,
+        )  # fmt: skip
+        ctx.options = (call.options, rows.transform, backend)
         ctx.set_materialize_grads(False)
+        ids = hidden[..., 0]  # for the shape
         shaped = [like_ids(x, ids) for x in (logprobs, entropy, *extras)]
         ctx.mark_non_differentiable(*shaped[2:])
         return tuple(shaped)
 
     @staticmethod
-    def backward(ctx: Any, dlogprobs: Tensor | None, dentropy: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, dlogprobs: Tensor | None, dentropy: Tensor | None, *_: Any) -> dict[str, Tensor | None]:  # type: ignore[override]
         refuse_double_backward()
         if dlogprobs is None and dentropy is None:
-            return (None,) * 12
-        hidden, weight, bias, ids, mask, projection, *statistics, retained, retained_ids = ctx.saved_tensors
+            return {}
+        hidden, weight, bias, ids, mask, projection, *statistics, kept, kept_ids = ctx.saved_tensors
         if projection is not None and dentropy is None:
             c = dlogprobs.reshape(-1, 1)  # type: ignore[union-attr]
             live = c != 0 if mask is None else (c != 0) & mask[:, None]
             dhidden = torch.where(live, c * projection, 0).to(hidden.dtype).view(hidden.shape)
-            return (dhidden, *(None,) * 11)
-        dtypes, workspace_bytes, transform, backend = ctx.options
-        needs = (ctx.needs_input_grad[0], ctx.needs_input_grad[1], bias is not None and ctx.needs_input_grad[2])
-        dhidden, dweight, dbias = linear_token_logprobs_bwd[backend](
-            hidden.detach().reshape(-1, hidden.shape[-1]),
-            weight,
-            bias,
-            *dtypes,
-            workspace_bytes,
-            ids,
-            mask,
-            *statistics,
-            None if dlogprobs is None else dlogprobs.reshape(-1).contiguous(),
-            None if dentropy is None else dentropy.reshape(-1).contiguous(),
-            *transform,
-            retained,
-            retained_ids,
-            *needs,
-        )
-        grads = (dhidden.view(hidden.shape) if needs[0] else None, dweight, dbias)
-        return (*(g if need else None for g, need in zip(grads, needs, strict=True)), *(None,) * 9)
+            return {"hidden": dhidden}
+        options, transform, backend = ctx.options
+        upstream = (like_rows(dlogprobs, ids), like_rows(dentropy, ids))
+        rows = GradientCall(ids, mask, *statistics, *upstream, transform)
+        needs = Needs(*ctx.needs_input_grad[:2], bias is not None and ctx.needs_input_grad[2])
+        call = LinearGradientCall(options, rows, kept, kept_ids, needs)
+        found = linear_token_logprobs_bwd[backend](flat_rows(hidden), weight, bias, call)
+        return head_gradients(found, needs, hidden.shape)
+
+
+def head_gradients(found: tuple[Tensor, ...], needs: Needs, shape: torch.Size) -> dict[str, Tensor | None]:
+    """``dX`` in the shape of the hidden states, ``dW`` and ``db``, by the names of a function's inputs."""
+    dhidden, dweight, dbias = found
+    return {
+        "hidden": dhidden.view(shape) if needs.need_dhidden else None,
+        "weight": dweight if needs.need_dweight else None,
+        "bias": dbias if needs.need_dbias else None,
+    }
+
+
+def _statistics(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    ids: Tensor,
+    mask: Tensor | None,
+    options: HeadOptions,
+    transform: Transform,
+    outputs: int,
+    max_logits_bytes: int,
+    save_projection: bool,
+    backend: str,
+) -> tuple[Tensor, Tensor, tuple[Tensor, ...]]:
+    """Log-probabilities, entropies and what else is wanted, of validated arguments."""
+    needs = Needs.of(hidden, weight, bias)
+    max_logits_bytes = max_logits_bytes if needs.any else 0
+    rows = StatisticsCall(token_ids(ids).view(-1), None if mask is None else mask.reshape(-1), transform, outputs)
+    is_head_frozen = needs == Needs(True, False, False)
+    save_projection = save_projection and is_head_frozen and max_logits_bytes == 0
+    call = LinearStatisticsCall(options, rows, max_logits_bytes, save_projection)
+    logprobs, entropy, *extras = LinearTokenLogprobs.apply(hidden, weight, bias, call, backend)
+    return logprobs, entropy, tuple(extras)
+
+
+def logprobs_and_entropy(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    ids: Tensor,
+    mask: Tensor,
+    options: HeadOptions,
+    transform: Transform,
+    max_logits_bytes: int,
+    backend: str,
+) -> TokenLogprobs:
+    """``linear_token_logprobs`` of validated arguments."""
+    code = outputs_code(("entropy",))
+    found = _statistics(hidden, weight, bias, ids, mask, options, transform, code, max_logits_bytes, True, backend)
+    return TokenLogprobs(*found[:2])
 
 
 def linear_token_logprobs(
@@ -304,32 +320,14 @@ def linear_token_logprobs(
     check_id_range("ids", ids, mask, lm_head_weight.shape[0], debug)
     if debug:
         check_device_values(hidden_states.device)
-    dtypes = head_dtypes(hidden_states, lm_head_weight, logits_dtype)
-    workspace = check_workspace(
-        workspace_bytes, max_logits_bytes, lm_head_weight.shape[0], dtypes[1], hidden_states.device
-    )
+    options = HeadOptions.of(hidden_states, lm_head_weight, logits_dtype, workspace_bytes, max_logits_bytes)
     backend = backends.resolve(
         "linear_token_logprobs", backend, hidden_states.device, partial(RowClass.of_head, lm_head_weight)
     )
     if backend == "torch":
+        dtypes = (options.compute_dtype, options.logits_dtype)
         logits = reference.project(hidden_states, lm_head_weight, bias, mask, *dtypes)
-        return token_reference.token_logprobs(logits, ids, mask, temperature, softcap, logit_scale, tuple(outputs))
-    needs = [
-        torch.is_grad_enabled() and x is not None and x.requires_grad for x in (hidden_states, lm_head_weight, bias)
-    ]
-    max_logits_bytes = max_logits_bytes if any(needs) else 0
-    logprobs, entropy, *extras = LinearTokenLogprobs.apply(
-        hidden_states,
-        lm_head_weight,
-        bias,
-        dtypes,
-        workspace,
-        ids,
-        mask,
-        transform,
-        code,
-        max_logits_bytes,
-        save_projection and needs == [True, False, False] and max_logits_bytes == 0,
-        backend,
-    )
-    return pack_outputs(logprobs, entropy, tuple(extras), tuple(outputs))
+        return rows_reference.token_logprobs(logits, ids, mask, temperature, softcap, logit_scale, tuple(outputs))
+    head = (hidden_states, lm_head_weight, bias)
+    found = _statistics(*head, ids, mask, options, transform, code, max_logits_bytes, save_projection, backend)
+    return pack_outputs(*found, tuple(outputs))

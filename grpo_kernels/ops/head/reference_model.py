@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from grpo_kernels.calls import Call
 from grpo_kernels.ops.head.gemm import Head, row_width
 from grpo_kernels.ops.head.inputs import check_head, head_dtypes
 from grpo_kernels.ops.head.reference import project
-from grpo_kernels.ops.head.rows import Rows
+from grpo_kernels.ops.head.selection import SelectedRows
 from grpo_kernels.validation import check_device, check_float, check_shape
 
 
-class Reference(NamedTuple):
-    """Logits, or hidden states and the head that makes logits of them, as they cross into registered ops."""
+@dataclass(frozen=True)
+class Reference(Call):
+    """A reference's logits, or hidden states and the head that makes logits of them."""
 
     logits: Tensor | None  # [N, V]
     hidden: Tensor | None  # [N, H'], H' its own
@@ -59,25 +61,11 @@ class Reference(NamedTuple):
         bias = None if bias is None else bias.detach()
         return cls(None, hidden.detach().reshape(-1, hidden.shape[-1]), weight.detach(), bias, compute_dtype)
 
-    @property
-    def is_given(self) -> bool:
-        """Whether there is one."""
-        return self.logits is not None or self.hidden is not None
-
-    def whole(self, mask: Tensor | None, logits_dtype: torch.dtype) -> Tensor:  # [N] -> [N, V]
+    def all_logits(self, mask: Tensor | None, logits_dtype: torch.dtype) -> Tensor:  # [N] -> [N, V]
         """All logits at once, for the "torch" backend."""
         if self.logits is not None:
             return self.logits.to(logits_dtype)
         return project(self.hidden, self.weight, self.bias, mask, self.compute_dtype, logits_dtype)  # type: ignore[arg-type]
-
-
-#: ``Reference`` in the dispatcher's language, and how many arguments it is.
-REFERENCE_SCHEMA = (
-    "Tensor? reference_logits, Tensor? reference_hidden, Tensor? reference_weight, Tensor? reference_bias, "
-    "ScalarType reference_dtype"
-)
-REFERENCE_COUNT = len(Reference._fields)
-NO_REFERENCE = Reference(None, None, None, None, torch.float32)
 
 
 class ReferenceRows:
@@ -89,7 +77,7 @@ class ReferenceRows:
         logits_dtype: What they are rounded to.
     """
 
-    def __init__(self, reference: Reference, rows: Rows, logits_dtype: torch.dtype) -> None:
+    def __init__(self, reference: Reference, rows: SelectedRows, logits_dtype: torch.dtype) -> None:
         self.given, self.hidden, self.rows, self.dtype = reference.logits, reference.hidden, rows, logits_dtype
         self.head = None
         if reference.weight is not None:
@@ -125,4 +113,4 @@ class ReferenceRows:
         if self.is_read_in_place:
             return self.given[chunk]
         out = workspace[: chunk.stop - chunk.start, : self.given.shape[1]]
-        return out.copy_(self.given[self.rows.part(chunk)])
+        return out.copy_(self.given[self.rows.slice(chunk)])

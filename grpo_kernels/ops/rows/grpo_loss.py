@@ -12,20 +12,22 @@ from torch import Tensor
 from grpo_kernels import backends
 from grpo_kernels.device_values import check_device_values
 from grpo_kernels.dtypes import accumulation_dtype
-from grpo_kernels.loss.config import GRPOLossConfig, PolicyLossCode
-from grpo_kernels.loss.inputs import FLAT_COUNT, FLAT_SCHEMA, PolicyInputs
+from grpo_kernels.loss.config import GRPOLossConfig
+from grpo_kernels.loss.inputs import PolicyInputs
 from grpo_kernels.loss.metrics import PolicyMetrics
 from grpo_kernels.measured_backends import RowClass
-from grpo_kernels.ops.gradients import mark_written, refuse_double_backward
-from grpo_kernels.ops.registration import define, lazily
+from grpo_kernels.ops.gradients import mark_written, named_gradients, refuse_double_backward
+from grpo_kernels.ops.registration import define, lazy_import
 from grpo_kernels.ops.rows import reference
+from grpo_kernels.ops.rows.calls import GroupRewards, LossRowsCall
 from grpo_kernels.ops.rows.reference import TokenDivergence, TokenLogprobs
 from grpo_kernels.ops.rows.token_divergence import token_divergence
 from grpo_kernels.ops.rows.token_logprobs import rows_of, token_ids, token_logprobs
-from grpo_kernels.ops.rows.transform import TRANSFORM_SCHEMA, Transform
+from grpo_kernels.ops.rows.transform import Transform
+from grpo_kernels.ops.tokens.calls import PolicyLossCall
 from grpo_kernels.ops.tokens.group_advantages import EPS, check_rewards, group_advantages
 from grpo_kernels.ops.tokens.policy_loss import policy_loss_fwd, policy_loss_of, policy_metrics
-from grpo_kernels.ops.tokens.scale import hand_over
+from grpo_kernels.ops.tokens.scale import scale_gradients
 from grpo_kernels.validation import check_cu_seqlens, check_device, check_id_range, check_logits, check_writable
 
 
@@ -38,46 +40,33 @@ class GRPOLossOutput(NamedTuple):
     metrics: PolicyMetrics
 
 
-class GroupRewards(NamedTuple):
-    """Rewards that become advantages on the way, as they cross into registered ops."""
-
-    rewards: Tensor | None = None  # [S]
-    offsets: Tensor | None = None  # [S + 1] where packed
-    num_generations: int = 1
-    is_scaled: bool = False
-    eps: float = 0.0
-
-
-def _fake(logits, ids, *inputs):  # type: ignore[no-untyped-def]
-    dtype = accumulation_dtype(logits.dtype)
+def _fake(logits: Tensor, call: LossRowsCall, dlogits: Tensor | None) -> tuple[Tensor, ...]:
+    dtype, ids, rewards = accumulation_dtype(logits.dtype), call.ids, call.group.rewards
     statistics = (torch.empty_like(ids, dtype=dtype) for _ in range(2))
-    advantages = ids.new_empty(0 if inputs[FLAT_COUNT] is None else ids.numel(), dtype=dtype)
+    advantages = ids.new_empty(0 if rewards is None else rewards.shape[0], dtype=dtype)
     return (*statistics, torch.empty_like(ids, dtype=torch.bool), advantages)
 
 
 #: Statistics of every row and, into ``dlogits``, the gradient of the loss. ``dlogits`` may be ``logits`` itself, and
 #: for a backend that says so have another dtype. ``live`` tells the rows with a coefficient other than 0; those of the
-#: others are 0. Where rewards are given, the advantages that they make are returned ``[N]``, else none are.
+#: others are 0. Where rewards are given, the advantages that they make are returned ``[S]``, else none are.
 grpo_loss_fwd = define(
     "grpo_loss_fwd",
-    f"(Tensor logits, Tensor ids, {FLAT_SCHEMA.replace('Tensor advantages', 'Tensor? advantages')}, Tensor? rewards, "
-    f"Tensor? offsets, int num_generations, bool is_scaled, float eps, int[] options, float[] params, "
-    f"{TRANSFORM_SCHEMA}, Tensor(a!)? dlogits) -> (Tensor logprobs, Tensor entropy, Tensor live, Tensor advantages)",
+    {"logits": "Tensor", "call": LossRowsCall, "dlogits": "Tensor(a!)?"},
+    "(Tensor logprobs, Tensor entropy, Tensor live, Tensor advantages)",
     _fake,
-    {"triton": lazily("grpo_kernels.ops.rows.triton.grpo_loss", "grpo_loss_fwd")},
+    {"triton": lazy_import("grpo_kernels.ops.rows.triton.grpo_loss", "grpo_loss_fwd")},
 )
 
 
+@named_gradients
 class _GRPOLoss(torch.autograd.Function):
     @staticmethod
     def forward(  # type: ignore[override]
         ctx: Any,
         logits: Tensor,
-        ids: Tensor,
-        inputs: PolicyInputs,
-        group: GroupRewards,
-        code: PolicyLossCode,
-        transform: Transform,
+        rows: LossRowsCall,
+        policy: PolicyLossCall,
         form_gradient: bool,
         inplace: bool,
         backend: str,
@@ -87,19 +76,13 @@ class _GRPOLoss(torch.autograd.Function):
         if form_gradient:
             dlogits = values if inplace else torch.empty(values.shape, dtype=values.dtype, device=values.device)
         logprobs, entropy, _, advantages = grpo_loss_fwd[backend](
-            rows_of(values),
-            token_ids(ids),
-            *inputs.flat(),
-            *group,
-            code.options,
-            code.params,
-            *transform,
-            dlogits if dlogits is None or dlogits.dim() == 3 else dlogits[None],
+            rows_of(values), rows, dlogits if dlogits is None or dlogits.dim() == 3 else dlogits[None]
         )
-        if group.rewards is not None:
-            inputs = replace(inputs, advantages=advantages)
-        loss, _, partials = policy_loss_fwd(logprobs.view(-1), entropy.view(-1), inputs, code, backend)
-        logprobs, entropy = logprobs.view(ids.shape), entropy.view(ids.shape)
+        if rows.group.rewards is not None:
+            policy = replace(policy, fields=replace(policy.fields, advantages=advantages))
+        loss, _, partials = policy_loss_fwd[backend](logprobs, entropy, policy)
+        if logits.dim() == 2:  # packed tokens are one long row
+            logprobs, entropy = logprobs[0], entropy[0]
         if dlogits is not None and inplace:
             mark_written(values)
         ctx.save_for_backward(dlogits)
@@ -109,11 +92,12 @@ class _GRPOLoss(torch.autograd.Function):
         return loss, logprobs, entropy, partials
 
     @staticmethod
-    def backward(ctx: Any, dloss: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, dloss: Tensor | None, *_: Any) -> dict[str, Tensor | None]:  # type: ignore[override]
         refuse_double_backward()
         if dloss is None:
-            return (None,) * 9
-        return (*hand_over(ctx, dloss, ctx.backend), *(None,) * 8)
+            return {}
+        (dlogits,) = scale_gradients(ctx, dloss, ctx.backend)
+        return {"logits": dlogits}
 
 
 def grpo_loss(
@@ -217,49 +201,52 @@ def grpo_loss(
     )
     group = GroupRewards()
     if in_kernel:
-        offsets = inputs.sequences.offsets if inputs.sequences.packed else None
         values = rewards.detach().to(dtype).contiguous()
-        group = GroupRewards(values, offsets, num_generations, scale_rewards == "group", EPS)
+        group = GroupRewards(values, num_generations, scale_rewards == "group", EPS)
     check_id_range("completion_ids", completion_ids, inputs.mask, logits.shape[-1], debug)
     if debug:
         check_device_values(logits.device)
+    return _loss_of_logits(logits, reference_logits, completion_ids, inputs, group, transform, config, inplace, backend)
+
+
+def _loss_of_logits(
+    logits: Tensor,
+    reference_logits: Tensor | None,
+    ids: Tensor,
+    inputs: PolicyInputs,
+    group: GroupRewards,
+    transform: Transform,
+    config: GRPOLossConfig,
+    inplace: bool,
+    backend: str,
+) -> GRPOLossOutput:
+    """``grpo_loss`` of validated arguments: in one pass where a token's coefficient needs that token alone."""
+    softcap, logit_scale = transform.softcap or None, transform.logit_scale
+    options = {"temperature": config.temperature, "softcap": softcap, "logit_scale": logit_scale, "mask": inputs.mask}
     if reference_logits is not None:
         tokens = token_divergence(
             logits,
             reference_logits,
             divergence=config.kl_estimator,
-            ids=completion_ids,
-            mask=inputs.mask,
-            temperature=config.temperature,
-            softcap=softcap,
-            logit_scale=logit_scale,
+            ids=ids,
             reference_softcap=softcap,
             reference_logit_scale=logit_scale,
             inplace_backward=inplace,
             backend=backend,
+            **options,
         )
         return loss_of_tokens(tokens, inputs, config, backend)
     if backend == "torch":
-        rows = logits if completion_ids.dim() == 1 else logits[:, : completion_ids.shape[1]]
-        return reference_loss(rows, completion_ids, inputs, softcap, logit_scale, config)
+        rows = logits if ids.dim() == 1 else logits[:, : ids.shape[1]]
+        return reference_loss(rows, ids, inputs, softcap, logit_scale, config)
     inputs, config = inputs.token_local(config)
     if not config.is_token_local:
-        tokens = token_logprobs(
-            logits,
-            completion_ids,
-            temperature=config.temperature,
-            softcap=softcap,
-            logit_scale=logit_scale,
-            mask=inputs.mask,
-            outputs=("entropy",),
-            inplace_backward=inplace,
-            backend=backend,
-        )
+        tokens = token_logprobs(logits, ids, outputs=("entropy",), inplace_backward=inplace, backend=backend, **options)
         return loss_of_tokens(tokens, inputs, config, backend)
+    call = LossRowsCall(token_ids(ids), inputs.row_fields, group, config.code(), transform)
+    policy = PolicyLossCall.of(inputs, config)
     form_gradient = torch.is_grad_enabled() and logits.requires_grad
-    loss, logprobs, entropy, partials = _GRPOLoss.apply(
-        logits, completion_ids, inputs, group, config.code(), transform, form_gradient, inplace, backend
-    )
+    loss, logprobs, entropy, partials = _GRPOLoss.apply(logits, call, policy, form_gradient, inplace, backend)
     return GRPOLossOutput(loss, logprobs, entropy, policy_metrics(partials, config, True))
 
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from grpo_kernels.loss import reference as loss_reference
 from grpo_kernels.loss.config import GRPOLossConfig
 from grpo_kernels.loss.inputs import PolicyInputs
-from grpo_kernels.ops.rows.transform import Comparison
+from grpo_kernels.ops.rows.transform import Comparison, Transform
 
 OUTPUTS = ("entropy", "log_sum_sq_probs", "mean_logits", "is_top1")
 
@@ -94,8 +94,9 @@ class TokenDivergence(NamedTuple):
     logprobs: Tensor | None
 
 
-def _log_softmax(logits: Tensor, temperature: float, softcap: float, logit_scale: float) -> Tensor:
-    return transform_logits(logits, temperature, softcap or None, logit_scale).log_softmax(-1)
+def _log_softmax(logits: Tensor, transform: Transform) -> Tensor:
+    y = transform_logits(logits, transform.temperature, transform.softcap or None, transform.logit_scale)
+    return y.log_softmax(-1)
 
 
 def token_divergence(
@@ -115,10 +116,10 @@ def token_divergence(
     if mask is not None:
         logits, reference_logits = (torch.where(mask[..., None], z, 0) for z in (logits, reference_logits))
         ids = torch.where(mask, ids, 0)
-    mixture, temperature, softcap, scale, divergence_temperature, *reference = comparison
-    log_policy = _log_softmax(logits, temperature, softcap, scale)
-    log_p = _log_softmax(logits, divergence_temperature, softcap, scale)
-    log_q = _log_softmax(reference_logits, divergence_temperature, *reference)
+    mixture = comparison.mixture
+    log_policy = _log_softmax(logits, comparison.transform)
+    log_p = _log_softmax(logits, comparison.divergence_transform)
+    log_q = _log_softmax(reference_logits, comparison.reference_transform)
     p, q = log_p.exp(), log_q.exp()
 
     def expected(probability: Tensor, log_ratio: Tensor) -> Tensor:  # [..., V] -> [...]

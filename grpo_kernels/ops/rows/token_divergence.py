@@ -12,12 +12,13 @@ from grpo_kernels import backends
 from grpo_kernels.device_values import check_device_values
 from grpo_kernels.dtypes import accumulation_dtype
 from grpo_kernels.measured_backends import RowClass
-from grpo_kernels.ops.gradients import mark_written, refuse_double_backward, refuse_second_backward
-from grpo_kernels.ops.registration import define, lazily
+from grpo_kernels.ops.gradients import mark_written, named_gradients, refuse_double_backward, refuse_second_backward
+from grpo_kernels.ops.registration import define, lazy_import
 from grpo_kernels.ops.rows import reference
+from grpo_kernels.ops.rows.calls import DivergenceCall
 from grpo_kernels.ops.rows.reference import TokenDivergence
-from grpo_kernels.ops.rows.token_logprobs import rows_of, token_ids, token_mask
-from grpo_kernels.ops.rows.transform import COMPARISON_SCHEMA, Comparison, Transform
+from grpo_kernels.ops.rows.token_logprobs import like_rows, rows_of, token_ids, token_mask
+from grpo_kernels.ops.rows.transform import Comparison, Transform
 from grpo_kernels.validation import (
     check_device,
     check_float,
@@ -28,9 +29,9 @@ from grpo_kernels.validation import (
 )
 
 
-def _fake(logits, reference_logits, ids, *_):  # type: ignore[no-untyped-def]
+def _fake(logits: Tensor, reference_logits: Tensor, call: DivergenceCall, dlogits: Tensor | None) -> tuple[Tensor, ...]:
     dtype = accumulation_dtype(logits.dtype)
-    return tuple(torch.empty_like(ids, dtype=dtype) for _ in range(3))
+    return tuple(torch.empty_like(call.ids, dtype=dtype) for _ in range(3))
 
 
 #: Statistics of every row beside those of the reference and, into ``dlogits`` where it is given, the gradient that the
@@ -38,14 +39,14 @@ def _fake(logits, reference_logits, ids, *_):  # type: ignore[no-untyped-def]
 #: backward takes the statistics again: they cost no further read of memory.
 token_divergence_rows = define(
     "token_divergence",
-    "(Tensor logits, Tensor reference_logits, Tensor ids, Tensor? mask, Tensor? dlogprobs, Tensor? dentropy, "
-    f"Tensor? ddivergence, {COMPARISON_SCHEMA}, Tensor(a!)? dlogits) "
-    "-> (Tensor logprobs, Tensor entropy, Tensor divergence)",
+    {"logits": "Tensor", "reference_logits": "Tensor", "call": DivergenceCall, "dlogits": "Tensor(a!)?"},
+    "(Tensor logprobs, Tensor entropy, Tensor divergence)",
     _fake,
-    {"triton": lazily("grpo_kernels.ops.rows.triton.token_divergence", "token_divergence")},
+    {"triton": lazy_import("grpo_kernels.ops.rows.triton.token_divergence", "token_divergence")},
 )
 
 
+@named_gradients
 class _TokenDivergence(torch.autograd.Function):
     @staticmethod
     def forward(  # type: ignore[override]
@@ -53,45 +54,34 @@ class _TokenDivergence(torch.autograd.Function):
         logits: Tensor,
         reference_logits: Tensor,
         ids: Tensor,
-        mask: Tensor | None,
-        comparison: Comparison,
+        call: DivergenceCall,
         inplace_backward: bool,
         backend: str,
     ) -> tuple[Tensor, ...]:
-        kernel_ids = token_ids(ids)
-        kernel_mask = None if mask is None else mask.view(kernel_ids.shape)
-        results = token_divergence_rows[backend](
-            rows_of(logits), rows_of(reference_logits), kernel_ids, kernel_mask, None, None, None, *comparison, None
-        )
-        ctx.save_for_backward(logits, reference_logits, ids, mask)
-        ctx.options = (comparison, inplace_backward, backend)
+        results = token_divergence_rows[backend](rows_of(logits), rows_of(reference_logits), call, None)
+        ctx.save_for_backward(logits, reference_logits, call.ids, call.mask)
+        ctx.options = (call.comparison, inplace_backward, backend)
         ctx.set_materialize_grads(False)
         return tuple(x.view(ids.shape) for x in results)
 
     @staticmethod
-    def backward(ctx: Any, *upstream: Tensor | None) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, *upstream: Tensor | None) -> dict[str, Tensor | None]:  # type: ignore[override]
         refuse_double_backward()
         if all(gradient is None for gradient in upstream):
-            return (None,) * 7
+            return {}
         comparison, inplace_backward, backend = ctx.options
         if inplace_backward:
             refuse_second_backward(ctx)
         logits, reference_logits, ids, mask = ctx.saved_tensors
         logits = logits.detach()
         dlogits = logits if inplace_backward else torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
-        kernel_ids = token_ids(ids)
+        call = DivergenceCall(ids, mask, *(like_rows(x, ids) for x in upstream), comparison)
         token_divergence_rows[backend](
-            rows_of(logits),
-            rows_of(reference_logits),
-            kernel_ids,
-            None if mask is None else mask.view(kernel_ids.shape),
-            *(None if x is None else x.reshape(kernel_ids.shape).contiguous() for x in upstream),
-            *comparison,
-            dlogits if dlogits.dim() == 3 else dlogits[None],
+            rows_of(logits), rows_of(reference_logits), call, dlogits if dlogits.dim() == 3 else dlogits[None]
         )
         if inplace_backward:
             mark_written(logits)
-        return dlogits, *(None,) * 6
+        return {"logits": dlogits}
 
 
 def token_divergence(
@@ -185,8 +175,11 @@ def token_divergence(
         rows = [z if ids.dim() == 1 else z[:, : ids.shape[1]] for z in (logits, reference_logits)]
         found = reference.token_divergence(*rows, ids, mask, comparison)
     else:
+        kernel_ids = token_ids(ids)
+        kernel_mask = None if mask is None else mask.view(kernel_ids.shape)
+        call = DivergenceCall(kernel_ids, kernel_mask, None, None, None, comparison)
         logprobs, entropy, values = _TokenDivergence.apply(
-            logits, reference_logits.detach(), ids, mask, comparison, inplace_backward, backend
+            logits, reference_logits.detach(), ids, call, inplace_backward, backend
         )
         found = TokenDivergence(values, entropy, logprobs)
     return found._replace(logprobs=None) if given_ids is None else found

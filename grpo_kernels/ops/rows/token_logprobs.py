@@ -10,13 +10,13 @@ from torch import Tensor
 
 from grpo_kernels import backends
 from grpo_kernels.device_values import check_device_values
-from grpo_kernels.dtypes import accumulation_dtype
 from grpo_kernels.measured_backends import RowClass
-from grpo_kernels.ops.gradients import mark_written, refuse_double_backward, refuse_second_backward
-from grpo_kernels.ops.registration import define, lazily
+from grpo_kernels.ops.gradients import mark_written, named_gradients, refuse_double_backward, refuse_second_backward
+from grpo_kernels.ops.registration import define, lazy_import
 from grpo_kernels.ops.rows import reference
+from grpo_kernels.ops.rows.calls import GradientCall, StatisticsCall, empty_statistics
 from grpo_kernels.ops.rows.reference import OUTPUTS, TokenLogprobs
-from grpo_kernels.ops.rows.transform import TRANSFORM_SCHEMA, Transform
+from grpo_kernels.ops.rows.transform import Transform
 from grpo_kernels.validation import (
     check_device,
     check_id_range,
@@ -26,46 +26,21 @@ from grpo_kernels.validation import (
     check_writable,
 )
 
-
-def empty_statistics(like: Tensor, shape: tuple[int, ...], outputs: int) -> tuple[Tensor, ...]:
-    """``logprobs, lse, entropy, log_sum_sq_probs, mean_logits, is_top1``; empty where not asked for.
-
-    The log-sum-exp is fp64: the backward takes differences of logits from it, and an offset common to all logits
-    would leave an fp32 one with few digits after the point.
-    """
-    dtype = accumulation_dtype(like.dtype)
-
-    def out(index: int, dtype: torch.dtype = dtype) -> Tensor:
-        return like.new_empty(shape if outputs >> index & 1 else (0,), dtype=dtype)
-
-    always = [like.new_empty(shape, dtype=d) for d in (dtype, torch.float64, dtype)]
-    return (*always, out(1), out(2), out(3, torch.bool))
-
-
-def _fwd_fake(logits, ids, mask, temperature, softcap, logit_scale, outputs):  # type: ignore[no-untyped-def]
-    return empty_statistics(logits, ids.shape, outputs)
-
-
-def _bwd_fake(*_):  # type: ignore[no-untyped-def]
-    return None
-
-
-#: The statistics of every row, each like ids. ``outputs`` has bit ``i`` set where ``OUTPUTS[i]`` is wanted; log-prob,
-#: log-sum-exp and entropy always are.
+#: The statistics of every row, each like ids: log-prob, log-sum-exp and entropy always, the others where wanted.
 token_logprobs_fwd = define(
     "token_logprobs_fwd",
-    f"(Tensor logits, Tensor ids, Tensor? mask, {TRANSFORM_SCHEMA}, int outputs) -> (Tensor logprobs, Tensor lse, "
-    "Tensor entropy, Tensor log_sum_sq_probs, Tensor mean_logits, Tensor is_top1)",
-    _fwd_fake,
-    {"triton": lazily("grpo_kernels.ops.rows.triton.token_logprobs", "token_logprobs_fwd")},
+    {"logits": "Tensor", "call": StatisticsCall},
+    "(Tensor logprobs, Tensor lse, Tensor entropy, Tensor log_sum_sq_probs, Tensor mean_logits, Tensor is_top1)",
+    lambda logits, call: empty_statistics(logits, call.ids.shape, call.outputs),
+    {"triton": lazy_import("grpo_kernels.ops.rows.triton.token_logprobs", "token_logprobs_fwd")},
 )
 #: Writes the gradient of every row into ``dlogits``, which may be ``logits`` itself.
 token_logprobs_bwd = define(
     "token_logprobs_bwd",
-    "(Tensor logits, Tensor ids, Tensor? mask, Tensor logprobs, Tensor lse, Tensor entropy, Tensor? dlogprobs, "
-    f"Tensor? dentropy, {TRANSFORM_SCHEMA}, Tensor(a!) dlogits) -> ()",
-    _bwd_fake,
-    {"triton": lazily("grpo_kernels.ops.rows.triton.token_logprobs", "token_logprobs_bwd")},
+    {"logits": "Tensor", "call": GradientCall, "dlogits": "Tensor(a!)"},
+    "()",
+    lambda logits, call, dlogits: None,
+    {"triton": lazy_import("grpo_kernels.ops.rows.triton.token_logprobs", "token_logprobs_bwd")},
 )
 
 
@@ -97,7 +72,8 @@ def rows_of(logits: Tensor) -> Tensor:  # -> [B, T or T + 1, V]
 
 def token_ids(ids: Tensor) -> Tensor:  # [B, T] or [N] -> [B, T] int64
     """Ids as kernels take them; packed tokens are one long row."""
-    return (ids if ids.dim() == 2 else ids[None]).to(torch.int64).contiguous()
+    rows = ids if ids.dim() == 2 else ids[None]
+    return (rows if rows.dtype == torch.int64 else rows.to(torch.int64)).contiguous()
 
 
 def like_ids(values: Tensor, ids: Tensor) -> Tensor:
@@ -119,58 +95,42 @@ def token_mask(mask: Tensor | None, ids: Tensor) -> Tensor | None:
     return (mask != 0).contiguous()
 
 
+def like_rows(values: Tensor | None, rows: Tensor) -> Tensor | None:
+    """An upstream gradient as kernels take it: contiguous, in the shape of ``token_ids``."""
+    return None if values is None else values.reshape(rows.shape).contiguous()
+
+
+@named_gradients
 class _TokenLogprobs(torch.autograd.Function):
     @staticmethod
     def forward(  # type: ignore[override]
-        ctx: Any,
-        logits: Tensor,
-        ids: Tensor,
-        mask: Tensor | None,
-        transform: Transform,
-        outputs: int,
-        inplace_backward: bool,
-        backend: str,
+        ctx: Any, logits: Tensor, ids: Tensor, call: StatisticsCall, inplace_backward: bool, backend: str
     ) -> tuple[Tensor, ...]:
-        rows = rows_of(logits)
-        kernel_mask = None if mask is None else mask.view(token_ids(ids).shape)
-        logprobs, lse, entropy, *extras = token_logprobs_fwd[backend](
-            rows, token_ids(ids), kernel_mask, *transform, outputs
-        )
-        ctx.save_for_backward(logits, ids, mask, logprobs, lse, entropy)
-        ctx.options = (transform, inplace_backward, backend)
+        logprobs, lse, entropy, *extras = token_logprobs_fwd[backend](rows_of(logits), call)
+        ctx.save_for_backward(logits, call.ids, call.mask, logprobs, lse, entropy)
+        ctx.options = (call.transform, inplace_backward, backend)
         ctx.set_materialize_grads(False)
         shaped = [like_ids(x, ids) for x in (logprobs, entropy, *extras)]
         ctx.mark_non_differentiable(*shaped[2:])
         return tuple(shaped)
 
     @staticmethod
-    def backward(ctx: Any, dlogprobs: Tensor | None, dentropy: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, dlogprobs: Tensor | None, dentropy: Tensor | None, *_: Any) -> dict[str, Tensor | None]:  # type: ignore[override]
         refuse_double_backward()
         if dlogprobs is None and dentropy is None:
-            return (None,) * 7
+            return {}
         transform, inplace_backward, backend = ctx.options
         if inplace_backward:
             refuse_second_backward(ctx)
-        logits, ids, mask, logprobs, lse, entropy = ctx.saved_tensors
+        logits, ids, mask, *statistics = ctx.saved_tensors
         logits = logits.detach()
-        rows = rows_of(logits)
         dlogits = logits if inplace_backward else torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
-        kernel_ids = token_ids(ids)
-        token_logprobs_bwd[backend](
-            rows,
-            kernel_ids,
-            None if mask is None else mask.view(kernel_ids.shape),
-            logprobs,
-            lse,
-            entropy,
-            None if dlogprobs is None else dlogprobs.reshape(kernel_ids.shape).contiguous(),
-            None if dentropy is None else dentropy.reshape(kernel_ids.shape).contiguous(),
-            *transform,
-            dlogits if dlogits.dim() == 3 else dlogits[None],
-        )
+        upstream = (like_rows(dlogprobs, ids), like_rows(dentropy, ids))
+        call = GradientCall(ids, mask, *statistics, *upstream, transform)
+        token_logprobs_bwd[backend](rows_of(logits), call, dlogits if dlogits.dim() == 3 else dlogits[None])
         if inplace_backward:
             mark_written(logits)
-        return dlogits, None, None, None, None, None, None
+        return {"logits": dlogits}
 
 
 def token_logprobs(
@@ -235,5 +195,7 @@ def token_logprobs(
     if backend == "torch":
         rows = logits if ids.dim() == 1 else logits[:, : ids.shape[1]]
         return reference.token_logprobs(rows, ids, mask, temperature, softcap, logit_scale, tuple(outputs))
-    logprobs, entropy, *extras = _TokenLogprobs.apply(logits, ids, mask, transform, code, inplace_backward, backend)
+    kernel_ids = token_ids(ids)
+    call = StatisticsCall(kernel_ids, None if mask is None else mask.view(kernel_ids.shape), transform, code)
+    logprobs, entropy, *extras = _TokenLogprobs.apply(logits, ids, call, inplace_backward, backend)
     return pack_outputs(logprobs, entropy, tuple(extras), tuple(outputs))

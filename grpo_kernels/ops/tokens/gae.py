@@ -9,7 +9,7 @@ from torch import Tensor
 
 from grpo_kernels import backends
 from grpo_kernels.loss.sequences import Sequences
-from grpo_kernels.ops.registration import define, lazily
+from grpo_kernels.ops.registration import define, lazy_import
 from grpo_kernels.ops.tokens import reference
 from grpo_kernels.validation import check_cu_seqlens, check_device, check_float, check_mask, check_shape
 
@@ -23,9 +23,10 @@ class GAEOutput(NamedTuple):
 
 _OPS = define(
     "gae",
-    "(Tensor rewards, Tensor values, Tensor mask, Tensor offsets, float gamma, float lam) -> Tensor",
+    {"rewards": "Tensor", "values": "Tensor", "mask": "Tensor", "offsets": "Tensor", "gamma": "float", "lam": "float"},
+    "Tensor",
     lambda rewards, values, mask, offsets, gamma, lam: torch.empty_like(values),
-    {"triton": lazily("grpo_kernels.ops.tokens.triton.gae", "gae")},
+    {"triton": lazy_import("grpo_kernels.ops.tokens.triton.gae", "gae")},
 )
 
 

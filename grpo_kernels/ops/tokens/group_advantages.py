@@ -7,7 +7,7 @@ from torch import Tensor
 
 from grpo_kernels import backends
 from grpo_kernels.device_values import check_device_values
-from grpo_kernels.ops.registration import define, lazily
+from grpo_kernels.ops.registration import define, lazy_import
 from grpo_kernels.ops.tokens import reference
 from grpo_kernels.ops.tokens.advantage_estimators import ESTIMATORS, NEED_LENGTHS, NEED_TWO, Groups
 from grpo_kernels.validation import check_device, check_float, check_shape, may_read
@@ -17,15 +17,19 @@ AGGREGATIONS = ("sum_then_normalize", "normalize_then_sum")
 EPS = 1e-4  # TRL's
 
 
-def _fake(rewards, weights, num_generations, scale_rewards, aggregation, eps):  # type: ignore[no-untyped-def]
-    return rewards.new_empty(rewards.shape[0])
-
-
 _OPS = define(
     "group_advantages",
-    "(Tensor rewards, Tensor weights, int num_generations, int scale_rewards, int aggregation, float eps) -> Tensor",
-    _fake,
-    {"triton": lazily("grpo_kernels.ops.tokens.triton.group_advantages", "group_advantages")},
+    {
+        "rewards": "Tensor",
+        "weights": "Tensor",
+        "num_generations": "int",
+        "scale_rewards": "int",
+        "aggregation": "int",
+        "eps": "float",
+    },
+    "Tensor",
+    lambda rewards, *_: rewards.new_empty(rewards.shape[0]),
+    {"triton": lazy_import("grpo_kernels.ops.tokens.triton.group_advantages", "group_advantages")},
 )
 
 

@@ -10,13 +10,15 @@ from torch import Tensor
 from grpo_kernels import backends
 from grpo_kernels.device_values import check_device_values, first_bad
 from grpo_kernels.loss import reference
-from grpo_kernels.loss.config import GRPOLossConfig, PolicyLossCode
-from grpo_kernels.loss.inputs import FLAT_SCHEMA, PolicyInputs
-from grpo_kernels.loss.metrics import CLIP_METRICS, KERNEL_PARTIALS, PolicyMetrics
+from grpo_kernels.loss.config import GRPOLossConfig, LossCode
+from grpo_kernels.loss.fields import TokenFields
+from grpo_kernels.loss.finish_weights import finish_weights
+from grpo_kernels.loss.inputs import PolicyInputs
+from grpo_kernels.loss.metrics import CLIP_METRICS, KERNEL_PARTIALS, Partial, PolicyMetrics
 from grpo_kernels.loss.options import CLIPPED_LOSS_TYPES
-from grpo_kernels.loss.weights import settle
-from grpo_kernels.ops.gradients import refuse_double_backward
-from grpo_kernels.ops.registration import define, lazily
+from grpo_kernels.ops.gradients import named_gradients, refuse_double_backward
+from grpo_kernels.ops.registration import define, lazy_import
+from grpo_kernels.ops.tokens.calls import PolicyLossCall
 from grpo_kernels.validation import check_device, check_float, check_shape
 
 # at import: under tracing, memory that is made at first use would be a fake tensor's
@@ -31,40 +33,44 @@ class PolicyLossOutput(NamedTuple):
     metrics: PolicyMetrics
 
 
-def _fake(logprobs, *_):  # type: ignore[no-untyped-def]
+def _fake(logprobs: Tensor, entropy: Tensor | None, call: PolicyLossCall) -> tuple[Tensor, ...]:
     return logprobs.new_empty(()), torch.empty_like(logprobs), logprobs.new_empty(KERNEL_PARTIALS)
 
 
-_FWD = define(
+#: Loss, ``dloss/dlogprobs`` and the metrics' partials, of contiguous log-probabilities.
+policy_loss_fwd = define(
     "policy_loss_fwd",
-    f"(Tensor logprobs, Tensor? entropy, {FLAT_SCHEMA}, Tensor offsets, int[] options, float[] params, "
-    "bool keeps_infinite=False) -> (Tensor loss, Tensor dlogprobs, Tensor partials)",
+    {"logprobs": "Tensor", "entropy": "Tensor?", "call": PolicyLossCall},
+    "(Tensor loss, Tensor dlogprobs, Tensor partials)",
     _fake,
-    {"triton": lazily("grpo_kernels.ops.tokens.triton.policy_loss", "policy_loss_fwd")},
+    {"triton": lazy_import("grpo_kernels.ops.tokens.triton.policy_loss", "policy_loss_fwd")},
 )
 
 
 def token_coefficients(
     logprobs: Tensor,  # [n]
     entropy: Tensor,  # [n]
-    flat: tuple[Tensor | None, ...],  # as ``PolicyInputs.flat``, of these tokens
-    code: tuple[list[int], list[float]],
+    fields: TokenFields,  # of these tokens
+    code: LossCode,
     backend: str,
 ) -> Tensor:  # [n]
     """``dloss/dlogprobs`` of some of the tokens, of a loss that is token-local."""
-    offsets = torch.arange(2, device=logprobs.device) * logprobs.shape[0]
-    return _FWD[backend](logprobs, entropy, *flat, offsets, *code)[1]
+    return policy_loss_fwd[backend](logprobs, entropy, PolicyLossCall(fields, None, 1, code, False))[1]
 
 
-def policy_loss_fwd(
-    logprobs: Tensor,  # [N]
-    entropy: Tensor | None,  # [N]
-    inputs: PolicyInputs,
-    code: PolicyLossCode,
-    backend: str,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Loss, ``dloss/dlogprobs [N]`` and the metrics' partials, by the kernels of ``backend``."""
-    return _FWD[backend](logprobs, entropy, *inputs.flat(), inputs.sequences.offsets, code.options, code.params, True)
+def add_divergence(
+    loss: Tensor,
+    partials: Tensor,
+    divergence: Tensor,  # like the mask
+    mask: Tensor,
+    weights: Tensor,  # like the mask, or []; not read where masked
+    beta: float,
+) -> tuple[Tensor, Tensor]:
+    """Adds the penalty of an exact divergence to the loss, and its sum to what ``PolicyMetrics`` reads."""
+    values = torch.where(mask, divergence.to(loss.dtype), 0)
+    partials = partials.clone()
+    partials[Partial.KL] += values.detach().sum()
+    return loss + beta * (torch.where(mask, weights, 0) * values).sum(), partials
 
 
 def policy_metrics(partials: Tensor, config: GRPOLossConfig, has_entropy: bool) -> PolicyMetrics:
@@ -77,39 +83,37 @@ def policy_metrics(partials: Tensor, config: GRPOLossConfig, has_entropy: bool) 
     return PolicyMetrics(partials, names)
 
 
+@named_gradients
 class _PolicyLoss(torch.autograd.Function):
     @staticmethod
     def forward(  # type: ignore[override]
         ctx: Any,
         logprobs: Tensor,
         entropy: Tensor | None,
-        inputs: PolicyInputs,
-        code: PolicyLossCode,
+        call: PolicyLossCall,
+        entropy_weights: Tensor | None,  # like the tokens
         backend: str,
     ) -> tuple[Tensor, Tensor]:
-        flat_entropy = None if entropy is None else _flat(entropy, inputs)
-        loss, dlogprobs, partials = policy_loss_fwd(_flat(logprobs, inputs), flat_entropy, inputs, code, backend)
+        dtype = call.fields.weights.dtype
+        dense = [None if x is None else x.detach().to(dtype).contiguous() for x in (logprobs, entropy)]
+        loss, dlogprobs, partials = policy_loss_fwd[backend](*dense, call)
         ctx.mark_non_differentiable(partials)
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(dlogprobs.view(logprobs.shape), inputs.entropy_weights)
+        ctx.save_for_backward(dlogprobs, entropy_weights)
         ctx.dtypes = (logprobs.dtype, None if entropy is None else entropy.dtype)
         return loss, partials
 
     @staticmethod
-    def backward(ctx: Any, dloss: Tensor | None, _: Tensor | None) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, dloss: Tensor | None, _: Tensor | None) -> dict[str, Tensor | None]:  # type: ignore[override]
         refuse_double_backward()
         if dloss is None:
-            return None, None, None, None, None
+            return {}
         dlogprobs, entropy_weights = ctx.saved_tensors
         logprobs_dtype, entropy_dtype = ctx.dtypes
         dentropy = None
         if ctx.needs_input_grad[1] and entropy_weights is not None:
             dentropy = (-entropy_weights * dloss).to(entropy_dtype)
-        return (dlogprobs * dloss).to(logprobs_dtype), dentropy, None, None, None
-
-
-def _flat(values: Tensor, inputs: PolicyInputs) -> Tensor:  # -> [N]
-    return values.detach().to(inputs.policy_weights.dtype).reshape(-1).contiguous()
+        return {"logprobs": (dlogprobs * dloss).to(logprobs_dtype), "entropy": dentropy}
 
 
 def policy_loss(
@@ -240,13 +244,17 @@ def policy_loss_of(
 ) -> PolicyLossOutput:
     """``policy_loss`` of inputs that are already validated, on a backend that is already resolved."""
     if backend == "torch":
-        dtype = inputs.policy_weights.dtype
+        dtype = inputs.weights.dtype
         upcast = None if entropy is None else entropy.to(dtype)
         loss, partials = reference.policy_loss(logprobs.to(dtype), inputs, upcast, config)
     else:
-        inputs, of_weights = settle(inputs, logprobs, entropy, config)
-        loss, partials = _PolicyLoss.apply(logprobs, entropy, inputs, config.code(), backend)
+        inputs, of_weights = finish_weights(inputs, logprobs, entropy, config)
+        has_bonus = entropy is not None and inputs.entropy_weights is not None
+        entropy_weights = inputs.at_tokens(inputs.entropy_weights) if has_bonus else None
+        call = PolicyLossCall.of(inputs, config)
+        loss, partials = _PolicyLoss.apply(logprobs, entropy, call, entropy_weights, backend)
         partials = partials if of_weights is None else torch.cat([partials, of_weights])
     if divergence is not None:
-        loss, partials = inputs.add_divergence(loss, partials, divergence, config)
+        weights = inputs.at_tokens(inputs.weights)
+        loss, partials = add_divergence(loss, partials, divergence, inputs.mask, weights, config.beta)
     return PolicyLossOutput(loss, policy_metrics(partials, config, entropy is not None))

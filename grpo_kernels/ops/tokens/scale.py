@@ -8,18 +8,19 @@ from typing import Any
 from torch import Tensor
 
 from grpo_kernels.ops.gradients import refuse_second_backward
-from grpo_kernels.ops.registration import define, lazily
+from grpo_kernels.ops.registration import define, lazy_import
 
 #: ``gradient *= factor`` by a kernel that reads the scalar where it lies and stops at 1.
 _SCALE = define(
     "scale",
-    "(Tensor(a!) gradient, Tensor factor) -> ()",
+    {"gradient": "Tensor(a!)", "factor": "Tensor"},
+    "()",
     lambda gradient, factor: None,
-    {"triton": lazily("grpo_kernels.ops.tokens.triton.scale", "scale")},
+    {"triton": lazy_import("grpo_kernels.ops.tokens.triton.scale", "scale")},
 )
 
 
-def hand_over(
+def scale_gradients(
     ctx: Any, factor: Tensor, backend: str, gradients: Sequence[Tensor | None] | None = None
 ) -> tuple[Tensor | None, ...]:
     """The gradients that a forward saved, times the upstream scalar, in their own memory: all, or those given."""

@@ -12,9 +12,11 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from grpo_kernels.ops.rows.transform import Transform
 from grpo_kernels.ops.tokens.triton.launch import processors_of
 
-#: ``Blocks`` by architecture, kernel, bytes of an element and vocabulary; ``make tune`` writes a GPU's own.
+#: ``Blocks`` by architecture, kernel, bytes of an element and vocabulary. Their source is "rule" (derived from how many
+#: threads and rows fit, never timed) or "measured" (``make tune`` writes a GPU's own).
 TABLE = Path(__file__).with_name("triton_blocks.json")
 #: Arguments that no kernel over rows is compiled for: strides, and what is one value a token, read one at a time.
 STRIDES = ["batch_stride", "row_stride", "dbatch_stride", "drow_stride"]
@@ -27,8 +29,7 @@ class Curve(IntEnum):
     """What the logits become before they are scaled; mirrored in softmax.py."""
 
     PLAIN = 0
-    NEGATED = 1
-    SOFTCAP = 2
+    SOFTCAP = 1
 
 
 class Alignment(IntEnum):
@@ -109,19 +110,18 @@ def architecture(device: torch.device) -> str:
     return "sm_{}{}".format(*torch.cuda.get_device_capability(device))
 
 
-def curve_of(softcap: float, logit_scale: float) -> Curve:
-    """The curve of a transform; a softcap's tanh takes the sign of the scale along."""
-    if softcap > 0:
-        return Curve.SOFTCAP
-    return Curve.NEGATED if logit_scale < 0 else Curve.PLAIN
+def curve_of(transform: Transform) -> Curve:
+    """The curve of a transform."""
+    return Curve.SOFTCAP if transform.softcap > 0 else Curve.PLAIN
 
 
-def transform_arguments(temperature: float, softcap: float, logit_scale: float) -> tuple[float, float, float]:
+def transform_arguments(transform: Transform) -> tuple[float, float, float]:
     """``inner``, ``rate`` and ``slope``, as softmax.py takes the transform apart."""
-    slope = logit_scale / temperature
-    if softcap > 0:
-        return logit_scale / softcap, softcap / temperature * math.log2(math.e), slope
-    return 1.0, abs(slope) * math.log2(math.e), slope
+    slope = transform.logit_scale / transform.temperature
+    if transform.softcap > 0:
+        outer = transform.softcap / transform.temperature
+        return transform.logit_scale / transform.softcap, outer * math.log2(math.e), slope
+    return 1.0, slope * math.log2(math.e), slope
 
 
 def check_rows(logits: Tensor, ids: Tensor, dlogits: Tensor | None = None) -> None:

@@ -1,7 +1,7 @@
 """Rows of logits as Triton device functions: addresses, online softmax, gradient. The only Triton copy.
 
-A row is taken in powers of two. With ``y = outer v(z)``, ``v`` being ``z``, ``-z`` or ``tanh(inner z)``, the exponent
-of an element is ``t = (v - base) rate`` for ``rate = outer log2 e``. The difference comes first: what all logits have
+A row is taken in powers of two. With ``y = outer v(z)``, ``v`` being ``z`` or ``tanh(inner z)``, the exponent of
+an element is ``t = (v - base) rate`` for ``rate = outer log2 e``. The difference comes first: what all logits have
 in common costs no digits then, and the largest has exponent 0 exactly. Kernels take ``inner``, ``rate`` and ``slope``
 in fp64, for fp64 logits, and bring them to the arithmetic's type by ``tl.full([], x, ACC)``.
 
@@ -20,7 +20,7 @@ import triton.language as tl
 from grpo_kernels.ops.tokens.triton.elementary import expm1, log2, tanh
 
 #: What ``v`` is; in the order of launch.Curve.
-_NEGATED, _SOFTCAP = tl.constexpr(1), tl.constexpr(2)
+_SOFTCAP = tl.constexpr(1)
 #: How rows lie; in the order of launch.Alignment.
 _SHIFTED, _LOOSE = tl.constexpr(1), tl.constexpr(2)
 #: An exponent with the same power (0) as -inf, whose product with 0 is not NaN.
@@ -35,8 +35,6 @@ def transform(z, inner, CURVE: tl.constexpr):
     """``v``, of logits in the arithmetic's type."""
     if CURVE == _SOFTCAP:
         return tanh(z * inner)
-    if CURVE == _NEGATED:
-        return -z
     return z
 
 

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from grpo_kernels.device_values import first_bad
 from grpo_kernels.dtypes import accumulation_dtype
+from grpo_kernels.ops.rows.calls import DivergenceCall
 from grpo_kernels.ops.rows.triton.divergence import (
     BETWEEN,
     divergence_gradient,
@@ -183,21 +184,12 @@ def _token_divergence_kernel(
 def token_divergence(
     logits: Tensor,  # [B, T or T + 1, V]
     reference_logits: Tensor,  # like logits
-    ids: Tensor,  # [B, T]
-    mask: Tensor | None,  # [B, T], like the upstream gradients
-    dlogprobs: Tensor | None,
-    dentropy: Tensor | None,
-    ddivergence: Tensor | None,
-    mixture: float,
-    temperature: float,
-    softcap: float,
-    logit_scale: float,
-    divergence_temperature: float,
-    reference_softcap: float,
-    reference_logit_scale: float,
+    call: DivergenceCall,
     dlogits: Tensor | None,  # like logits
 ) -> tuple[Tensor, ...]:
     """The registered op."""
+    ids, mask, comparison = call.ids, call.mask, call.comparison
+    dlogprobs, dentropy, ddivergence = call.dlogprobs, call.dentropy, call.ddivergence
     check_rows(logits, ids, dlogits)
     check_rows(reference_logits, ids, logits)
     check_tokens(ids.numel(), torch.bool, mask=mask)
@@ -213,11 +205,10 @@ def token_divergence(
         all_strides = strides + other + (dstrides or ())
         is_aligned = all(stride % vector == 0 for stride in all_strides)
         grid, sizes = blocks.launch(rows, vector, logits.device, False)
-        inner, rate, slope = transform_arguments(temperature, softcap, logit_scale)
-        _, own_rate, own_slope = transform_arguments(divergence_temperature, softcap, logit_scale)
-        reference_inner, reference_rate, _ = transform_arguments(
-            divergence_temperature, reference_softcap, reference_logit_scale
-        )
+        inner, rate, slope = transform_arguments(comparison.transform)
+        _, own_rate, own_slope = transform_arguments(comparison.divergence_transform)
+        reference_inner, reference_rate, _ = transform_arguments(comparison.reference_transform)
+        mixture = comparison.mixture
         _token_divergence_kernel[grid](
             logits,
             *strides,
@@ -247,10 +238,10 @@ def token_divergence(
             reference_inner,
             reference_rate,
             KIND=int(mixture) if mixture in (0.0, 1.0) else BETWEEN.value,
-            IS_ONE=divergence_temperature == temperature,
+            IS_ONE=comparison.divergence_temperature == comparison.temperature,
             IS_NARROWED=out is not None and out.element_size() < logits.element_size(),
-            CURVE=curve_of(softcap, logit_scale),
-            REFERENCE_CURVE=curve_of(reference_softcap, reference_logit_scale),
+            CURVE=curve_of(comparison.transform),
+            REFERENCE_CURVE=curve_of(comparison.reference_transform),
             ALIGNMENT=Alignment.ALIGNED if is_aligned else Alignment.LOOSE,
             ACC=arithmetic(logits.dtype),
             **sizes,

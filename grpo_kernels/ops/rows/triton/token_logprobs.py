@@ -9,7 +9,7 @@ from torch import Tensor
 
 from grpo_kernels.device_values import first_bad
 from grpo_kernels.dtypes import accumulation_dtype
-from grpo_kernels.ops.rows.token_logprobs import empty_statistics
+from grpo_kernels.ops.rows.calls import GradientCall, StatisticsCall, empty_statistics
 from grpo_kernels.ops.rows.triton.launch import (
     STRIDES,
     TOKENS,
@@ -167,16 +167,9 @@ def hold_ids(ids: Tensor, mask: Tensor | None, vocab: int) -> Tensor:  # [N] -> 
     return held
 
 
-def token_logprobs_fwd(
-    logits: Tensor,  # [B, T or T + 1, V]
-    ids: Tensor,  # [B, T]
-    mask: Tensor | None,  # [B, T]
-    temperature: float,
-    softcap: float,
-    logit_scale: float,
-    outputs: int,
-) -> tuple[Tensor, ...]:
+def token_logprobs_fwd(logits: Tensor, call: StatisticsCall) -> tuple[Tensor, ...]:  # [B, T or T + 1, V]
     """The registered op."""
+    ids, mask, outputs = call.ids, call.mask, call.outputs
     check_rows(logits, ids)
     check_tokens(ids.numel(), torch.bool, mask=mask)
     statistics = empty_statistics(logits, ids.shape, outputs)
@@ -189,7 +182,7 @@ def token_logprobs_fwd(
     is_plain = alignment == Alignment.ALIGNED and vocab % vector == 0 and outputs <= 1
     blocks = blocks_of("statistics", vocab, logits.element_size(), logits.device)
     grid, sizes = blocks.launch(ids.numel(), vector, logits.device, is_plain)
-    inner, rate, _ = transform_arguments(temperature, softcap, logit_scale)
+    inner, rate, _ = transform_arguments(call.transform)
     _token_logprobs_fwd_kernel[grid](
         logits,
         *strides,
@@ -207,7 +200,7 @@ def token_logprobs_fwd(
         vocab,
         inner,
         rate,
-        CURVE=curve_of(softcap, logit_scale),
+        CURVE=curve_of(call.transform),
         ALIGNMENT=alignment,
         ACC=arithmetic(logits.dtype),
         **sizes,
@@ -286,21 +279,10 @@ def _token_logprobs_bwd_kernel(
             zero_row(drow_ptr, columns, dshift, vocab, ALIGNMENT)
 
 
-def token_logprobs_bwd(
-    logits: Tensor,  # [B, T or T + 1, V]
-    ids: Tensor,  # [B, T]
-    mask: Tensor | None,  # [B, T]
-    logprobs: Tensor,
-    lse: Tensor,
-    entropy: Tensor,
-    dlogprobs: Tensor | None,
-    dentropy: Tensor | None,
-    temperature: float,
-    softcap: float,
-    logit_scale: float,
-    dlogits: Tensor,  # like logits
-) -> None:
+def token_logprobs_bwd(logits: Tensor, call: GradientCall, dlogits: Tensor) -> None:  # [B, T or T + 1, V], like logits
     """The registered op."""
+    ids, mask, dlogprobs, dentropy = call.ids, call.mask, call.dlogprobs, call.dentropy
+    logprobs, lse, entropy = call.logprobs, call.lse, call.entropy
     check_rows(logits, ids, dlogits)
     check_tokens(ids.numel(), torch.bool, mask=mask)
     check_tokens(ids.numel(), torch.float64, lse=lse)
@@ -333,9 +315,9 @@ def token_logprobs_bwd(
             logits.shape[1],
             ids.shape[1],
             vocab,
-            *transform_arguments(temperature, softcap, logit_scale),
+            *transform_arguments(call.transform),
             IS_NARROWED=is_narrowed,
-            CURVE=curve_of(softcap, logit_scale),
+            CURVE=curve_of(call.transform),
             ALIGNMENT=alignment,
             ACC=arithmetic(logits.dtype),
             **sizes,

@@ -67,14 +67,44 @@ def normalized(value, mean, std, low, high, eps, IS_SCALED: tl.constexpr):
 
 
 @triton.jit
-def group_advantage(rewards_ptr, s, size, eps, first_bad_ptr, IS_SCALED: tl.constexpr, BLOCK: tl.constexpr):
-    """The advantage of completion ``s`` from rewards ``[S]``; 0 where its reward is missing."""
-    mean, std, low, high = moments(rewards_ptr, None, s // size * size, size, 1, 0, 1, BLOCK)
-    reward = tl.load(rewards_ptr + s).to(tl.float64)
-    if tl.abs(reward) == float("inf"):
-        tl.atomic_min(first_bad_ptr + 1, s)
-    value = normalized(reward, mean, std, low, high, eps, IS_SCALED)
-    return tl.where(value == value, value, 0.0)
+def write_group_advantages(
+    rewards_ptr,  # [S], in whole groups
+    advantages_ptr,  # [S]
+    sequences,
+    size,  # of a group
+    eps,
+    first_bad_ptr,  # [4]
+    IS_SCALED: tl.constexpr,
+    LANES: tl.constexpr,
+):
+    """Writes the advantage of every completion, 0 where its reward is missing. A lane takes a completion, and reads its
+    group alone: rewards are few, and no thread waits for another."""
+    for start in range(0, sequences, LANES):
+        s = start + tl.arange(0, LANES).to(tl.int64)
+        inside = s < sequences
+        group_ptr = rewards_ptr + s // size * size
+        total = tl.zeros([LANES], tl.float64)
+        present = tl.zeros([LANES], tl.int32)
+        low = tl.full([LANES], float("inf"), tl.float64)
+        high = tl.full([LANES], float("-inf"), tl.float64)
+        for i in range(0, size):
+            value = tl.load(group_ptr + i, mask=inside, other=0.0).to(tl.float64)
+            given = value == value
+            total += tl.where(given, value, 0.0)
+            present += given.to(tl.int32)
+            low = tl.where(value < low, value, low)
+            high = tl.where(value > high, value, high)
+        mean = total / tl.maximum(present, 1).to(tl.float64)
+        squares = tl.zeros([LANES], tl.float64)
+        for i in range(0, size):
+            value = tl.load(group_ptr + i, mask=inside, other=0.0).to(tl.float64)
+            squares += tl.where(value == value, (value - mean) * (value - mean), 0.0)
+        std = tl.sqrt(squares / tl.maximum(present - 1, 1).to(tl.float64))
+        reward = tl.load(rewards_ptr + s, mask=inside, other=0.0).to(tl.float64)
+        tl.atomic_min(first_bad_ptr + 1 + s * 0, s, mask=inside & (tl.abs(reward) == float("inf")))
+        value = normalized(reward, mean, std, low, high, eps, IS_SCALED)
+        value = tl.where(value == value, value, 0.0)
+        tl.store(advantages_ptr + s, value.to(advantages_ptr.dtype.element_ty), mask=inside)
 
 
 @triton.jit(do_not_specialize=["batch", "size", "functions", "summed"])

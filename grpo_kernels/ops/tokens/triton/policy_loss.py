@@ -8,10 +8,13 @@ import triton.language as tl
 from torch import Tensor
 
 from grpo_kernels.device_values import first_bad
+from grpo_kernels.loss.fields import check_fields
 from grpo_kernels.loss.metrics import KERNEL_PARTIALS, Partial
-from grpo_kernels.loss.options import KL_ESTIMATORS, Level, Option, Param, Surrogate
-from grpo_kernels.ops.tokens.triton.launch import arithmetic, as_bytes, check_tokens
-from grpo_kernels.ops.tokens.triton.policy_math import averaged_log_ratio, token_loss
+from grpo_kernels.loss.options import Level
+from grpo_kernels.ops.tokens.calls import PolicyLossCall
+from grpo_kernels.ops.tokens.triton.fields import FIELDS, completion_of, kernel_fields, layout_of, load_field
+from grpo_kernels.ops.tokens.triton.launch import arithmetic, check_tokens
+from grpo_kernels.ops.tokens.triton.policy_math import averaged_log_ratio, encode, loss_variant, token_loss
 
 _BLOCK = 1024  # tokens, or sequences, that a program holds at once
 _WARPS = 16
@@ -31,76 +34,41 @@ _SEQUENCE_LEVEL = tl.constexpr(int(Level.SEQUENCE))
 _GEOMETRIC_LEVEL = tl.constexpr(int(Level.GEOMETRIC))
 
 
-def policy_arguments(params: list[float]) -> tuple[float, ...]:
-    """The real parameters, in the order in which kernels take them."""
-    if len(params) != len(Param):
-        raise ValueError(f"params must have {len(Param)} entries, got {len(params)}")
-    return tuple(params[p] for p in Param)
-
-
-def policy_variant(options: list[int]) -> dict[str, int]:
-    """What a kernel is compiled for.
-
-    Raises:
-        ValueError: There is an option that these kernels do not know.
-    """
-    if len(options) != len(Option):
-        raise ValueError(f"options must have {len(Option)} entries, got {len(options)}")
-    known = {Option.SURROGATE: Surrogate, Option.LEVEL: Level, Option.KL_ESTIMATOR: KL_ESTIMATORS.values()}
-    for option, values in known.items():
-        if options[option] not in list(values):
-            raise ValueError(f"options must have a {option.name} that the kernels know, got {options[option]}")
-    return {
-        "SURROGATE": options[Option.SURROGATE],
-        "LEVEL": options[Option.LEVEL],
-        "KL_ESTIMATOR": options[Option.KL_ESTIMATOR],
-        "KL_GRADIENT": options[Option.KL_GRADIENT],
-        "BIAS_CORRECTED": options[Option.BIAS_CORRECTED_KL],
-    }
-
-
-@triton.jit(do_not_specialize=["tokens", "sequences"])
+@triton.jit(do_not_specialize=[*FIELDS, "tokens", "sequences", "loss_params"])
 def _policy_loss_kernel(
     logprobs_ptr,  # [N]
     entropy_ptr,  # [N] or None
-    mask_ptr,  # [N], like the next three
+    mask_ptr,  # [N], fields of the tokens; see TokenFields
+    sequence_ids_ptr,  # or None, like all that follow but the weights
     advantages_ptr,
-    policy_weights_ptr,
-    kl_weights_ptr,
-    entropy_weights_ptr,  # [N] or None, like the next two
+    weights_ptr,
+    policy_factors_ptr,
+    entropy_weights_ptr,
     old_logprobs_ptr,
     ref_logprobs_ptr,
-    offsets_ptr,  # [S + 1]
+    offsets_ptr,  # [S + 1], or None where every sequence has as many tokens
     dlogprobs_ptr,  # [N]
     totals_ptr,  # [KERNEL_PARTIALS + 1, S] fp64
     first_bad_ptr,  # [4] or None
     tokens,
     sequences,
-    ratio_low: tl.float64,
-    ratio_high: tl.float64,
-    delta: tl.float64,
-    beta: tl.float64,
-    temperature_pos: tl.float64,
-    temperature_neg: tl.float64,
-    log_ratio_clamp: tl.float64,
-    kl_clamp: tl.float64,
-    SURROGATE: tl.constexpr,
-    LEVEL: tl.constexpr,
-    KL_ESTIMATOR: tl.constexpr,
-    KL_GRADIENT: tl.constexpr,
-    BIAS_CORRECTED: tl.constexpr,
+    loss_params,  # LossParams
+    VARIANT: tl.constexpr,  # LossVariant
+    LAYOUT: tl.constexpr,  # Layout
     ACC: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     s = tl.program_id(0).to(tl.int64)
-    begin = tl.maximum(tl.load(offsets_ptr + s), 0)
-    end = tl.minimum(tl.load(offsets_ptr + s + 1), tokens)  # values are not checked on a GPU; reads stay inside
+    if offsets_ptr is not None:
+        begin = tl.maximum(tl.load(offsets_ptr + s), 0)
+        end = tl.minimum(tl.load(offsets_ptr + s + 1), tokens)  # values are not checked on a GPU; reads stay inside
+    else:
+        begin = s * (tokens // sequences)
+        end = begin + tokens // sequences
     lanes = tl.arange(0, BLOCK)
     mean = tl.full([], 0.0, ACC)
     is_alone = end > begin
-    low_ = tl.full([], ratio_low, ACC)
-    high_ = tl.full([], ratio_high, ACC)
-    if LEVEL != _TOKEN_LEVEL:
+    if VARIANT.level != _TOKEN_LEVEL:
         log_ratios = tl.zeros([BLOCK], tl.float64)
         count = tl.zeros([BLOCK], tl.float64)
         for start in range(begin, end, BLOCK):
@@ -110,8 +78,10 @@ def _policy_loss_kernel(
             old_logprob = logprob  # on-policy 0, or a NaN's NaN
             if old_logprobs_ptr is not None:
                 old_logprob = tl.load(old_logprobs_ptr + n, mask=live, other=0.0)
-            advantage = tl.load(advantages_ptr + n, mask=live, other=0.0)
-            averaged, _ = averaged_log_ratio(logprob - old_logprob, advantage, low_, high_, LEVEL)
+            advantage = load_field(
+                advantages_ptr, completion_of(sequence_ids_ptr, s, n, live), n, live, LAYOUT.advantages
+            )
+            averaged, _ = averaged_log_ratio(logprob - old_logprob, advantage, loss_params, VARIANT)
             log_ratios += tl.where(live, averaged, 0.0).to(tl.float64)
             count += live.to(tl.float64)
         total = tl.sum(count, 0)
@@ -134,8 +104,13 @@ def _policy_loss_kernel(
         if old_logprobs_ptr is not None:
             old_logprob = tl.load(old_logprobs_ptr + n, mask=live, other=0.0)
         log_ratio = logprob - old_logprob  # on-policy 0, or a NaN's NaN
-        if LEVEL != _TOKEN_LEVEL:
+        if VARIANT.level != _TOKEN_LEVEL:
             log_ratio = tl.zeros([BLOCK], ACC) + mean
+        completion = completion_of(sequence_ids_ptr, s, n, live)
+        weight = load_field(weights_ptr, completion, n, live, LAYOUT.weights)
+        policy_weight = weight
+        if policy_factors_ptr is not None:
+            policy_weight *= tl.load(policy_factors_ptr + n, mask=live, other=0.0)
         ref_logprob = logprob
         if ref_logprobs_ptr is not None:
             ref_logprob = tl.load(ref_logprobs_ptr + n, mask=live, other=0.0)
@@ -145,23 +120,12 @@ def _policy_loss_kernel(
             is_alone,
             old_logprob,
             ref_logprob,
-            tl.load(advantages_ptr + n, mask=live, other=0.0),
-            tl.load(policy_weights_ptr + n, mask=live, other=0.0),
-            tl.load(kl_weights_ptr + n, mask=live, other=0.0),
-            low_,
-            high_,
-            tl.full([], delta, ACC),
-            tl.full([], beta, ACC),
-            tl.full([], temperature_pos, ACC),
-            tl.full([], temperature_neg, ACC),
-            tl.full([], log_ratio_clamp, ACC),
-            tl.full([], kl_clamp, ACC),
+            load_field(advantages_ptr, completion, n, live, LAYOUT.advantages),
+            policy_weight,
+            weight,
+            loss_params,
             ref_logprobs_ptr is not None,
-            SURROGATE,
-            LEVEL,
-            KL_ESTIMATOR,
-            KL_GRADIENT,
-            BIAS_CORRECTED,
+            VARIANT,
         )
         if first_bad_ptr is not None:
             first_infinite = tl.minimum(first_infinite, tl.where(live & (tl.abs(loss) == float("inf")), n, end))
@@ -174,8 +138,11 @@ def _policy_loss_kernel(
             entropy = tl.load(entropy_ptr + n, mask=live, other=0.0).to(tl.float64)
             entropies += entropy
             if entropy_weights_ptr is not None:
-                losses -= tl.load(entropy_weights_ptr + n, mask=live, other=0.0).to(tl.float64) * entropy
-        if (LEVEL == _SEQUENCE_LEVEL) | (LEVEL == _GEOMETRIC_LEVEL):
+                losses -= (
+                    load_field(entropy_weights_ptr, completion, n, live, LAYOUT.entropy_weights).to(tl.float64)
+                    * entropy
+                )
+        if (VARIANT.level == _SEQUENCE_LEVEL) | (VARIANT.level == _GEOMETRIC_LEVEL):
             dmeans += tl.where(live, dlog_ratio, 0.0).to(tl.float64)
         else:
             dlogprob += dlog_ratio
@@ -186,22 +153,23 @@ def _policy_loss_kernel(
             tl.atomic_min(first_bad_ptr + 3, index)
     total = tl.sum(count, 0)
     share = tl.where(total > 0, total, 1.0)
-    if (LEVEL == _SEQUENCE_LEVEL) | (
-        LEVEL == _GEOMETRIC_LEVEL
-    ):  # the mean hands its derivative to its tokens in equal parts
+    if (VARIANT.level == _SEQUENCE_LEVEL) | (VARIANT.level == _GEOMETRIC_LEVEL):
+        # the mean hands its derivative to its tokens in equal parts
         part = (tl.sum(dmeans, 0) / share).to(ACC)
         tl.debug_barrier()  # what is read here, other threads may have written
         for start in range(begin, end, BLOCK):
             n = start + lanes
             live = tl.load(mask_ptr + n, mask=n < end, other=0) != 0
-            if LEVEL == _GEOMETRIC_LEVEL:
+            if VARIANT.level == _GEOMETRIC_LEVEL:
                 log_ratio = tl.load(logprobs_ptr + n, mask=live, other=0.0)
                 if old_logprobs_ptr is not None:
                     log_ratio -= tl.load(old_logprobs_ptr + n, mask=live, other=0.0)
                 else:
                     log_ratio -= log_ratio
-                advantage = tl.load(advantages_ptr + n, mask=live, other=0.0)
-                _, passes = averaged_log_ratio(log_ratio, advantage, low_, high_, LEVEL)
+                advantage = load_field(
+                    advantages_ptr, completion_of(sequence_ids_ptr, s, n, live), n, live, LAYOUT.advantages
+                )
+                _, passes = averaged_log_ratio(log_ratio, advantage, loss_params, VARIANT)
                 live = live & passes
             dlogprob = tl.load(dlogprobs_ptr + n, mask=live, other=0.0)
             tl.store(dlogprobs_ptr + n, dlogprob + part, mask=live)
@@ -210,7 +178,7 @@ def _policy_loss_kernel(
     low_min = low / share
     high_max = high / share
     ratios = total
-    if LEVEL == _SEQUENCE_LEVEL:
+    if VARIANT.level == _SEQUENCE_LEVEL:
         ratios = total * 0.0 + 1.0
         low = low_min
         high = high_max
@@ -252,52 +220,32 @@ def _totals_kernel(totals_ptr, loss_ptr, partials_ptr, sequences, BLOCK: tl.cons
         tl.store(partials_ptr + which, total.to(partials_ptr.dtype.element_ty))
 
 
-def policy_loss_fwd(
-    logprobs: Tensor,  # [N]
-    entropy: Tensor | None,  # [N]
-    mask: Tensor,
-    advantages: Tensor,
-    policy_weights: Tensor,
-    kl_weights: Tensor,
-    entropy_weights: Tensor | None,
-    old_logprobs: Tensor | None,
-    ref_logprobs: Tensor | None,
-    offsets: Tensor,  # [S + 1]
-    options: list[int],
-    params: list[float],
-    keeps_infinite: bool = False,
-) -> tuple[Tensor, Tensor, Tensor]:
+def policy_loss_fwd(logprobs: Tensor, entropy: Tensor | None, call: PolicyLossCall) -> tuple[Tensor, ...]:  # [N], [N]
     """The registered op."""
-    tokens, dtype = logprobs.shape[0], logprobs.dtype
-    check_tokens(tokens, torch.bool, mask=mask)
-    check_tokens(tokens, dtype, entropy=entropy, advantages=advantages, policy_weights=policy_weights)
-    check_tokens(tokens, dtype, kl_weights=kl_weights, entropy_weights=entropy_weights)
-    check_tokens(tokens, dtype, old_logprobs=old_logprobs, ref_logprobs=ref_logprobs)
-    check_tokens(offsets.numel(), torch.int64, offsets=offsets)
-    sequences = offsets.shape[0] - 1
+    tokens, sequences, dtype = logprobs.numel(), call.sequences, logprobs.dtype
+    check_fields(call.fields, sequences, tokens, dtype)
+    if call.fields.advantages is None:
+        raise ValueError("advantages must be given, got None")
+    check_tokens(tokens, dtype, entropy=entropy)
+    check_tokens(sequences + 1, torch.int64, offsets=call.offsets)
     loss, partials = logprobs.new_empty(()), logprobs.new_empty(KERNEL_PARTIALS)
     dlogprobs = torch.empty_like(logprobs)
     totals = logprobs.new_empty((KERNEL_PARTIALS + 1, sequences), dtype=torch.float64)
-    variant = policy_variant(options)
+    variant = loss_variant(call.code.options)
     if sequences:
         _policy_loss_kernel[(sequences,)](
             logprobs,
             entropy,
-            as_bytes(mask),
-            advantages,
-            policy_weights,
-            kl_weights,
-            entropy_weights,
-            old_logprobs,
-            ref_logprobs,
-            offsets,
+            *kernel_fields(call.fields),
+            call.offsets,
             dlogprobs,
             totals,
-            first_bad(logprobs.device) if keeps_infinite else None,
-            logprobs.shape[0],
+            first_bad(logprobs.device) if call.keeps_infinite else None,
+            tokens,
             sequences,
-            *policy_arguments(params),
-            **variant,
+            encode(call.code.params),
+            VARIANT=variant,
+            LAYOUT=layout_of(call.fields),
             ACC=arithmetic(logprobs.dtype),
             BLOCK=_BLOCK,
             num_warps=_WARPS,

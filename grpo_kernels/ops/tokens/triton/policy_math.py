@@ -5,12 +5,16 @@ The same functions as csrc/policy_math.h, and as loss/reference.py with autograd
 
 from __future__ import annotations
 
+import ctypes
+import math
+from collections import namedtuple
+
 import torch
 import triton
 import triton.language as tl
 
 from grpo_kernels.loss import limits
-from grpo_kernels.loss.options import KL_ESTIMATORS, KL_GRADIENTS, Level, Surrogate
+from grpo_kernels.loss.options import KL_ESTIMATORS, KL_GRADIENTS, Level, Option, Param, Surrogate
 from grpo_kernels.ops.tokens.triton.elementary import expm1
 
 _CLIP, _CISPO, _SAPO = (tl.constexpr(int(s)) for s in (Surrogate.CLIP, Surrogate.CISPO, Surrogate.SAPO))
@@ -26,6 +30,59 @@ _JOINT = tl.constexpr(limits.largest_joint(torch.float32) - limits.largest_log_r
 _NEAR, _DISTANCE = tl.constexpr(limits.NEAR), tl.constexpr(limits.DISTANCE)
 _K1, _K2, _K3 = (tl.constexpr(KL_ESTIMATORS[name]) for name in ("k1", "k2", "k3"))
 
+#: The loss's real parameters as one kernel argument, read by ``decode(params.beta, dtype)``. Each is three numbers of
+#: fp32, for that is the type of every float inside a tuple; integers there would be part of what a kernel is compiled
+#: for. No kernel may call the argument ``params``: Triton's launcher has a variable of that name.
+LossParams = namedtuple("LossParams", [param.name.lower() for param in Param])
+#: What the loss's maths is compiled for, as one constant of a kernel.
+LossVariant = namedtuple("LossVariant", [option.name.lower() for option in Option])
+
+
+def encode(params: list[float]) -> LossParams:
+    """The real parameters, as kernels take them."""
+    if len(params) != len(Param):
+        raise ValueError(f"params must have {len(Param)} entries, got {len(params)}")
+    return LossParams(*(_parts(value) for value in params))
+
+
+def _parts(value: float) -> tuple[float, float, float]:
+    """The nearest fp32, that of what it leaves, and of the rest: together exact, from 1e-29 to fp32's largest number;
+    past that infinite."""
+    high = _fp32(value)
+    if math.isinf(high):
+        return high, 0.0, 0.0
+    middle = _fp32(value - high)
+    return high, middle, value - high - middle
+
+
+def _fp32(value: float) -> float:
+    return ctypes.c_float(value).value
+
+
+def loss_variant(options: list[int]) -> LossVariant:
+    """What a kernel is compiled for.
+
+    Raises:
+        ValueError: There is an option that these kernels do not know.
+    """
+    if len(options) != len(Option):
+        raise ValueError(f"options must have {len(Option)} entries, got {len(options)}")
+    known = {Option.SURROGATE: Surrogate, Option.LEVEL: Level, Option.KL_ESTIMATOR: KL_ESTIMATORS.values()}
+    for option, values in known.items():
+        if options[option] not in list(values):
+            raise ValueError(f"options must have a {option.name} that the kernels know, got {options[option]}")
+    return LossVariant(*options)
+
+
+@triton.jit
+def decode(parts, dtype: tl.constexpr):
+    """A parameter in the arithmetic's type."""
+    if dtype == tl.float64:
+        rest = tl.full([], parts[1], tl.float64) + tl.full([], parts[2], tl.float64)
+        return tl.full([], parts[0], tl.float64) + rest
+    else:
+        return tl.full([], parts[0], dtype)
+
 
 @triton.jit
 def largest_log_ratio(x):
@@ -40,15 +97,17 @@ def clamp(x, low, high):
 
 
 @triton.jit
-def clip_surrogate(ratio, advantage, ratio_low, ratio_high, delta):
+def clip_surrogate(ratio, advantage, params):
     """``min(min(r, delta) A, clip(r) A)`` and its derivative by the log-ratio.
 
     On a bound, and where both terms are equal, the derivative is autograd's: a clamp passes it on its bounds, and a
     minimum of equal terms passes half to each.
     """
+    ratio_low = decode(params.ratio_low, ratio.dtype)
+    ratio_high = decode(params.ratio_high, ratio.dtype)
+    delta = decode(params.delta, ratio.dtype)
     unclipped = tl.where(ratio > delta, delta, ratio) * advantage
-    clamped = tl.where(ratio < ratio_low, ratio_low, tl.where(ratio > ratio_high, ratio_high, ratio))
-    clipped = clamped * advantage
+    clipped = clamp(ratio, ratio_low, ratio_high) * advantage
     d_unclipped = tl.where(ratio > delta, 0.0, ratio * advantage)  # NaN passes
     d_clipped = tl.where((ratio < ratio_low) | (ratio > ratio_high), 0.0, ratio * advantage)
     value = tl.where(clipped < unclipped, clipped, unclipped)
@@ -58,18 +117,22 @@ def clip_surrogate(ratio, advantage, ratio_low, ratio_high, delta):
 
 
 @triton.jit
-def sapo_surrogate(ratio, advantage, temperature_pos, temperature_neg):
+def sapo_surrogate(ratio, advantage, params):
     """``4 / tau sigmoid(tau (r - 1)) A`` and its derivative by the log-ratio."""
+    temperature_pos = decode(params.temperature_pos, ratio.dtype)
+    temperature_neg = decode(params.temperature_neg, ratio.dtype)
     tau = tl.where(advantage > 0, temperature_pos, temperature_neg)
     gate = 1 / (1 + tl.exp(-tau * (ratio - 1)))
     return gate * 4 / tau * advantage, 4 * gate * (1 - gate) * ratio * advantage
 
 
 @triton.jit
-def averaged_log_ratio(log_ratio, advantage, ratio_low, ratio_high, LEVEL: tl.constexpr):
+def averaged_log_ratio(log_ratio, advantage, params, VARIANT: tl.constexpr):
     """A token's log-ratio as its sequence's mean takes it, and whether that passes a gradient: GMPO clips it."""
     passes = log_ratio == log_ratio
-    if LEVEL == _GEOMETRIC:
+    if VARIANT.level == _GEOMETRIC:
+        ratio_low = decode(params.ratio_low, log_ratio.dtype)
+        ratio_high = decode(params.ratio_high, log_ratio.dtype)
         bound = tl.where(advantage > 0, tl.log(ratio_high), tl.log(ratio_low))
         is_clipped = tl.where(advantage > 0, log_ratio > bound, log_ratio < bound)
         return tl.where(is_clipped, bound, log_ratio), ~is_clipped
@@ -100,30 +163,29 @@ def kl_penalty(
     difference,  # of the log-probability from the reference's
     log_ratio,  # clamped
     reference_log_ratio,  # where the log-ratio and the difference are both -inf
-    log_ratio_clamp,
-    kl_clamp,
-    ESTIMATOR: tl.constexpr,
-    GRADIENT: tl.constexpr,
-    BIAS_CORRECTED: tl.constexpr,
+    params,
+    VARIANT: tl.constexpr,
 ):
     """The estimate, clamped, its derivatives by the log-ratio and by the log-probability, whether it has no bound.
 
     Straight-through, the second is k2's; importance-weighted, that of the product with a weight ``exp(l - sg l)``;
     bias-corrected, all are times the ratio.
     """
+    log_ratio_clamp = decode(params.log_ratio_clamp, difference.dtype)
+    kl_clamp = decode(params.kl_clamp, difference.dtype)
     d = clamp(difference, -log_ratio_clamp, log_ratio_clamp)
-    kl, dlogprob, is_infinite = kl_estimate(d, ESTIMATOR)
-    if GRADIENT == _IMPORTANCE_WEIGHTED:
+    kl, dlogprob, is_infinite = kl_estimate(d, VARIANT.kl_estimator)
+    if VARIANT.kl_gradient == _IMPORTANCE_WEIGHTED:
         dlogprob += kl
     is_clamped = (kl > kl_clamp) | (kl < -kl_clamp)
     is_infinite = is_infinite & ~is_clamped
     dlogprob = tl.where(is_clamped, 0.0, dlogprob)
-    if GRADIENT == _STRAIGHT_THROUGH:
+    if VARIANT.kl_gradient == _STRAIGHT_THROUGH:
         dlogprob = clamp(d, -_DISTANCE, _DISTANCE)
     is_d_clamped = (d < difference) | (d > difference)
     dlogprob = tl.where(is_d_clamped, 0.0, dlogprob)
     kl = clamp(kl, -kl_clamp, kl_clamp)
-    if not BIAS_CORRECTED:
+    if not VARIANT.bias_corrected_kl:
         return kl, tl.zeros_like(kl), dlogprob, is_infinite
     largest = largest_log_ratio(d)
     limited = tl.where(log_ratio > largest, largest, log_ratio)
@@ -132,7 +194,9 @@ def kl_penalty(
     is_infinite = (ratio != 0) & (kl != 0) & (is_infinite | (log_ratio > largest))
     kl = clamp(kl * ratio, -most, most)
     dlogprob = clamp(dlogprob * ratio, -most, most)
-    if ESTIMATOR == _K3:  # far below the reference exp(-d) may be past the largest number while r is below the least
+    if (
+        VARIANT.kl_estimator == _K3
+    ):  # far below the reference exp(-d) may be past the largest number while r is below the least
         is_far = ((d < -_NEAR) | (limited - d > largest + _JOINT)) & ~is_clamped
         joint = log_ratio - d
         joint = tl.where((joint != joint) & (log_ratio == log_ratio), reference_log_ratio, joint)
@@ -154,20 +218,9 @@ def token_loss(
     advantage,
     policy_weight,
     kl_weight,
-    ratio_low,
-    ratio_high,
-    delta,
-    beta,
-    temperature_pos,
-    temperature_neg,
-    log_ratio_clamp,
-    kl_clamp,
+    params,  # LossParams
     HAS_REF: tl.constexpr,
-    SURROGATE: tl.constexpr,
-    LEVEL: tl.constexpr,
-    KL_ESTIMATOR: tl.constexpr,
-    KL_GRADIENT: tl.constexpr,
-    BIAS_CORRECTED: tl.constexpr,
+    VARIANT: tl.constexpr,  # LossVariant
 ):
     """What an unmasked token adds to the loss, without the entropy bonus, and to the metrics.
 
@@ -175,8 +228,11 @@ def token_loss(
         loss, its derivatives by the log-ratio and (directly) by the log-probability, KL, clipped low, clipped high. An
         infinite loss is of a token without a bound; its derivatives are finite.
     """
+    ratio_low = decode(params.ratio_low, logprob.dtype)
+    ratio_high = decode(params.ratio_high, logprob.dtype)
     is_clamped = log_ratio != log_ratio
-    if LEVEL == _TOKEN:
+    if VARIANT.level == _TOKEN:
+        log_ratio_clamp = decode(params.log_ratio_clamp, logprob.dtype)
         is_clamped = tl.abs(log_ratio) > log_ratio_clamp
         log_ratio = tl.where(is_clamped, tl.where(log_ratio > 0, log_ratio_clamp, -log_ratio_clamp), log_ratio)
     largest = largest_log_ratio(log_ratio)
@@ -186,17 +242,16 @@ def token_loss(
     own = tl.where(is_lost, -_DISTANCE, logprob)
     dvalue = tl.zeros_like(logprob)
     dvalue_direct = tl.zeros_like(logprob)
-    if LEVEL == _GEOMETRIC:  # clipped token by token
+    if VARIANT.level == _GEOMETRIC:  # clipped token by token
         value = ratio * advantage
         dvalue = ratio * advantage
-    elif SURROGATE == _CLIP:
-        value, dvalue = clip_surrogate(ratio, advantage, ratio_low, ratio_high, delta)
-    elif SURROGATE == _CISPO:
-        weight = tl.where(ratio < ratio_low, ratio_low, tl.where(ratio > ratio_high, ratio_high, ratio))
-        dvalue_direct = weight * advantage
+    elif VARIANT.surrogate == _CLIP:
+        value, dvalue = clip_surrogate(ratio, advantage, params)
+    elif VARIANT.surrogate == _CISPO:
+        dvalue_direct = clamp(ratio, ratio_low, ratio_high) * advantage
         value = dvalue_direct * own
-    elif SURROGATE == _SAPO:
-        value, dvalue = sapo_surrogate(ratio, advantage, temperature_pos, temperature_neg)
+    elif VARIANT.surrogate == _SAPO:
+        value, dvalue = sapo_surrogate(ratio, advantage, params)
     else:
         dvalue_direct = tl.zeros_like(logprob) + advantage
         value = advantage * own
@@ -214,23 +269,21 @@ def token_loss(
             logprob - ref_logprob,
             log_ratio,
             tl.where(is_alone, ref_logprob - old_logprob, float("inf")),
-            log_ratio_clamp,
-            kl_clamp,
-            KL_ESTIMATOR,
-            KL_GRADIENT,
-            BIAS_CORRECTED,
+            params,
+            VARIANT,
         )
-        weight = beta * kl_weight
+        weight = decode(params.beta, logprob.dtype) * kl_weight
         loss += weight * kl
         dlog_ratio += weight * dkl_log_ratio
         dlogprob += weight * dkl_logprob
         is_infinite = is_infinite | (is_kl_infinite & (weight != 0))
     loss = tl.where(is_infinite & (loss == loss), tl.where(loss < 0, float("-inf"), float("inf")), loss)
-    if LEVEL == _TOKEN:
+    if VARIANT.level == _TOKEN:
         dlog_ratio = tl.where(is_clamped, 0.0, dlog_ratio)
     counted = ratio
-    if LEVEL == _GEOMETRIC:
+    if VARIANT.level == _GEOMETRIC:
         counted = tl.exp(logprob - old_logprob)
+    delta = decode(params.delta, logprob.dtype)
     bounded = tl.where(counted > delta, delta, counted)  # as TRL counts
     is_low = (bounded < ratio_low) & (advantage < 0)
     is_high = (bounded > ratio_high) & (advantage > 0)

@@ -15,7 +15,7 @@ _WORTH_PACKING = 1 / 8
 
 
 @dataclass(frozen=True)
-class Rows:
+class SelectedRows:
     """Tokens in the order in which they are projected: those that may have a gradient, then the other unmasked ones.
 
     Args:
@@ -33,7 +33,7 @@ class Rows:
     mask: Tensor | None = None  # [N]
 
     @classmethod
-    def of(cls, mask: Tensor | None, live: Tensor | None, like: Tensor, max_live: int | None = None) -> Rows:
+    def of(cls, mask: Tensor | None, live: Tensor | None, like: Tensor, max_live: int | None = None) -> SelectedRows:
         """The rows of ``like [N, ...]``. One sync, and none where a CUDA graph is captured: then all are taken.
 
         Args:
@@ -57,22 +57,22 @@ class Rows:
             return cls(None, rows, rows, like.device)
         return cls(kind.argsort(descending=True, stable=True)[:count], n_live, count, like.device)
 
-    def take(self, values: Tensor | None) -> Tensor | None:  # [N, ...] -> [count, ...]
-        """What these tokens have of ``values``, in this order."""
-        return values if values is None or self.index is None else values[self.index]
+    def gather(self, values: Tensor) -> Tensor:  # [N, ...] -> [count, ...]
+        """The values of these tokens, in this order."""
+        return values if self.index is None else values[self.index]
 
-    def unmasked(self) -> Tensor:  # [count]
-        """Which of these are unmasked. All are where masked tokens were left out: kernels are told all the same, to be
-        the same kernels as where a CUDA graph is captured, which nothing leaves."""
-        return torch.ones(self.count, dtype=torch.bool, device=self.device) if self.mask is None else self.mask
-
-    def put_back(self, values: Tensor, rows: int) -> Tensor:  # [count] -> [rows]
-        """``values`` where their tokens were; 0 elsewhere."""
+    def scatter(self, values: Tensor, rows: int) -> Tensor:  # [count] -> [rows]
+        """The values at their tokens' places; 0 elsewhere."""
         return values if self.index is None else values.new_zeros(rows).index_copy_(0, self.index, values)
 
-    def part(self, chunk: slice) -> Tensor | slice:
+    def slice(self, chunk: slice) -> Tensor | slice:
         """Which tokens a chunk of these rows holds."""
         return chunk if self.index is None else self.index[chunk]
+
+    def unmasked(self) -> Tensor:  # [count]
+        """Which of these are unmasked. Where masked tokens were left out all are, and kernels still get a mask: they
+        are then the same kernels as where a CUDA graph is captured, which leaves none out."""
+        return torch.ones(self.count, dtype=torch.bool, device=self.device) if self.mask is None else self.mask
 
 
 def is_capturing(device: torch.device) -> bool:
