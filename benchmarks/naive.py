@@ -2,13 +2,8 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import torch
 from torch import Tensor
-
-if TYPE_CHECKING:
-    from problems import Problem
 
 
 def naive_logprobs(logits: Tensor, ids: Tensor) -> Tensor:
@@ -16,12 +11,17 @@ def naive_logprobs(logits: Tensor, ids: Tensor) -> Tensor:
     return torch.log_softmax(logits.float(), -1).gather(-1, ids[..., None])[..., 0]
 
 
-def loss_of_logprobs(logprobs: Tensor, problem: Problem) -> Tensor:
+def loss_of_logprobs(
+    logprobs: Tensor,  # [B, T]
+    old: Tensor,  # [B, T]
+    advantages: Tensor,  # [B]
+    mask: Tensor,  # [B, T]
+) -> Tensor:
     """The clipped loss at epsilon 0.2, averaged over tokens: what a provider of log-probabilities leaves to torch."""
-    ratio = torch.exp(logprobs - problem.old)
-    advantages = problem.advantages[:, None]
+    ratio = torch.exp(logprobs - old)
+    advantages = advantages[:, None]
     surrogate = torch.minimum(ratio * advantages, ratio.clamp(0.8, 1.2) * advantages)
-    return -(surrogate * problem.mask).sum() / problem.mask.sum()
+    return -(surrogate * mask).sum() / mask.sum()
 
 
 def naive_policy_step(

@@ -173,7 +173,11 @@ def exact(task: str) -> Function:
     def function(problem: Problem) -> Tensor:
         logits = problem.hidden @ problem.weight.t() if problem.logits is None else problem.logits
         found = logits.log_softmax(-1).gather(-1, problem.ids[..., None])[..., 0]
-        return loss_of_logprobs(found, problem) if task in ("logits", "hidden") else found
+        return (
+            loss_of_logprobs(found, problem.old, problem.advantages, problem.mask)
+            if task in ("logits", "hidden")
+            else found
+        )
 
     return function
 

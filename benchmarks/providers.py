@@ -90,7 +90,7 @@ def _of_head(load: Callable[[], Head]) -> dict[str, Callable[[], Function]]:
 
     def loss() -> Function:
         function = logprobs()
-        return lambda problem: loss_of_logprobs(function(problem), problem)
+        return lambda problem: loss_of_logprobs(function(problem), problem.old, problem.advantages, problem.mask)
 
     return {"hidden": loss, "logprobs": logprobs, "upstream": logprobs}
 
@@ -103,7 +103,7 @@ def _of_rows(load: Callable[[], Rows]) -> dict[str, Callable[[], Function]]:
 
         def function(problem: Problem) -> Tensor:
             found = rows(problem.logits.flatten(0, 1), problem.ids.flatten())
-            return loss_of_logprobs(found.view(problem.ids.shape), problem)
+            return loss_of_logprobs(found.view(problem.ids.shape), problem.old, problem.advantages, problem.mask)
 
         return function
 
@@ -237,7 +237,7 @@ def _ours_head(backend: str, retained: bool = False) -> Function:
 def _ours_rows(backend: str) -> Function:
     def loss(problem: Problem) -> Tensor:
         found = token_logprobs(problem.logits, problem.ids, inplace_backward=True, backend=backend).logprobs
-        return loss_of_logprobs(found, problem)
+        return loss_of_logprobs(found, problem.old, problem.advantages, problem.mask)
 
     return loss
 

@@ -22,6 +22,8 @@ import torch
 from interleaved import Comparison, time_in_turns
 
 from grpo_kernels import backends, grpo_loss, token_logprobs
+from grpo_kernels.ops.rows.calls import GradientCall
+from grpo_kernels.ops.rows.transform import Transform
 from grpo_kernels.ops.rows.triton import grpo_loss as loss_kernels
 from grpo_kernels.ops.rows.triton import token_logprobs as row_kernels
 from grpo_kernels.ops.rows.triton.launch import TABLE, Blocks, architecture
@@ -48,6 +50,7 @@ def candidates(kernel: str, vocab: int) -> list[Blocks]:
 def launch(kernel: str, logits: torch.Tensor, ids: torch.Tensor, blocks: Blocks) -> Callable[[], None]:
     """One launch of a kernel with these blocks, over ``logits [1, N, V]`` in place."""
     vector = torch.ones(ids.numel(), device=logits.device)
+    gradient = GradientCall(ids, None, vector, vector.double(), vector, vector, None, Transform(1.0, 0.0, 1.0))
 
     def run() -> None:
         with mock.patch.object(row_kernels, "blocks_of", lambda *_: blocks), \
@@ -58,8 +61,7 @@ def launch(kernel: str, logits: torch.Tensor, ids: torch.Tensor, blocks: Blocks)
             elif kernel == "statistics":
                 token_logprobs(logits, ids, backend="triton")
             else:
-                row_kernels.token_logprobs_bwd(logits, ids, None, vector, vector.double(), vector, vector, None,
-                                               1.0, 0.0, 1.0, logits)  # fmt: skip
+                row_kernels.token_logprobs_bwd(logits, gradient, logits)
 
     return run
 

@@ -1,4 +1,4 @@
-// What is kept of bad values that kernels met, in the order of device_values.py: the least index of each.
+// Kinds of bad values that kernels flag; each has the smallest index seen. The order is that of device_values.py.
 #pragma once
 
 namespace grpo {

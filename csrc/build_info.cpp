@@ -1,5 +1,5 @@
 // The Python module grpo_kernels._build_info: how this copy of the package was built.
-// The definitions come from CMakeLists.txt.
+// CMakeLists.txt defines the macros.
 
 #include <pybind11/pybind11.h>
 
@@ -7,7 +7,7 @@ namespace py = pybind11;
 
 namespace {
 
-// Words as a Python list of str.
+// The words of `text` as a Python list of str.
 py::object words(const char* text) { return py::str(text).attr("split")(); }
 
 py::dict build_info() {
@@ -18,7 +18,7 @@ py::dict build_info() {
   info["torch_version"] = GRPO_TORCH_VERSION;
   info["torch_stable_abi"] = GRPO_TORCH_STABLE_ABI;
   info["simd_levels"] = words(GRPO_SIMD_LEVELS);
-  info["cuda_version"] = GRPO_CUDA_VERSION;  // empty where the CUDA library was left out
+  info["cuda_version"] = GRPO_CUDA_VERSION;  // empty without the CUDA library
   info["cuda_archs"] = words(GRPO_CUDA_ARCHS);
   return info;
 }

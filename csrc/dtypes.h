@@ -1,4 +1,4 @@
-// Storage types of logits, and the type each is computed in.
+// Storage types of logits, and the type that arithmetic on each uses.
 #pragma once
 
 #include <cstdint>
@@ -15,7 +15,7 @@ struct Half {
 enum class Dtype { kFloat, kBFloat16, kHalf, kDouble };
 constexpr int kDtypeCount = 4;
 
-// fp32 for every type but fp64.
+// fp32, or fp64 for fp64.
 template <class T>
 struct ArithmeticOf {
   using type = float;

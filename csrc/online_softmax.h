@@ -1,4 +1,4 @@
-// The state of a softmax over part of a row, for host and device. The only C++ copy.
+// Online softmax: the running state over part of a row, for host and device. The only C++ copy.
 #pragma once
 
 #include <cmath>
@@ -7,7 +7,7 @@
 
 namespace grpo {
 
-// What the logits are exponents of, and the sums powers of.
+// The base of the exponentials and the logarithms.
 struct BaseE {
   template <class R>
   static GRPO_HOST_DEVICE R power(R x) {
@@ -29,16 +29,16 @@ struct Base2 {
   }
 };
 
-// Over the logits y seen so far: their maximum, sum e^(y - max), and sum (y - max) e^(y - max); or powers of 2.
+// Over the logits y seen so far: their maximum, sum e^(y - max), and sum (y - max) e^(y - max). Base2 takes 2^ for e^.
 //
-// The weighted sum is taken relative to the maximum, so that an offset common to all logits costs no digits.
+// The weighted sum is relative to the maximum: an offset that all logits share then costs no precision.
 template <class R, class Base = BaseE>
 struct OnlineSoftmax {
   R max = -INFINITY;
   R sum = 0;
   R weighted = 0;
 
-  // The state of both parts together. Exact in any order, up to rounding.
+  // Adds another part. Any order gives the same state up to rounding.
   GRPO_HOST_DEVICE void merge(const OnlineSoftmax& other) {
     if (other.max == -INFINITY && other.sum == 0) return;
     if (max == -INFINITY && sum == 0) {
@@ -56,12 +56,12 @@ struct OnlineSoftmax {
   GRPO_HOST_DEVICE R log_sum_exp() const { return max + Base::log(sum); }
   GRPO_HOST_DEVICE R entropy() const { return Base::log(sum) - weighted / sum; }
 
-  // Relative to another maximum; `rate` exponents are one of the unit that maxima are kept in.
+  // Makes the state relative to another maximum. `rate` converts a difference of maxima to an exponent.
   GRPO_HOST_DEVICE void rebase(R new_max, R rate = 1) {
     const R shift = (max - new_max) * rate;
     if (shift == 0) return;
     const R factor = Base::power(shift);
-    // a state of weight 0 (every logit -inf) has no finite shift, and none is needed
+    // if every logit is -inf the shift is not finite; the sums are 0 then
     weighted = factor == 0 ? R(0) : (weighted + shift * sum) * factor;
     sum *= factor;
     max = new_max;

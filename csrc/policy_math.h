@@ -1,8 +1,8 @@
 // The per-token maths of the GRPO family, for host and device: ratio, clip, KL, and their derivatives.
 //
-// The only C++ copy. A new surrogate or KL estimator is a branch here, its constants, and the same in
-// grpo_kernels/loss/reference.py and grpo_kernels/ops/tokens/triton/policy_math.py. Enumerations mirror options.py and
-// metrics.py of grpo_kernels/loss.
+// The only C++ copy. A new surrogate or KL estimator needs a branch and its constants here, and the same in
+// grpo_kernels/loss/reference.py and grpo_kernels/ops/tokens/triton/policy_math.py. The enumerations mirror options.py
+// and metrics.py of grpo_kernels/loss.
 #pragma once
 
 #include <cmath>
@@ -49,7 +49,7 @@ struct PolicyOptions {
   R temperature_pos, temperature_neg;
   R log_ratio_clamp, kl_clamp;
 
-  // From arrays that can be indexed; host only.
+  // From any type with size() and []; host only.
   template <class Options, class Params>
   static PolicyOptions decode(const Options& options, const Params& params) {
     if (options.size() != kOptionCount || params.size() != kParamCount) {
@@ -72,19 +72,19 @@ struct PolicyOptions {
   }
 };
 
-// Past these a number counts as infinite, and stands at its limit: 0 times a ratio is 0, and terms add without
-// inf - inf. A token that has no bound there has an infinite loss. See "Limits" in loss/reference.py; the
-// same numbers are in limits.py beside it. Where `kAtLimits` is false the token `is_near`, and nothing is compared.
+// A number past its limit counts as infinite and is replaced by the limit. So 0 times a ratio is 0, and no sum has
+// inf - inf. If the exact loss of a token is unbounded, its loss is infinite. See "Limits" in loss/reference.py;
+// limits.py beside it has the same numbers. kAtLimits = false skips the comparisons; every token must be `is_near`.
 template <class R>
 struct Limit {
   static constexpr R kLogRatio = sizeof(R) == 4 ? R(80) : R(700);
-  static constexpr R kJoint = kLogRatio + R(5);  // of the log-ratio less d: past what the ratio alone comes to
-  static constexpr R kDistance = R(1e15);        // of a log-probability from another, or from 0
+  static constexpr R kJoint = kLogRatio + R(5);  // of log_ratio - d; larger than the ratio alone can reach
+  static constexpr R kDistance = R(1e15);        // between two log-probabilities, or from 0
   static constexpr R kTerm = std::numeric_limits<R>::max() / R(32);
-  static constexpr R kNear = R(40);  // of log-ratios, either way: products of their exponentials are no limit's
+  static constexpr R kNear = R(40);  // of log_ratio and |d|: products of their exponentials reach no limit
 };
 
-// Whether a token is far from every limit; `d` is of the reference, or 0. NaN is.
+// Whether a token is far from every limit. `d` is logprob - ref_logprob, or 0 without a reference. True for NaN.
 template <class R>
 GRPO_HOST_DEVICE bool is_near(R logprob, R log_ratio, R d) {
   return !((log_ratio > Limit<R>::kNear) | (std::fabs(d) > Limit<R>::kNear) | (logprob < -Limit<R>::kDistance));
@@ -96,7 +96,7 @@ struct Term {
   R value;
   R dlog_ratio;
   R dlogprob;
-  bool is_infinite = false;  // whether the value has no bound, though the numbers here are finite
+  bool is_infinite = false;  // the exact value is unbounded; the numbers here stay finite
 };
 
 template <class R>
@@ -104,16 +104,16 @@ GRPO_HOST_DEVICE R clamp(R x, R low, R high) {
   return x < low ? low : (x > high ? high : x);
 }
 
-// The log-probability as it multiplies a weight.
+// weight * logprob, for surrogates that are linear in the log-probability.
 template <bool kAtLimits, class R>
 GRPO_HOST_DEVICE Term<R> weighted_logprob(R weight, R logprob) {
   if constexpr (!kAtLimits) return {weight * logprob, R(0), weight};
-  const bool is_lost = logprob < -Limit<R>::kDistance;
-  return {weight * (is_lost ? -Limit<R>::kDistance : logprob), R(0), weight, is_lost && weight != 0};
+  const bool is_below_limit = logprob < -Limit<R>::kDistance;
+  return {weight * (is_below_limit ? -Limit<R>::kDistance : logprob), R(0), weight, is_below_limit && weight != 0};
 }
 
-// min(min(r, delta) A, clip(r) A). On a bound, and where both terms are equal, the derivative is autograd's: a clamp
-// passes it on its bounds, and a minimum of equal terms passes half to each.
+// min(min(r, delta) A, clip(r) A). On a bound and at a tie the derivative is autograd's: a clamp passes the gradient on
+// its bounds, and a minimum of equal terms passes half to each.
 template <class R>
 GRPO_HOST_DEVICE Term<R> clip_surrogate(R ratio, R advantage, const PolicyOptions<R>& o) {
   const R unclipped = (ratio > o.delta ? o.delta : ratio) * advantage;
@@ -125,7 +125,7 @@ GRPO_HOST_DEVICE Term<R> clip_surrogate(R ratio, R advantage, const PolicyOption
   return {unclipped, R(0.5) * (d_unclipped + d_clipped), R(0)};
 }
 
-// CISPO: clip(r) A l, its weight detached.
+// CISPO: clip(r) A l, with the weight clip(r) A detached.
 template <bool kAtLimits, class R>
 GRPO_HOST_DEVICE Term<R> cispo_surrogate(R ratio, R logprob, R advantage, const PolicyOptions<R>& o) {
   const R weight = clamp(ratio, o.ratio_low, o.ratio_high) * advantage;
@@ -153,15 +153,15 @@ GRPO_HOST_DEVICE Term<R> surrogate(R ratio, R logprob, R advantage, const Policy
     case Surrogate::kLogprob:
       return weighted_logprob<kAtLimits>(advantage, logprob);
   }
-  return {R(NAN), R(NAN), R(NAN)};  // an option that this build does not know must not pass for a number
+  return {R(NAN), R(NAN), R(NAN)};  // an unknown option must not look like a valid loss
 }
 
-// A token's log-ratio as its sequence's mean takes it, and whether that passes a gradient. GMPO clips it where the
-// ratio would leave the range on the side that the advantage rewards.
+// A token's log-ratio as it enters its sequence's mean, and whether the token gets a gradient from it. GMPO clips the
+// log-ratio on the side that the advantage rewards; a clipped one has no gradient.
 template <class R>
 struct LogRatio {
   R value;
-  bool passes;
+  bool has_gradient;
 };
 
 template <class R>
@@ -189,7 +189,7 @@ GRPO_HOST_DEVICE Term<R> kl_estimate(R d, const PolicyOptions<R>& o) {  // d = l
   return {R(NAN), R(NAN), R(NAN)};
 }
 
-// The same of a distance that is clamped to its limits.
+// The same, of d clamped to its limits.
 template <class R>
 GRPO_HOST_DEVICE Term<R> limited_kl_estimate(R d, const PolicyOptions<R>& o) {
   const R low = o.kl_estimator == KlEstimator::kK3 ? -Limit<R>::kLogRatio : -Limit<R>::kDistance;
@@ -198,28 +198,29 @@ GRPO_HOST_DEVICE Term<R> limited_kl_estimate(R d, const PolicyOptions<R>& o) {
   return k;
 }
 
-// What weighs a token: its own ratio or its sequence's.
+// The importance ratio that weights a token: its own, or its sequence's.
 template <class R>
 struct Ratio {
   R log, limited_log;
   R value;        // exp(limited_log)
-  bool is_alone;  // whether the token's log-probability alone moves it
+  bool is_single_token;  // the ratio depends on this token only
 
-  GRPO_HOST_DEVICE bool is_past() const { return log > limited_log; }
+  GRPO_HOST_DEVICE bool exceeds_limit() const { return log > limited_log; }
 };
 
-// r k3 far below the reference is r exp(-d), taken at once: exp(-d) may be past the largest number while r is below the
-// least. Where both are, a token alone comes to the reference over the old policy; in a sequence it has no bound.
+// r k3 far below the reference: r exp(-d) as one exponential, because exp(-d) may overflow while r underflows. If the
+// joint exponent is inf - inf, a single token has the limit ref / old; a token of a longer sequence is unbounded.
 template <class R>
 GRPO_HOST_DEVICE Term<R> far_k3(R joint, R reference_log_ratio, const Ratio<R>& ratio, bool is_d_clamped) {
-  if (joint != joint && ratio.log == ratio.log) joint = ratio.is_alone ? reference_log_ratio : R(INFINITY);
-  const bool is_past = joint > Limit<R>::kJoint;
-  const R value = std::exp(is_past ? Limit<R>::kJoint : joint);
-  return {value, value, is_d_clamped ? R(0) : -value, is_past};
+  if (joint != joint && ratio.log == ratio.log) joint = ratio.is_single_token ? reference_log_ratio : R(INFINITY);
+  const bool exceeds_limit = joint > Limit<R>::kJoint;
+  const R value = std::exp(exceeds_limit ? Limit<R>::kJoint : joint);
+  return {value, value, is_d_clamped ? R(0) : -value, exceeds_limit};
 }
 
-// The estimate, clamped, with its own derivative, k2's, or that of its product with a weight exp(l - sg l);
-// bias-corrected, times the ratio.
+// The clamped KL estimate and its derivatives. `kl_gradient` selects the derivative by the log-probability: the
+// estimate's own, k2's (straight-through), or that of the estimate times exp(l - stop_gradient(l))
+// (importance-weighted). With bias_corrected_kl everything is multiplied by the ratio.
 template <bool kAtLimits, class R>
 GRPO_HOST_DEVICE Term<R> kl_penalty(R logprob, R ref_logprob, R old_logprob, const Ratio<R>& ratio,
                                     const PolicyOptions<R>& o) {
@@ -241,7 +242,7 @@ GRPO_HOST_DEVICE Term<R> kl_penalty(R logprob, R ref_logprob, R old_logprob, con
     if (o.kl_estimator == KlEstimator::kK3 && is_far && !is_clamped) {
       return far_k3(ratio.log - d, ref_logprob - old_logprob, ratio, is_d_clamped);
     }
-    k.is_infinite = ratio.value != 0 && k.value != 0 && (k.is_infinite || ratio.is_past());
+    k.is_infinite = ratio.value != 0 && k.value != 0 && (k.is_infinite || ratio.exceeds_limit());
     const R value = clamp(k.value * ratio.value, -Limit<R>::kTerm, Limit<R>::kTerm);
     return {value, value, clamp(k.dlogprob * ratio.value, -Limit<R>::kTerm, Limit<R>::kTerm), k.is_infinite};
   }
@@ -253,27 +254,28 @@ template <class R>
 struct TokenLoss {
   R loss;
   R dlog_ratio;
-  R dlogprob;  // directly: the part that does not pass through the ratio
+  R dlogprob;  // the direct part, not through the ratio
   R kl;
   bool is_low;
   bool is_high;
 };
 
-// `log_ratio` is the token's own, or its sequence's: then `is_alone` says whether of this token alone. On-policy
-// `old_logprob` is the log-probability itself. A token without a bound has an infinite loss and finite derivatives.
+// `log_ratio` is the token's own or its sequence's; `is_single_token` says whether it depends on this token only.
+// On-policy, `old_logprob` equals `logprob`. An unbounded token has an infinite loss and finite derivatives.
 template <bool kAtLimits = true, class R>
-GRPO_HOST_DEVICE TokenLoss<R> token_loss(R logprob, R log_ratio, bool is_alone, R old_logprob, const R* ref_logprob,
-                                         R advantage, R policy_weight, R kl_weight, const PolicyOptions<R>& o) {
+GRPO_HOST_DEVICE TokenLoss<R> token_loss(R logprob, R log_ratio, bool is_single_token, R old_logprob,
+                                         const R* ref_logprob, R advantage, R policy_weight, R kl_weight,
+                                         const PolicyOptions<R>& o) {
   const bool is_clamped = o.level == Level::kToken && std::fabs(log_ratio) > o.log_ratio_clamp;
   if (is_clamped) log_ratio = clamp(log_ratio, -o.log_ratio_clamp, o.log_ratio_clamp);
   const R limited = kAtLimits && log_ratio > Limit<R>::kLogRatio ? Limit<R>::kLogRatio : log_ratio;
-  const Ratio<R> ratio{log_ratio, limited, std::exp(limited), is_alone};
-  // without an advantage or a weight the policy term is 0 whatever the ratio
+  const Ratio<R> ratio{log_ratio, limited, std::exp(limited), is_single_token};
+  // a zero advantage or weight makes the policy term 0, even if the ratio is infinite
   const Term<R> s = advantage == 0 || policy_weight == 0 ? Term<R>{R(0), R(0), R(0)}
                                                          : surrogate<kAtLimits>(ratio.value, logprob, advantage, o);
   TokenLoss<R> out{-policy_weight * s.value, -policy_weight * s.dlog_ratio, -policy_weight * s.dlogprob, R(0), false,
                    false};
-  bool is_infinite = s.is_infinite || (ratio.is_past() && s.dlog_ratio != 0);
+  bool is_infinite = s.is_infinite || (ratio.exceeds_limit() && s.dlog_ratio != 0);
   if (ref_logprob != nullptr) {
     const Term<R> k = kl_penalty<kAtLimits>(logprob, *ref_logprob, old_logprob, ratio, o);
     const R weight = o.beta * kl_weight;
@@ -285,8 +287,9 @@ GRPO_HOST_DEVICE TokenLoss<R> token_loss(R logprob, R log_ratio, bool is_alone, 
   }
   if (kAtLimits && is_infinite && out.loss == out.loss) out.loss = std::copysign(R(INFINITY), out.loss);
   if (is_clamped) out.dlog_ratio = R(0);
-  const R counted = o.level == Level::kGeometric ? std::exp(logprob - old_logprob) : ratio.value;
-  const R bounded = counted > o.delta ? o.delta : counted;  // as TRL counts
+  // the clip metrics count as TRL does: after delta
+  const R metric_ratio = o.level == Level::kGeometric ? std::exp(logprob - old_logprob) : ratio.value;
+  const R bounded = metric_ratio > o.delta ? o.delta : metric_ratio;
   out.is_low = bounded < o.ratio_low && advantage < R(0);
   out.is_high = bounded > o.ratio_high && advantage > R(0);
   return out;

@@ -1,4 +1,4 @@
-// Rewards normalised within their group, for host and device; NaN marks a missing reward. The only C++ copy.
+// Rewards normalised within their group, for host and device. NaN marks a missing reward. The only C++ copy.
 #pragma once
 
 #include <cmath>
@@ -8,10 +8,10 @@
 
 namespace grpo {
 
-enum ScaleRewards { kGroup, kBatch, kNone };              // in the order of op.SCALE_REWARDS
-enum Aggregation { kSumThenNormalize, kNormalizeThenSum };  // in the order of op.AGGREGATIONS
+enum ScaleRewards { kGroup, kBatch, kNone };              // in the order of SCALE_REWARDS
+enum Aggregation { kSumThenNormalize, kNormalizeThenSum };  // in the order of AGGREGATIONS
 
-// Over the rewards of a group that are not missing.
+// Sums over the rewards of a group, without the missing ones.
 struct RewardSums {
   double sum = 0, low = INFINITY, high = -INFINITY;
   int64_t present = 0;
@@ -34,7 +34,7 @@ struct RewardSums {
   GRPO_HOST_DEVICE double mean() const { return present ? sum / static_cast<double>(present) : NAN; }
 };
 
-// What a reward adds to the squares of a group's deviations.
+// (reward - mean)^2; 0 for a missing reward.
 GRPO_HOST_DEVICE double squared_deviation(double reward, double mean) {
   const double d = reward - mean;
   return std::isnan(d) ? 0 : d * d;
@@ -42,7 +42,7 @@ GRPO_HOST_DEVICE double squared_deviation(double reward, double mean) {
 
 struct Moments {
   double mean;
-  double std;  // unbiased; 0 where fewer than two values are left
+  double std;  // unbiased; 0 if fewer than two rewards are present
   bool all_equal;
 
   GRPO_HOST_DEVICE Moments(const RewardSums& sums, double squares)
@@ -50,21 +50,21 @@ struct Moments {
         std(sums.present > 1 ? std::sqrt(squares / static_cast<double>(sums.present - 1)) : 0),
         all_equal(sums.low >= sums.high) {}
 
-  // The same of values whose mean is 0 but for rounding, as the sums of normalised rewards are over a batch.
+  // The same with mean 0. For sums of normalised rewards: their batch mean is 0 up to rounding.
   GRPO_HOST_DEVICE Moments around_zero() const {
     Moments m = *this;
     m.mean = 0;
     return m;
   }
 
-  // Centred and divided; a missing reward stays one.
+  // (reward - mean) / divisor; 0 if all rewards are equal. A missing reward stays NaN.
   GRPO_HOST_DEVICE double normalized(double reward, double divisor) const {
     if (std::isnan(reward)) return reward;
     return all_equal ? 0 : (reward - mean) / divisor;
   }
 };
 
-// Of `count` values, `stride` apart, by one thread.
+// Moments of `count` values that are `stride` apart, computed by one thread.
 template <class R>
 GRPO_HOST_DEVICE Moments moments(const R* values, int64_t count, int64_t stride) {
   RewardSums sums;
@@ -75,8 +75,8 @@ GRPO_HOST_DEVICE Moments moments(const R* values, int64_t count, int64_t stride)
   return Moments(sums, squares);
 }
 
-// Over the reward functions that gave one; NaN where none did. Without weights each counts once. Summed in double and
-// rounded once: the same parts make the same sum in any order.
+// Weighted sum over the reward functions, without the missing ones; NaN if all are missing. Null weights count as 1.
+// Summed in fp64 and rounded once, so the same rewards have the same sum in any order.
 template <class R>
 GRPO_HOST_DEVICE R weighted_sum(const R* row, const R* weights, int64_t functions) {
   double sum = 0;

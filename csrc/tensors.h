@@ -1,5 +1,5 @@
-// Tensors of torch's stable ABI as pointers, rows and dtypes, on any device. Tensor types stop in the files that
-// include this.
+// Converts tensors of torch's stable ABI to pointers, rows and dtypes, on any device. Only op files include this:
+// kernels see no tensor types.
 #pragma once
 
 #include <torch/csrc/stable/library.h>
@@ -60,7 +60,7 @@ inline constexpr ScalarType kTypeOf<int64_t> = ScalarType::Long;
 template <>
 inline constexpr ScalarType kTypeOf<bool> = ScalarType::Bool;
 
-// The values of a tensor that must hold `count` of them.
+// The values of a contiguous tensor; checks that there are `count`.
 template <class T>
 const T* data(const Tensor& t, int64_t count) {
   STD_TORCH_CHECK(t.scalar_type() == kTypeOf<T>, "expected another dtype");
@@ -80,7 +80,7 @@ T* mutable_data(const Tensor& t) {
   return static_cast<T*>(t.mutable_data_ptr());
 }
 
-// Rows of a tensor of up to three dimensions whose last one is dense: [B, T, V].
+// The rows of a tensor [B, T, V], [T, V] or [V] whose last dimension is dense.
 struct Rows {
   char* base;
   int64_t batch = 1, length = 1, width = 1;
@@ -101,13 +101,13 @@ struct Rows {
     }
   }
 
-  // Refuses rows that are not those of ids [B, T], or of ids with a position more.
+  // Checks that there is one row per id [B, T], or one more per completion.
   void check_ids_fit(const Tensor& ids) const {
     STD_TORCH_CHECK(ids.dim() == 2 && ids.size(0) == batch && (ids.size(1) == length || ids.size(1) + 1 == length),
                     "ids do not fit the rows");
   }
 
-  // Refuses rows of another shape or dtype than those they are computed from.
+  // Checks that the rows have the shape and dtype of the logits.
   void check_like(const Rows& from, const Tensor& t, const Tensor& like) const {
     STD_TORCH_CHECK(batch == from.batch && length == from.length && width == from.width &&
                         t.scalar_type() == like.scalar_type(),

@@ -1,5 +1,5 @@
-// What the loss of a token needs beside its log-probability, as ops/policy_loss/fields.py hands it over; for host and
-// device. A value that tokens share is held once and read by index.
+// The inputs of a token's loss other than its log-probability, for host and device; mirrors grpo_kernels/loss/fields.py.
+// A value that several tokens share is stored once.
 #pragma once
 
 #include <optional>
@@ -9,31 +9,31 @@
 
 namespace grpo {
 
-// One value for all, one a sequence, or one a token.
+// One value in all, one per sequence, or one per token.
 template <class R>
 struct PerToken {
   const R* values = nullptr;
-  int64_t of_sequence = 0, of_token = 0;  // strides: 0 or 1
+  int64_t sequence_stride = 0, token_stride = 0;  // 0 or 1
 
-  GRPO_HOST_DEVICE R at(int64_t s, int64_t n) const { return values[s * of_sequence + n * of_token]; }
+  GRPO_HOST_DEVICE R at(int64_t s, int64_t n) const { return values[s * sequence_stride + n * token_stride]; }
 };
 
 template <class R>
 struct TokenFields {
   const bool* mask;             // [N]
-  const int32_t* sequence_ids;  // [N], or null where the caller knows which sequence a token is of
+  const int32_t* sequence_ids;  // [N], or null if the caller knows each token's sequence
   PerToken<R> advantages, weights;
-  PerToken<R> policy_factors;  // or null, like the next three
+  PerToken<R> policy_factors;  // may be null, like the next three
   PerToken<R> entropy_weights, old_logprobs, ref_logprobs;
 
   GRPO_HOST_DEVICE int64_t sequence_of(int64_t s, int64_t n) const { return sequence_ids ? sequence_ids[n] : s; }
 
-  // Of the policy term; that of the KL term is `weights`.
+  // Weight of the policy term; the KL term has `weights`.
   GRPO_HOST_DEVICE R policy_weight(int64_t s, int64_t n) const {
     const R weight = weights.at(s, n);
     return policy_factors.values ? weight * policy_factors.values[n] : weight;
   }
-  GRPO_HOST_DEVICE R old_logprob(int64_t n, R logprob) const {  // on-policy the log-probability itself
+  GRPO_HOST_DEVICE R old_logprob(int64_t n, R logprob) const {  // on-policy, logprob
     return old_logprobs.values ? old_logprobs.values[n] : logprob;
   }
   GRPO_HOST_DEVICE const R* ref_logprob(int64_t n) const {
@@ -41,7 +41,7 @@ struct TokenFields {
   }
 };
 
-// The same as an op is given it.
+// The same as tensors: the arguments of an op.
 struct TokenTensors {
   const Tensor& mask;
   const std::optional<Tensor>& sequence_ids;
@@ -49,16 +49,16 @@ struct TokenTensors {
   const Tensor& weights;
   const std::optional<Tensor>&policy_factors, &entropy_weights, &old_logprobs, &ref_logprobs;
 
-  // Of those whose tokens have ids; else `known`.
-  int64_t sequences(int64_t known) const {
-    if (!sequence_ids) return known;
+  // The number of sequences that `sequence_ids` index; `without_ids` if there are none.
+  int64_t sequence_count(int64_t without_ids) const {
+    if (!sequence_ids) return without_ids;
     if (weights.dim() == 1) return weights.numel();
     if (advantages && advantages->dim() == 1) return advantages->numel();
-    return entropy_weights && entropy_weights->dim() == 1 ? entropy_weights->numel() : known;
+    return entropy_weights && entropy_weights->dim() == 1 ? entropy_weights->numel() : without_ids;
   }
 };
 
-// The number of dimensions tells what a value is of: all, a sequence, or a token.
+// 0 dimensions: one value in all; 1: one per sequence; more: one per token.
 template <class R>
 PerToken<R> per_token(const Tensor& t, int64_t sequences, int64_t tokens) {
   if (t.dim() == 0) return {data<R>(t, 1), 0, 0};
@@ -70,7 +70,6 @@ PerToken<R> per_token(const std::optional<Tensor>& t, int64_t sequences, int64_t
   return t.has_value() ? per_token<R>(*t, sequences, tokens) : PerToken<R>{};
 }
 
-// `advantages` apart, where they are made of rewards.
 template <class R>
 TokenFields<R> token_fields(const TokenTensors& in, int64_t sequences, int64_t tokens) {
   const auto of_tokens = [&](const std::optional<Tensor>& t) { return PerToken<R>{data<R>(t, tokens), 0, 1}; };

@@ -2,10 +2,10 @@
 
 from typing import Any
 
+from grpo_kernels import presets
 from grpo_kernels.adaptive_entropy import AdaptiveEntropy
 from grpo_kernels.backends import BACKENDS
 from grpo_kernels.device_values import check_device_values
-from grpo_kernels.integrations import presets
 from grpo_kernels.loss.config import GRPOLossConfig
 from grpo_kernels.loss.metrics import PolicyMetrics
 from grpo_kernels.loss.sequences import Sequences

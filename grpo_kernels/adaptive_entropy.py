@@ -1,4 +1,4 @@
-"""An entropy bonus that follows the policy's entropy: a coefficient that a loop carries from step to step."""
+"""An entropy bonus that adapts to the policy's entropy: a training loop updates its coefficient every step."""
 
 from __future__ import annotations
 
@@ -10,20 +10,20 @@ from grpo_kernels.loss.config import GRPOLossConfig
 
 @dataclass
 class AdaptiveEntropy:
-    """Raises the coefficient of the entropy bonus while the entropy is at or below a target, else lowers it.
+    """Raises the coefficient of the entropy bonus while the entropy is at or below a target, and lowers it otherwise.
 
-    The bonus is paid only where the last step's entropy was at or below the target: Skywork Open Reasoner 1
+    The bonus is applied only if the last step's entropy was at or below the target: Skywork Open Reasoner 1
     (arXiv:2505.22312), with the names and defaults of TRL 1.16's ``use_adaptive_entropy``.
 
     Args:
-        coef: The coefficient to begin with.
-        target: The entropy to keep, in nats a token.
-        delta: What a step changes the coefficient by.
-        least, most: Its bounds.
-        last_entropy: Of the last step; infinite before the first.
+        coef: The initial coefficient.
+        target: The entropy to keep, in nats per token.
+        delta: How much a step changes the coefficient.
+        least, most: Bounds of the coefficient.
+        last_entropy: The entropy of the last step; infinite before the first.
 
     Raises:
-        ValueError: A number is not finite or negative, or the bounds are the wrong way round.
+        ValueError: A number is negative or not finite, or ``least`` is above ``most``.
 
     Example:
         >>> bonus = AdaptiveEntropy(coef=0.01, target=0.5)
@@ -52,7 +52,7 @@ class AdaptiveEntropy:
         return replace(config, entropy_coef=self.coef if self.last_entropy <= self.target else 0.0)
 
     def update(self, entropy: float) -> None:
-        """Ends a step whose tokens, of all micro-batches and processes, had this mean entropy: ``metrics["entropy"]``.
+        """Ends a step with the mean entropy of its tokens over all micro-batches and processes: ``metrics["entropy"]``.
 
         Raises:
             ValueError: It is not finite.

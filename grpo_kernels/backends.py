@@ -1,4 +1,4 @@
-"""Which backend runs which op: one table, one way to ask, one reason when the answer is no."""
+"""Which backend can run which op on which device, and the reason if it cannot."""
 
 from __future__ import annotations
 
@@ -26,18 +26,18 @@ OPS = (
     "linear_grpo_loss",
 )
 BACKENDS = ("cpu", "torch", "triton", "cuda")
-#: What "auto" takes by device type and op, the first that can run; elsewhere "torch", the reference, which runs
-#: everywhere. On an NVIDIA GPU ``measured_backends.MEASURED`` comes first.
+#: The order in which "auto" tries backends, by device type and op. On other devices it takes "torch", the reference,
+#: which runs everywhere. On an NVIDIA GPU ``measured_backends.MEASURED`` comes first.
 PREFERENCE = {
     "cpu": dict.fromkeys(OPS, ("cpu", "torch")),
     "cuda": dict.fromkeys(OPS, ("triton", "cuda", "torch")),
     "xpu": dict.fromkeys(OPS, ("triton", "torch")),
 }
-#: Ops for which the CUDA library has no kernels.
+#: Ops without CUDA kernels.
 _NOT_IN_CUDA = ("gae", "token_divergence", "linear_token_divergence")
-#: Releases that compile these kernels; torch 2.11 comes with the first.
+#: The oldest release that compiles these kernels; torch 2.11 comes with it.
 _OLDEST_TRITON = (3, 6)
-#: The oldest GPU that the CUDA kernels are written for.
+#: The oldest GPU architecture that the CUDA kernels support.
 _OLDEST_CUDA = 80
 _LOG = logging.getLogger(__name__)
 
@@ -48,12 +48,12 @@ def _load_extension(path: Path) -> str | None:
         return f"the C++ extension is not built ({path.name} is not beside the package)"
     try:
         torch.ops.load_library(str(path))
-    except OSError as error:  # an extension built for another platform: reported, and raised where it is asked for
+    except OSError as error:  # built for another platform: raised when the backend is named
         return f"the C++ extension does not load: {error}"
     return None
 
 
-# loaded at import: a traced graph then meets a constant
+# loaded at import, so that it is a constant in a traced graph
 _EXTENSION_ERROR = _load_extension(Path(__file__).with_name("_cpu.so"))
 
 
@@ -63,15 +63,15 @@ def _cpu_reason(device: torch.device) -> str | None:
     return _EXTENSION_ERROR
 
 
-def _built_for(architecture: int) -> str:
-    """The command that builds the CUDA library for an architecture."""
+def _build_command(architecture: int) -> str:
+    """How to build the CUDA library for an architecture."""
     command = f"GRPO_KERNELS_CUDA_ARCHS={architecture} pip install --no-build-isolation ."
     return f"{command!r} in a checkout builds it for sm_{architecture}"
 
 
 def _load_cuda_extension(path: Path) -> str | None:
     if not path.exists() and torch.version.hip is None:
-        return f"the CUDA extension is not built ({path.name} is not beside the package): {_built_for(90)}"
+        return f"the CUDA extension is not built ({path.name} is not beside the package): {_build_command(90)}"
     if torch.version.cuda is None:
         return f"torch {torch.__version__} is built without CUDA"
     return _load_extension(path)
@@ -89,36 +89,41 @@ def _cuda_reason(device: torch.device) -> str | None:
 
 
 def missing_architecture(built: tuple[int, ...], capability: int) -> str | None:
-    """Why a library built for these architectures, rising, does not run on a GPU of this compute capability, or None.
+    """Why a library built for these architectures does not run on a GPU of this compute capability, or None if it does.
 
-    One of the GPU's own generation runs that is no newer than it; the newest, as PTX, also on what is newer.
+    Binary code runs on GPUs of its own generation that are not older. The newest architecture is also built as PTX,
+    which runs on all newer GPUs.
+
+    Args:
+        built: The architectures, in rising order.
+        capability: The GPU's, as 90 for 9.0.
     """
     if capability < _OLDEST_CUDA:
         return f"its kernels need sm_{_OLDEST_CUDA} or newer, and this GPU is sm_{capability}"
     if capability >= built[-1] or any(arch // 10 == capability // 10 and arch <= capability for arch in built):
         return None
     archs = ", ".join(f"sm_{arch}" for arch in built)
-    return f"the CUDA extension is built for {archs}, and this GPU is sm_{capability}: {_built_for(capability)}"
+    return f"the CUDA extension is built for {archs}, and this GPU is sm_{capability}: {_build_command(capability)}"
 
 
 @torch.compiler.assume_constant_result
 @cache
 def _cuda_failure(device: torch.device) -> str | None:
-    """Why the CUDA kernels do not run on this GPU, tried once with the least of them, or None."""
+    """Why the CUDA kernels do not run on this GPU, or None. Launches the smallest kernel once."""
     try:
         ones = torch.ones(1, device=device)
         major, minor = torch.cuda.get_device_capability(ones.device)
         reason = missing_architecture(cuda_architectures(), 10 * major + minor)
         if reason is not None:
             return reason
-        torch.ops.grpo_kernels.cuda_keep_first_bad(first_bad(ones.device))  # of "cuda" too, the current one's
+        torch.ops.grpo_kernels.cuda_keep_first_bad(first_bad(ones.device))  # ones.device has an index, "cuda" has none
         torch.ops.grpo_kernels.scale_cuda(ones, torch.zeros((), device=ones.device))
-    except Exception as error:  # whatever a driver or the runtime may raise is the reason
+    except Exception as error:  # anything that a driver or the runtime raises is the reason
         return f"CUDA kernels do not run here: {type(error).__name__}: {error}"
     return None
 
 
-# facts of the process, like the above; Triton itself is imported when a GPU asks for it
+# constants of the process, like the above; Triton itself is imported when a GPU needs it
 _HAS_TRITON = importlib.util.find_spec("triton") is not None
 _IS_INTERPRETED = os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "yes", "on", "y")
 
@@ -136,18 +141,18 @@ def _triton_reason(device: torch.device) -> str | None:
 @torch.compiler.assume_constant_result
 @cache
 def _triton_failure(device: torch.device) -> str | None:
-    """Why Triton does not run on this GPU, tried once with the least of the kernels, or None."""
+    """Why Triton does not run on this GPU, or None. Compiles and launches the smallest kernel once."""
     try:
         import triton
 
         if tuple(map(int, triton.__version__.split(".")[:2])) < _OLDEST_TRITON:
             return f"Triton {'.'.join(map(str, _OLDEST_TRITON))} or newer is needed, got {triton.__version__}"
-        from grpo_kernels.triton_probe import launch  # which imports Triton
+        from grpo_kernels.triton_probe import launch  # imports Triton
 
         with torch.get_device_module(device).device(device):
-            first_bad(device)  # not within a CUDA graph, whose memory it would be
+            first_bad(device)  # allocates; within a CUDA graph the memory would be the graph's
             launch(device)
-    except Exception as error:  # whatever a driver, a compiler or a linker may raise is the reason
+    except Exception as error:  # anything that a driver, a compiler or a linker raises is the reason
         return f"Triton cannot compile here: {type(error).__name__}: {error}"
     return None
 
@@ -183,28 +188,28 @@ def supports(op: str, backend: str, device: torch.device) -> bool:
 
 
 def resolve(op: str, backend: str, device: torch.device, rows: Callable[[], RowClass] | None = None) -> str:
-    """The backend that runs ``op``: the first that can for "auto", else the named one.
+    """The backend that runs ``op``: the named one, or for "auto" the first that can.
 
     Args:
-        op: Of ``OPS``.
+        op: One of ``OPS``.
         backend: "auto", or one of ``BACKENDS``.
-        device: Of the tensors.
-        rows: Gives the class of the rows of logits, of an op that has such.
+        device: The device of the tensors.
+        rows: Returns the class of the rows of logits, for an op that has any.
 
     Raises:
         ValueError: The backend is unknown.
         RuntimeError: The named backend cannot run here; the message says why.
     """
     if backend == "auto":
-        return _automatic(op, device, _measured(op, device, rows) if device.type == "cuda" else None)
+        return _choose(op, device, _fastest_measured(op, device, rows) if device.type == "cuda" else None)
     reason = unsupported_reason(op, backend, device)
     if reason is not None:
         raise RuntimeError(f"backend {backend!r} cannot run {op}: {reason}")
     return backend
 
 
-def _measured(op: str, device: torch.device, rows: Callable[[], RowClass] | None) -> str | None:
-    """The backend that results show to be the fastest, or None."""
+def _fastest_measured(op: str, device: torch.device, rows: Callable[[], RowClass] | None) -> str | None:
+    """The fastest backend by the committed results, or None."""
     for measured in MEASURED:
         if measured.op == op and measured.covers(op, _architecture(device), None if rows is None else rows()):
             return measured.backend
@@ -214,7 +219,7 @@ def _measured(op: str, device: torch.device, rows: Callable[[], RowClass] | None
 @torch.compiler.assume_constant_result
 @cache
 def _architecture(device: torch.device) -> int:
-    """Of an NVIDIA GPU, as 90 for 9.0; 0 of another."""
+    """The architecture of an NVIDIA GPU, as 90 for 9.0; 0 for another GPU."""
     if torch.version.cuda is None:
         return 0
     major, minor = torch.cuda.get_device_capability(device)
@@ -222,20 +227,20 @@ def _architecture(device: torch.device) -> int:
 
 
 @torch.compiler.assume_constant_result
-def _automatic(op: str, device: torch.device, preferred: str | None = None) -> str:
+def _choose(op: str, device: torch.device, preferred: str | None = None) -> str:
     if device.type == "cuda" and _CUDA_ERROR is None and (reason := _cuda_reason(device)) is not None:
-        _say_once("cuda", device, reason)  # also where another is preferred: it was installed to run
+        _warn_once("cuda", device, reason)  # even if another is preferred: who installed it expects it to run
     names = PREFERENCE[device.type][op] if device.type in PREFERENCE else ("torch",)
     for name in names if preferred is None else (preferred, *names):
         reason = unsupported_reason(op, name, device)
         if reason is None:
             return name
-        _say_once(name, device, reason)
+        _warn_once(name, device, reason)
     raise AssertionError('"torch" runs everywhere')
 
 
 @cache
-def _say_once(name: str, device: torch.device, reason: str) -> None:
+def _warn_once(name: str, device: torch.device, reason: str) -> None:
     _LOG.warning(f"backend {name!r} cannot run on {device}, another does: {reason}")
 
 
@@ -247,5 +252,5 @@ def cpu_simd_level() -> str | None:
 
 
 def cuda_architectures() -> tuple[int, ...]:
-    """What the loaded CUDA library was built for, rising, as 90 for 9.0; empty without it."""
+    """The architectures of the loaded CUDA library in rising order, as 90 for 9.0; empty without the library."""
     return () if _CUDA_ERROR is not None else tuple(torch.ops.grpo_kernels.cuda_architectures())

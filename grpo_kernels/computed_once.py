@@ -11,7 +11,7 @@ Value = TypeVar("Value")
 class computed_once(Generic[Value]):
     """A property of a frozen dataclass that is computed once.
 
-    The ``functools.cached_property`` of Python 3.11 holds a lock, which no graph is traced through.
+    The ``functools.cached_property`` of Python 3.11 takes a lock, which torch.compile cannot trace.
     """
 
     def __init__(self, function: Callable[[Any], Value]) -> None:

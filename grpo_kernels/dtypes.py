@@ -1,4 +1,4 @@
-"""The dtype that arithmetic is done in."""
+"""The dtype of arithmetic."""
 
 from __future__ import annotations
 

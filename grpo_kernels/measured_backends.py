@@ -1,4 +1,4 @@
-"""What "auto" takes on an NVIDIA GPU where committed results show which backend is faster."""
+"""The backends that "auto" takes on an NVIDIA GPU because committed results show them to be faster."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from torch import Tensor
 
 
 class RowClass(NamedTuple):
-    """What decides which backend is faster over rows of logits.
+    """The properties of rows of logits on which the fastest backend depends.
 
     Args:
         vocab: Elements of a row.
-        is_aligned: Whether a row is a multiple of 16 bytes, one load of a thread, and so is the way to the next.
+        is_aligned: Whether a row, and the stride to the next, is a multiple of 16 bytes, one load of a thread.
     """
 
     vocab: int
@@ -21,27 +21,27 @@ class RowClass(NamedTuple):
 
     @classmethod
     def of_logits(cls, logits: Tensor) -> RowClass:  # [..., N, V]
-        """Of the rows of a tensor of logits."""
+        """The class of the rows of these logits."""
         lengths = (logits.shape[-1], logits.stride(-2))
         return cls(logits.shape[-1], all(length * logits.itemsize % 16 == 0 for length in lengths))
 
     @classmethod
     def of_head(cls, weight: Tensor) -> RowClass:  # [V, H]
-        """Of the logits that a head makes, each row in memory of whole loads."""
+        """The class of the logits of a head. Their workspace is always aligned."""
         return cls(weight.shape[0], True)
 
 
 @dataclass(frozen=True)
 class Measured:
-    """A backend that was the fastest for an op, on an architecture, over a class of rows.
+    """The backend that was measured to be the fastest for an op, on an architecture, for a class of rows.
 
     Args:
-        op: Of ``grpo_kernels.backends.OPS``.
-        architecture: Of the GPU, as 90 for 9.0.
+        op: One of ``grpo_kernels.backends.OPS``.
+        architecture: The GPU's, as 90 for 9.0.
         backend: The fastest one.
         results: The file that shows it, from the repository's root; a test compares the two.
-        vocabularies: The least and the most elements of a row; None for an op without rows.
-        is_aligned: As ``RowClass``; None for either.
+        vocabularies: The smallest and the largest vocabulary; None for an op without rows of logits.
+        is_aligned: As in ``RowClass``; None means either.
     """
 
     op: str
@@ -52,7 +52,7 @@ class Measured:
     is_aligned: bool | None = None
 
     def covers(self, op: str, architecture: int, rows: RowClass | None) -> bool:
-        """Whether it says anything of an op on a GPU over these rows."""
+        """Whether this applies to an op on an architecture with these rows."""
         if (self.op, self.architecture) != (op, architecture):
             return False
         if self.vocabularies is None:
@@ -63,10 +63,10 @@ class Measured:
 
 
 _H200 = "benchmarks/results/nvidia-h200/2026-11-27T230130-0.1.0.json"
-#: Vocabularies near the one that was timed, 151936.
+#: Vocabularies near the measured one, 151936.
 _LARGE = (120_000, 160_000)
-#: The first that covers a call holds; where none does, "auto" goes by ``backends.PREFERENCE``: Triton. An entry comes
-#: in the commit of the results that it names.
+#: The first entry that covers a call applies. Without one, "auto" follows ``backends.PREFERENCE``, which is Triton. An
+#: entry is added in the commit of the results that it names.
 MEASURED: tuple[Measured, ...] = (
     Measured("grpo_loss", 90, "cuda", _H200, _LARGE, is_aligned=True),
     Measured("token_logprobs", 90, "cuda", _H200, _LARGE, is_aligned=True),

@@ -1,4 +1,4 @@
-"""``nn.Module`` faces of the losses, for those who keep their configuration in a module."""
+"""The losses as ``nn.Module``, which holds their configuration."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from grpo_kernels.ops.rows.grpo_loss import GRPOLossOutput, grpo_loss
 
 
 class GRPOLoss(nn.Module):
-    """``grpo_loss`` with its configuration and standing keyword arguments held.
+    """``grpo_loss`` with a stored configuration and default keyword arguments.
 
     Args:
         config: The loss.
-        **options: Any other keyword argument of ``grpo_loss``; the call's own take precedence.
+        **options: Any other keyword arguments of ``grpo_loss``. Those of a call take precedence.
 
     Example:
         >>> loss = GRPOLoss(GRPOLossConfig(beta=0.0, epsilon_high=0.28), inplace=True)
@@ -44,7 +44,7 @@ class GRPOLoss(nn.Module):
 
 
 class LinearGRPOLoss(GRPOLoss):
-    """``linear_grpo_loss`` with its configuration and standing keyword arguments held. As ``GRPOLoss``."""
+    """``linear_grpo_loss`` with a stored configuration and default keyword arguments, like ``GRPOLoss``."""
 
     def forward(  # type: ignore[override]
         self,

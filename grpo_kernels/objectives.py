@@ -1,7 +1,7 @@
-"""The objectives that stand beside GRPO in training a reasoning model: SFT, distillation, DPO, reward models.
+"""The other objectives of training a reasoning model: SFT, distillation, DPO, reward models.
 
-Short functions over the fused head's: what reads the vocabulary is ``linear_grpo_loss`` or ``linear_token_logprobs``,
-and what is left is a few numbers a token or a completion, in torch.
+They are short functions on top of the fused head. Whatever reads the vocabulary is ``linear_grpo_loss`` or
+``linear_token_logprobs``; the rest is a few numbers per token or completion, in torch.
 """
 
 from __future__ import annotations
@@ -62,10 +62,10 @@ def sft_loss(
     debug: bool = False,
     backend: str = "auto",
 ) -> Tensor:
-    """Cross-entropy of the unmasked tokens, from hidden states, without logits as a whole.
+    """Cross-entropy of the unmasked tokens, from hidden states, in chunks: the logits never exist as a whole.
 
-    It is the policy gradient at advantage 1: the gradient of every row is known before its logits are, so that the
-    head is projected once, ``6 N H V`` operations with both gradients.
+    It is the policy gradient at advantage 1. Every row's coefficient is known before its logits, so the head is
+    projected once: ``6 N H V`` operations with both gradients.
 
     Args:
         hidden_states: Position ``t`` predicts token ``t``.
@@ -73,8 +73,8 @@ def sft_loss(
         completion_ids: The tokens to be learnt.
         completion_mask: 0 excludes a token.
         reduction: "token_mean", or "sequence_mean": the mean over completions of each one's token mean.
-        num_items_in_batch: Tokens that "token_mean" divides by, over all micro-batches and processes that make one
-            step. None means the unmasked tokens given here.
+        num_items_in_batch: Tokens that "token_mean" divides by, over all micro-batches and processes of one step. None
+            means the unmasked tokens given here.
         temperature: Divides the logits.
         bias, softcap, logit_scale, cu_seqlens, loss_scale, logits_dtype, workspace_bytes, debug, backend: As for
             ``linear_grpo_loss``.
@@ -142,23 +142,23 @@ def distillation_loss(
     debug: bool = False,
     backend: str = "auto",
 ) -> PolicyLossOutput:
-    """A teacher's soft targets, over the whole vocabulary, beside the tokens as hard ones.
+    """Distillation from a teacher's soft targets over the whole vocabulary, mixed with the tokens as hard targets.
 
         loss = mean ((1 - hard_weight) T^2 D(p_T, q_T) - hard_weight log p_1)
 
-    with ``D`` a divergence of student and teacher at temperature ``T`` (arXiv:1503.02531, section 2), from hidden
-    states: a chunk of both models' logits becomes the student's gradient while it is at hand. With equal hidden sizes
-    that is ``8 N H V`` operations; neither model's logits exist as a whole.
+    with ``D`` a divergence of student and teacher at temperature ``T`` (arXiv:1503.02531, section 2). It works from
+    hidden states in chunks: the gradient of a chunk is formed from both models' logits while they exist. With equal
+    hidden sizes that is ``8 N H V`` operations; neither model's logits exist as a whole.
 
     Args:
         hidden_states, lm_head_weight, bias: The student's. Position ``t`` predicts token ``t``.
         completion_ids: The hard targets; the student's own samples (arXiv:2306.13649) or the teacher's.
         completion_mask: 0 excludes a token.
-        teacher_logits: The teacher's, where they are at hand; else
-        teacher_hidden_states, teacher_lm_head_weight, teacher_bias: its last hidden states and head, of a width and
-            dtype of its own. All are constants.
-        divergence, mixture: As for ``token_divergence``: "forward_kl" is from the teacher.
-        temperature: ``T``, of the soft targets alone.
+        teacher_logits: The teacher's logits, if they exist. No gradient flows to the teacher.
+        teacher_hidden_states, teacher_lm_head_weight, teacher_bias: Otherwise its last hidden states and head, which
+            may have another hidden size and dtype.
+        divergence, mixture: As for ``token_divergence``; the teacher is the reference.
+        temperature: ``T``, of the soft targets only.
         hard_weight: Share of the hard targets, in [0, 1).
         reduction, num_items_in_batch: As for ``sft_loss``.
         softcap, logit_scale, teacher_softcap, teacher_logit_scale: As for ``token_logprobs``.
@@ -222,7 +222,7 @@ def distillation_loss(
     backend = backends.resolve(
         "linear_token_divergence", backend, hidden_states.device, partial(RowClass.of_head, lm_head_weight)
     )
-    found = divergence_loss(
+    output = divergence_loss(
         hidden_states,
         lm_head_weight,
         bias,
@@ -234,11 +234,11 @@ def distillation_loss(
         config,
         backend,
     )
-    return PolicyLossOutput(found.loss, found.metrics)
+    return PolicyLossOutput(output.loss, output.metrics)
 
 
 def check_reduction(reduction: str, num_items_in_batch: float | Tensor | None) -> None:
-    """Raises ValueError unless the mean is known, and one over tokens where their number is given."""
+    """Raises ValueError if the reduction is unknown, or is not over tokens although their number is given."""
     if reduction not in _SFT_MEANS:
         raise ValueError(f"reduction must be one of {', '.join(map(repr, _SFT_MEANS))}, got {reduction!r}")
     if reduction == "sequence_mean" and num_items_in_batch is not None:
@@ -261,16 +261,16 @@ def dpo_loss(
 
         loss = -mean ((1 - eps) log sigmoid(h) + eps log sigmoid(-h))
 
-    arXiv:2305.18290 eq. 7; ``length_normalized`` takes each sum over its number of tokens (TRL's "sigmoid_norm").
+    arXiv:2305.18290 eq. 7; ``length_normalized`` divides each sum by its number of tokens (TRL's "sigmoid_norm").
 
     Args:
-        logprobs: Of ``linear_token_logprobs`` or ``token_logprobs``, in nats: completions ``0 .. B - 1`` are chosen
+        logprobs: From ``linear_token_logprobs`` or ``token_logprobs``, in nats. Completions ``0 .. B - 1`` are chosen
             over ``B .. 2 B - 1``.
         ref_logprobs: The same tokens under the reference policy. Not differentiated.
         completion_mask: 0 excludes a token, whatever the other inputs hold there.
         beta: Weight of the divergence from the reference.
         label_smoothing: ``eps``, the share of preferences that are wrong.
-        length_normalized: Mean over tokens rather than sum.
+        length_normalized: Take the mean over tokens rather than the sum.
         cu_seqlens: Where each packed completion begins, and the end.
 
     Returns:
@@ -321,7 +321,7 @@ def reward_model_loss(
     margins: Tensor | None = None,  # [B]
     center_coef: float = 0.0,
 ) -> Tensor:
-    """Negative log-likelihood of preferences under Bradley and Terry's model.
+    """Negative log-likelihood of preferences under the Bradley-Terry model.
 
         loss = mean (-log sigmoid(r_chosen - r_rejected - margin) + center_coef (r_chosen + r_rejected)^2)
 
@@ -329,7 +329,7 @@ def reward_model_loss(
     Arithmetic is fp32, or fp64 for fp64 input.
 
     Args:
-        chosen_rewards, rejected_rewards: The model's, of each pair.
+        chosen_rewards, rejected_rewards: The model's rewards of each pair.
         margins: How much better the chosen one is; None means 0.
         center_coef: Weight of the square of their sum, which keeps rewards around 0.
 

@@ -1,4 +1,4 @@
-"""What happens to rewards and masks before advantages are taken: a KL penalty, truncated completions left out."""
+"""Changes to rewards and masks before advantages are computed: a KL penalty, and masking of truncated completions."""
 
 from __future__ import annotations
 
@@ -33,13 +33,13 @@ def kl_penalized_rewards(
     kl_clamp: float | None = None,
     cu_seqlens: Tensor | None = None,  # [S + 1]
 ) -> Tensor:
-    """Rewards less a KL penalty to the reference policy: ``r - beta sum_t k_t``, or ``r_t - beta k_t`` of each token.
+    """Rewards minus a KL penalty to the reference policy: ``r - beta sum_t k_t``, or ``r_t - beta k_t`` per token.
 
-    InstructGPT eq. 2 (arXiv:2203.02155), as RLOO, REINFORCE++ and PPO take it, where GRPO has its penalty in the loss.
+    InstructGPT eq. 2 (arXiv:2203.02155), as in RLOO, REINFORCE++ and PPO. GRPO has its penalty in the loss instead.
 
     Args:
         rewards: One per completion, or one per token, unitless.
-        logprobs: Of the sampled tokens under the policy that sampled them, in nats.
+        logprobs: Log-probabilities of the sampled tokens under the policy that sampled them, in nats.
         ref_logprobs: The same tokens under the frozen reference policy.
         completion_mask: 0 excludes a token, whatever the other inputs hold there.
         beta: Weight of the penalty.
@@ -94,14 +94,14 @@ def mask_truncated(
     *,
     cu_seqlens: Tensor | None = None,  # [S + 1]
 ) -> Tensor:  # like completion_mask
-    """The mask without completions that were cut off: whose last unmasked token does not end a text.
+    """The mask without truncated completions, whose last unmasked token is not an end-of-text token.
 
     DAPO's overlong filtering (arXiv:2503.14476), TRL's ``mask_truncated_completions``.
 
     Args:
         completion_ids: The sampled tokens.
         completion_mask: 0 excludes a token.
-        eos_token_id: The id that ends a text, or several.
+        eos_token_id: The id of the end-of-text token, or several.
         cu_seqlens: Where each packed completion begins, and the end.
 
     Returns:
@@ -121,14 +121,14 @@ def mask_truncated(
     check_shape("completion_mask", completion_mask, completion_ids.shape)
     check_device(completion_ids.device, [("completion_mask", completion_mask)])
     check_cu_seqlens(cu_seqlens, completion_ids, False)
-    given = [eos_token_id] if isinstance(eos_token_id, int) else list(eos_token_id or ())
-    if not given or not all(isinstance(token, int) for token in given):
+    eos_ids = [eos_token_id] if isinstance(eos_token_id, int) else list(eos_token_id or ())
+    if not eos_ids or not all(isinstance(token, int) for token in eos_ids):
         raise ValueError(f"eos_token_id must be an id, or several, got {eos_token_id!r}")
-    ends = torch.tensor(given, device=completion_ids.device)
+    ends = torch.tensor(eos_ids, device=completion_ids.device)
     sequences = Sequences.of(completion_ids, cu_seqlens)
     mask = completion_mask != 0
     counts = sequences.sum(mask.to(torch.int64))
-    so_far = mask.flatten().cumsum(0).view(mask.shape)  # over completions as they follow each other
-    is_last = mask & (so_far == sequences.spread(counts.cumsum(0)))
-    is_whole = sequences.sum((is_last & torch.isin(completion_ids, ends)).to(torch.int64)) > 0
-    return torch.where(sequences.spread(is_whole), completion_mask, 0)
+    rank = mask.flatten().cumsum(0).view(mask.shape)  # of each unmasked token, counted over all completions
+    is_last = mask & (rank == sequences.spread(counts.cumsum(0)))
+    is_complete = sequences.sum((is_last & torch.isin(completion_ids, ends)).to(torch.int64)) > 0
+    return torch.where(sequences.spread(is_complete), completion_mask, 0)

@@ -1,4 +1,4 @@
-"""The least of Triton kernels: whether Triton compiles and launches on a device."""
+"""A minimal Triton kernel, to try whether Triton compiles and launches on a device."""
 
 from __future__ import annotations
 
@@ -13,5 +13,5 @@ def _double_kernel(value_ptr):
 
 
 def launch(device: torch.device) -> None:
-    """Raises whatever a driver, a compiler or a linker may raise."""
+    """Launches it. Raises whatever a driver, a compiler or a linker raises."""
     _double_kernel[(1,)](torch.ones(1, device=device))

@@ -1,4 +1,4 @@
-"""Checks that public functions make before any launch; each names the argument, what was expected and what came."""
+"""Checks of public functions' arguments. Messages name the argument, what was expected and what was given."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def check_mask(name: str, tensor: Tensor) -> None:
 
 def check_shape(name: str, tensor: Tensor, *expected: Sequence[int]) -> None:
     """Raises ValueError unless ``tensor`` has one of the expected shapes."""
-    # compared, not hashed: a hash would fix a traced graph to these sizes
+    # compared, not hashed: a hash would specialise a traced graph to these sizes
     if tensor.shape != expected[0] and not any(tuple(tensor.shape) == tuple(shape) for shape in expected):
         wanted = " or ".join(str(list(shape)) for shape in expected)
         raise ValueError(f"{name} must have shape {wanted}, got {list(tensor.shape)}")
@@ -70,8 +70,7 @@ def check_logits(logits: Tensor, ids: Tensor, ids_name: str = "ids") -> None:
 
 
 def check_transform(temperature: float, softcap: float | None, logit_scale: float, prefix: str = "") -> None:
-    """Raises ValueError unless the temperature and the softcap, if there is one, and the scale are positive, and all
-    finite."""
+    """Raises ValueError unless temperature, scale and the softcap, if there is one, are positive and finite."""
     if not (temperature > 0 and math.isfinite(temperature)):
         raise ValueError(f"{prefix}temperature must be finite and greater than 0, got {temperature!r}")
     if softcap is not None and not (softcap > 0 and math.isfinite(softcap)):
@@ -81,7 +80,7 @@ def check_transform(temperature: float, softcap: float | None, logit_scale: floa
 
 
 def check_writable(name: str, tensor: Tensor, argument: str) -> None:
-    """Raises ValueError unless rows of ``tensor`` can be written where they lie: dense, none in another's place."""
+    """Raises ValueError unless ``tensor`` can be overwritten row by row: dense rows that do not overlap."""
     strides = tensor.stride()
     extent = 1
     for size, stride in sorted(zip(tensor.shape, strides, strict=True), key=lambda dim: dim[1]):
@@ -93,20 +92,20 @@ def check_writable(name: str, tensor: Tensor, argument: str) -> None:
 
 
 def may_read(tensor: Tensor, debug: bool) -> bool:
-    """Whether values may be looked at: on the CPU, elsewhere where asked for; never while a graph is traced."""
+    """Whether values may be read: on the CPU, elsewhere with ``debug``; never while a graph is traced."""
     is_traced = torch.compiler.is_compiling() or isinstance(tensor, torch._subclasses.FakeTensor)
     return (debug or tensor.device.type == "cpu") and not is_traced
 
 
 def check_id_range(name: str, ids: Tensor, mask: Tensor | None, vocab: int, debug: bool) -> None:
-    """Raises ValueError for an unmasked id outside the vocabulary; kernels on a GPU keep it in mind."""
+    """Raises ValueError for an unmasked id outside the vocabulary, if values may be read. GPU kernels flag it."""
     if not may_read(ids, debug):
         return
     if ids.numel() == 0:
         return
     low, high = ids.aminmax()
     if low.item() >= 0 and high.item() < vocab:
-        return  # the search for a bad one is longer
+        return  # the usual case, which needs no search
     bad = (ids < 0) | (ids >= vocab)
     if mask is not None:
         bad = bad & (mask != 0)

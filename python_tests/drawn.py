@@ -10,8 +10,8 @@ from testing.inputs import Inputs
 from torch import Tensor
 
 from grpo_kernels import GRPOLossConfig
+from grpo_kernels.loss.aggregation import CLIPPED_LOSSES
 from grpo_kernels.loss.options import (
-    CLIPPED_LOSS_TYPES,
     DIVERGENCES,
     KL_ESTIMATORS,
     KL_GRADIENTS,
@@ -44,9 +44,9 @@ def configs(draw: st.DrawFn, loss_types: tuple[str, ...] = LOSS_TYPES, only_trls
     if loss_type not in _WITHOUT_LEVEL:
         levels = ("token", "sequence") if only_trls else ("token", "sequence", "sequence_token")
         options["importance_sampling_level"] = one_of(*levels)
-    if loss_type in (*CLIPPED_LOSS_TYPES, "gmpo"):
+    if loss_type in (*CLIPPED_LOSSES, "gmpo"):
         options["epsilon_high"] = one_of(None, 0.28)
-    if loss_type in CLIPPED_LOSS_TYPES:
+    if loss_type in CLIPPED_LOSSES:
         options["delta"] = one_of(None, 1.6)
     if loss_type == "cispo":
         options["epsilon_high"] = one_of(1.3, 5.0)

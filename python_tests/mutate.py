@@ -47,7 +47,7 @@ class Fault:
     def language(self) -> str:
         """What the file is written in: tests of Triton's kernels run in its interpreter, C++ is built again."""
         if self.path.endswith(".py"):
-            return "Triton" if "triton" in Path(self.path).name else "Python"
+            return "Triton" if "triton" in Path(self.path).parts else "Python"
         return "CUDA" if self.path.startswith("csrc/cuda/") else "C++"
 
     def plant(self, text: str) -> str:
@@ -147,8 +147,8 @@ FAULTS = (
     Fault(
         "a weight doubled",
         "grpo_kernels/loss/weights.py",
-        old="return _inverse(mask.sum(dtype=dtype), loss_scale)",
-        new="return 2 * _inverse(mask.sum(dtype=dtype), loss_scale)",
+        old="return torch.div(factor, reduce(torch.mul, tensors))",
+        new="return torch.div(2 * factor, reduce(torch.mul, tensors))",
         tests=(  # worked by hand: the reference takes its weights from here too
             "test_reference.py::test_grpo_loss_by_hand[cpu]",
             "test_reference.py::test_clipped_gradient_and_metrics_by_hand[cpu]",

@@ -194,3 +194,18 @@ def test_a_config_may_be_made_in_what_is_traced() -> None:
 
     compiled = torch.compile(loss_of, fullgraph=True, backend="aot_eager")
     torch.testing.assert_close(compiled(logits), loss_of(logits))
+
+
+def test_a_fresh_config_compiles_nothing() -> None:
+    """What a config derives from its fields is there before the trace, which would see it appear and compile again."""
+    logits, ids, mask = torch.randn(2, 3, 8, requires_grad=True), torch.zeros(2, 3, dtype=torch.long), torch.ones(2, 3)
+
+    def loss_of(logits: Tensor, config: GRPOLossConfig) -> Tensor:
+        return grpo_kernels.grpo_loss(logits, ids, torch.tensor([1.0, -1.0]), mask, config=config, backend="cpu").loss
+
+    counter = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(loss_of, fullgraph=True, backend=counter)
+    config = GRPOLossConfig(loss_type="vespo")
+    for each in (config, config, GRPOLossConfig(loss_type="vespo")):
+        compiled(logits, each).backward()
+    assert counter.frame_count == 1

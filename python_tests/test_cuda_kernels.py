@@ -83,13 +83,13 @@ def test_an_infinite_reward_is_told(infinity: float) -> None:
         check_device_values(CPU)
 
 
-def test_ids_are_held_inside_and_the_first_outside_is_told() -> None:
+def test_ids_are_clamped_and_the_first_outside_is_reported() -> None:
     ids = torch.tensor([1, -3, 99, 4, 99] * 200)
     mask = torch.tensor([True, False, True, True, False] * 200)
-    assert OPS.hold_ids_cuda(ids, mask, 50).tolist() == [1, 0, 49, 4, 0] * 200
+    assert OPS.clamp_ids_cuda(ids, mask, 50).tolist() == [1, 0, 49, 4, 0] * 200
     with pytest.raises(ValueError, match=r"an id outside the vocabulary where unmasked, at 2$"):
         check_device_values(CPU)
-    assert OPS.hold_ids_cuda(ids, None, 50).tolist() == [1, 0, 49, 4, 49] * 200
+    assert OPS.clamp_ids_cuda(ids, None, 50).tolist() == [1, 0, 49, 4, 49] * 200
     with pytest.raises(ValueError, match=r"at 1$"):
         check_device_values(CPU)
-    assert OPS.hold_ids_cuda(ids[:0], None, 50).shape == (0,)
+    assert OPS.clamp_ids_cuda(ids[:0], None, 50).shape == (0,)

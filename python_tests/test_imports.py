@@ -23,7 +23,7 @@ ROOMS = (
     ("ops.rows",),
     ("ops.head",),
     ("objectives", "modules", "rewards", "adaptive_entropy", "info"),
-    ("integrations.presets",),
+    ("integrations.presets", "presets"),
     ("integrations",),
     ("",),  # the package's own names
     ("training",),
@@ -56,6 +56,7 @@ def _imports(module: str) -> Iterator[str]:
             base = ".".join((node.module or "").split(".")[1:])
             for alias in node.names:
                 name = f"{base}.{alias.name}".lstrip(".")
+                assert name in MODULES or base in MODULES, f"{module} imports from {node.module}, which is not there"
                 yield name if name in MODULES else base
         elif isinstance(node, ast.Import):
             yield from (name.name.partition(".")[2] for name in node.names if name.name.split(".")[0] == "grpo_kernels")

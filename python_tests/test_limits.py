@@ -295,6 +295,20 @@ def test_an_infinite_divergence_without_a_weight_counts_nothing(backend: str) ->
 
 
 @pytest.mark.parametrize("backend", ALL_BACKENDS)
+def test_kl_cov_of_a_token_that_the_policy_lost(backend: str) -> None:
+    """Its ratio is 0, and so is what it counts, unless it is penalised."""
+    leaf = torch.tensor([[-1.0, -math.inf, -0.5, -1.5]], requires_grad=True)
+    old = torch.tensor([[-1.0, -2.0, -0.5, -1.5]])
+    advantages = torch.tensor([[2.0, 3.0, 1.0, 1.0]])
+    with _on(backend):
+        config = GRPOLossConfig(loss_type="kl_cov", kl_cov_ratio=0.25)
+        loss, _ = policy_loss(leaf, advantages, torch.ones(1, 4), old_logprobs=old, config=config, backend=backend)
+        loss.backward()
+    assert leaf.grad is not None and loss.isfinite() and leaf.grad[0, 1] == 0
+    assert leaf.grad[0, 2:].tolist() == [-0.25, -0.25]
+
+
+@pytest.mark.parametrize("backend", ALL_BACKENDS)
 @pytest.mark.parametrize("options", [{}, {"loss_type": "cispo"}, {"loss_type": "sapo"}], ids=str)
 def test_nan_remains_nan(options: dict[str, Any], backend: str) -> None:
     for place in range(2):

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from grpo_kernels import GRPOLossConfig
 from grpo_kernels.ops.head import gemm
-from grpo_kernels.ops.head.buffers import HeadGradients, Needs
+from grpo_kernels.ops.head.buffers import HeadGradients, NeededGradients
 from grpo_kernels.ops.head.gemm import project_back
 from grpo_kernels.ops.head.selection import pack_rows, row_chunks
 
@@ -117,7 +117,7 @@ def test_the_weights_gradient_of_one_chunk_is_made_as_the_parameter_has_it(
     half = torch.bfloat16
     monkeypatch.setattr(gemm, "writes_fp32", lambda device: True)
     projection = gemm.Head(torch.randn(6, 4).to(parameter), None, half, torch.float32, half)
-    grads = HeadGradients(projection, torch.empty(8, 4, dtype=half), Needs(False, True, False), chunks)
+    grads = HeadGradients(projection, torch.empty(8, 4, dtype=half), NeededGradients(False, True, False), chunks)
     assert grads.dweight is not None and grads.dweight.dtype == expected
     if expected == half:
         dlogits, inputs = torch.randn(8, 6).to(half), torch.randn(8, 4).to(half)

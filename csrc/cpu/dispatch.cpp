@@ -1,4 +1,4 @@
-// Which instruction set this processor has.
+// Chooses the row kernels for the instruction set of this processor.
 #include <torch/csrc/stable/library.h>
 
 #include <algorithm>
@@ -28,7 +28,7 @@ int supported_level() {
       __builtin_cpu_supports("avx512vl")) {
     return 2;
   }
-  // with AVX2 and FMA comes F16C, on every processor that has been made
+  // every processor with AVX2 and FMA also has F16C
   if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) return 1;
 #endif
   return 0;
@@ -54,7 +54,7 @@ const RowKernels& row_kernels(Dtype dtype) {
 
 int64_t cpu_simd_level() { return simd_level(); }
 
-// For tests: every narrower path can be taken on a processor that has a wider one.
+// For tests: lets a processor with wide vectors run the narrower kernels too.
 void cpu_limit_simd_level(int64_t level) { highest_level = level; }
 
 }  // namespace grpo

@@ -1,4 +1,4 @@
-// gae: generalised advantage estimation, each completion scanned from its end.
+// gae: generalised advantage estimation. Each completion is scanned from its end.
 #include "parallel.h"
 
 namespace grpo {

@@ -1,4 +1,4 @@
-// group_advantages: rewards normalised within their group; NaN marks a missing reward.
+// group_advantages: rewards normalised within their group. NaN marks a missing reward.
 #include "group_advantages.h"
 
 #include <vector>
@@ -33,8 +33,8 @@ Tensor group_advantages(const Tensor& rewards,  // [B, K]
   STD_TORCH_CHECK(num_generations > 0 && count % num_generations == 0, num_generations, " must divide ", count);
   const Tensor out = empty({count}, rewards.scalar_type(), rewards);
   const auto typed = [&]<class R>(R) {
-    run<R>(data<R>(rewards, count * functions), data<R>(weights, functions), count, functions, num_generations, scale_rewards, aggregation, eps,
-           mutable_data<R>(out));
+    run<R>(data<R>(rewards, count * functions), data<R>(weights, functions), count, functions, num_generations,
+           scale_rewards, aggregation, eps, mutable_data<R>(out));
   };
   rewards.scalar_type() == ScalarType::Double ? typed(double()) : typed(float());
   return out;

@@ -1,4 +1,4 @@
-// grpo_loss: from logits to per-token statistics and the gradient of the loss, each row read once from memory.
+// grpo_loss: per-token statistics and the gradient of the loss from logits. Each row is read from memory once.
 #include <algorithm>
 #include <cstring>
 #include <tuple>
@@ -13,9 +13,9 @@
 namespace grpo {
 namespace {
 
-// The advantage of each completion from its group's rewards.
+// Writes the advantage of each completion, from the rewards of its group.
 template <class R>
-void advantages_of(const Tensor& rewards, int64_t num_generations, bool is_scaled, double eps, R* out) {
+void write_advantages(const Tensor& rewards, int64_t num_generations, bool is_scaled, double eps, R* out) {
   const int64_t count = rewards.numel();
   STD_TORCH_CHECK(num_generations > 0 && count % num_generations == 0, num_generations, " must divide ", count);
   std::copy_n(data<R>(rewards, count), count, out);
@@ -36,17 +36,17 @@ struct Forward {
   R *logprobs, *entropy;
   bool* live;
 
-  // dL/dlogprob of an unmasked token; its ratio is its own (token level).
+  // dL/dlogprob of an unmasked token, at token level.
   R coefficient(int64_t s, int64_t n) const {
-    const R logprob = logprobs[n], old_logprob = fields.old_logprob(n, logprob);  // 0 apart, or a NaN's NaN
+    const R logprob = logprobs[n], old_logprob = fields.old_logprob(n, logprob);
     const TokenLoss<R> loss =
         token_loss(logprob, logprob - old_logprob, true, old_logprob, fields.ref_logprob(n),
                    fields.advantages.at(s, n), fields.policy_weight(s, n), fields.weights.at(s, n), options);
     return loss.dlog_ratio + loss.dlogprob;
   }
 
-  // Statistics of token n of completion b, or of its own, read at `z`, and its gradient, written at `dz` if there is
-  // one; whether it is live.
+  // Computes the statistics of token n from its logits `z`, and writes its gradient to `dz` unless that is null. The
+  // token is of completion b unless it has a sequence id. Returns whether its gradient was written.
   bool token(int64_t b, int64_t n, const void* z, void* dz) const {
     logprobs[n] = entropy[n] = 0;
     if (!fields.mask[n]) return false;
@@ -64,7 +64,7 @@ struct Forward {
     return true;
   }
 
-  // Every row's gradient in its own place; 0 where dead, and past the last token.
+  // Rows without a gradient are filled with 0, like the row after the last token.
   void run() const {
     parallel_rows(from.batch * from.length, from.width, [&](int64_t row) {
       const int64_t b = row / from.length, t = row % from.length, n = b * length + t;
@@ -90,18 +90,18 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> grpo_loss_fwd(
   const ScalarType type = arithmetic_type(logits);
   const Tensor logprobs = empty_like(ids, type), entropy = empty_like(ids, type);
   const Tensor live = empty_like(ids, ScalarType::Bool);
-  const Tensor made = empty({rewards ? rewards->numel() : 0}, type, logits);
+  const Tensor computed_advantages = empty({rewards ? rewards->numel() : 0}, type, logits);
   STD_TORCH_CHECK(advantages.has_value() != rewards.has_value(), "expected either advantages or rewards");
   const auto run = [&]<class R>(R) {
     const Rows from(logits);
     const int64_t n = ids.numel();
     from.check_ids_fit(ids);
     if (dlogits) Rows(*dlogits).check_like(from, *dlogits, logits);
-    if (rewards) advantages_of<R>(*rewards, num_generations, is_scaled, eps, mutable_data<R>(made));
-    const std::optional<Tensor> known = rewards ? made : advantages;
-    const TokenTensors tensors{mask, sequence_ids, known, weights, policy_factors, entropy_weights, old_logprobs,
-                               ref_logprobs};
-    const int64_t sequences = tensors.sequences(ids.size(0));
+    if (rewards) write_advantages<R>(*rewards, num_generations, is_scaled, eps, mutable_data<R>(computed_advantages));
+    const std::optional<Tensor> used_advantages = rewards ? computed_advantages : advantages;
+    const TokenTensors tensors{mask,           sequence_ids,    used_advantages, weights,
+                               policy_factors, entropy_weights, old_logprobs,    ref_logprobs};
+    const int64_t sequences = tensors.sequence_count(ids.size(0));
     const Forward<R> forward{
         from,
         dlogits ? std::optional<Rows>(Rows(*dlogits)) : std::nullopt,
@@ -115,13 +115,14 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> grpo_loss_fwd(
         mutable_data<R>(logprobs),
         mutable_data<R>(entropy),
         mutable_data<bool>(live)};
-    STD_TORCH_CHECK(forward.options.level == Level::kToken, "a sequence-level ratio needs every token's statistics first");
+    STD_TORCH_CHECK(forward.options.level == Level::kToken,
+                    "a sequence-level ratio needs every token's statistics first");
     check_ids(forward.ids, forward.fields.mask, n, from.width);
     check_sequence_ids(forward.fields.sequence_ids, n, sequences);
     forward.run();
   };
   type == ScalarType::Double ? run(double()) : run(float());
-  return {logprobs, entropy, live, made};
+  return {logprobs, entropy, live, computed_advantages};
 }
 
 }  // namespace grpo

@@ -1,4 +1,4 @@
-// Rows in parallel on the CPU, and checks that read tensors where they lie.
+// Parallel loops over rows on the CPU, and checks of tensor values.
 #pragma once
 
 #include <torch/csrc/stable/ops.h>
@@ -10,7 +10,7 @@
 
 namespace grpo {
 
-// Refuses an unmasked id outside the vocabulary, before any row is read.
+// Checks that every unmasked id is in the vocabulary, before any row is read.
 inline void check_ids(const int64_t* ids, const bool* mask, int64_t count, int64_t vocab) {
   for (int64_t n = 0; n < count; ++n) {
     if (mask && !mask[n]) continue;
@@ -18,7 +18,7 @@ inline void check_ids(const int64_t* ids, const bool* mask, int64_t count, int64
   }
 }
 
-// Refuses a token of a completion that there is not.
+// Checks that every sequence id is below `sequences`.
 inline void check_sequence_ids(const int32_t* sequence_ids, int64_t count, int64_t sequences) {
   for (int64_t n = 0; sequence_ids && n < count; ++n) {
     STD_TORCH_CHECK(sequence_ids[n] >= 0 && sequence_ids[n] < sequences, "token ", n, " is of completion ",
@@ -26,7 +26,7 @@ inline void check_sequence_ids(const int32_t* sequence_ids, int64_t count, int64
   }
 }
 
-// Refuses completions that do not lie end to end.
+// Checks that the offsets rise from 0 to `tokens`.
 inline void check_offsets(const int64_t* offset, int64_t count, int64_t tokens) {
   for (int64_t s = 0; s < count; ++s) {
     STD_TORCH_CHECK(offset[s] >= 0 && offset[s] <= offset[s + 1] && offset[s + 1] <= tokens,
@@ -35,9 +35,9 @@ inline void check_offsets(const int64_t* offset, int64_t count, int64_t tokens) 
   STD_TORCH_CHECK(count >= 0 && offset[0] == 0 && offset[count] == tokens, "cu_seqlens must rise from 0 to ", tokens);
 }
 
-// Calls body(n) for rows 0..count in parallel, by torch's own threads; each row counts as `width` elements.
+// Calls body(n) for rows 0..count in parallel, on torch's threads. `width` is the cost of a row in elements.
 //
-// The threads take rows in turns: masked rows lie together, at the end of a completion, and cost nothing.
+// Threads take rows in turn to balance the load: masked rows cost nothing and are adjacent, at a completion's end.
 template <class Body>
 void parallel_rows(int64_t count, int64_t width, const Body& body) {
   const int64_t grain = std::max<int64_t>(1, (int64_t(1) << 15) / std::max<int64_t>(1, width));

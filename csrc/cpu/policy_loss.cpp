@@ -1,4 +1,4 @@
-// policy_loss: loss, gradient by log-probability and metric partials of every token, sequence by sequence.
+// policy_loss: the loss, its gradient by the log-probabilities, and the metric partials, sequence by sequence.
 #include <algorithm>
 #include <atomic>
 #include <cmath>
@@ -21,19 +21,19 @@ struct Inputs {
   PolicyOptions<R> options;
 
   R old_logprob(int64_t n) const { return fields.old_logprob(n, logprobs[n]); }
-  R log_ratio(int64_t n) const { return logprobs[n] - old_logprob(n); }  // on-policy 0, or a NaN's NaN
+  R log_ratio(int64_t n) const { return logprobs[n] - old_logprob(n); }  // on-policy: 0, or NaN
 
   LogRatio<R> averaged(int64_t s, int64_t n) const {
     return averaged_log_ratio(log_ratio(n), fields.advantages.at(fields.sequence_of(s, n), n), options);
   }
 };
 
-constexpr int64_t kNone = std::numeric_limits<int64_t>::max();
-std::atomic<int64_t*> kept_flags = nullptr;  // of device_values.py
+constexpr int64_t kNoIndex = std::numeric_limits<int64_t>::max();
+std::atomic<int64_t*> registered_flags = nullptr;  // set by cpu_keep_first_bad; see device_values.py
 
 struct SequenceTotals {
   double loss = 0;
-  int64_t first_infinite = kNone;
+  int64_t first_infinite = kNoIndex;
   double partials[kPartialCount] = {};
 };
 
@@ -44,7 +44,7 @@ struct Mean {
   double value() const { return tokens ? sum / static_cast<double>(tokens) : 0; }
 };
 
-// Of the log-ratios of a sequence's unmasked tokens.
+// Mean log-ratio of a sequence's unmasked tokens.
 template <class R>
 Mean mean_log_ratio(const Inputs<R>& in, int64_t s, int64_t begin, int64_t end) {
   Mean mean;
@@ -56,11 +56,12 @@ Mean mean_log_ratio(const Inputs<R>& in, int64_t s, int64_t begin, int64_t end) 
   return mean;
 }
 
-// Whether every token of a sequence is far from the limits: one pass without a branch.
+// Whether every token of a sequence is far from the limits. Branch-free, so that it is vectorised.
 template <class R>
 bool all_near(const Inputs<R>& in, int64_t begin, int64_t end, R mean) {
   const R* const logprobs = in.logprobs;
-  const R* const old = in.options.level == Level::kToken && in.fields.old_logprobs.values ? in.fields.old_logprobs.values : logprobs;
+  const bool has_own_ratios = in.options.level == Level::kToken && in.fields.old_logprobs.values;
+  const R* const old = has_own_ratios ? in.fields.old_logprobs.values : logprobs;
   const R* const ref = in.fields.ref_logprobs.values ? in.fields.ref_logprobs.values : logprobs;
   int far = is_near(R(0), mean, R(0)) ? 0 : 1;
   for (int64_t n = begin; n < end; ++n) {
@@ -70,25 +71,25 @@ bool all_near(const Inputs<R>& in, int64_t begin, int64_t end, R mean) {
 }
 
 template <bool kAtLimits, class R>
-[[gnu::noinline]] SequenceTotals sequence_loss(const Inputs<R>& in, int64_t own, int64_t begin, int64_t end,
-                                               const Mean& means, R* dlogprobs) {
+[[gnu::noinline]] SequenceTotals sequence_loss(const Inputs<R>& in, int64_t sequence, int64_t begin, int64_t end,
+                                               const Mean& log_ratios, R* dlogprobs) {
   const Level level = in.options.level;
-  const R mean = static_cast<R>(means.value());
-  const bool is_alone = level == Level::kToken || means.tokens == 1;
-  const bool spreads = level == Level::kSequence || level == Level::kGeometric;
+  const R mean = static_cast<R>(log_ratios.value());
+  const bool is_single_token = level == Level::kToken || log_ratios.tokens == 1;
+  const bool has_mean_gradient = level == Level::kSequence || level == Level::kGeometric;
   SequenceTotals out;
   double tokens = 0, low = 0, high = 0, dmean = 0;
   for (int64_t n = begin; n < end; ++n) {
     dlogprobs[n] = 0;
     if (!in.fields.mask[n]) continue;
-    const int64_t s = in.fields.sequence_of(own, n);
+    const int64_t s = in.fields.sequence_of(sequence, n);
     const R log_ratio = level == Level::kToken ? in.log_ratio(n) : mean;
     const TokenLoss<R> token =
-        token_loss<kAtLimits>(in.logprobs[n], log_ratio, is_alone, in.old_logprob(n), in.fields.ref_logprob(n),
+        token_loss<kAtLimits>(in.logprobs[n], log_ratio, is_single_token, in.old_logprob(n), in.fields.ref_logprob(n),
                               in.fields.advantages.at(s, n), in.fields.policy_weight(s, n), in.fields.weights.at(s, n),
                               in.options);
     if (kAtLimits && std::isinf(token.loss)) out.first_infinite = std::min(out.first_infinite, n);
-    dlogprobs[n] = token.dlogprob + (spreads ? R(0) : token.dlog_ratio);
+    dlogprobs[n] = token.dlogprob + (has_mean_gradient ? R(0) : token.dlog_ratio);
     dmean += token.dlog_ratio;
     out.loss += token.loss;
     if (in.entropy && in.fields.entropy_weights.values) {
@@ -100,32 +101,32 @@ template <bool kAtLimits, class R>
     out.partials[kKl] += token.kl;
     if (in.entropy) out.partials[kEntropy] += in.entropy[n];
   }
-  if (spreads && tokens > 0) {  // the mean hands its derivative to its tokens in equal parts
+  if (has_mean_gradient && tokens > 0) {  // d mean / d log-ratio is 1 / tokens for every token
     for (int64_t n = begin; n < end; ++n) {
-      if (in.fields.mask[n] && in.averaged(own, n).passes) dlogprobs[n] += static_cast<R>(dmean / tokens);
+      if (in.fields.mask[n] && in.averaged(sequence, n).has_gradient) dlogprobs[n] += static_cast<R>(dmean / tokens);
     }
   }
-  const bool counts_sequences = level == Level::kSequence;
-  const double share = tokens > 0 ? tokens : 1;
+  const bool is_sequence_level = level == Level::kSequence;
+  const double divisor = tokens > 0 ? tokens : 1;
   out.partials[kTokens] = tokens;
-  out.partials[kRatios] = counts_sequences ? 1 : tokens;
-  out.partials[kLow] = counts_sequences ? low / share : low;
-  out.partials[kHigh] = counts_sequences ? high / share : high;
-  const bool has_share = counts_sequences || tokens > 0;
-  out.partials[kLowMin] = has_share ? low / share : INFINITY;
-  out.partials[kHighMax] = has_share ? high / share : -INFINITY;
+  out.partials[kRatios] = is_sequence_level ? 1 : tokens;
+  out.partials[kLow] = is_sequence_level ? low / divisor : low;
+  out.partials[kHigh] = is_sequence_level ? high / divisor : high;
+  const bool has_ratio = is_sequence_level || tokens > 0;
+  out.partials[kLowMin] = has_ratio ? low / divisor : INFINITY;
+  out.partials[kHighMax] = has_ratio ? high / divisor : -INFINITY;
   return out;
 }
 
 template <class R>
 SequenceTotals sequence_loss(const Inputs<R>& in, int64_t s, int64_t begin, int64_t end, R* dlogprobs) {
-  const Mean means = in.options.level == Level::kToken ? Mean() : mean_log_ratio(in, s, begin, end);
-  return all_near(in, begin, end, static_cast<R>(means.value()))
-             ? sequence_loss<false>(in, s, begin, end, means, dlogprobs)
-             : sequence_loss<true>(in, s, begin, end, means, dlogprobs);
+  const Mean log_ratios = in.options.level == Level::kToken ? Mean() : mean_log_ratio(in, s, begin, end);
+  return all_near(in, begin, end, static_cast<R>(log_ratios.value()))
+             ? sequence_loss<false>(in, s, begin, end, log_ratios, dlogprobs)
+             : sequence_loss<true>(in, s, begin, end, log_ratios, dlogprobs);
 }
 
-// In the sequences' order, whatever thread computed them.
+// Adds the sequences in order, so that the result does not depend on the threads.
 template <class R>
 void reduce(const std::vector<SequenceTotals>& sequences, R* loss, R* partials) {
   SequenceTotals sum;
@@ -141,21 +142,21 @@ void reduce(const std::vector<SequenceTotals>& sequences, R* loss, R* partials) 
   for (int i = 0; i < kPartialCount; ++i) partials[i] = static_cast<R>(sum.partials[i]);
 }
 
-// The least index of a token without a bound, beside those of earlier calls.
-void keep_infinite(const std::vector<SequenceTotals>& sequences) {
-  int64_t* const flags = kept_flags.load(std::memory_order_acquire);
+// Flags the first token with an infinite loss, unless an earlier call flagged a smaller index.
+void flag_infinite(const std::vector<SequenceTotals>& sequences) {
+  int64_t* const flags = registered_flags.load(std::memory_order_acquire);
   if (flags == nullptr) return;
-  int64_t least = kNone;
-  for (const SequenceTotals& s : sequences) least = std::min(least, s.first_infinite);
-  if (least == kNone) return;
-  const std::atomic_ref<int64_t> kept(flags[kBadLoss]);
-  for (int64_t known = kept.load(); least < known && !kept.compare_exchange_weak(known, least);) continue;
+  int64_t first = kNoIndex;
+  for (const SequenceTotals& s : sequences) first = std::min(first, s.first_infinite);
+  if (first == kNoIndex) return;
+  const std::atomic_ref<int64_t> flag(flags[kBadLoss]);
+  for (int64_t previous = flag.load(); first < previous && !flag.compare_exchange_weak(previous, first);) continue;
 }
 
 }  // namespace
 
 void keep_first_bad(const Tensor& first_bad) {
-  kept_flags.store(mutable_data<int64_t>(first_bad), std::memory_order_release);
+  registered_flags.store(mutable_data<int64_t>(first_bad), std::memory_order_release);
 }
 
 std::tuple<Tensor, Tensor, Tensor> policy_loss_fwd(
@@ -164,8 +165,8 @@ std::tuple<Tensor, Tensor, Tensor> policy_loss_fwd(
     const Tensor& mask, const std::optional<Tensor>& sequence_ids, const std::optional<Tensor>& advantages,
     const Tensor& weights, const std::optional<Tensor>& policy_factors, const std::optional<Tensor>& entropy_weights,
     const std::optional<Tensor>& old_logprobs, const std::optional<Tensor>& ref_logprobs,
-    const std::optional<Tensor>& offsets,  // [sequences + 1]; else each has as many tokens
-    int64_t sequences, std::vector<int64_t> options, std::vector<double> params, bool keeps_infinite) {
+    const std::optional<Tensor>& offsets,  // [sequences + 1]; absent: all sequences have the same length
+    int64_t sequences, std::vector<int64_t> options, std::vector<double> params, bool flags_infinite) {
   STD_TORCH_CHECK(advantages.has_value(), "expected advantages");
   const ScalarType type = arithmetic_type(logprobs);
   const Tensor loss = empty({}, type, logprobs), dlogprobs = empty_like(logprobs, type);
@@ -174,10 +175,10 @@ std::tuple<Tensor, Tensor, Tensor> policy_loss_fwd(
     const int64_t tokens = logprobs.numel(), length = sequences > 0 ? tokens / sequences : 0;
     const TokenTensors tensors{mask, sequence_ids, advantages, weights, policy_factors, entropy_weights, old_logprobs,
                                ref_logprobs};
-    const int64_t known = tensors.sequences(sequences);
-    const Inputs<R> in{data<R>(logprobs, tokens), data<R>(entropy, tokens), token_fields<R>(tensors, known, tokens),
+    const int64_t id_count = tensors.sequence_count(sequences);
+    const Inputs<R> in{data<R>(logprobs, tokens), data<R>(entropy, tokens), token_fields<R>(tensors, id_count, tokens),
                        PolicyOptions<R>::decode(options, params)};
-    check_sequence_ids(in.fields.sequence_ids, tokens, known);
+    check_sequence_ids(in.fields.sequence_ids, tokens, id_count);
     const int64_t* offset = data<int64_t>(offsets, sequences + 1);
     if (offset) check_offsets(offset, sequences, tokens);
     else STD_TORCH_CHECK(sequences >= 0 && length * sequences == tokens, "expected sequences of the same length");
@@ -186,7 +187,7 @@ std::tuple<Tensor, Tensor, Tensor> policy_loss_fwd(
       const int64_t begin = offset ? offset[s] : s * length, end = offset ? offset[s + 1] : begin + length;
       totals[s] = sequence_loss<R>(in, s, begin, end, mutable_data<R>(dlogprobs));
     });
-    if (keeps_infinite) keep_infinite(totals);
+    if (flags_infinite) flag_infinite(totals);
     reduce<R>(totals, mutable_data<R>(loss), mutable_data<R>(partials));
   };
   type == ScalarType::Double ? run(double()) : run(float());

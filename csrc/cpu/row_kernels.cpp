@@ -1,5 +1,5 @@
-// The row kernels of one instruction set. A row is read from memory once: its second reading, for the gradient, finds
-// it in the core's own cache (151936 fp32 logits are 608 KB).
+// The row kernels of one instruction set. A row is read from memory once: the second read, for the gradient, hits the
+// core's cache (151936 fp32 logits are 608 KB).
 #include "row_kernels.h"
 
 #include <algorithm>
@@ -9,16 +9,16 @@
 namespace grpo::GRPO_ISA {
 namespace {
 
-// Logits whose maximum is taken before their exponentials. They stay in L1, and a lane sums at most 256 of them in fp32:
-// beside a row's largest term, which is 1, each of the small ones is rounded.
+// Logits per block: the maximum is computed first, then the exponentials. A block stays in L1, and a lane sums at most
+// 256 terms in fp32, because small terms lose precision beside the largest one, which is 1.
 constexpr int64_t kBlock = std::min(2048, 256 * kLanes<float>);
 
-// An exponent of which exp makes exactly 0.
+// An exponent for which exp returns exactly 0.
 template <class R>
 constexpr R kNegligible = sizeof(R) == sizeof(double) ? -750 : -88;
 
-// The transform in two steps, y = outer u(z). Differences are taken of u, before it is scaled: what all logits have in
-// common costs no digits then, and no contraction of a product and a sum can round one occurrence of y unlike another.
+// The transform in two steps, y = outer u(z). Differences are taken of u, before scaling. Then an offset that all
+// logits share costs no precision, and no FMA contraction can round one occurrence of y differently from another.
 template <class R, bool kSoftcap>
 struct VectorTransform {
   R inner;  // scale / softcap
@@ -41,7 +41,7 @@ struct VectorTransform {
   }
 };
 
-// The last, incomplete vector of a row, in memory of its own.
+// A copy of the last, incomplete vector of a row.
 template <class T>
 struct Tail {
   T values[kLanes<Arithmetic<T>>] = {};
@@ -49,8 +49,8 @@ struct Tail {
 };
 
 template <class R>
-Vector<R> lanes_from(int64_t count, Vector<R> v, R rest) {  // lanes past count hold rest
-  for (int i = 0; i < kLanes<R>; ++i) v[i] = i < count ? v[i] : rest;
+Vector<R> fill_lanes(int64_t count, Vector<R> v, R fill) {  // lanes from `count` on hold `fill`
+  for (int i = 0; i < kLanes<R>; ++i) v[i] = i < count ? v[i] : fill;
   return v;
 }
 
@@ -68,13 +68,13 @@ R horizontal_max(Vector<R> v) {
   return largest;
 }
 
-// Calls body(u) for every vector of u(z); lanes past the end hold `rest`.
+// Calls body(u) for every vector of u(z); lanes past the end hold `fill`.
 template <class T, class F, class Body>
-inline void for_each_vector(const T* z, int64_t count, const F& transform, Arithmetic<T> rest, Body body) {
+inline void for_each_vector(const T* z, int64_t count, const F& transform, Arithmetic<T> fill, Body body) {
   using R = Arithmetic<T>;
   int64_t i = 0;
   for (; i + kLanes<R> <= count; i += kLanes<R>) body(transform(load(z + i)));
-  if (i < count) body(lanes_from<R>(count - i, transform(load(Tail<T>(z + i, count - i).values)), rest));
+  if (i < count) body(fill_lanes<R>(count - i, transform(load(Tail<T>(z + i, count - i).values)), fill));
 }
 
 template <class T, bool kSoftcap, bool kExtras>
@@ -82,22 +82,22 @@ RowStatistics statistics_of(const T* z, int64_t vocab, int64_t id, const Transfo
   using R = Arithmetic<T>;
   using V = Vector<R>;
   const VectorTransform<R, kSoftcap> transform(options);
-  const R nothing = static_cast<R>(-INFINITY);  // of probability 0
+  const R minus_infinity = static_cast<R>(-INFINITY);
   RowStatistics row;
   for (int64_t start = 0; start < vocab; start += kBlock) {
     const int64_t count = std::min(kBlock, vocab - start);
     V largest = splat<R>(-INFINITY);
-    const auto raw = [](V values) { return values; };
-    for_each_vector(z + start, count, raw, nothing, [&](V v) { largest = max(v, largest); });
+    const auto identity = [](V values) { return values; };
+    for_each_vector(z + start, count, identity, minus_infinity, [&](V v) { largest = max(v, largest); });
     const R largest_z = horizontal_max<R>(largest);
-    const R at_largest = transform(splat<R>(largest_z))[0];  // u
+    const R largest_u = transform(splat<R>(largest_z))[0];
     OnlineSoftmax<double> block;
-    block.max = static_cast<double>(at_largest) * transform.outer;
-    // a block of -inf alone has no maximum to subtract: its exponentials are 0 by any other
-    const R shift = block.max == -INFINITY ? R(0) : at_largest;
+    block.max = static_cast<double>(largest_u) * transform.outer;
+    // a block of only -inf has no finite maximum; any other shift gives the exponentials 0
+    const R shift = block.max == -INFINITY ? R(0) : largest_u;
     V sum{}, weighted{}, squares{};
-    const T* next = z + start + kBlock;  // fetched while this block is computed
-    for_each_vector(z + start, count, transform, nothing, [&](V u) {
+    const T* next = z + start + kBlock;  // prefetched while this block is computed
+    for_each_vector(z + start, count, transform, minus_infinity, [&](V u) {
       __builtin_prefetch(next);
       next += kLanes<R>;
       const V t = max(splat<R>(kNegligible<R>), (u - shift) * transform.outer);  // -inf * 0 is NaN
@@ -121,8 +121,8 @@ RowStatistics statistics_of(const T* z, int64_t vocab, int64_t id, const Transfo
           const int64_t n = std::min<int64_t>(kLanes<R>, count - i);
           const V values = load(Tail<T>(z + start + i, n).values);
           const V u = transform(values);
-          int lane = 0;  // by z too: the compiler need not round u alike in both places
-          while (lane < n && u[lane] != at_largest && values[lane] != largest_z) ++lane;
+          int lane = 0;  // compares z too: the compiler may round u differently in the two places
+          while (lane < n && u[lane] != largest_u && values[lane] != largest_z) ++lane;
           if (lane < n) {
             row.first_largest = start + i + lane;
             break;
@@ -147,7 +147,7 @@ RowStatistics statistics(const void* z, int64_t vocab, int64_t id, const Transfo
                 : statistics_of<T, false, false>(row, vocab, id, options);
 }
 
-// log p = (u - u_lse) outer - rest: the log-sum-exp in two parts, or an offset of all logits would cost p its digits.
+// log p = (u - u_lse) outer - rest. The log-sum-exp is split in two, so that a common offset costs no precision.
 template <class R>
 struct LogSoftmax {
   R outer, u_lse, rest;
@@ -160,7 +160,7 @@ struct LogSoftmax {
   Vector<R> operator()(Vector<R> u) const { return (u - u_lse) * outer - rest; }
 };
 
-// The gradient of the sampled token's own y, its 1 - p from the log-probability: no digit is lost where p is near 1.
+// The gradient by the sampled token's y. 1 - p is -expm1(logprob), which stays accurate when p is near 1.
 inline double gradient_at_target(const RowGradient& g) {
   const double policy = -std::expm1(g.logprob) * g.c;
   if (g.c_h == 0) return policy;
@@ -186,7 +186,7 @@ void gradient_of(const T* z, T* dz, int64_t vocab, const Transform& options, con
     }
     return p * (-c * dy);
   };
-  // before dz, which may be z, is written
+  // read first: dz may be z
   const V slope = transform.derivative(transform(load(Tail<T>(z + g.id, 1).values)));
   int64_t i = 0;
   for (; i + kLanes<R> <= vocab; i += kLanes<R>) store(dz + i, derivative(load(z + i)));
@@ -211,7 +211,7 @@ void gradient(const void* z, void* dz, int64_t vocab, const Transform& options, 
                     : gradient_of<T, false, false>(from, to, vocab, options, g);
 }
 
-// A transform chosen at run time, with its log-softmax: for kernels over two rows.
+// A transform selected at run time, with its log-softmax; for kernels over two rows.
 template <class R>
 struct AnySoftmax {
   VectorTransform<R, false> plain;
@@ -229,50 +229,50 @@ struct AnySoftmax {
   Vector<R> derivative(Vector<R> u) const { return is_capped ? capped.derivative(u) : plain.derivative(u); }
 };
 
-// The terms of a divergence at some columns, and its gradient's p (g - centre) there.
+// The terms of a divergence, and its gradient p (g - centre), at a vector of columns.
 template <class R>
 struct Divergence {
   using V = Vector<R>;
   R mixture;
-  bool is_forward, is_reverse;  // by the exact number: R may round others to 0 or 1
+  bool is_forward, is_reverse;  // from the fp64 value: R may round another one to 0 or 1
 
   explicit Divergence(double m) : mixture(static_cast<R>(m)), is_forward(m == 0), is_reverse(m == 1) {}
 
-  // Where a probability is 0 so is its term, whatever the logarithms.
-  static V times(V probability, V log_ratio) { return probability > R(0) ? probability * log_ratio : V{}; }
+  // probability * log_ratio; 0 where the probability is 0, even if the logarithm is infinite.
+  static V product_or_zero(V probability, V log_ratio) { return probability > R(0) ? probability * log_ratio : V{}; }
 
-  // m over the larger of p and q, for d = log p - log q: of which nothing overflows, and 1 at d = 0.
-  V over_larger(V d) const {
+  // m / max(p, q) for d = log p - log q. Cannot overflow, and is 1 at d = 0.
+  V mixture_over_larger(V d) const {
     const V w = exp(max(splat<R>(-87), d > R(0) ? -d : d));
-    const V of_p = splat<R>(R(1) - mixture), of_q = splat<R>(mixture);
-    return d > R(0) ? of_p + of_q * w : of_q + of_p * w;
+    const V p_weight = splat<R>(R(1) - mixture), q_weight = splat<R>(mixture);
+    return d > R(0) ? p_weight + q_weight * w : q_weight + p_weight * w;
   }
 
-  // What is added beside a term p log sums to 0 over the vocabulary, and makes up for what its logarithm, or both of
-  // the log-sum-exps, are rounded by: their errors count in second order alone.
+  // Each p log term is paired with a difference of probabilities, which sums to 0 over the vocabulary. It cancels the
+  // first-order effect of the rounding of the logarithm and of both log-sum-exps.
   void add(V log_p, V log_q, V& value, V& centre) const {
     const V p = exp(log_p), q = exp(log_q), d = log_p - log_q;
     if (is_forward) {
-      value += times(q, -d) + (p - q);
+      value += product_or_zero(q, -d) + (p - q);
     } else if (is_reverse) {
-      value += times(p, d) + (q - p);
+      value += product_or_zero(p, d) + (q - p);
     } else {
-      const R own = R(1) - mixture;
-      const V share = over_larger(d), rest = -log(share);
-      const V of_p = times(p, d > R(0) ? rest : rest + d);
-      const V of_q = times(q, d > R(0) ? rest - d : rest);
-      const V m = times(d > R(0) ? p : q, share);
-      centre += of_p;
-      value += own * of_p + mixture * of_q + (m - (own * p + mixture * q));
+      const R p_weight = R(1) - mixture;
+      const V ratio = mixture_over_larger(d), log_inverse = -log(ratio);
+      const V p_term = product_or_zero(p, d > R(0) ? log_inverse : log_inverse + d);
+      const V q_term = product_or_zero(q, d > R(0) ? log_inverse - d : log_inverse);
+      const V m = product_or_zero(d > R(0) ? p : q, ratio);
+      centre += p_term;
+      value += p_weight * p_term + mixture * q_term + (m - (p_weight * p + mixture * q));
     }
   }
 
   V gradient(V log_p, V p, V log_q, R centre) const {
     if (is_forward) return p - exp(log_q);
     const V d = log_p - log_q;
-    if (is_reverse) return times(p, d - centre);
-    const V rest = -log(over_larger(d));
-    return (R(1) - mixture) * times(p, (d > R(0) ? rest : rest + d) - centre);
+    if (is_reverse) return product_or_zero(p, d - centre);
+    const V log_inverse = -log(mixture_over_larger(d));
+    return (R(1) - mixture) * product_or_zero(p, (d > R(0) ? log_inverse : log_inverse + d) - centre);
   }
 };
 
@@ -281,14 +281,16 @@ RowDivergence divergence(const ComparedRow& p, const ComparedRow& q, int64_t voc
   using R = Arithmetic<T>;
   using V = Vector<R>;
   const T *z = static_cast<const T*>(p.z), *zq = static_cast<const T*>(q.z);
-  const AnySoftmax<R> of_p(p.transform, p.lse), of_q(q.transform, q.lse);
+  const AnySoftmax<R> softmax_p(p.transform, p.lse), softmax_q(q.transform, q.lse);
   const Divergence<R> divergence(mixture);
   RowDivergence result{0, 0};
   for (int64_t start = 0; start < vocab; start += kBlock) {
     const int64_t end = std::min(start + kBlock, vocab);
     V value{}, centre{};
-    const auto add = [&](const T* at_p, const T* at_q) {
-      divergence.add(of_p.log_softmax(of_p(load(at_p))), of_q.log_softmax(of_q(load(at_q))), value, centre);
+    const auto add = [&](const T* from_p, const T* from_q) {
+      const V log_p = softmax_p.log_softmax(softmax_p(load(from_p)));
+      const V log_q = softmax_q.log_softmax(softmax_q(load(from_q)));
+      divergence.add(log_p, log_q, value, centre);
     };
     int64_t i = start;
     for (; i + kLanes<R> <= end; i += kLanes<R>) add(z + i, zq + i);
@@ -309,31 +311,32 @@ RowDivergence divergence(const ComparedRow& p, const ComparedRow& q, int64_t voc
 
 template <class T>
 void divergence_gradient(const ComparedRow& p_row, const ComparedRow& q_row, void* drow, int64_t vocab,
-                         const Transform& options, const RowGradient& g, double mixture, const RowDivergence& between,
-                         double c_d) {
+                         const Transform& options, const RowGradient& g, double mixture,
+                         const RowDivergence& row_divergence, double c_d) {
   using R = Arithmetic<T>;
   using V = Vector<R>;
   const T *z = static_cast<const T*>(p_row.z), *zq = static_cast<const T*>(q_row.z);
   T* dz = static_cast<T*>(drow);
-  const AnySoftmax<R> policy(options, g.lse), of_p(p_row.transform, p_row.lse), of_q(q_row.transform, q_row.lse);
-  const bool is_one = options.temperature == p_row.transform.temperature;
+  const AnySoftmax<R> policy(options, g.lse);
+  const AnySoftmax<R> softmax_p(p_row.transform, p_row.lse), softmax_q(q_row.transform, q_row.lse);
+  const bool same_temperature = options.temperature == p_row.transform.temperature;
   const Divergence<R> divergence(mixture);
-  const R entropy = static_cast<R>(g.entropy), centre = static_cast<R>(between.centre);
+  const R entropy = static_cast<R>(g.entropy), centre = static_cast<R>(row_divergence.centre);
   const R c = static_cast<R>(g.c), c_h = static_cast<R>(g.c_h);
   const R cd = static_cast<R>(c_d * options.temperature / p_row.transform.temperature);
-  const auto derivative = [&](V values, V other) {
-    const V u = policy(values);
+  const auto derivative = [&](V logits, V reference) {
+    const V u = policy(logits);
     const V log_policy = policy.log_softmax(u);
-    const V at_policy = exp(log_policy);
-    V dy = -(at_policy * (c + c_h * (max(splat<R>(-88), log_policy) + entropy)));  // -inf * 0 is NaN
+    const V policy_p = exp(log_policy);
+    V dy = -(policy_p * (c + c_h * (max(splat<R>(-88), log_policy) + entropy)));  // -inf * 0 is NaN
     if (cd != 0) {
-      const V log_p = is_one ? log_policy : of_p.log_softmax(u);
-      const V p = is_one ? at_policy : exp(log_p);
-      dy += cd * divergence.gradient(log_p, p, of_q.log_softmax(of_q(other)), centre);
+      const V log_p = same_temperature ? log_policy : softmax_p.log_softmax(u);
+      const V p = same_temperature ? policy_p : exp(log_p);
+      dy += cd * divergence.gradient(log_p, p, softmax_q.log_softmax(softmax_q(reference)), centre);
     }
     return dy * policy.derivative(u);
   };
-  // before dz, which may be z, is written
+  // read first: dz may be z
   const V slope = policy.derivative(policy(load(Tail<T>(z + g.id, 1).values)));
   int64_t i = 0;
   for (; i + kLanes<R> <= vocab; i += kLanes<R>) store(dz + i, derivative(load(z + i), load(zq + i)));
@@ -369,7 +372,7 @@ constexpr RowKernels kernels_for() {
 
 }  // namespace
 
-// By Dtype.
+// Indexed by Dtype.
 extern const RowKernels kRowKernels[kDtypeCount];
 const RowKernels kRowKernels[kDtypeCount] = {kernels_for<float>(), kernels_for<BFloat16>(), kernels_for<Half>(),
                                              kernels_for<double>()};

@@ -1,4 +1,4 @@
-// Kernels over one row of logits, compiled once per instruction set and chosen at run time.
+// Kernels over one row of logits, compiled once per instruction set and selected at run time.
 #pragma once
 
 #include <cstdint>
@@ -41,7 +41,7 @@ struct ComparedRow {
   double logprob;  // of the sampled token
 };
 
-// A divergence, and the mean that its gradient p (g - centre) is centred by; 0 where it is not.
+// A divergence, and the mean `centre` in its gradient p (g - centre); 0 if the gradient has no such mean.
 struct RowDivergence {
   double value;
   double centre;
@@ -50,16 +50,16 @@ struct RowDivergence {
 struct RowKernels {
   RowStatistics (*statistics)(const void* z, int64_t vocab, int64_t id, const Transform&, bool extras);
   void (*gradient)(const void* z, void* dz, int64_t vocab, const Transform&, const RowGradient&);  // dz may be z
-  // Of mixture 0 KL(q || p), 1 KL(p || q), in between Jensen's and Shannon's.
+  // mixture 0: KL(q || p); 1: KL(p || q); in between: the generalised Jensen-Shannon divergence.
   RowDivergence (*divergence)(const ComparedRow& p, const ComparedRow& q, int64_t vocab, double mixture);
-  // gradient() of p's row, with c_d times the divergence's dy; dz may be p's row, not q's. The softcap and the scale of
-  // the transform are p's, the temperature need not be.
+  // gradient() of p's row plus c_d times that of the divergence. dz may be p's row, but not q's. The transform has p's
+  // softcap and scale; its temperature may differ from p's.
   void (*divergence_gradient)(const ComparedRow& p, const ComparedRow& q, void* dz, int64_t vocab, const Transform&,
                               const RowGradient&, double mixture, const RowDivergence&, double c_d);
   void (*scale)(void* values, int64_t count, double factor);
 };
 
-// The kernels for a storage type, on the widest instruction set that this processor has.
+// The kernels for a storage type, for the widest instruction set of this processor.
 const RowKernels& row_kernels(Dtype dtype);
 
 // 0 baseline, 1 AVX2, 2 AVX-512.

@@ -1,4 +1,4 @@
-// scale: a gradient times a scalar, in its own memory; nothing is read or written where the scalar is 1.
+// scale: multiplies a gradient by a scalar in place. If the scalar is 1 nothing is read or written.
 #include "parallel.h"
 #include "row_kernels.h"
 

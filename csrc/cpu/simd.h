@@ -1,6 +1,6 @@
-// Vectors of the compiler's own (GCC and Clang), as wide as the instruction set this file is compiled for.
+// Vectors as extensions of GCC and Clang, as wide as the instruction set this file is compiled for.
 //
-// Each instruction set compiles row_kernels.cpp again with GRPO_ISA defined; nothing here may be included elsewhere.
+// row_kernels.cpp is compiled once per instruction set, with GRPO_ISA defined. No other file may include this one.
 #pragma once
 
 #include <bit>
@@ -10,7 +10,7 @@
 
 #ifdef __AVX2__
 #if defined(__GNUC__) && !defined(__clang__)
-// GCC 12 warns of its own header's deliberately undefined operands, wherever they are inlined (GCC bug 105593)
+// GCC 12 warns about operands that its own header leaves undefined on purpose (GCC bug 105593)
 #pragma GCC diagnostic ignored "-Wuninitialized"
 #pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
 #endif
@@ -40,7 +40,7 @@ using F32 = VectorOf<float>::type;
 using I32 = VectorOf<int32_t>::type;
 using U32 = VectorOf<uint32_t>::type;
 using F64 = VectorOf<double>::type;
-using U16Half = VectorOf<uint16_t, kVectorBytes / 2>::type;  // as many lanes as F32
+using U16Half = VectorOf<uint16_t, kVectorBytes / 2>::type;  // has the lanes of F32
 
 template <class R>
 using Vector = typename VectorOf<R>::type;
@@ -74,7 +74,7 @@ inline Vector<R> splat(R x) {
 
 inline F32 load(const float* p) { return load_bytes<F32>(p); }
 inline F64 load(const double* p) { return load_bytes<F64>(p); }
-inline U32 widen(const void* p);               // as many uint16 as F32 has lanes
+inline U32 widen(const void* p);               // one uint16 per lane of F32
 inline void store_narrow(void* p, U32 values);  // each below 2^16
 
 inline F32 load(const BFloat16* p) { return bits<F32>(widen(p) << 16); }
@@ -113,7 +113,7 @@ inline void store_narrow(void* p, U32 v) { store_bytes(p, __builtin_convertvecto
 inline F32 load(const Half* p) {
   const U32 h = widen(p);
   const U32 sign = (h & 0x8000u) << 16;
-  // exponent and mantissa in fp32's place are the value times 2^-112; subnormals come out normal
+  // moving exponent and mantissa to fp32's bits gives the value times 2^-112; subnormals become normal
   const F32 magnitude = bits<F32>((h & 0x7fffu) << 13) * 0x1p112f;
   const U32 special = (h & 0x7fffu) >= 0x7c00u ? U32{} + 0x7f800000u : U32{};
   return bits<F32>(bits<U32>(magnitude) | special | sign);
@@ -122,11 +122,11 @@ inline void store(Half* p, F32 v) {
   const U32 u = bits<U32>(v);
   const U32 sign = (u >> 16) & 0x8000u;
   const U32 a = u & 0x7fffffffu;
-  // below 2^-14: adding 2^-1 leaves the value in units of 2^-24, fp16's subnormal step, rounded to even, at the end
+  // below 2^-14: adding 2^-1 rounds the value to even, in units of 2^-24 (fp16's subnormal step), in the low bits
   const U32 subnormal = bits<U32>(bits<F32>(a) + 0.5f) - 0x3f000000u;
   const U32 normal = (a - 0x38000000u + 0xfffu + ((a >> 13) & 1u)) >> 13;
   U32 h = a < 0x38800000u ? subnormal : normal;
-  h = a >= 0x477ff000u ? U32{} + 0x7c00u : h;  // rounds past 65504
+  h = a >= 0x477ff000u ? U32{} + 0x7c00u : h;  // would round to more than 65504
   h = a > 0x7f800000u ? U32{} + 0x7e00u : h;
   store_narrow(p, h | sign);
 }
@@ -135,7 +135,7 @@ inline void store(Half* p, F32 v) {
 
 // ---- arithmetic
 
-// The larger; b where either is NaN.
+// The larger one; b if either is NaN.
 #if defined(__AVX512F__)
 inline F32 max(F32 a, F32 b) { return _mm512_max_ps(a, b); }
 #elif defined(__AVX2__)
@@ -147,7 +147,7 @@ inline F64 max(F64 a, F64 b) { return a > b ? a : b; }
 
 // e^x for x <= 88. Relative error below 1.2e-7 (2 ulp); exactly 0 below -87.33, -inf included; NaN stays NaN.
 inline F32 exp(F32 x) {
-  const F32 magic = splat(0x1.8p23f);  // its last bit is worth 1: adding it rounds to an integer
+  const F32 magic = splat(0x1.8p23f);  // adding it rounds to an integer, because its last bit is worth 1
   const F32 shifted = x * 1.44269504f + magic;
   const F32 n = shifted - magic;
   F32 r = x - n * 0.693359375f;  // ln 2 in two parts; n times the first is exact
@@ -160,7 +160,7 @@ inline F32 exp(F32 x) {
   p = p * r + 4.9999994e-1f;
   p = p * r + 1.0f;
   p = p * r + 1.0f;
-  // n lies in the low bits of shifted; multiplied, not added to the exponent's bits, so that any NaN stays one
+  // the low bits of `shifted` are n. 2^n is a factor, not added to the exponent bits, so that NaN stays NaN.
   const F32 power = bits<F32>((bits<I32>(shifted) << 23) + 0x3f800000);
   return x < -87.33f ? F32{} : p * power;
 }
@@ -184,7 +184,7 @@ inline F32 tanh(F32 x) {
 
 // log x for normal x > 0. Relative error below 3e-7, also near 1.
 inline F32 log(F32 x) {
-  const I32 exponent = (bits<I32>(x) - 0x3f400000) >> 23;  // of a mantissa in [0.75, 1.5)
+  const I32 exponent = (bits<I32>(x) - 0x3f400000) >> 23;  // for a mantissa in [0.75, 1.5)
   const F32 y = bits<F32>(bits<I32>(x) - (exponent << 23)) - 1.0f;
   const F32 t = y / (2.0f + y);  // log(1 + y) = 2 atanh t
   const F32 s = t * t;
@@ -196,7 +196,7 @@ inline F32 log(F32 x) {
   return __builtin_convertvector(exponent, F32) * 0.693147181f + (t + t) * p;
 }
 
-// fp64 serves tests: the C library's functions, lane by lane.
+// fp64 is for tests: the C library's functions, lane by lane.
 inline F64 exp(F64 x) {
   for (int i = 0; i < kLanes<double>; ++i) x[i] = std::exp(x[i]);
   return x;

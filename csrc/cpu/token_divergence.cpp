@@ -1,4 +1,4 @@
-// token_divergence: statistics of every row beside a reference's, and the gradient of every row where one is wanted.
+// token_divergence: statistics of every row, its divergence from a reference row, and its gradient if requested.
 #include <cmath>
 #include <cstring>
 #include <tuple>
@@ -18,43 +18,44 @@ struct Comparison {
   int64_t row_bytes;
   const int64_t* ids;
   const bool* mask;
-  const R *dlogprobs, *dentropy, *ddivergence;  // any may be absent
+  const R *dlogprobs, *dentropy, *ddivergence;  // any may be null
   double mixture;
-  Transform transform, own_transform, reference_transform;  // of log-probabilities; of the divergence
+  Transform transform, divergence_transform, reference_transform;  // of log-probabilities; of the divergence
   R *logprobs, *entropy, *divergence;
 
   static double log_probability(const RowStatistics& row) {
     return row.target - row.softmax.max - std::log(row.softmax.sum);
   }
 
-  ComparedRow compared(const void* z, int64_t id, const Transform& t) const {
+  ComparedRow compared_row(const void* z, int64_t id, const Transform& t) const {
     const RowStatistics row = kernels.statistics(z, from.width, id, t, false);
     return {z, t, row.softmax.log_sum_exp(), log_probability(row)};
   }
 
-  // Statistics of token n, and its gradient, written at `dz` if there is one; whether it has one.
+  // Computes the statistics of token n, and writes its gradient to `dz` unless that is null. Returns whether it did.
   bool token(int64_t n, const void* z, const void* zq, void* dz) const {
     logprobs[n] = entropy[n] = divergence[n] = 0;
     if (mask && !mask[n]) return false;
     const RowStatistics row = kernels.statistics(z, from.width, ids[n], transform, false);
     const double lse = row.softmax.log_sum_exp(), logprob = log_probability(row);
-    const bool is_one = transform.temperature == own_transform.temperature;
-    const ComparedRow p = is_one ? ComparedRow{z, transform, lse, logprob} : compared(z, ids[n], own_transform);
-    const ComparedRow q = compared(zq, ids[n], reference_transform);
-    const RowDivergence between = kernels.divergence(p, q, from.width, mixture);
+    const bool same_temperature = transform.temperature == divergence_transform.temperature;
+    const ComparedRow p = same_temperature ? ComparedRow{z, transform, lse, logprob}
+                                           : compared_row(z, ids[n], divergence_transform);
+    const ComparedRow q = compared_row(zq, ids[n], reference_transform);
+    const RowDivergence row_divergence = kernels.divergence(p, q, from.width, mixture);
     logprobs[n] = static_cast<R>(logprob);
     entropy[n] = static_cast<R>(row.softmax.entropy());
-    divergence[n] = static_cast<R>(between.value);
+    divergence[n] = static_cast<R>(row_divergence.value);
     if (!dz) return false;
     const R c = dlogprobs ? dlogprobs[n] : R(0), c_h = dentropy ? dentropy[n] : R(0);
     const R c_d = ddivergence ? ddivergence[n] : R(0);
     if (c == 0 && c_h == 0 && c_d == 0) return false;
     kernels.divergence_gradient(p, q, dz, from.width, transform, {ids[n], logprob, lse, row.softmax.entropy(), c, c_h},
-                                mixture, between, c_d);
+                                mixture, row_divergence, c_d);
     return true;
   }
 
-  // Every row's gradient in its own place; 0 where it has none, and past the last token.
+  // Rows without a gradient are filled with 0, like the row after the last token.
   void run() const {
     parallel_rows(from.batch * from.length, from.width, [&](int64_t row) {
       const int64_t b = row / from.length, t = row % from.length;

@@ -1,4 +1,4 @@
-// token_logprobs: statistics of every row, and the gradient of every row from upstream gradients.
+// token_logprobs: statistics of every row, and in the backward the gradient of every row.
 #include <cstring>
 #include <tuple>
 
@@ -8,7 +8,7 @@
 namespace grpo {
 namespace {
 
-enum Outputs { kLogSumSquares = 1 << 1, kMeanLogits = 1 << 2, kIsTop1 = 1 << 3 };  // bits, in the order of OUTPUTS
+enum Outputs { kLogSumSquares = 1 << 1, kMeanLogits = 1 << 2, kIsTop1 = 1 << 3 };  // bits; the order is that of OUTPUTS
 
 template <class R>
 struct Statistics {
@@ -89,7 +89,7 @@ void backward(const Tensor& logits, const Tensor& ids, const std::optional<Tenso
   from.check_ids_fit(ids);
   to.check_like(from, dlogits, logits);
   const RowKernels& kernels = row_kernels(dtype_of(logits));
-  const int64_t length = ids.size(1), size = from.width * static_cast<int64_t>(logits.element_size());
+  const int64_t length = ids.size(1), row_bytes = from.width * static_cast<int64_t>(logits.element_size());
   const int64_t count = ids.numel();
   const int64_t* id = data<int64_t>(ids, count);
   const bool* unmasked = data<bool>(mask, count);
@@ -101,7 +101,7 @@ void backward(const Tensor& logits, const Tensor& ids, const std::optional<Tenso
     const int64_t b = row / from.length, t = row % from.length, n = b * length + t;
     const bool live = t < length && (!unmasked || unmasked[n]) && ((c && c[n] != 0) || (c_h && c_h[n] != 0));
     if (!live) {
-      std::memset(to.row(b, t), 0, size);
+      std::memset(to.row(b, t), 0, row_bytes);
       return;
     }
     kernels.gradient(from.row(b, t), to.row(b, t), from.width, transform,

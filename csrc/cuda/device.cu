@@ -1,4 +1,4 @@
-// What Python asks of the CUDA library before any kernel runs: what it was built for; where kernels flag bad values.
+// Ops that Python calls before any kernel: what the library was built for, and where kernels flag bad values.
 #include <cstdint>
 
 #include "launch.h"
@@ -12,11 +12,8 @@ void keep_first_bad(const Tensor& first_bad) {
   STD_TORCH_CHECK(first_bad.scalar_type() == ScalarType::Long && first_bad.numel() == kBadValueCount,
                   "expected ", static_cast<int>(kBadValueCount), " int64 flags");
   int64_t* const flags = mutable_data<int64_t>(first_bad);
-  kept_flags.at(first_bad.get_device_index()).store(flags, std::memory_order_release);
+  registered_flags.at(first_bad.get_device_index()).store(flags, std::memory_order_release);
 }
-
-// For tests: what an older GPU's code would do.
-void limit_code(int64_t capability) { highest_code = static_cast<int>(capability); }
 
 }  // namespace grpo::cuda
 
@@ -24,11 +21,9 @@ STABLE_TORCH_LIBRARY_FRAGMENT(grpo_kernels, m) {
   m.def("cuda_architectures() -> int[]");
   m.def("cuda_runtime_version() -> int");
   m.def("cuda_keep_first_bad(Tensor first_bad) -> ()");
-  m.def("cuda_limit_code(int capability) -> ()");
 }
 STABLE_TORCH_LIBRARY_IMPL(grpo_kernels, CompositeExplicitAutograd, m) {
   m.impl("cuda_architectures", TORCH_BOX(&grpo::cuda::architectures));
   m.impl("cuda_runtime_version", TORCH_BOX(&grpo::cuda::runtime_version));
   m.impl("cuda_keep_first_bad", TORCH_BOX(&grpo::cuda::keep_first_bad));
-  m.impl("cuda_limit_code", TORCH_BOX(&grpo::cuda::limit_code));
 }

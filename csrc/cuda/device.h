@@ -1,4 +1,4 @@
-// What kernels use of the device beyond CUDA C++: clusters, bulk copies, exchanges, conversions, fast functions.
+// Device features that CUDA C++ lacks, as PTX: clusters, bulk copies, shuffles, conversions, fast functions.
 #pragma once
 
 #ifdef GRPO_EMULATED
@@ -30,7 +30,7 @@ __device__ __forceinline__ void* dynamic_shared() {
   return shared_memory;
 }
 
-// The value of the thread of this warp whose lane differs in the bits of `lanes`.
+// The value of lane `lane ^ lanes` of this warp.
 template <class T>
 __device__ __forceinline__ T shuffle_xor(const T& value, int lanes) {
   static_assert(sizeof(T) % 4 == 0 && std::is_trivially_copyable_v<T>);
@@ -44,12 +44,12 @@ __device__ __forceinline__ T shuffle_xor(const T& value, int lanes) {
   return other;
 }
 
-// That of the thread whose lane is `lanes` before; its own in the first ones.
+// The value of the lane that is `lanes` lower; the first lanes get their own value.
 __device__ __forceinline__ int shuffle_up(int value, int lanes) {
   return __shfl_up_sync(0xffffffffu, value, static_cast<unsigned>(lanes));
 }
 
-// ---- clusters and bulk copies: sm_90 and later; elsewhere a cluster is a block, and kernels that copy are not launched
+// ---- clusters and bulk copies: sm_90 and later. Before that a cluster is one block, and bulk-copy kernels never run.
 
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
 #define GRPO_HAS_CLUSTERS 1
@@ -80,24 +80,24 @@ __device__ __forceinline__ int cluster_rank() {
 __device__ __forceinline__ int cluster_index() { return static_cast<int>(blockIdx.x) / cluster_size(); }
 __device__ __forceinline__ int cluster_count() { return static_cast<int>(gridDim.x) / cluster_size(); }
 
-// By the thread that has written what other blocks are to read after the next barrier of the cluster.
-__device__ __forceinline__ void show_cluster() {
+// Makes this thread's writes visible to the cluster's other blocks after the next sync_cluster().
+__device__ __forceinline__ void release_to_cluster() {
 #if GRPO_HAS_CLUSTERS
   asm volatile("fence.acq_rel.cluster;" ::: "memory");
 #endif
 }
 
-// Every thread of every block waits for all. Only what was shown is seen after: a fence of every thread would wait for
-// its stores to global memory too.
+// Barrier of all threads of the cluster. It publishes only writes before release_to_cluster(): a fence by every thread
+// would also wait for the stores to global memory.
 __device__ __forceinline__ void sync_cluster() {
 #if GRPO_HAS_CLUSTERS
   asm volatile("barrier.cluster.arrive.relaxed;\nbarrier.cluster.wait.acquire;" ::: "memory");
 #endif
 }
 
-// The same place in another block's shared memory.
+// The address of `shared` in the shared memory of another block of the cluster.
 template <class T>
-__device__ __forceinline__ T* in_block(T* shared, int rank) {
+__device__ __forceinline__ T* remote_shared(T* shared, int rank) {
   uint64_t address = reinterpret_cast<uint64_t>(shared);
 #if GRPO_HAS_CLUSTERS
   asm("mapa.u64 %0, %1, %2;" : "=l"(address) : "l"(reinterpret_cast<uint64_t>(shared)), "r"(rank));
@@ -109,15 +109,16 @@ struct Barrier {
   uint64_t state;
 };
 
-// By one thread; the others may use it after a barrier of all.
-__device__ __forceinline__ void make_barrier(Barrier* barrier) {
+// Called by one thread; the others may use it after __syncthreads().
+__device__ __forceinline__ void init_barrier(Barrier* barrier) {
 #if GRPO_HAS_CLUSTERS
   asm volatile("mbarrier.init.shared::cta.b64 [%0], 1;" ::"r"(shared_address(barrier)) : "memory");
   asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
 #endif
 }
 
-// By one thread: copies a multiple of 16 bytes, aligned to as many, and completes a phase of the barrier.
+// Called by one thread. Copies a multiple of 16 bytes between addresses that are multiples of 16, and completes a phase
+// of the barrier.
 __device__ __forceinline__ void load_bulk(void* shared, const void* global, unsigned bytes, Barrier* barrier) {
 #if GRPO_HAS_CLUSTERS
   const unsigned at = shared_address(barrier);
@@ -129,8 +130,8 @@ __device__ __forceinline__ void load_bulk(void* shared, const void* global, unsi
 #endif
 }
 
-// Until the phase of this parity is complete; the first phase's is 0.
-__device__ __forceinline__ void wait_for(Barrier* barrier, unsigned parity) {
+// Waits until the phase of this parity is complete. The first phase has parity 0.
+__device__ __forceinline__ void wait_barrier(Barrier* barrier, unsigned parity) {
 #if GRPO_HAS_CLUSTERS
   asm volatile(
       "{\n"
@@ -146,18 +147,18 @@ __device__ __forceinline__ void wait_for(Barrier* barrier, unsigned parity) {
 
 // ---- arithmetic
 
-__device__ __forceinline__ float exp2_fast(float x) {  // to 2 ulps; subnormal results are 0
+__device__ __forceinline__ float exp2_fast(float x) {  // error at most 2 ulp; subnormal results are 0
   float y;
   asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
   return y;
 }
 __device__ __forceinline__ double exp2_fast(double x) { return exp2(x); }
 
-// A NaN is no maximum.
+// Ignores NaN.
 __device__ __forceinline__ float max_of_numbers(float a, float b) { return fmaxf(a, b); }
 __device__ __forceinline__ double max_of_numbers(double a, double b) { return fmax(a, b); }
 
-// A NaN stays one.
+// Returns NaN if an argument is NaN.
 __device__ __forceinline__ float max_with_nan(float a, float b) {
   float y;
   asm("max.NaN.f32 %0, %1, %2;" : "=f"(y) : "f"(a), "f"(b));
@@ -168,7 +169,7 @@ __device__ __forceinline__ double max_with_nan(double a, double b) { return a !=
 __device__ __forceinline__ uint32_t bits_of(float x) { return __float_as_uint(x); }
 __device__ __forceinline__ float float_of(uint32_t bits) { return __uint_as_float(bits); }
 
-// ---- two half-precision values in a word, the first in its low half
+// ---- two half-precision values in a word; the first is in the low half
 
 __device__ __forceinline__ float low_of(uint32_t word, BFloat16) { return __uint_as_float(word << 16); }
 __device__ __forceinline__ float high_of(uint32_t word, BFloat16) { return __uint_as_float(word & 0xffff0000u); }
@@ -195,7 +196,7 @@ __device__ __forceinline__ uint32_t pack_two(float low, float high) {  // rounde
 }
 
 template <class T>
-__device__ __forceinline__ uint32_t max_of_two(uint32_t a, uint32_t b) {  // a NaN is no maximum
+__device__ __forceinline__ uint32_t max_of_two(uint32_t a, uint32_t b) {  // ignores NaN
   uint32_t word;
   if constexpr (std::is_same_v<T, BFloat16>) {
     asm("max.bf16x2 %0, %1, %2;" : "=r"(word) : "r"(a), "r"(b));
@@ -215,33 +216,33 @@ __device__ __forceinline__ T nearest(float x, T) {
 
 // ---- occupancy
 
-// How many clusters of a launch the device runs at once, which may be none.
-inline int ask_resident_clusters(const Place& place, const Grid& grid, const void* function) {
+// How many clusters of a launch the device can run at once; may be 0.
+inline int query_resident_clusters(const Device& device, const Grid& grid, const void* function) {
   int count = 0;
-  allow_shared(place.properties(), function, grid.shared_bytes);
+  raise_shared_memory_limit(device.properties(), function, grid.shared_bytes);
   if (grid.cluster == 1) {
     const auto bytes = static_cast<size_t>(grid.shared_bytes);
     check(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&count, function, grid.threads, bytes),
           "cudaOccupancyMaxActiveBlocksPerMultiprocessor");
-    return count * place.processors();
+    return count * device.processors();
   }
   const Grid one{grid.cluster, grid.threads, grid.shared_bytes, grid.cluster};
   cudaLaunchAttribute cluster;
-  const cudaLaunchConfig_t config = configuration(one, place.stream(), cluster);
+  const cudaLaunchConfig_t config = launch_config(one, device.stream(), cluster);
   check(cudaOccupancyMaxActiveClusters(&count, function, &config), "cudaOccupancyMaxActiveClusters");
   return count;
 }
 
-// Asked of the runtime once.
+// The same, cached.
 template <class... Parameters>
-int64_t resident_clusters(const Place& place, const Grid& grid, void (*kernel)(Parameters...)) {
+int64_t resident_clusters(const Device& device, const Grid& grid, void (*kernel)(Parameters...)) {
   static std::mutex mutex;
-  static std::map<std::tuple<const void*, int, int, int, int>, int> known;
+  static std::map<std::tuple<const void*, int, int, int, int>, int> counts;
   const void* const function = reinterpret_cast<const void*>(kernel);
-  const std::tuple key{function, place.properties().device, grid.threads, grid.shared_bytes, grid.cluster};
+  const std::tuple key{function, device.properties().index, grid.threads, grid.shared_bytes, grid.cluster};
   const std::lock_guard lock(mutex);
-  const auto found = known.find(key);
-  return found != known.end() ? found->second : known[key] = ask_resident_clusters(place, grid, function);
+  const auto cached = counts.find(key);
+  return cached != counts.end() ? cached->second : counts[key] = query_resident_clusters(device, grid, function);
 }
 
 }  // namespace grpo::cuda

@@ -1,4 +1,4 @@
-// group_advantages: rewards normalised within their group, a block a group; NaN marks a missing reward.
+// group_advantages: rewards normalised within their group, one block per group. NaN marks a missing reward.
 #include <cmath>
 
 #include "device.h"
@@ -10,7 +10,7 @@ namespace {
 constexpr int kRewardThreads = 128;
 constexpr int kRewardWarps = kRewardThreads / kWarp;
 
-// Rewards [batch, functions], of which `summed` columns make one.
+// Rewards [batch, functions]; each reward is the weighted sum of `summed` adjacent columns.
 template <class R>
 struct RewardTable {
   const R* values;
@@ -22,24 +22,24 @@ struct RewardTable {
   }
 };
 
-// What the block's threads have, joined in one order; every thread gets it.
+// Combines the values of the block's threads in a fixed order; every thread gets the result.
 template <class T, class Join>
-__device__ __forceinline__ T over_block(T own, const Join& join) {
-  for (int lanes = 1; lanes < kWarp; lanes *= 2) own = join(own, shuffle_xor(own, lanes));
+__device__ __forceinline__ T reduce_block(T value, const Join& join) {
+  for (int lanes = 1; lanes < kWarp; lanes *= 2) value = join(value, shuffle_xor(value, lanes));
   T* const parts = static_cast<T*>(dynamic_shared());
-  __syncthreads();  // an earlier call's parts have been read
-  if (threadIdx.x % kWarp == 0) parts[threadIdx.x / kWarp] = own;
+  __syncthreads();  // the parts of an earlier call have been read
+  if (threadIdx.x % kWarp == 0) parts[threadIdx.x / kWarp] = value;
   __syncthreads();
-  own = parts[0];
-  for (int warp = 1; warp < kRewardWarps; ++warp) own = join(own, parts[warp]);
-  return own;
+  value = parts[0];
+  for (int warp = 1; warp < kRewardWarps; ++warp) value = join(value, parts[warp]);
+  return value;
 }
 
 template <class R>
 __device__ Moments moments_of(const RewardTable<R>& table, int64_t begin, int64_t size, int64_t column) {
   RewardSums sums;
   for (int64_t i = threadIdx.x; i < size; i += kRewardThreads) sums.add(table.at(begin + i, column));
-  sums = over_block(sums, [](RewardSums a, const RewardSums& b) {
+  sums = reduce_block(sums, [](RewardSums a, const RewardSums& b) {
     a.merge(b);
     return a;
   });
@@ -47,7 +47,7 @@ __device__ Moments moments_of(const RewardTable<R>& table, int64_t begin, int64_
   for (int64_t i = threadIdx.x; i < size; i += kRewardThreads) {
     squares += squared_deviation(table.at(begin + i, column), sums.mean());
   }
-  return Moments(sums, over_block(squares, [](double a, double b) { return a + b; }));
+  return Moments(sums, reduce_block(squares, [](double a, double b) { return a + b; }));
 }
 
 template <class R>
@@ -56,8 +56,8 @@ normalize_kernel(RewardTable<R> table, int64_t size, int64_t scale_rewards, doub
                  bool zeroes_missing, R* out, int64_t* first_bad) {
   const int64_t columns = table.functions / table.summed;
   const int64_t column = blockIdx.x % columns, begin = blockIdx.x / columns * size;
-  const Moments of_group = moments_of(table, begin, size, column);
-  const Moments group = mean_is_zero ? of_group.around_zero() : of_group;
+  const Moments group_moments = moments_of(table, begin, size, column);
+  const Moments group = mean_is_zero ? group_moments.around_zero() : group_moments;
   const double std = scale_rewards == kBatch ? moments_of(table, 0, table.batch, column).std : group.std;
   const double divisor = scale_rewards == kNone ? 1 : std + eps;
   for (int64_t row = begin + threadIdx.x; row < begin + size; row += kRewardThreads) {
@@ -69,18 +69,18 @@ normalize_kernel(RewardTable<R> table, int64_t size, int64_t scale_rewards, doub
 }
 
 template <class R>
-void run(const Place& place, const R* rewards, const R* weights, int64_t batch, int64_t functions, int64_t size,
+void run(const Device& device, const R* rewards, const R* weights, int64_t batch, int64_t functions, int64_t size,
          int64_t scale_rewards, int64_t aggregation, double eps, const Tensor& normalized, R* out) {
   const auto normalize = [&](const RewardTable<R>& table, int64_t size, int64_t scale, bool mean_is_zero,
                              bool zeroes_missing, R* to) {
     const Grid grid{batch / size * (functions / table.summed), kRewardThreads, kRewardWarps * int{sizeof(RewardSums)}};
-    launch(place, "group_advantages", {batch, functions}, grid, normalize_kernel<R>, table, size, scale, eps,
-           mean_is_zero, zeroes_missing, to, place.first_bad());
+    launch(device, "group_advantages", {batch, functions}, grid, normalize_kernel<R>, table, size, scale, eps,
+           mean_is_zero, zeroes_missing, to, device.first_bad());
   };
   if (aggregation == kNormalizeThenSum) {
-    R* const each = mutable_data<R>(normalized);
-    normalize({rewards, nullptr, batch, functions, 1}, size, kGroup, false, false, each);
-    normalize({each, weights, batch, functions, functions}, batch, kGroup, true, true, out);
+    R* const table = mutable_data<R>(normalized);
+    normalize({rewards, nullptr, batch, functions, 1}, size, kGroup, false, false, table);
+    normalize({table, weights, batch, functions, functions}, batch, kGroup, true, true, out);
   } else {
     normalize({rewards, weights, batch, functions, functions}, size, scale_rewards, false, true, out);
   }
@@ -93,12 +93,12 @@ Tensor group_advantages(const Tensor& rewards,  // [B, K]
                         int64_t num_generations, int64_t scale_rewards, int64_t aggregation, double eps) {
   const int64_t batch = rewards.size(0), functions = rewards.size(1);
   STD_TORCH_CHECK(num_generations > 0 && batch % num_generations == 0, num_generations, " must divide ", batch);
-  const Place place(rewards);
+  const Device device(rewards);
   const ScalarType type = rewards.scalar_type();
   const Tensor out = empty({batch}, type, rewards);
   const Tensor normalized = empty({aggregation == kNormalizeThenSum ? batch * functions : 0}, type, rewards);
   const auto typed = [&]<class R>(R) {
-    run<R>(place, data<R>(rewards, batch * functions), data<R>(weights, functions), batch, functions, num_generations,
+    run<R>(device, data<R>(rewards, batch * functions), data<R>(weights, functions), batch, functions, num_generations,
            scale_rewards, aggregation, eps, normalized, mutable_data<R>(out));
   };
   type == ScalarType::Double ? typed(double()) : typed(float());

@@ -1,7 +1,7 @@
-// grpo_loss: statistics of every row, its coefficient and its gradient.
+// grpo_loss: the statistics of every row, dL/dlogprob, and the gradient of the logits.
 //
-// Where a cluster's shared memory holds a row, the logits are read once and their gradient is written once, whatever
-// the cache does. Elsewhere a block reads its row twice, the second time from the cache while it fits.
+// If the shared memory of a cluster holds a row, the logits are read once and the gradient is written once. Otherwise a
+// block reads its row twice, the second time from the L2 cache if it fits.
 #include <tuple>
 #include <vector>
 
@@ -14,7 +14,7 @@
 namespace grpo::cuda {
 namespace {
 
-// What a launch is given; [B, T] flattened where it is a token's.
+// The arguments of a launch. Per-token arrays are [B, T], flattened.
 template <class R>
 struct Loss {
   RowSpace space;
@@ -28,14 +28,14 @@ struct Loss {
   int64_t* first_bad;
 };
 
-// What is read of a token beside its logits: one value a lane of the block's last warp, all at once, so that they are
-// there when the row's statistics are; then in shared memory, for the thread that plans the row.
+// The inputs of a token other than its row. Each lane of the block's last warp loads one of them before the statistics,
+// so that the loads overlap. Shared memory then passes them to the thread that plans the row.
 enum Input { kTarget, kAdvantage, kWeight, kPolicyFactor, kEntropyWeight, kOldLogprob, kRefLogprob, kInputCount };
 
 template <class R>
 struct TokenInputs {
   int id;
-  R values[kInputCount];  // kTarget: v of its logit
+  R values[kInputCount];  // kTarget: v of the token's logit
 };
 
 template <bool kPlain, class T>
@@ -45,10 +45,10 @@ struct InputReader {
   R value = 0;
 
   __device__ __forceinline__ void start(const Loss<R>& loss, const T* row, const Token& token) {
-    const int lane = lane_of_reader(), n = token.n;
+    const int lane = reader_lane(), n = token.n;
     if (lane < 0 || lane >= kInputCount) return;
     if (lane == kTarget) {
-      id = held_inside(loss.ids[n], n, loss.space.vocab, loss.first_bad);
+      id = clamp_id(loss.ids[n], n, loss.space.vocab, loss.first_bad);
       value = element(row[id]);
       return;
     }
@@ -59,23 +59,23 @@ struct InputReader {
                               : lane == kEntropyWeight ? fields.entropy_weights
                               : lane == kOldLogprob    ? fields.old_logprobs
                                                        : fields.ref_logprobs;
-    if (from.values != nullptr) value = from.at(from.of_sequence ? fields.sequence_of(token.batch, n) : 0, n);
+    if (from.values != nullptr) value = from.at(from.sequence_stride ? fields.sequence_of(token.batch, n) : 0, n);
     else if (lane == kPolicyFactor) value = 1;
   }
 
   __device__ __forceinline__ void finish(const RowTransform<R>& f, TokenInputs<R>& inputs) const {
-    const int lane = lane_of_reader();
+    const int lane = reader_lane();
     if (lane < 0 || lane >= kInputCount) return;
     if (lane == kTarget) inputs.id = id;
-    inputs.values[lane] = lane == kTarget ? curved<kPlain>(value, f) : value;
+    inputs.values[lane] = lane == kTarget ? apply_curve<kPlain>(value, f) : value;
   }
 
-  static __device__ __forceinline__ int lane_of_reader() {
+  static __device__ __forceinline__ int reader_lane() {
     return static_cast<int>(threadIdx.x) - (static_cast<int>(blockDim.x) - kWarp);
   }
 };
 
-// A row's gradient once its statistics are known, and whether there is one.
+// How to compute a row's gradient, and whether it has one.
 template <class R>
 struct RowPlan {
   GradientWeights<R> weights;
@@ -86,14 +86,14 @@ struct RowPlan {
 template <bool kPlain, class R>
 __device__ __forceinline__ RowPlan<R> plan_row(const Loss<R>& loss, const TokenInputs<R>& in,
                                                const RowResult<R>& result) {
-  const R old_logprob = loss.fields.old_logprobs.values ? in.values[kOldLogprob] : result.logprob;  // 0 apart, or a NaN's NaN
+  const R old_logprob = loss.fields.old_logprobs.values ? in.values[kOldLogprob] : result.logprob;
   const TokenLoss<R> token =
       token_loss(result.logprob, result.logprob - old_logprob, true, old_logprob,
                  loss.fields.ref_logprobs.values ? &in.values[kRefLogprob] : nullptr, in.values[kAdvantage],
                  in.values[kWeight] * in.values[kPolicyFactor], in.values[kWeight], loss.options);
   const R c = token.dlog_ratio + token.dlogprob, c_h = -in.values[kEntropyWeight];
-  const R own_slope = slope_at<kPlain>(in.values[kTarget], loss.transform);
-  return {gradient_weights(result.offset, result.log_sum, result.logprob, result.entropy, c, c_h, own_slope,
+  const R target_slope = slope_at<kPlain>(in.values[kTarget], loss.transform);
+  return {gradient_weights(result.offset, result.log_sum, result.logprob, result.entropy, c, c_h, target_slope,
                            loss.transform.slope),
           in.id, c != 0 || c_h != 0};
 }
@@ -105,13 +105,13 @@ __device__ __forceinline__ void write_token(const Loss<R>& loss, int n, R logpro
   loss.live[n] = is_live;
 }
 
-// Whether a row is an unmasked token's: loaded at once, and waited for when it is asked.
-struct Peek {
+// Whether a row belongs to an unmasked token. The mask is loaded early; is_unmasked() waits for it.
+struct MaskPrefetch {
   bool is_token;
   bool mask;
 
   template <class R>
-  __device__ __forceinline__ Peek(const Loss<R>& loss, int row) {
+  __device__ __forceinline__ MaskPrefetch(const Loss<R>& loss, int row) {
     const int inside = row < loss.space.rows ? row : loss.space.rows - 1;
     const Token token(inside, loss.space);
     is_token = row < loss.space.rows && token.is_token;
@@ -127,11 +127,12 @@ struct ClusterShared {
   Barrier loaded;
   TokenInputs<R> inputs;
   RowPlan<R> plan;
-  Softmax<R> states[2];  // of this block's part, of even and of odd rows: who reads the one cannot be overtaken twice
+  // of this block's part; they alternate, so that other blocks can read one while the next row writes the other
+  Softmax<R> states[2];
   Softmax<R> parts[kThreads / kWarp];
 };
 
-// Three blocks on a multiprocessor: the load of one's row covers the arithmetic of another's.
+// Three blocks per multiprocessor: one loads its row while another computes.
 template <class T, class Out, bool kPlain>
 __global__ void __launch_bounds__(kThreads, kPlain ? 3 : 2)
 loss_on_chip(const __grid_constant__ Loss<Arithmetic<T>> loss) {
@@ -139,44 +140,47 @@ loss_on_chip(const __grid_constant__ Loss<Arithmetic<T>> loss) {
   using R = Arithmetic<T>;
   constexpr int kCount = kWidth<T, Access::kVector>;
   auto& shared = *static_cast<ClusterShared<R>*>(dynamic_shared());
-  static_assert(sizeof(shared) <= kRowAt);
-  auto* const part = reinterpret_cast<Packet<T, kCount>*>(static_cast<char*>(dynamic_shared()) + kRowAt);
+  static_assert(sizeof(shared) <= kRowOffset);
+  auto* const part = reinterpret_cast<Packet<T, kCount>*>(static_cast<char*>(dynamic_shared()) + kRowOffset);
   const int blocks = cluster_size(), rank = cluster_rank();
-  const int most = static_cast<int>(part_of_row(loss.space.vocab / kCount, blocks)), first = rank * most;
-  const int left = loss.space.vocab / kCount - first, packets = left < 0 ? 0 : left < most ? left : most;
+  const int part_size = static_cast<int>(packets_per_block(loss.space.vocab / kCount, blocks));
+  const int first = rank * part_size;
+  const int remaining = loss.space.vocab / kCount - first;
+  const int packets = remaining < 0 ? 0 : remaining < part_size ? remaining : part_size;
   const bool is_leader = threadIdx.x == 0;
-  if (is_leader) make_barrier(&shared.loaded);
+  if (is_leader) init_barrier(&shared.loaded);
   __syncthreads();
-  const auto start_load = [&](int row) {  // by the leader
+  const auto start_load = [&](int row) {  // called by the leader
     const Token token(row, loss.space);
     const auto* from = loss.logits.template row<Packet<T, kCount>>(token.batch, token.position) + first;
     if (packets > 0) load_bulk(part, from, static_cast<unsigned>(packets * 16), &shared.loaded);
   };
   int row = cluster_index();
-  Peek peek(loss, row);
-  bool is_row = peek.is_unmasked();
+  MaskPrefetch next_mask(loss, row);
+  bool is_row = next_mask.is_unmasked();
   if (is_leader && is_row) start_load(row);
   for (unsigned loads = 0; row < loss.space.rows; row += cluster_count()) {
     const Token token(row, loss.space);
-    peek = Peek(loss, row + cluster_count());  // for the row after, read when this one is done
+    next_mask = MaskPrefetch(loss, row + cluster_count());  // used after this row
     auto* const drow = loss.dlogits.template row<Packet<Out, kCount>>(token.batch, token.position);
     if (is_row) {
       InputReader<kPlain, T> reader;
       reader.start(loss, loss.logits.template row<T>(token.batch, token.position), token);
-      if (packets > 0) wait_for(&shared.loaded, loads % 2);
-      const Softmax<R> own = thread_softmax<kPlain>(part, packets, loss.transform);
+      if (packets > 0) wait_barrier(&shared.loaded, loads % 2);
+      const Softmax<R> thread_state = thread_softmax<kPlain>(part, packets, loss.transform);
       reader.finish(loss.transform, shared.inputs);
-      Softmax<R> state = softmax_over_block(own, shared.parts, loss.transform.rate);
+      Softmax<R> state = merge_block_softmax(thread_state, shared.parts, loss.transform.rate);
       if (blocks > 1) {
-        Softmax<R>& shown = shared.states[loads % 2];
+        Softmax<R>& shared_state = shared.states[loads % 2];
         if (is_leader) {
-          shown = state;
-          show_cluster();
+          shared_state = state;
+          release_to_cluster();
         }
         sync_cluster();
         if (threadIdx.x < kWarp) {
           const int lane = static_cast<int>(threadIdx.x);
-          state = softmax_over_warp<8>(lane < blocks ? *in_block(&shown, lane) : nothing<R>(), loss.transform.rate);
+          state = merge_warp_softmax<8>(lane < blocks ? *remote_shared(&shared_state, lane) : empty_softmax<R>(),
+                                        loss.transform.rate);
         }
       }
       if (is_leader) {
@@ -197,18 +201,18 @@ loss_on_chip(const __grid_constant__ Loss<Arithmetic<T>> loss) {
       write_zeros(drow + first, packets);
     }
     __syncthreads();
-    is_row = peek.is_unmasked();
+    is_row = next_mask.is_unmasked();
     if (is_leader) {
       if (is_row) start_load(row + cluster_count());
       const int id = shared.plan.id - first * kCount;
-      if (is_live && id >= 0 && id < packets * kCount) {  // over what another thread wrote
-        reinterpret_cast<Out*>(drow)[shared.plan.id] = rounded<Out>(shared.plan.weights.own);
+      if (is_live && id >= 0 && id < packets * kCount) {  // overwrites what another thread wrote there
+        reinterpret_cast<Out*>(drow)[shared.plan.id] = rounded<Out>(shared.plan.weights.target_gradient);
       }
     }
   }
-  if (blocks > 1) sync_cluster();  // none leaves while another reads its state
+  if (blocks > 1) sync_cluster();  // a block must not exit while another reads its shared memory
 #else
-  trap();  // a launch counts on code that has clusters
+  trap();  // launched only if the code has clusters
 #endif
 }
 
@@ -221,11 +225,11 @@ struct BlockShared {
   Softmax<R> parts[kManyThreads / kWarp];
 };
 
-// fp64 takes the registers of many threads.
+// fp64 needs more registers per thread, so it has fewer threads.
 template <class T>
 constexpr int kTwoPassThreads = sizeof(T) == 8 ? kThreads : kManyThreads;
 
-// One block on a multiprocessor: there are no more rows at a time than the cache holds.
+// One block per multiprocessor, so that the cache holds all rows in flight.
 template <class T, class Out, Access kAccess, bool kPlain>
 __global__ void __launch_bounds__(kTwoPassThreads<T>, 1)
 loss_in_two_passes(const __grid_constant__ Loss<Arithmetic<T>> loss) {
@@ -242,9 +246,9 @@ loss_in_two_passes(const __grid_constant__ Loss<Arithmetic<T>> loss) {
     if (is_row) {
       InputReader<kPlain, T> reader;
       reader.start(loss, reinterpret_cast<const T*>(from), token);
-      const Softmax<R> own = thread_softmax<kPlain, kTwoPassThreads<T>>(from, packets, loss.transform);
+      const Softmax<R> thread_state = thread_softmax<kPlain, kTwoPassThreads<T>>(from, packets, loss.transform);
       reader.finish(loss.transform, shared.inputs);
-      const Softmax<R> state = softmax_over_block<kTwoPassThreads<T>>(own, shared.parts, loss.transform.rate);
+      const Softmax<R> state = merge_block_softmax<kTwoPassThreads<T>>(thread_state, shared.parts, loss.transform.rate);
       if (is_leader) {
         const RowResult<R> result = row_result(state, shared.inputs.values[kTarget], loss.transform.rate);
         shared.plan = plan_row<kPlain>(loss, shared.inputs, result);
@@ -263,14 +267,14 @@ loss_in_two_passes(const __grid_constant__ Loss<Arithmetic<T>> loss) {
     }
     __syncthreads();
     if (is_leader && is_live) {
-      reinterpret_cast<Out*>(to)[shared.plan.id] = rounded<Out>(shared.plan.weights.own);
+      reinterpret_cast<Out*>(to)[shared.plan.id] = rounded<Out>(shared.plan.weights.target_gradient);
     }
   }
 }
 
 // ---- advantages
 
-// Of each completion, from the rewards of its group; one thread a completion.
+// The advantage of each completion, from the rewards of its group; one thread per completion.
 template <class R>
 __global__ void advantages_of(const R* rewards, int64_t count, int64_t num_generations, bool is_scaled, double eps,
                               R* advantages, int64_t* first_bad) {
@@ -285,25 +289,26 @@ __global__ void advantages_of(const R* rewards, int64_t count, int64_t num_gener
 // ---- launches
 
 template <class T, class Out>
-void launch_loss(const Place& place, Loss<Arithmetic<T>> loss, const Rows& from, const Rows& to) {
+void launch_loss(const Device& device, Loss<Arithmetic<T>> loss, const Rows& from, const Rows& to) {
   const int64_t batch = from.batch, length = from.length, vocab = from.width;
   const bool vectors = has_gradient_vectors<T, Out>(from, to);
   if constexpr (sizeof(T) < 8) {
-    Grid grid = cluster_grid(place, vocab * static_cast<int64_t>(sizeof(T)));
+    Grid grid = cluster_grid(device, vocab * static_cast<int64_t>(sizeof(T)));
     if (vectors && grid.cluster > 0) {
-      const auto kernel = loss.transform.curve == Curve::kPlain ? loss_on_chip<T, Out, true> : loss_on_chip<T, Out, false>;
-      const int64_t clusters = resident_clusters(place, grid, kernel);
+      const bool is_plain = loss.transform.curve == Curve::kPlain;
+      const auto kernel = is_plain ? loss_on_chip<T, Out, true> : loss_on_chip<T, Out, false>;
+      const int64_t clusters = resident_clusters(device, grid, kernel);
       grid.blocks = grid.cluster * std::min<int64_t>(loss.space.rows, clusters);
-      if (clusters > 0) return launch(place, "grpo_loss on chip", {batch, length, vocab}, grid, kernel, loss);
+      if (clusters > 0) return launch(device, "grpo_loss on chip", {batch, length, vocab}, grid, kernel, loss);
     }
   }
-  with_form<T>(vectors, loss.transform.curve, [&](auto access, auto plain) {
+  with_access<T>(vectors, loss.transform.curve, [&](auto access, auto plain) {
     const auto kernel = loss_in_two_passes<T, Out, access.value, plain.value>;
-    // rows that the cache holds together: each is read from it the second time
-    const int64_t cached = place.properties().cache_bytes / 5 * 4 / (vocab * static_cast<int64_t>(sizeof(T)));
+    // as many rows as the cache holds, so that the second read hits it
+    const int64_t cached = device.properties().cache_bytes / 5 * 4 / (vocab * static_cast<int64_t>(sizeof(T)));
     const int64_t rows = std::min<int64_t>(loss.space.rows, std::max<int64_t>(cached, 1));
-    const Grid grid = row_grid(place, rows, sizeof(BlockShared<Arithmetic<T>>), kernel, kTwoPassThreads<T>);
-    launch(place, "grpo_loss in two passes", {batch, length, vocab}, grid, kernel, loss);
+    const Grid grid = row_grid(device, rows, sizeof(BlockShared<Arithmetic<T>>), kernel, kTwoPassThreads<T>);
+    launch(device, "grpo_loss in two passes", {batch, length, vocab}, grid, kernel, loss);
   });
 }
 
@@ -321,25 +326,25 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> grpo_loss_fwd(
   const ScalarType type = arithmetic_type(logits);
   const Tensor logprobs = empty_like(ids, type), entropy = empty_like(ids, type);
   const Tensor live = empty_like(ids, ScalarType::Bool);
-  const Tensor made = empty({rewards ? rewards->numel() : 0}, type, ids);
+  const Tensor computed_advantages = empty({rewards ? rewards->numel() : 0}, type, ids);
   STD_TORCH_CHECK(advantages.has_value() != rewards.has_value(), "expected either advantages or rewards");
-  const Place place(logits);
+  const Device device(logits);
   const Rows from(logits);
   from.check_ids_fit(ids);
   const int64_t n = ids.numel(), count = rewards ? rewards->numel() : 0;
   if (rewards) {
     STD_TORCH_CHECK(num_generations > 0 && count % num_generations == 0, num_generations, " must divide ", count);
   }
-  const std::optional<Tensor> known = rewards ? made : advantages;
-  const TokenTensors tensors{mask, sequence_ids, known, weights, policy_factors, entropy_weights, old_logprobs,
-                             ref_logprobs};
+  const std::optional<Tensor> used_advantages = rewards ? computed_advantages : advantages;
+  const TokenTensors tensors{mask,           sequence_ids,    used_advantages, weights,
+                             policy_factors, entropy_weights, old_logprobs,    ref_logprobs};
   const auto run = [&]<class R>(R) {
     const PolicyOptions<R> decoded = PolicyOptions<R>::decode(options, params);
     STD_TORCH_CHECK(decoded.level == Level::kToken, "a sequence-level ratio needs every token's statistics first");
     if (rewards) {
-      launch(place, "advantages of rewards", {count}, {(count + 255) / 256, 256}, advantages_of<R>,
-             data<R>(*rewards, count), count, num_generations, is_scaled, eps, mutable_data<R>(made),
-             place.first_bad());
+      launch(device, "advantages of rewards", {count}, {(count + 255) / 256, 256}, advantages_of<R>,
+             data<R>(*rewards, count), count, num_generations, is_scaled, eps, mutable_data<R>(computed_advantages),
+             device.first_bad());
     }
     const Loss<R> loss{row_space(from, ids.size(1)),
                        row_memory(from),
@@ -347,13 +352,13 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> grpo_loss_fwd(
                        row_transform<R>(temperature, softcap, logit_scale),
                        decoded,
                        data<int64_t>(ids, n),
-                       token_fields<R>(tensors, tensors.sequences(ids.size(0)), n),
+                       token_fields<R>(tensors, tensors.sequence_count(ids.size(0)), n),
                        mutable_data<R>(logprobs),
                        mutable_data<R>(entropy),
                        mutable_data<bool>(live),
-                       place.first_bad()};
+                       device.first_bad()};
     if (!dlogits) {
-      launch_statistics<R>(place, logits, from,
+      launch_statistics<R>(device, logits, from,
                            {loss.space, loss.logits, loss.transform, loss.ids, loss.fields.mask, loss.logprobs, nullptr,
                             loss.entropy, nullptr, nullptr, nullptr, loss.live, loss.first_bad});
       return;
@@ -362,12 +367,12 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> grpo_loss_fwd(
     check_gradient(to, from, *dlogits, logits);
     with_storages(dtype_of(logits), dtype_of(*dlogits), [&](auto t, auto out) {
       if constexpr (std::is_same_v<Arithmetic<decltype(t)>, R>) {
-        launch_loss<decltype(t), decltype(out)>(place, loss, from, to);
+        launch_loss<decltype(t), decltype(out)>(device, loss, from, to);
       }
     });
   };
   type == ScalarType::Double ? run(double()) : run(float());
-  return {logprobs, entropy, live, made};
+  return {logprobs, entropy, live, computed_advantages};
 }
 
 }  // namespace grpo::cuda

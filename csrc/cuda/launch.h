@@ -1,4 +1,4 @@
-// What every launch needs of its device: torch's stream, the device's limits, and an error that says what failed.
+// Kernel launches: torch's stream, the device's limits, and errors that name the kernel and its shape.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -24,41 +24,38 @@
 
 namespace grpo::cuda {
 
-constexpr int kMostDevices = 64;
-constexpr int kTenfold[] = {__CUDA_ARCH_LIST__};
+constexpr int kMaxDevices = 64;
+constexpr int kBuiltArchs[] = {__CUDA_ARCH_LIST__};  // 900 for 9.0
 
-// What this library is built for, rising, as 90 for 9.0; the last one's PTX serves later GPUs.
+// The architectures of this library in rising order, 90 for 9.0. The last one's PTX serves later GPUs.
 inline std::vector<int64_t> architectures() {
-  std::vector<int64_t> found(std::begin(kTenfold), std::end(kTenfold));
-  for (int64_t& capability : found) capability /= 10;
-  return found;
+  std::vector<int64_t> architectures(std::begin(kBuiltArchs), std::end(kBuiltArchs));
+  for (int64_t& capability : architectures) capability /= 10;
+  return architectures;
 }
 
-// For tests: the paths of older GPUs can be taken on a newer one.
-inline std::atomic<int> highest_code = INT32_MAX;
-
-inline std::string told(cudaError_t error) {
+inline std::string describe_error(cudaError_t error) {
   return std::string(cudaGetErrorName(error)) + " (" + cudaGetErrorString(error) + ")";
 }
 
-// Refuses a failed call of the CUDA runtime, and takes the error back: the next call's is its own.
+// Raises if a CUDA call failed. Clears the runtime's error first, so that the next call does not report it again.
 inline void check(cudaError_t error, const char* what) {
   if (error == cudaSuccess) return;
   cudaGetLastError();
-  STD_TORCH_CHECK(false, what, " failed: ", told(error));
+  STD_TORCH_CHECK(false, what, " failed: ", describe_error(error));
 }
 
 struct Properties {
-  int device;
+  int index;
   int capability;       // 90 for 9.0
-  int code;             // the architecture whose code it runs
+  int code;             // the architecture whose code it runs, 90 for 9.0
   int processors;       // multiprocessors
-  int shared_bytes;     // most of a block's, where a launch asks for it
+  int shared_bytes;     // most shared memory of a block, by opt-in
   int processor_bytes;  // shared memory of a multiprocessor
-  int cache_bytes;      // the L2
+  int cache_bytes;      // of the L2 cache
 };
 
-inline Properties ask_properties(int device) {
+inline Properties query_properties(int device) {
   const auto attribute = [&](cudaDeviceAttr which) {
     int value = 0;
     check(cudaDeviceGetAttribute(&value, which, device), "cudaDeviceGetAttribute");
@@ -68,54 +65,54 @@ inline Properties ask_properties(int device) {
       10 * attribute(cudaDevAttrComputeCapabilityMajor) + attribute(cudaDevAttrComputeCapabilityMinor);
   return {device,
           capability,
-          code_that_runs(kTenfold, 10 * capability) / 10,
+          select_architecture(kBuiltArchs, 10 * capability) / 10,
           attribute(cudaDevAttrMultiProcessorCount),
           attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin),
           attribute(cudaDevAttrMaxSharedMemoryPerMultiprocessor),
           attribute(cudaDevAttrL2CacheSize)};
 }
 
-// Asked of the runtime once a device.
+// Queried once per device.
 inline const Properties& properties_of(int device) {
-  static std::array<Properties, kMostDevices> known;
-  static std::array<std::once_flag, kMostDevices> asked;
-  STD_TORCH_CHECK(device >= 0 && device < kMostDevices, "device ", device, " is beyond the ", kMostDevices, " served");
-  std::call_once(asked[device], [&] { known[device] = ask_properties(device); });
-  return known[device];
+  static std::array<Properties, kMaxDevices> properties;
+  static std::array<std::once_flag, kMaxDevices> queried;
+  STD_TORCH_CHECK(device >= 0 && device < kMaxDevices, "device ", device, " is beyond the ", kMaxDevices, " served");
+  std::call_once(queried[device], [&] { properties[device] = query_properties(device); });
+  return properties[device];
 }
 
-// ---- values that kernels flag, see grpo_kernels/device_values.py
+// ---- bad values that kernels flag; see grpo_kernels/device_values.py
 
-// Memory of the flags by device; Python keeps it alive.
-inline std::array<std::atomic<int64_t*>, kMostDevices> kept_flags = {};
+// The flags of each device; Python keeps the memory alive.
+inline std::array<std::atomic<int64_t*>, kMaxDevices> registered_flags = {};
 
 inline int64_t* first_bad_of(int device) {
-  int64_t* const flags = kept_flags.at(device).load(std::memory_order_acquire);
+  int64_t* const flags = registered_flags.at(device).load(std::memory_order_acquire);
   STD_TORCH_CHECK(flags != nullptr, "cuda_keep_first_bad was not called for device ", device);
   return flags;
 }
 
-// Keeps the least index of a bad value of its kind.
+// Records a bad value: each kind has the smallest index seen.
 __device__ __forceinline__ void flag(int64_t* first_bad, BadValue kind, int64_t index) {
   atomicMin(reinterpret_cast<long long*>(first_bad + kind), static_cast<long long>(index));
 }
 
 // ---- launches
 
-// The device of a tensor, current while this lives, and torch's current stream there.
-class Place {
+// The device of a tensor, and torch's current stream on it. The device is current for the lifetime of the object.
+class Device {
  public:
-  explicit Place(const Tensor& t) : Place(static_cast<int>(t.get_device_index())) {}
+  explicit Device(const Tensor& t) : Device(static_cast<int>(t.get_device_index())) {}
 
   const Properties& properties() const { return *properties_; }
   int processors() const { return properties_->processors; }
-  int code() const { return std::min(properties_->code, highest_code.load(std::memory_order_relaxed)); }
+  int code() const { return properties_->code; }
   cudaStream_t stream() const { return stream_; }
-  int64_t* first_bad() const { return first_bad_of(properties_->device); }
+  int64_t* first_bad() const { return first_bad_of(properties_->index); }
 
  private:
-  explicit Place(int device) : guard_(device) {
-    // torch's runtime is another copy than this library's: the guard moves its device, this call ours
+  explicit Device(int device) : guard_(device) {
+    // torch and this library each have a CUDA runtime: the guard sets torch's device, this call sets ours
     check(cudaSetDevice(device), "cudaSetDevice");
     properties_ = &properties_of(device);
     void* stream = nullptr;
@@ -132,30 +129,30 @@ struct Grid {
   int64_t blocks;
   int threads;
   int shared_bytes = 0;  // dynamic
-  int cluster = 1;       // blocks, of which the grid holds a multiple
+  int cluster = 1;       // blocks of a cluster; divides `blocks`
 };
 
-[[noreturn]] inline void refuse_launch(cudaError_t error, const char* name, std::initializer_list<int64_t> shape,
-                                       const Grid& grid, const Place& place) {
+[[noreturn]] inline void throw_launch_error(cudaError_t error, const char* name, std::initializer_list<int64_t> shape,
+                                       const Grid& grid, const Device& device) {
   cudaGetLastError();
   std::string sizes, built;
   for (const int64_t size : shape) sizes += (sizes.empty() ? "" : ", ") + std::to_string(size);
   for (const int64_t capability : architectures()) built += " sm_" + std::to_string(capability);
-  STD_TORCH_CHECK(false, "launching ", name, " on shape [", sizes, "] failed: ", told(error), "; ", grid.blocks,
-                  " blocks of ", grid.threads, " threads in clusters of ", grid.cluster, " with ", grid.shared_bytes,
-                  " bytes of shared memory, on device ", place.properties().device, ", which is sm_",
-                  place.properties().capability, "; this build has", built);
+  STD_TORCH_CHECK(false, "launching ", name, " on shape [", sizes, "] failed: ", describe_error(error), "; ",
+                  grid.blocks, " blocks of ", grid.threads, " threads in clusters of ", grid.cluster, " with ",
+                  grid.shared_bytes, " bytes of shared memory, on device ", device.properties().index, ", which is sm_",
+                  device.properties().capability, "; this build has", built);
   __builtin_unreachable();
 }
 
-// Lets a kernel's blocks have as much shared memory as the device has, where a launch asks for more than they have
-// unasked; once, and always the same, so that threads that launch at a time do not undo each other's.
-inline void allow_shared(const Properties& device, const void* function, int shared_bytes) {
+// Raises the limit of a kernel's dynamic shared memory to the device's maximum, if a launch needs more than the default
+// 48 KB. Set once per kernel and always to the same value, so that concurrent launches do not conflict.
+inline void raise_shared_memory_limit(const Properties& device, const void* function, int shared_bytes) {
   static std::mutex mutex;
-  static std::set<std::pair<const void*, int>> allowed;
+  static std::set<std::pair<const void*, int>> raised;
   if (shared_bytes <= 48 * 1024) return;
   const std::lock_guard lock(mutex);
-  if (!allowed.insert({function, device.device}).second) return;
+  if (!raised.insert({function, device.index}).second) return;
   const auto set = [&](cudaFuncAttribute which, int value) {
     check(cudaFuncSetAttribute(function, which, value), "cudaFuncSetAttribute");
   };
@@ -163,8 +160,8 @@ inline void allow_shared(const Properties& device, const void* function, int sha
   set(cudaFuncAttributePreferredSharedMemoryCarveout, cudaSharedmemCarveoutMaxShared);
 }
 
-// What the runtime is told of a launch; `cluster` holds a part of it.
-inline cudaLaunchConfig_t configuration(const Grid& grid, cudaStream_t stream, cudaLaunchAttribute& cluster) {
+// The configuration of a launch. It points to `cluster`, which must outlive it.
+inline cudaLaunchConfig_t launch_config(const Grid& grid, cudaStream_t stream, cudaLaunchAttribute& cluster) {
   cluster = {};
   cluster.id = cudaLaunchAttributeClusterDimension;
   cluster.val.clusterDim.x = static_cast<unsigned>(grid.cluster);
@@ -179,19 +176,19 @@ inline cudaLaunchConfig_t configuration(const Grid& grid, cudaStream_t stream, c
   return config;
 }
 
-// Launches a kernel on the place's stream; nothing where the grid has no block. `name` and `shape` tell what failed.
+// Launches a kernel on the device's stream; does nothing if the grid is empty. `name` and `shape` are for errors.
 template <class... Parameters>
-void launch(const Place& place, const char* name, std::initializer_list<int64_t> shape, const Grid& grid,
+void launch(const Device& device, const char* name, std::initializer_list<int64_t> shape, const Grid& grid,
             void (*kernel)(Parameters...), std::type_identity_t<Parameters>... arguments) {
   if (grid.blocks == 0) return;
   const auto checked = [&](cudaError_t error) {
-    if (error != cudaSuccess) refuse_launch(error, name, shape, grid, place);
+    if (error != cudaSuccess) throw_launch_error(error, name, shape, grid, device);
   };
   const void* const function = reinterpret_cast<const void*>(kernel);
   if (grid.blocks > INT32_MAX) checked(cudaErrorInvalidConfiguration);
-  allow_shared(place.properties(), function, grid.shared_bytes);
+  raise_shared_memory_limit(device.properties(), function, grid.shared_bytes);
   cudaLaunchAttribute cluster;
-  const cudaLaunchConfig_t config = configuration(grid, place.stream(), cluster);
+  const cudaLaunchConfig_t config = launch_config(grid, device.stream(), cluster);
   checked(cudaLaunchKernelEx(&config, kernel, arguments...));
 }
 

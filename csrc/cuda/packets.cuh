@@ -1,4 +1,4 @@
-// A row's elements: read by packets of 16 bytes or one by one, widened, transformed, rounded.
+// Elements of a row: loads of 16 bytes or of one element, conversion to the arithmetic type and back, the transform.
 #pragma once
 
 #include <cstring>
@@ -8,12 +8,12 @@
 
 namespace grpo::cuda {
 
-// How a row is read: 16 bytes at a time, or, where it is not aligned, an element at a time.
+// How a row is read: 16 bytes at a time, or one element at a time if it is not aligned.
 enum class Access { kVector, kElement };
 
 enum class Curve { kPlain, kSoftcap };
 
-// y = outer v(z) of a launch; slope is dy/dz at v = 0.
+// y = outer v(z), where v is z or tanh(inner z). rate = outer log2 e; slope is dy/dz at v = 0.
 template <class R>
 struct RowTransform {
   Curve curve;
@@ -22,7 +22,7 @@ struct RowTransform {
   R slope;
 };
 
-// To two ulps; near 0 by a polynomial, where the exponential would lose its digits.
+// Error at most 2 ulp. A polynomial near 0, where the exponential form cancels.
 __device__ __forceinline__ float tanh_of(float x) {
   const float s = x * x;  // (tanh(x) / x - 1) / x^2 at Chebyshev's nodes of |x| < 0.55
   const float series = (((-0.0066102277f * s + 0.021309389f) * s - 0.05390943f) * s + 0.13333113f) * s - 0.3333333f;
@@ -31,21 +31,21 @@ __device__ __forceinline__ float tanh_of(float x) {
 }
 __device__ __forceinline__ double tanh_of(double x) { return tanh(x); }
 
-// v of a logit. kPlain: known when compiling.
+// v of a logit. kPlain: the curve is kPlain at compile time.
 template <bool kPlain, class R>
-__device__ __forceinline__ R curved(R z, const RowTransform<R>& f) {
+__device__ __forceinline__ R apply_curve(R z, const RowTransform<R>& f) {
   if constexpr (kPlain) return z;
   return f.curve == Curve::kSoftcap ? tanh_of(z * f.inner) : z;
 }
 
-// dy/dz where the transform is at v.
+// dy/dz at v.
 template <bool kPlain, class R>
 __device__ __forceinline__ R slope_at(R v, const RowTransform<R>& f) {
   if constexpr (kPlain) return f.slope;
   return f.curve == Curve::kSoftcap ? f.slope * (R(1) - v * v) : f.slope;
 }
 
-// ---- elements next to each other: 16 bytes, or one
+// ---- packets: adjacent elements, 16 bytes or one element
 
 template <class T, Access kAccess>
 constexpr int kWidth = kAccess == Access::kVector ? 16 / static_cast<int>(sizeof(T)) : 1;
@@ -98,9 +98,9 @@ __device__ __forceinline__ Packet<Out, kCount> packed(const R (&values)[kCount])
   return packet;
 }
 
-// The largest v of a packet, no NaN.
+// The largest v of a packet, ignoring NaN.
 template <bool kPlain, class T, int kCount>
-__device__ __forceinline__ Arithmetic<T> largest_of(const Packet<T, kCount>& packet,
+__device__ __forceinline__ Arithmetic<T> packet_max(const Packet<T, kCount>& packet,
                                                     const RowTransform<Arithmetic<T>>& f) {
   if constexpr (kPlain && sizeof(T) == 2 && kCount > 1) {  // two at a time
     uint32_t words[kCount / 2];
@@ -111,9 +111,9 @@ __device__ __forceinline__ Arithmetic<T> largest_of(const Packet<T, kCount>& pac
   } else {
     Arithmetic<T> z[kCount];
     unpack(packet, z);
-    Arithmetic<T> largest = curved<kPlain>(z[0], f);
+    Arithmetic<T> largest = apply_curve<kPlain>(z[0], f);
 #pragma unroll
-    for (int i = 1; i < kCount; ++i) largest = max_of_numbers(largest, curved<kPlain>(z[i], f));
+    for (int i = 1; i < kCount; ++i) largest = max_of_numbers(largest, apply_curve<kPlain>(z[i], f));
     return largest;
   }
 }

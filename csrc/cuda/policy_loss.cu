@@ -1,5 +1,5 @@
-// policy_loss: loss, gradient by log-probability and metric partials of every token. A block takes a sequence; then one
-// block a total adds the sequences in order.
+// policy_loss: the loss, its gradient by the log-probabilities, and the metric partials. One block per sequence; then
+// one block per total adds the sequences in order.
 #include "policy_math.h"
 
 #include <cmath>
@@ -12,14 +12,14 @@
 namespace grpo::cuda {
 namespace {
 
-constexpr int kLossTotal = kPartialCount;  // the loss stands after the partials
+constexpr int kLossTotal = kPartialCount;  // the loss is stored after the partials
 constexpr int kTotalCount = kPartialCount + 1;
 
 template <class R>
 struct Policy {
   const R *logprobs, *entropy;
   TokenFields<R> fields;
-  const int64_t* offsets;  // or null: each sequence has as many tokens
+  const int64_t* offsets;  // null: all sequences have the same length
   PolicyOptions<R> options;
   R* dlogprobs;
   double* totals;  // [kTotalCount, sequences]
@@ -27,7 +27,7 @@ struct Policy {
   int64_t* first_bad;  // or null
 
   __device__ __forceinline__ R old_logprob(int64_t n) const { return fields.old_logprob(n, logprobs[n]); }
-  __device__ __forceinline__ R log_ratio(int64_t n) const {  // on-policy 0, or a NaN's NaN
+  __device__ __forceinline__ R log_ratio(int64_t n) const {  // on-policy: 0, or NaN
     return logprobs[n] - old_logprob(n);
   }
   __device__ __forceinline__ LogRatio<R> averaged(int64_t s, int64_t n) const {
@@ -66,30 +66,30 @@ struct PolicyShared {
   SequenceSums sums[kThreads / kWarp];
 };
 
-// Of the log-ratios of a sequence's unmasked tokens, for every thread.
+// Mean log-ratio of a sequence's unmasked tokens; every thread gets it.
 template <class R>
 __device__ Mean mean_log_ratio(const Policy<R>& policy, int64_t s, int64_t begin, int64_t end, PolicyShared& shared) {
-  Mean own;
+  Mean mean;
   for (int64_t n = begin + threadIdx.x; n < end; n += kThreads) {
-    if (policy.fields.mask[n]) own.merge({static_cast<double>(policy.averaged(s, n).value), 1});
+    if (policy.fields.mask[n]) mean.merge({static_cast<double>(policy.averaged(s, n).value), 1});
   }
-  const Mean all = over_block(own, shared.means, Merge());
-  if (threadIdx.x == 0) shared.mean = all;
+  mean = reduce_block(mean, shared.means, Merge());
+  if (threadIdx.x == 0) shared.mean = mean;
   __syncthreads();
   return shared.mean;
 }
 
-// One token's part of the sums; its gradient is written.
+// Adds a token to the sums, and writes its gradient.
 template <class R>
-__device__ void add_token(const Policy<R>& policy, int64_t own, int64_t n, R mean, bool is_alone, bool spreads,
-                          SequenceSums& sums) {
+__device__ void add_token(const Policy<R>& policy, int64_t sequence, int64_t n, R mean, bool is_single_token,
+                          bool has_mean_gradient, SequenceSums& sums) {
   const TokenFields<R>& fields = policy.fields;
-  const int64_t s = fields.sequence_of(own, n);
+  const int64_t s = fields.sequence_of(sequence, n);
   const R log_ratio = policy.options.level == Level::kToken ? policy.log_ratio(n) : mean;
   const TokenLoss<R> token =
-      token_loss(policy.logprobs[n], log_ratio, is_alone, policy.old_logprob(n), fields.ref_logprob(n),
+      token_loss(policy.logprobs[n], log_ratio, is_single_token, policy.old_logprob(n), fields.ref_logprob(n),
                  fields.advantages.at(s, n), fields.policy_weight(s, n), fields.weights.at(s, n), policy.options);
-  policy.dlogprobs[n] = token.dlogprob + (spreads ? R(0) : token.dlog_ratio);
+  policy.dlogprobs[n] = token.dlogprob + (has_mean_gradient ? R(0) : token.dlog_ratio);
   sums.dmean += token.dlog_ratio;
   sums.loss += token.loss;
   if (policy.first_bad != nullptr && std::isinf(token.loss)) flag(policy.first_bad, kBadLoss, n);
@@ -106,18 +106,18 @@ __device__ void add_token(const Policy<R>& policy, int64_t own, int64_t n, R mea
 
 template <class R>
 __device__ void write_totals(const Policy<R>& policy, int64_t s, const SequenceSums& sums) {
-  const bool counts_sequences = policy.options.level == Level::kSequence;
-  const double share = sums.tokens > 0 ? sums.tokens : 1;
-  const bool has_share = counts_sequences || sums.tokens > 0;
+  const bool is_sequence_level = policy.options.level == Level::kSequence;
+  const double divisor = sums.tokens > 0 ? sums.tokens : 1;
+  const bool has_ratio = is_sequence_level || sums.tokens > 0;
   const auto write = [&](int which, double value) { policy.totals[which * policy.sequences + s] = value; };
   write(kTokens, sums.tokens);
-  write(kRatios, counts_sequences ? 1 : sums.tokens);
+  write(kRatios, is_sequence_level ? 1 : sums.tokens);
   write(kKl, sums.kl);
   write(kEntropy, sums.entropy);
-  write(kLow, counts_sequences ? sums.low / share : sums.low);
-  write(kHigh, counts_sequences ? sums.high / share : sums.high);
-  write(kLowMin, has_share ? sums.low / share : static_cast<double>(INFINITY));
-  write(kHighMax, has_share ? sums.high / share : -static_cast<double>(INFINITY));
+  write(kLow, is_sequence_level ? sums.low / divisor : sums.low);
+  write(kHigh, is_sequence_level ? sums.high / divisor : sums.high);
+  write(kLowMin, has_ratio ? sums.low / divisor : static_cast<double>(INFINITY));
+  write(kHighMax, has_ratio ? sums.high / divisor : -static_cast<double>(INFINITY));
   write(kLossTotal, sums.loss);
 }
 
@@ -126,42 +126,44 @@ __global__ void __launch_bounds__(kThreads, sizeof(R) == 8 ? 1 : 2)
 loss_of_sequences(const __grid_constant__ Policy<R> policy) {
   auto& shared = *static_cast<PolicyShared*>(dynamic_shared());
   const int64_t s = blockIdx.x;
-  // values are not checked on a GPU; reads stay inside
+  // a GPU does not check the offsets, so they are clamped to keep reads in bounds
   const int64_t length = policy.tokens / policy.sequences;
   const int64_t first = policy.offsets ? policy.offsets[s] : s * length;
-  const int64_t past = policy.offsets ? policy.offsets[s + 1] : first + length;
-  const int64_t begin = first > 0 ? first : 0, end = past < policy.tokens ? past : policy.tokens;
+  const int64_t last = policy.offsets ? policy.offsets[s + 1] : first + length;
+  const int64_t begin = first > 0 ? first : 0, end = last < policy.tokens ? last : policy.tokens;
   const Level level = policy.options.level;
-  const Mean means = level == Level::kToken ? Mean() : mean_log_ratio(policy, s, begin, end, shared);
-  const R mean = static_cast<R>(means.value());
-  const bool is_alone = level == Level::kToken || means.count == 1;
-  const bool spreads = level == Level::kSequence || level == Level::kGeometric;
+  const Mean log_ratios = level == Level::kToken ? Mean() : mean_log_ratio(policy, s, begin, end, shared);
+  const R mean = static_cast<R>(log_ratios.value());
+  const bool is_single_token = level == Level::kToken || log_ratios.count == 1;
+  const bool has_mean_gradient = level == Level::kSequence || level == Level::kGeometric;
   SequenceSums sums;
   for (int64_t n = begin + threadIdx.x; n < end; n += kThreads) {
-    if (policy.fields.mask[n]) add_token(policy, s, n, mean, is_alone, spreads, sums);
+    if (policy.fields.mask[n]) add_token(policy, s, n, mean, is_single_token, has_mean_gradient, sums);
     else policy.dlogprobs[n] = 0;
   }
-  sums = over_block(sums, shared.sums, Merge());
+  sums = reduce_block(sums, shared.sums, Merge());
   if (threadIdx.x == 0) {
     write_totals(policy, s, sums);
     shared.dmean = sums.tokens > 0 ? sums.dmean / sums.tokens : 0;
   }
-  if (!spreads) return;
+  if (!has_mean_gradient) return;
   __syncthreads();
-  // the mean hands its derivative to its tokens in equal parts
-  const R part = static_cast<R>(shared.dmean);
+  // d mean / d log-ratio is 1 / tokens for every token
+  const R dlog_ratio = static_cast<R>(shared.dmean);
   for (int64_t n = begin + threadIdx.x; n < end; n += kThreads) {
-    if (policy.fields.mask[n] && policy.averaged(s, n).passes) policy.dlogprobs[n] += part;
+    if (policy.fields.mask[n] && policy.averaged(s, n).has_gradient) policy.dlogprobs[n] += dlog_ratio;
   }
 }
 
 struct Total {
   double value;
   int which;
-  int unused = 0;  // words are exchanged
+  int padding = 0;  // shuffle_xor copies whole words, so all bytes must be initialised
 
   __device__ __forceinline__ explicit Total(int which = 0)
-      : value(which == kLowMin ? static_cast<double>(INFINITY) : which == kHighMax ? -static_cast<double>(INFINITY) : 0),
+      : value(which == kLowMin    ? static_cast<double>(INFINITY)
+              : which == kHighMax ? -static_cast<double>(INFINITY)
+                                  : 0),
         which(which) {}
 
   __device__ __forceinline__ void merge(const Total& other) {
@@ -176,14 +178,14 @@ __global__ void __launch_bounds__(kThreads)
 add_sequences(const double* totals, int64_t sequences, R* loss, R* partials) {
   auto* const parts = static_cast<Total*>(dynamic_shared());
   const int which = static_cast<int>(blockIdx.x);
-  Total own(which);
+  Total total(which);
   for (int64_t s = threadIdx.x; s < sequences; s += kThreads) {
-    Total one(which);
-    one.value = totals[which * sequences + s];
-    own.merge(one);
+    Total sequence(which);
+    sequence.value = totals[which * sequences + s];
+    total.merge(sequence);
   }
-  own = over_block(own, parts, Merge());
-  if (threadIdx.x == 0) (which == kLossTotal ? loss : partials + which)[0] = static_cast<R>(own.value);
+  total = reduce_block(total, parts, Merge());
+  if (threadIdx.x == 0) (which == kLossTotal ? loss : partials + which)[0] = static_cast<R>(total.value);
 }
 
 }  // namespace
@@ -194,8 +196,8 @@ std::tuple<Tensor, Tensor, Tensor> policy_loss_fwd(
     const Tensor& mask, const std::optional<Tensor>& sequence_ids, const std::optional<Tensor>& advantages,
     const Tensor& weights, const std::optional<Tensor>& policy_factors, const std::optional<Tensor>& entropy_weights,
     const std::optional<Tensor>& old_logprobs, const std::optional<Tensor>& ref_logprobs,
-    const std::optional<Tensor>& offsets,  // [sequences + 1]; else each has as many tokens
-    int64_t sequences, std::vector<int64_t> options, std::vector<double> params, bool keeps_infinite) {
+    const std::optional<Tensor>& offsets,  // [sequences + 1]; absent: all sequences have the same length
+    int64_t sequences, std::vector<int64_t> options, std::vector<double> params, bool flags_infinite) {
   STD_TORCH_CHECK(advantages.has_value(), "expected advantages");
   const ScalarType type = arithmetic_type(logprobs);
   const Tensor loss = empty({}, type, logprobs), dlogprobs = empty_like(logprobs, type);
@@ -207,21 +209,21 @@ std::tuple<Tensor, Tensor, Tensor> policy_loss_fwd(
   const TokenTensors tensors{mask, sequence_ids, advantages, weights, policy_factors, entropy_weights, old_logprobs,
                              ref_logprobs};
   const Tensor totals = empty({kTotalCount * sequences}, ScalarType::Double, logprobs);
-  const Place place(logprobs);
+  const Device device(logprobs);
   const auto run = [&]<class R>(R) {
     const Policy<R> policy{data<R>(logprobs, tokens),
                            data<R>(entropy, tokens),
-                           token_fields<R>(tensors, tensors.sequences(sequences), tokens),
+                           token_fields<R>(tensors, tensors.sequence_count(sequences), tokens),
                            data<int64_t>(offsets, sequences + 1),
                            PolicyOptions<R>::decode(options, params),
                            mutable_data<R>(dlogprobs),
                            mutable_data<double>(totals),
                            tokens,
                            sequences,
-                           keeps_infinite ? place.first_bad() : nullptr};
-    launch(place, "policy_loss", {sequences, tokens}, {sequences, kThreads, sizeof(PolicyShared)},
+                           flags_infinite ? device.first_bad() : nullptr};
+    launch(device, "policy_loss", {sequences, tokens}, {sequences, kThreads, sizeof(PolicyShared)},
            loss_of_sequences<R>, policy);
-    launch(place, "policy_loss' totals", {sequences}, {kTotalCount, kThreads, kThreads / kWarp * int{sizeof(Total)}},
+    launch(device, "policy_loss' totals", {sequences}, {kTotalCount, kThreads, kThreads / kWarp * int{sizeof(Total)}},
            add_sequences<R>, mutable_data<double>(totals), sequences, mutable_data<R>(loss), mutable_data<R>(partials));
   };
   type == ScalarType::Double ? run(double()) : run(float());

@@ -1,10 +1,10 @@
 // Rows of logits as device functions of a block's threads: online softmax, gradient, zeros. The only CUDA copy.
 //
-// A row is taken in powers of two. With y = outer v(z), v being z, -z or tanh(inner z), the exponent of an element is
-// t = (v - base) rate for rate = outer log2 e. In the statistics the difference comes first: the largest element has the
-// exponent 0, exactly. In the gradient t is one FMA, whose offset is rounded, but to a number, and all that is computed
-// of t takes it to be that number. Either way what the logits have in common costs no digits. A finite logit below
-// -1e30 counts as -1e30, so that no infinity meets a 0.
+// Exponentials are powers of 2. With y = outer v(z), where v is z or tanh(inner z), the exponent of an element is
+// t = (v - base) rate for rate = outer log2 e. The statistics subtract first, so the largest element has exponent 0
+// exactly. The gradient computes t as one FMA with a rounded offset, and everything derived from t uses that offset.
+// Either way an offset that all logits share costs no precision. A logit below -1e30 counts as -1e30, so that no
+// infinity is multiplied by 0.
 #pragma once
 
 #include "online_softmax.h"
@@ -16,10 +16,10 @@ namespace grpo::cuda {
 constexpr int kThreads = 64;
 constexpr int kManyThreads = 96;
 #else
-constexpr int kThreads = 384;       // three such blocks have 56 registers a thread on a multiprocessor
-constexpr int kManyThreads = 1024;  // where a multiprocessor has one block
+constexpr int kThreads = 384;       // three such blocks on a multiprocessor leave 56 registers per thread
+constexpr int kManyThreads = 1024;  // for one block per multiprocessor
 #endif
-constexpr float kLeast = -1e30f;
+constexpr float kLowestLogit = -1e30f;
 constexpr double kLn2 = 0.6931471805599453;
 
 template <class R>
@@ -27,54 +27,54 @@ using Softmax = OnlineSoftmax<R, Base2>;
 
 // ---- statistics
 
-// The state of a thread that has seen nothing: sums of 0, relative to a v that no other is below.
+// The state of no elements: sums of 0, relative to the lowest v.
 template <class R>
-__device__ __forceinline__ Softmax<R> nothing() {
-  return {R(kLeast), R(0), R(0)};
+__device__ __forceinline__ Softmax<R> empty_softmax() {
+  return {R(kLowestLogit), R(0), R(0)};
 }
 
 template <bool kPlain, class T, int kCount, int kPackets>
-__device__ __forceinline__ void add(Softmax<Arithmetic<T>>& own, const Packet<T, kCount> (&packets)[kPackets],
+__device__ __forceinline__ void add(Softmax<Arithmetic<T>>& state, const Packet<T, kCount> (&packets)[kPackets],
                                     const RowTransform<Arithmetic<T>>& f) {
   using R = Arithmetic<T>;
-  R largest = own.max;
+  R largest = state.max;
 #pragma unroll
-  for (int k = 0; k < kPackets; ++k) largest = max_of_numbers(largest, largest_of<kPlain>(packets[k], f));
-  const R shift = (own.max - largest) * f.rate;
+  for (int k = 0; k < kPackets; ++k) largest = max_of_numbers(largest, packet_max<kPlain>(packets[k], f));
+  const R shift = (state.max - largest) * f.rate;
   const R factor = exp2_fast(shift);
-  own = {largest, own.sum * factor, (own.weighted + shift * own.sum) * factor};
+  state = {largest, state.sum * factor, (state.weighted + shift * state.sum) * factor};
 #pragma unroll
   for (int k = 0; k < kPackets; ++k) {
     R z[kCount];
     unpack(packets[k], z);
 #pragma unroll
     for (int i = 0; i < kCount; ++i) {
-      const R t = (max_with_nan(curved<kPlain>(z[i], f), R(kLeast)) - largest) * f.rate;
+      const R t = (max_with_nan(apply_curve<kPlain>(z[i], f), R(kLowestLogit)) - largest) * f.rate;
       const R e = exp2_fast(t);
-      own.sum += e;
-      own.weighted += t * e;
+      state.sum += e;
+      state.weighted += t * e;
     }
   }
 }
 
-// This thread's packets of a row in memory of any kind.
+// The state of this thread's packets of a row, in global or shared memory.
 template <bool kPlain, int kBlock = kThreads, class T, int kCount>
 __device__ __forceinline__ Softmax<Arithmetic<T>> thread_softmax(const Packet<T, kCount>* row, int packets,
                                                                  const RowTransform<Arithmetic<T>>& f) {
   constexpr int kUnroll = kCount > 1 ? 4 : 8;
-  Softmax<Arithmetic<T>> own = nothing<Arithmetic<T>>();
+  Softmax<Arithmetic<T>> state = empty_softmax<Arithmetic<T>>();
   int i = static_cast<int>(threadIdx.x);
   for (; i + (kUnroll - 1) * kBlock < packets; i += kUnroll * kBlock) {
     Packet<T, kCount> block[kUnroll];
 #pragma unroll
     for (int k = 0; k < kUnroll; ++k) block[k] = row[i + k * kBlock];
-    add<kPlain>(own, block, f);
+    add<kPlain>(state, block, f);
   }
   for (; i < packets; i += kBlock) {
     const Packet<T, kCount> last[1] = {row[i]};
-    add<kPlain>(own, last, f);
+    add<kPlain>(state, last, f);
   }
-  return own;
+  return state;
 }
 
 struct Merge {
@@ -84,19 +84,19 @@ struct Merge {
   }
 };
 
-// Of a warp's lanes, for the first of them; join(a, b) adds b to a.
+// Combines the states of a warp's lanes; the result is valid in lane 0. join(a, b) adds b to a.
 template <class State, class Join>
-__device__ __forceinline__ State over_warp(State state, const Join& join) {
+__device__ __forceinline__ State reduce_warp(State state, const Join& join) {
 #pragma unroll
   for (int lanes = kWarp / 2; lanes > 0; lanes /= 2) join(state, shuffle_xor(state, lanes));
   return state;
 }
 
-// What the block's threads have, joined, for its first thread; `parts` is shared memory of one a warp.
+// Combines the states of a block's threads; the result is valid in thread 0. `parts` is shared memory, one per warp.
 template <class State, class Join>
-__device__ __forceinline__ State over_block(const State& own, State* parts, const Join& join) {
+__device__ __forceinline__ State reduce_block(const State& thread_state, State* parts, const Join& join) {
   const int lane = static_cast<int>(threadIdx.x) % kWarp, warp = static_cast<int>(threadIdx.x) / kWarp;
-  State state = over_warp(own, join);
+  State state = reduce_warp(thread_state, join);
   if (lane == 0) parts[warp] = state;
   __syncthreads();
   if (threadIdx.x == 0) {
@@ -105,9 +105,9 @@ __device__ __forceinline__ State over_block(const State& own, State* parts, cons
   return state;
 }
 
-// The states of a warp's lanes together, in every lane: the largest first, so that each is brought to it once.
+// Merges the states of a warp's lanes; every lane gets the result. All states move to the common maximum once, first.
 template <int kLanes = kWarp, class R>
-__device__ __forceinline__ Softmax<R> softmax_over_warp(Softmax<R> state, R rate) {
+__device__ __forceinline__ Softmax<R> merge_warp_softmax(Softmax<R> state, R rate) {
   R largest = state.max;
 #pragma unroll
   for (int lanes = kLanes / 2; lanes > 0; lanes /= 2) largest = max_of_numbers(largest, shuffle_xor(largest, lanes));
@@ -120,29 +120,29 @@ __device__ __forceinline__ Softmax<R> softmax_over_warp(Softmax<R> state, R rate
   return state;
 }
 
-// Those of the first `count` lanes, at most kLanes, of which the others bring what weighs nothing.
+// Merges `count` states, at most kLanes, in one warp.
 template <int kLanes, class R>
-__device__ __forceinline__ Softmax<R> softmax_of(const Softmax<R>* states, int count, R rate) {
+__device__ __forceinline__ Softmax<R> merge_softmax_states(const Softmax<R>* states, int count, R rate) {
   const int lane = static_cast<int>(threadIdx.x) % kWarp;
-  return softmax_over_warp<kLanes>(lane < count ? states[lane] : nothing<R>(), rate);
+  return merge_warp_softmax<kLanes>(lane < count ? states[lane] : empty_softmax<R>(), rate);
 }
 
-// Those of a block's threads, for its first warp; `parts` is shared memory of one a warp.
+// Merges the states of a block's threads; the first warp gets the result. `parts` is shared memory, one per warp.
 template <int kBlock = kThreads, class R>
-__device__ __forceinline__ Softmax<R> softmax_over_block(const Softmax<R>& own, Softmax<R>* parts, R rate) {
+__device__ __forceinline__ Softmax<R> merge_block_softmax(const Softmax<R>& thread_state, Softmax<R>* parts, R rate) {
   constexpr int kWarps = kBlock / kWarp, kLanes = kWarps > 16 ? 32 : 16;
   const int warp = static_cast<int>(threadIdx.x) / kWarp;
-  Softmax<R> state = softmax_over_warp(own, rate);
+  Softmax<R> state = merge_warp_softmax(thread_state, rate);
   if (threadIdx.x % kWarp == 0) parts[warp] = state;
   __syncthreads();
-  if (warp == 0) state = softmax_of<kLanes>(parts, kWarps, rate);
+  if (warp == 0) state = merge_softmax_states<kLanes>(parts, kWarps, rate);
   return state;
 }
 
-// log2 of a sum, in fp64 of a mantissa's and an exponent, so that it is rounded once.
+// log2 of a sum: the exponent, plus log2 of the mantissa, added in fp64 so that the result is rounded once.
 __device__ __forceinline__ double log2_of(float x) {
   const auto bits = static_cast<int32_t>(bits_of(x));
-  const int32_t exponent = (bits - 0x3f400000) >> 23;  // of a mantissa in [0.75, 1.5)
+  const int32_t exponent = (bits - 0x3f400000) >> 23;  // for a mantissa in [0.75, 1.5)
   const bool is_number = x > 0 && x < INFINITY;
   return is_number ? exponent + static_cast<double>(log2f(float_of(static_cast<uint32_t>(bits - (exponent << 23)))))
                    : static_cast<double>(log2f(x));
@@ -157,13 +157,13 @@ struct RowResult {
   double log_sum;  // log2 of the sum over 2^t
 };
 
-// Of a row's state and its token's v. A row of which no logit is above -1e30 has no result but NaN.
+// The results of a row, from its state and the v of its token. NaN if no logit is above -1e30.
 template <class R>
 __device__ __forceinline__ RowResult<R> row_result(const Softmax<R>& state, R target, R rate) {
   const double log_sum = log2_of(state.sum), base = state.max;
   const double exponent = (static_cast<double>(target) - base) * rate;
   RowResult<R> result;
-  const double ln2 = state.max > R(kLeast) ? kLn2 : NAN;
+  const double ln2 = state.max > R(kLowestLogit) ? kLn2 : NAN;
   result.logprob = static_cast<R>((exponent - log_sum) * ln2);
   result.entropy = static_cast<R>((log_sum - static_cast<double>(state.weighted / state.sum)) * ln2);
   result.lse = (base * rate + log_sum) * ln2;
@@ -174,26 +174,27 @@ __device__ __forceinline__ RowResult<R> row_result(const Softmax<R>& state, R ta
 
 // ---- gradient
 
-// dz = 2^t (w + w_t t) dv/dz beside the token's own: of -p (c + c_H (log p + H)) slope, log p = (t - log_sum) ln 2.
+// Of every logit but the token's, dz = -p (c + c_H (log p + H)) slope. With log p = (t - log_sum) ln 2 that is
+// 2^t (w + w_t t) dv/dz.
 template <class R>
 struct GradientWeights {
   R offset, w, w_t;
-  R own;  // of the token's logit
+  R target_gradient;  // of the token's logit
 };
 
 template <class R>
 __device__ __forceinline__ GradientWeights<R> gradient_weights(R offset, double log_sum, R logprob, R entropy, R c,
-                                                               R c_h, R own_slope, R slope) {
-  const R share = static_cast<R>(exp2(-log_sum)) * slope;
-  GradientWeights<R> weights{offset, -c * share, R(0), R(0)};
-  // 1 - p without losing the digits of a p near 1
-  R own = -expm1(logprob) * c;
+                                                               R c_h, R target_slope, R slope) {
+  const R scale = static_cast<R>(exp2(-log_sum)) * slope;
+  GradientWeights<R> weights{offset, -c * scale, R(0), R(0)};
+  // 1 - p without cancellation when p is near 1
+  R target = -expm1(logprob) * c;
   if (c_h != 0) {
-    weights.w = -(c + c_h * (entropy - static_cast<R>(log_sum * kLn2))) * share;
-    weights.w_t = static_cast<R>(-c_h * kLn2 * share);
-    own -= c_h * exp(logprob) * (max_with_nan(logprob, R(-1e4)) + entropy);
+    weights.w = -(c + c_h * (entropy - static_cast<R>(log_sum * kLn2))) * scale;
+    weights.w_t = static_cast<R>(-c_h * kLn2 * scale);
+    target -= c_h * exp(logprob) * (max_with_nan(logprob, R(-1e4)) + entropy);
   }
-  weights.own = own * own_slope;
+  weights.target_gradient = target * target_slope;
   return weights;
 }
 
@@ -206,7 +207,7 @@ __device__ __forceinline__ Packet<Out, kCount> gradient_of(const Packet<T, kCoun
   unpack(packet, z);
 #pragma unroll
   for (int i = 0; i < kCount; ++i) {
-    const R v = curved<kPlain>(z[i], f);
+    const R v = apply_curve<kPlain>(z[i], f);
     const R t = std::fma(v, f.rate, weights.offset);
     R w = weights.w;
     if (weights.w_t != 0) w += weights.w_t * max_with_nan(t, R(-1e4));
@@ -216,8 +217,9 @@ __device__ __forceinline__ Packet<Out, kCount> gradient_of(const Packet<T, kCoun
   return packed<Out>(z);
 }
 
-// From a row to its gradient, which may lie over it, from the end: what the statistics read last is the likeliest to
-// be in the cache still. A gradient that is narrower lies in the back half of its row, and waits for a block's loads.
+// Writes the gradient of a row, possibly over the row itself. It starts at the end, because what the statistics read
+// last is most likely still in the cache. A narrower gradient lies in the second half of the row's memory, so all
+// threads must load before any stores.
 template <bool kPlain, int kBlock = kThreads, class T, class Out, int kCount>
 __device__ __forceinline__ void write_gradient(const Packet<T, kCount>* row, Packet<Out, kCount>* drow, int packets,
                                                const GradientWeights<Arithmetic<T>>& weights,
@@ -240,7 +242,7 @@ __device__ __forceinline__ void write_gradient(const Packet<T, kCount>* row, Pac
   }
 }
 
-// The same from shared memory, which nothing writes over.
+// The same from shared memory, which the gradient does not overwrite.
 template <bool kPlain, class T, class Out, int kCount>
 __device__ __forceinline__ void write_gradient_of_shared(const Packet<T, kCount>* row, Packet<Out, kCount>* drow,
                                                          int packets, const GradientWeights<Arithmetic<T>>& weights,
@@ -259,7 +261,7 @@ __device__ __forceinline__ void write_zeros(Packet<Out, kCount>* drow, int packe
 
 // ---- rows of a launch
 
-// Where the rows of a tensor [B, T, V] lie.
+// Addresses of the rows of a tensor [B, T, V].
 struct RowMemory {
   char* base;
   int64_t batch_stride, row_stride;  // bytes
@@ -270,19 +272,19 @@ struct RowMemory {
   }
 };
 
-// Packets of a row that each block of a cluster has, the last ones fewer: whole lines of 128 bytes.
-constexpr __host__ __device__ int64_t part_of_row(int64_t packets, int blocks) {
+// Packets of a row per block of a cluster: whole cache lines of 128 bytes. The last blocks may have fewer.
+constexpr __host__ __device__ int64_t packets_per_block(int64_t packets, int blocks) {
   return ((packets + blocks - 1) / blocks + 7) / 8 * 8;
 }
 
-// Logits [B, rows_per_batch, V] and what of them is a token's: [B, length].
+// The rows of logits [B, rows_per_batch, V]; the first `length` rows of each completion belong to tokens.
 struct RowSpace {
   int rows, rows_per_batch, length, vocab;
 };
 
 struct Token {
   int batch, position, n;
-  bool is_token;  // not the position past the last token
+  bool is_token;  // false for the row after the last token
 
   __device__ __forceinline__ Token(int row, const RowSpace& space)
       : batch(row / space.rows_per_batch),
@@ -291,8 +293,8 @@ struct Token {
         is_token(position < space.length) {}
 };
 
-// An id held inside the vocabulary; one that was outside is flagged.
-__device__ __forceinline__ int held_inside(int64_t id, int64_t n, int vocab, int64_t* first_bad) {
+// Clamps an id to the vocabulary, and flags it if it was outside.
+__device__ __forceinline__ int clamp_id(int64_t id, int64_t n, int vocab, int64_t* first_bad) {
   if (id >= 0 && id < vocab) return static_cast<int>(id);
   flag(first_bad, kBadId, n);
   return id < 0 ? 0 : vocab - 1;

@@ -1,11 +1,11 @@
-// The statistics of rows that are read once: token_logprobs' forward, and a loss without a gradient.
+// Statistics of rows, for token_logprobs' forward and for a loss without a gradient.
 #pragma once
 
 #include "row_launch.h"
 
 namespace grpo::cuda {
 
-// What a launch is given and where results go, [B, T] flattened; null where one is not wanted.
+// Inputs and outputs of a launch; per-token arrays are [B, T], flattened. Outputs that are not requested are null.
 template <class R>
 struct Statistics {
   RowSpace space;
@@ -20,8 +20,8 @@ struct Statistics {
   int64_t* first_bad;
 };
 
-// `logits` says the storage type; `from` are its rows.
+// `logits` gives the storage type; `from` are its rows.
 template <class R>
-void launch_statistics(const Place& place, const Tensor& logits, const Rows& from, const Statistics<R>& statistics);
+void launch_statistics(const Device& device, const Tensor& logits, const Rows& from, const Statistics<R>& statistics);
 
 }  // namespace grpo::cuda

@@ -1,4 +1,4 @@
-// token_logprobs: statistics of every row, and the gradient of every row from upstream gradients.
+// token_logprobs: statistics of every row, and in the backward the gradient of every row.
 #include <tuple>
 
 #include "row_launch.h"
@@ -7,18 +7,18 @@
 namespace grpo::cuda {
 namespace {
 
-enum Outputs { kLogSumSquares = 1 << 1, kMeanLogits = 1 << 2, kIsTop1 = 1 << 3 };  // bits, in the order of OUTPUTS
+enum Outputs { kLogSumSquares = 1 << 1, kMeanLogits = 1 << 2, kIsTop1 = 1 << 3 };  // bits; the order is that of OUTPUTS
 
-// What is asked for beside log-probability and entropy: one more reading of the row.
+// Optional statistics; they take a second pass over the row.
 template <class R>
 struct Extras {
   R squares = 0, total = 0;  // sum 4^t, sum v
-  int64_t before = 0;        // columns before the token in the order of their logits
+  int64_t rank = 0;          // columns ahead of the token, by larger logit and then by smaller index
 
   __device__ __forceinline__ void merge(const Extras& other) {
     squares += other.squares;
     total += other.total;
-    before += other.before;
+    rank += other.rank;
   }
 };
 
@@ -27,19 +27,19 @@ __device__ Extras<Arithmetic<T>> thread_extras(const Packet<T, kCount>* row, int
                                                Arithmetic<T> target, Arithmetic<T> base,
                                                const RowTransform<Arithmetic<T>>& f) {
   using R = Arithmetic<T>;
-  Extras<R> own;
+  Extras<R> extras;
   for (int k = static_cast<int>(threadIdx.x); k < packets; k += kThreads) {
     R z[kCount];
     unpack(row[k], z);
 #pragma unroll
     for (int i = 0; i < kCount; ++i) {
-      const R v = curved<false>(z[i], f);
-      own.squares += exp2_fast(R(2) * ((v - base) * f.rate));
-      own.total += v;
-      own.before += v > target || (v == target && k * kCount + i < id);
+      const R v = apply_curve<false>(z[i], f);
+      extras.squares += exp2_fast(R(2) * ((v - base) * f.rate));
+      extras.total += v;
+      extras.rank += v > target || (v == target && k * kCount + i < id);
     }
   }
-  return own;
+  return extras;
 }
 
 template <class R>
@@ -59,7 +59,7 @@ __device__ __forceinline__ void write_extras(const Statistics<R>& out, int n, co
     const double outer = static_cast<double>(out.transform.rate) * kLn2;
     out.mean_logits[n] = static_cast<R>(static_cast<double>(all.total) / out.space.vocab * outer);
   }
-  if (out.is_top1) out.is_top1[n] = all.before == 0;
+  if (out.is_top1) out.is_top1[n] = all.rank == 0;
 }
 
 template <class R>
@@ -90,11 +90,11 @@ statistics_of_rows(const __grid_constant__ Statistics<Arithmetic<T>> out) {
     int id = 0;
     R target = 0;
     if (is_leader) {
-      id = held_inside(out.ids[n], n, out.space.vocab, out.first_bad);
-      target = curved<false>(element(reinterpret_cast<const T*>(row)[id]), out.transform);
+      id = clamp_id(out.ids[n], n, out.space.vocab, out.first_bad);
+      target = apply_curve<false>(element(reinterpret_cast<const T*>(row)[id]), out.transform);
     }
-    const Softmax<R> own = thread_softmax<kPlain>(row, packets, out.transform);
-    const Softmax<R> state = softmax_over_block(own, shared.parts, out.transform.rate);
+    const Softmax<R> thread_state = thread_softmax<kPlain>(row, packets, out.transform);
+    const Softmax<R> state = merge_block_softmax(thread_state, shared.parts, out.transform.rate);
     double log_sum = 0;
     if (is_leader) {
       const RowResult<R> result = row_result(state, target, out.transform.rate);
@@ -107,10 +107,10 @@ statistics_of_rows(const __grid_constant__ Statistics<Arithmetic<T>> out) {
       shared.target = target;
       shared.base = state.max;
     }
-    __syncthreads();  // before the next row writes over what the first warp read of this
+    __syncthreads();  // the next row overwrites shared.parts, which the first warp has read by now
     if (!has_extras) continue;
     Extras<R> extras = thread_extras(row, packets, shared.id, shared.target, shared.base, out.transform);
-    extras = over_block(extras, shared.extras, Merge());
+    extras = reduce_block(extras, shared.extras, Merge());
     if (is_leader) write_extras(out, n, extras, log_sum);
     __syncthreads();
   }
@@ -119,22 +119,22 @@ statistics_of_rows(const __grid_constant__ Statistics<Arithmetic<T>> out) {
 }  // namespace
 
 template <class R>
-void launch_statistics(const Place& place, const Tensor& logits, const Rows& from, const Statistics<R>& statistics) {
+void launch_statistics(const Device& device, const Tensor& logits, const Rows& from, const Statistics<R>& statistics) {
   with_storage(dtype_of(logits), [&](auto t) {
     using T = decltype(t);
     if constexpr (std::is_same_v<Arithmetic<T>, R>) {
       const bool vectors = sizeof(T) < 8 && has_vectors(from, sizeof(T));
-      with_form<T>(vectors, statistics.transform.curve, [&](auto access, auto plain) {
+      with_access<T>(vectors, statistics.transform.curve, [&](auto access, auto plain) {
         const auto kernel = statistics_of_rows<T, access.value, plain.value>;
-        const Grid grid = row_grid(place, statistics.space.rows, sizeof(BlockShared<R>), kernel);
-        launch(place, "token_logprobs", {from.batch, from.length, from.width}, grid, kernel, statistics);
+        const Grid grid = row_grid(device, statistics.space.rows, sizeof(BlockShared<R>), kernel);
+        launch(device, "token_logprobs", {from.batch, from.length, from.width}, grid, kernel, statistics);
       });
     }
   });
 }
 
-template void launch_statistics(const Place&, const Tensor&, const Rows&, const Statistics<float>&);
-template void launch_statistics(const Place&, const Tensor&, const Rows&, const Statistics<double>&);
+template void launch_statistics(const Device&, const Tensor&, const Rows&, const Statistics<float>&);
+template void launch_statistics(const Device&, const Tensor&, const Rows&, const Statistics<double>&);
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> token_logprobs_fwd(
     const Tensor& logits,               // [B, T or T + 1, V]
@@ -149,11 +149,11 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> token_logprobs_fwd(
   const Tensor lse = empty_like(ids, ScalarType::Double);
   const Tensor log_sum_squares = optional(kLogSumSquares, type), mean_logits = optional(kMeanLogits, type);
   const Tensor is_top1 = optional(kIsTop1, ScalarType::Bool);
-  const Place place(logits);
+  const Device device(logits);
   const Rows from(logits);
   from.check_ids_fit(ids);
   const auto run = [&]<class R>(R) {
-    launch_statistics<R>(place, logits, from,
+    launch_statistics<R>(device, logits, from,
                          {row_space(from, ids.size(1)),
                           row_memory(from),
                           row_transform<R>(temperature, softcap, logit_scale),
@@ -166,7 +166,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> token_logprobs_fwd(
                           outputs & kMeanLogits ? mutable_data<R>(mean_logits) : nullptr,
                           outputs & kIsTop1 ? mutable_data<bool>(is_top1) : nullptr,
                           nullptr,
-                          place.first_bad()});
+                          device.first_bad()});
   };
   type == ScalarType::Double ? run(double()) : run(float());
   return {logprobs, lse, entropy, log_sum_squares, mean_logits, is_top1};
@@ -202,7 +202,7 @@ __device__ __forceinline__ GradientWeights<Arithmetic<T>> weights_of_token(const
   using R = Arithmetic<T>;
   const double exponent = gradient.lse[n] / kLn2;
   const R offset = static_cast<R>(-exponent);
-  const R target = curved<false>(element(row[id]), gradient.transform);
+  const R target = apply_curve<false>(element(row[id]), gradient.transform);
   return gradient_weights(offset, exponent + static_cast<double>(offset), gradient.logprobs[n], gradient.entropy[n], c,
                           c_h, slope_at<false>(target, gradient.transform), gradient.transform.slope);
 }
@@ -227,15 +227,15 @@ gradient_of_rows(const __grid_constant__ Gradient<Arithmetic<T>> gradient) {
       continue;
     }
     if (is_leader) {
-      shared.id = held_inside(gradient.ids[token.n], token.n, gradient.space.vocab, gradient.first_bad);
+      shared.id = clamp_id(gradient.ids[token.n], token.n, gradient.space.vocab, gradient.first_bad);
       shared.weights = weights_of_token(gradient, reinterpret_cast<const T*>(from), shared.id, token.n, c, c_h);
     }
     __syncthreads();
     const GradientWeights<R> weights = shared.weights;
     write_gradient<kPlain>(from, to, packets, weights, gradient.transform);
     __syncthreads();
-    // over what another thread wrote
-    if (is_leader) reinterpret_cast<Out*>(to)[shared.id] = rounded<Out>(weights.own);
+    // overwrites what another thread wrote there
+    if (is_leader) reinterpret_cast<Out*>(to)[shared.id] = rounded<Out>(weights.target_gradient);
   }
 }
 
@@ -245,7 +245,7 @@ void token_logprobs_bwd(const Tensor& logits, const Tensor& ids, const std::opti
                         const Tensor& logprobs, const Tensor& lse, const Tensor& entropy,
                         const std::optional<Tensor>& dlogprobs, const std::optional<Tensor>& dentropy,
                         double temperature, double softcap, double logit_scale, const Tensor& dlogits) {
-  const Place place(logits);
+  const Device device(logits);
   const Rows from(logits), to(dlogits);
   from.check_ids_fit(ids);
   check_gradient(to, from, dlogits, logits);
@@ -265,12 +265,12 @@ void token_logprobs_bwd(const Tensor& logits, const Tensor& ids, const std::opti
                                data<R>(entropy, n),
                                data<R>(dlogprobs, n),
                                data<R>(dentropy, n),
-                               place.first_bad()};
+                               device.first_bad()};
     const bool vectors = has_gradient_vectors<T, Out>(from, to);
-    with_form<T>(vectors, gradient.transform.curve, [&](auto access, auto plain) {
+    with_access<T>(vectors, gradient.transform.curve, [&](auto access, auto plain) {
       const auto kernel = gradient_of_rows<T, Out, access.value, plain.value>;
-      const Grid grid = row_grid(place, gradient.space.rows, sizeof(GradientShared<R>), kernel);
-      launch(place, "token_logprobs' backward", {from.batch, from.length, from.width}, grid, kernel, gradient);
+      const Grid grid = row_grid(device, gradient.space.rows, sizeof(GradientShared<R>), kernel);
+      launch(device, "token_logprobs' backward", {from.batch, from.length, from.width}, grid, kernel, gradient);
     });
   });
 }

@@ -1,8 +1,8 @@
-// CUDA on the host, for tests: what the kernels of csrc/cuda use of it, run by fibers of one thread.
+// Emulates on the host the part of CUDA that csrc/cuda uses, for tests. Threads are fibers of one host thread.
 //
-// A cluster's blocks run together, their threads in turns from barrier to barrier, in the order of their indices. It
-// finds wrong numbers, missing barriers that the order brings to light, and reads of shared memory that nothing wrote
-// (it begins as NaN); not races, nor what a GPU's own units round in another way.
+// The blocks of a cluster run together. Their threads run in index order, each until its next barrier. This finds wrong
+// numbers, reads of uninitialised shared memory (it starts as NaN), and those missing barriers that the order exposes.
+// It does not find races or differences in how a GPU rounds.
 #pragma once
 
 #include <ucontext.h>
@@ -29,7 +29,7 @@
 #define __noinline__
 #define __launch_bounds__(...)
 #define __grid_constant__
-#define __shared__ static  // blocks of clusters, which run together, take dynamic memory
+#define __shared__ static  // kernels with clusters use dynamic shared memory: their blocks run together
 
 struct dim3 {
   unsigned x = 1, y = 1, z = 1;
@@ -48,7 +48,7 @@ struct Grid {
 
 namespace emulation {
 
-// Threads that wait for each other; a group is a warp, a block or a cluster.
+// A barrier of the threads of a warp, a block or a cluster.
 struct Group {
   int size = 0, arrived = 0;
   int64_t generation = 0;
@@ -123,7 +123,7 @@ inline void run_cluster(const Grid& grid, int64_t first_block) {
   for (int rank = 0; rank < grid.cluster; ++rank) {
     Block& block = cluster.blocks[rank];
     block.group = {grid.threads};
-    block.shared.assign(grid.shared_bytes + 128, 0xff);  // NaN, whatever it is read as
+    block.shared.assign(grid.shared_bytes + 128, 0xff);  // NaN in every type
     block.warps.resize((grid.threads + kWarp - 1) / kWarp);
     for (Warp& warp : block.warps) warp.group = {std::min(kWarp, grid.threads)};
     for (int t = 0; t < grid.threads; ++t) {
@@ -162,8 +162,8 @@ inline void* dynamic_shared() {
   return reinterpret_cast<void*>((address + 127) / 128 * 128);
 }
 
-// The value of the lane that `from` gives. Of two exchanges in a row each has its slots: who reads the first cannot be
-// overtaken twice.
+// The value of lane from(lane). Consecutive exchanges alternate between two sets of slots, so that no lane overwrites a
+// slot that another has still to read.
 template <class T, class From>
 T exchange(const T& value, const From& from) {
   static_assert(sizeof(T) <= 64 && std::is_trivially_copyable_v<T>);
@@ -190,11 +190,11 @@ inline int cluster_size() { return static_cast<int>(emulation::cluster.blocks.si
 inline int cluster_rank() { return emulation::current().rank; }
 inline int cluster_index() { return static_cast<int>(blockIdx.x) / cluster_size(); }
 inline int cluster_count() { return static_cast<int>(gridDim.x) / cluster_size(); }
-inline void show_cluster() {}
+inline void release_to_cluster() {}
 inline void sync_cluster() { emulation::wait(emulation::cluster.group); }
 
 template <class T>
-T* in_block(T* shared, int rank) {
+T* remote_shared(T* shared, int rank) {
   const auto own = reinterpret_cast<uintptr_t>(dynamic_shared());
   const auto base = reinterpret_cast<uintptr_t>(emulation::cluster.blocks[rank].shared.data());
   return reinterpret_cast<T*>((base + 127) / 128 * 128 + (reinterpret_cast<uintptr_t>(shared) - own));
@@ -204,14 +204,14 @@ struct Barrier {
   int64_t completed;
 };
 
-inline void make_barrier(Barrier* barrier) { barrier->completed = 0; }
+inline void init_barrier(Barrier* barrier) { barrier->completed = 0; }
 inline void load_bulk(void* shared, const void* global, unsigned bytes, Barrier* barrier) {
   STD_TORCH_CHECK((reinterpret_cast<uintptr_t>(global) | reinterpret_cast<uintptr_t>(shared) | bytes) % 16 == 0,
                   "a bulk copy takes multiples of 16 bytes");
   std::memcpy(shared, global, bytes);
   ++barrier->completed;
 }
-inline void wait_for(Barrier* barrier, unsigned parity) {
+inline void wait_barrier(Barrier* barrier, unsigned parity) {
   while ((barrier->completed - 1) % 2 != static_cast<int64_t>(parity)) emulation::yield();
 }
 
@@ -267,38 +267,38 @@ uint32_t max_of_two(uint32_t a, uint32_t b) {
 
 // ---- flags and launches
 
-inline int64_t* kept_flags = nullptr;
+inline int64_t* registered_flags = nullptr;
 
 inline void flag(int64_t* first_bad, BadValue kind, int64_t index) {
   first_bad[kind] = std::min(first_bad[kind], index);
 }
 
 struct Properties {
-  int device = -1;
+  int index = -1;
   int capability = 90;
   int processors = 2;
   int shared_bytes = 227 * 1024;
   int processor_bytes = 228 * 1024;
   int cache_bytes = 1 << 20;
 };
-inline Properties emulated;  // tests take other paths by another device
+inline Properties emulated;  // tests change it to take other code paths
 
-class Place {
+class Device {
  public:
-  explicit Place(const Tensor&) {}
+  explicit Device(const Tensor&) {}
   const Properties& properties() const { return emulated; }
   int processors() const { return emulated.processors; }
   int code() const { return emulated.capability; }
-  int64_t* first_bad() const { return kept_flags; }
+  int64_t* first_bad() const { return registered_flags; }
 };
 
 template <class... Parameters>
-int64_t resident_clusters(const Place& place, const Grid&, void (*)(Parameters...)) {
-  return place.processors();
+int64_t resident_clusters(const Device& device, const Grid&, void (*)(Parameters...)) {
+  return device.processors();
 }
 
 template <class... Parameters>
-void launch(const Place&, const char*, std::initializer_list<int64_t>, const Grid& grid, void (*kernel)(Parameters...),
+void launch(const Device&, const char*, std::initializer_list<int64_t>, const Grid& grid, void (*kernel)(Parameters...),
             std::type_identity_t<Parameters>... arguments) {
   const std::function<void()> body = [&] { kernel(arguments...); };
   emulation::cluster.body = &body;

@@ -1,11 +1,11 @@
-// What tests tell the emulated device: where its flags are, and which of the paths that depend on a device it takes.
+// Ops for tests: set the emulated device's flags and its properties.
 #include "emulation/cuda.h"
 
 namespace grpo::cuda {
 
-void keep_first_bad(const Tensor& first_bad) { kept_flags = mutable_data<int64_t>(first_bad); }
+void keep_first_bad(const Tensor& first_bad) { registered_flags = mutable_data<int64_t>(first_bad); }
 
-void become(int64_t capability, int64_t shared_bytes, int64_t processors) {
+void set_device(int64_t capability, int64_t shared_bytes, int64_t processors) {
   emulated.capability = static_cast<int>(capability);
   emulated.shared_bytes = static_cast<int>(shared_bytes);
   emulated.processor_bytes = 3 * static_cast<int>(shared_bytes + 1024);
@@ -16,9 +16,9 @@ void become(int64_t capability, int64_t shared_bytes, int64_t processors) {
 
 STABLE_TORCH_LIBRARY_FRAGMENT(grpo_kernels, m) {
   m.def("emulated_keep_first_bad(Tensor first_bad) -> ()");
-  m.def("emulated_become(int capability, int shared_bytes, int processors) -> ()");
+  m.def("emulated_set_device(int capability, int shared_bytes, int processors) -> ()");
 }
 STABLE_TORCH_LIBRARY_IMPL(grpo_kernels, CompositeExplicitAutograd, m) {
   m.impl("emulated_keep_first_bad", TORCH_BOX(&grpo::cuda::keep_first_bad));
-  m.impl("emulated_become", TORCH_BOX(&grpo::cuda::become));
+  m.impl("emulated_set_device", TORCH_BOX(&grpo::cuda::set_device));
 }

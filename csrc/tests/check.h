@@ -1,4 +1,4 @@
-// Checks that count what fails and say it; a test's main() ends with their result().
+// Checks that print and count failures. A test's main() returns result().
 #pragma once
 
 #include <cmath>
@@ -10,25 +10,25 @@ namespace grpo::tests {
 
 inline int checked = 0, failed = 0;
 
-// Whether `got` is within `tolerance` of what is expected; NaN and infinities are equal to their like.
+// Checks that `got` is within `tolerance` of `expected`. NaN equals NaN, and an infinity equals itself.
 template <class R>
 void near(const std::string& what, R got, long double expected, long double tolerance) {
   ++checked;
-  const auto found = static_cast<long double>(got);
-  if (found == expected || (std::isnan(found) && std::isnan(expected))) return;
-  if (std::fabs(found - expected) <= tolerance) return;
+  const auto value = static_cast<long double>(got);
+  if (value == expected || (std::isnan(value) && std::isnan(expected))) return;
+  if (std::fabs(value - expected) <= tolerance) return;
   ++failed;
-  std::printf("%s: got %.20Lg, expected %.20Lg, %.3Lg apart where %.3Lg is allowed\n", what.c_str(), found, expected,
-              std::fabs(found - expected), tolerance);
+  std::printf("%s: got %.20Lg, expected %.20Lg, %.3Lg apart where %.3Lg is allowed\n", what.c_str(), value, expected,
+              std::fabs(value - expected), tolerance);
 }
 
 template <class R>
 constexpr long double kUlp = std::numeric_limits<R>::epsilon();
 
-inline int result(const char* name, int least) {
+inline int result(const char* name, int min_checks) {
   std::printf("%s: %d checks, %d failed\n", name, checked, failed);
-  if (checked >= least) return failed != 0;
-  std::printf("at least %d checks were expected\n", least);
+  if (checked >= min_checks) return failed != 0;
+  std::printf("at least %d checks were expected\n", min_checks);
   return 1;
 }
 

@@ -1,4 +1,4 @@
-// OnlineSoftmax, of parts merged in any order, against sums in long double over the whole.
+// OnlineSoftmax of parts merged in any order, against sums over the whole row in long double.
 #include "online_softmax.h"
 
 #include <algorithm>
@@ -16,7 +16,7 @@ using grpo::OnlineSoftmax;
 using grpo::tests::kUlp;
 using grpo::tests::near;
 
-// In the logarithm's own base.
+// In the base of the logarithm.
 struct Expected {
   long double log_sum_exp, entropy;
 };
@@ -33,7 +33,7 @@ Expected expected_of(const std::vector<R>& logits) {
   return {max + Base::log(sum), Base::log(sum) - weighted / sum};
 }
 
-// By halves, as warps do, or one after the other, as a thread does.
+// Merges by halves, as warps do, or one by one, as a thread does.
 template <class Base, class R>
 OnlineSoftmax<R, Base> merged(const R* logits, size_t count, bool by_halves) {
   OnlineSoftmax<R, Base> state;
@@ -56,7 +56,7 @@ void check(const std::string& name, const std::vector<R>& logits) {
     const std::string what = name + (by_halves ? " by halves" : " one by one") +
                              (std::is_same_v<Base, Base2> ? ", base 2" : ", base e") +
                              (std::is_same_v<R, float> ? ", fp32" : ", fp64");
-    // a half ulp of each of the merges that a logit goes through
+    // half an ulp for each merge that a logit goes through
     const long double merges = by_halves ? std::log2(static_cast<double>(logits.size())) : std::sqrt(logits.size());
     const long double tolerance = kUlp<R> / 2 * (2 + merges);
     near(what + ": log_sum_exp", state.log_sum_exp(), expected.log_sum_exp,

@@ -1,5 +1,5 @@
-// policy_math.h of one token, against the fp64 reference's values in policy_math_cases.txt, which
-// python_tests/policy_math_cases.py writes. Run from this folder.
+// policy_math.h, one token at a time, against the fp64 reference. python_tests/policy_math_cases.py writes the expected
+// values to policy_math_cases.txt. Run from this folder.
 #include "policy_math.h"
 
 #include <array>
@@ -26,7 +26,7 @@ struct Token {
   double loss, gradient, kl, is_low, is_high;  // expected
 };
 
-// Numbers by strtod, which takes inf and nan where streams do not.
+// strtod, because streams do not read inf and nan.
 double number(std::istream& line) {
   std::string word;
   line >> word;
@@ -51,9 +51,9 @@ void check(const Config& config, const Token& c, int line_number) {
   const TokenLoss<R> got = token_loss(logprob, averaged.value, true, old_logprob,
                                       std::isnan(c.ref_logprob) ? nullptr : &ref_logprob, advantage,
                                       static_cast<R>(c.policy_weight), static_cast<R>(c.kl_weight), options);
-  const R gradient = got.dlogprob + (averaged.passes ? got.dlog_ratio : R(0));
+  const R gradient = got.dlogprob + (averaged.has_gradient ? got.dlog_ratio : R(0));
 
-  // the largest term that is added up, and the derivative of the exponentials by what was rounded
+  // scale of the rounding error: the largest term of the sum, times the derivative of the exponentials
   const double ratio = std::exp(std::fmin(c.logprob - c.old_logprob, config.params[kLogRatioClamp]));
   const double d = std::isnan(c.ref_logprob) ? 0 : std::fabs(c.logprob - c.ref_logprob);
   const double steep = 1 + std::fabs(c.logprob - c.old_logprob);

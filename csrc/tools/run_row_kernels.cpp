@@ -1,4 +1,4 @@
-// Runs one row kernel a number of times, for a profiler to count instructions: of one more row, divided by its logits.
+// Runs one row kernel a number of times. A profiler counts the instructions of one more row, per logit.
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
@@ -48,7 +48,7 @@ std::vector<char> row_of(grpo::Dtype dtype, int64_t vocab) {
   return row;
 }
 
-// The sum of what the kernel gives, so that nothing of it is left out.
+// Sums the kernel's results, so that the compiler cannot remove the calls.
 double run(const grpo::RowKernels& kernels, const std::string& kernel, grpo::Dtype dtype, int64_t vocab, int rows) {
   std::vector<char> z = row_of(dtype, vocab), q = row_of(dtype, vocab), dz(z.size());
   const grpo::Transform transform{1.0, 0.0, 1.0};

@@ -22,7 +22,7 @@ class ClippedPGLoss:
 
     Args:
         config: The options of ``GRPOLossConfig.nemo_rl``, by NeMo-RL's names.
-        backend: "auto", or one of ``grpo_kernels.backends.BACKENDS``.
+        backend: "auto", or one of ``grpo_kernels.BACKENDS``.
 
     Example:
         >>> loss_fn = ClippedPGLoss({"ratio_clip_max": 0.28, "reference_policy_kl_penalty": 0.0})

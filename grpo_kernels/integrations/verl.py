@@ -44,7 +44,7 @@ def register(*, backend: str = "auto") -> None:
     """Registers ``grpo_kernels_<name>`` for verl's loss modes and advantage estimators of those names.
 
     Args:
-        backend: Of the losses: "auto", or one of ``grpo_kernels.backends.BACKENDS``.
+        backend: Of the losses: "auto", or one of ``grpo_kernels.BACKENDS``.
 
     Raises:
         ImportError: verl is not installed.

@@ -1,4 +1,4 @@
-"""The loss configuration: TRL's names and defaults, validated once, and its flat form for kernels."""
+"""The loss configuration, with TRL's names and defaults, validated once; and its flat form for kernels."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from typing import Any, NamedTuple
 
 from grpo_kernels.calls import Call
 from grpo_kernels.computed_once import computed_once
+from grpo_kernels.loss.aggregation import CLIPPED_LOSSES
 from grpo_kernels.loss.options import (
-    CLIPPED_LOSS_TYPES,
     DIVERGENCES,
     IMPORTANCE_SAMPLING_LEVELS,
     KL_ESTIMATORS,
@@ -24,31 +24,26 @@ from grpo_kernels.loss.options import (
     Surrogate,
 )
 
-#: The mean that is a loss type's own: those of verl's name count every sequence here. The others are "token-mean".
-_MEAN_OF = {
-    "grpo": "seq-mean-token-mean",
-    "sapo": "seq-mean-token-mean",
-    "gmpo": "seq-mean-token-mean",
-    "luspo": "seq-mean-token-sum",
-    "dr_grpo": "seq-mean-token-sum-norm",
-}
-_SURROGATE_OF = dict.fromkeys((*CLIPPED_LOSS_TYPES, "surrogate", "kl_cov", "gmpo"), Surrogate.CLIP) | {
+#: The default mean of each loss type, by verl's names; here it also counts sequences without a token. The other loss
+#: types have "token-mean".
+_DEFAULT_AGGREGATIONS = {**CLIPPED_LOSSES, "sapo": "seq-mean-token-mean", "gmpo": "seq-mean-token-mean"}
+_SURROGATES = dict.fromkeys((*CLIPPED_LOSSES, "surrogate", "kl_cov", "gmpo"), Surrogate.CLIP) | {
     "cispo": Surrogate.CISPO,
     "sapo": Surrogate.SAPO,
     "vespo": Surrogate.LOGPROB,
     "reinforce": Surrogate.LOGPROB,
 }
-#: Functions that make our options of another framework's; ``grpo_kernels.integrations.presets`` adds them by name.
+#: Functions that translate another framework's options, by its name; ``grpo_kernels.integrations.presets`` adds them.
 PRESETS: dict[str, Callable[..., dict[str, Any]]] = {}
-_LEVEL_OF = dict(zip(IMPORTANCE_SAMPLING_LEVELS, (Level.TOKEN, Level.SEQUENCE, Level.SEQUENCE_TOKEN), strict=True))
+_LEVELS = dict(zip(IMPORTANCE_SAMPLING_LEVELS, (Level.TOKEN, Level.SEQUENCE, Level.SEQUENCE_TOKEN), strict=True))
 
 
-_BETA = int(Param.BETA)  # a traced graph has no index that is an enumeration's
+_BETA = int(Param.BETA)  # torch.compile cannot index by an enumeration
 
 
 @dataclass(frozen=True)
 class LossCode(Call):
-    """A configuration as it crosses into kernels: what to compute per token, without any reduction."""
+    """A configuration as kernels take it: what to compute per token, without any reduction."""
 
     options: list[int]  # by ``Option``
     params: list[float]  # by ``Param``
@@ -59,7 +54,7 @@ class LossCode(Call):
 
 
 class Penalty(NamedTuple):
-    """A penalised divergence: its weight, the names of its estimator and of that one's gradient."""
+    """A penalised divergence: its weight, its estimator and the estimator's gradient."""
 
     weight: float
     estimator: str
@@ -71,64 +66,66 @@ class Penalty(NamedTuple):
 class GRPOLossConfig:
     """What the GRPO family of losses computes. Names and defaults are TRL 1.16's.
 
-    The loss types, by their objective of a token, ``A`` its advantage, and by their mean:
+    The loss types, with the objective of a token of advantage ``A``, and the mean over tokens:
 
-    - "grpo", "bnpo", "dr_grpo", "dapo", "luspo", "ppo": the clipped ratio times ``A``. The mean over sequences of each
-      one's token mean; over local tokens; ``max_completion_length`` times the number of sequences as divisor;
-      ``num_items_in_batch`` as divisor; the mean over sequences of each one's sum (arXiv:2602.05261); as "bnpo".
-    - "surrogate": the ratio times ``A``, unclipped, as "dapo".
-    - "clip_cov", "kl_cov": as "dapo" and as "surrogate", but where log-probabilities and advantages vary together the
-      most: there some tokens, drawn at random, leave the policy term, or ``|log ratio|`` is a penalty
-      (arXiv:2505.22617).
-    - "cispo": ``clip(ratio) A logprob``, its weight detached, as "dapo" (arXiv:2506.13585).
-    - "sapo": ``4 / tau sigmoid(tau (ratio - 1)) A``, as "grpo" (arXiv:2511.20347).
-    - "vespo": ``phi A logprob``, ``phi`` a detached weight by the sequence's ratio, as "dapo".
+    - "grpo", "bnpo", "dr_grpo", "dapo", "luspo", "ppo": the clipped ratio times ``A``. They differ in the mean. "grpo":
+      the token mean of each sequence, averaged over sequences. "bnpo", "ppo": the mean over local tokens. "dr_grpo":
+      the sum over ``max_completion_length`` times the number of sequences. "dapo": the sum over
+      ``num_items_in_batch``. "luspo": the sum of each sequence, averaged over sequences (arXiv:2602.05261).
+    - "surrogate": the ratio times ``A``, unclipped; mean as "dapo".
+    - "clip_cov": as "dapo", but some random tokens leave the policy term, among those whose log-probability and
+      advantage have a high covariance (arXiv:2505.22617).
+    - "kl_cov": as "surrogate", with a penalty ``|log ratio|`` on the tokens of the highest covariance (same paper).
+    - "cispo": ``clip(ratio) A logprob``, the clipped ratio detached; mean as "dapo" (arXiv:2506.13585).
+    - "sapo": ``4 / tau sigmoid(tau (ratio - 1)) A``; mean as "grpo" (arXiv:2511.20347).
+    - "vespo": ``phi A logprob``, ``phi`` a detached function of the sequence's ratio; mean as "dapo".
     - "gmpo": the geometric mean of a sequence's ratios, clipped in log space, times ``A``; the mean over sequences
       (arXiv:2507.20673).
-    - "reinforce": ``A logprob``, as "dapo".
+    - "reinforce": ``A logprob``; mean as "dapo".
 
     Args:
         loss_type: One of the above.
-        loss_agg_mode: verl's name of a mean, in the place of the loss type's own, for the policy term, the KL and the
-            entropy bonus alike; sequences without a token do not count. "seq-mean-token-sum-norm" divides by
-            ``max_completion_length``. None means the loss type's.
-        importance_sampling_level: "token"; "sequence" for one ratio a sequence, the exponential of its mean log-ratio
-            (GSPO, arXiv:2507.18071); "sequence_token" for that value with a gradient through each token's own
-            (GSPO-token), which differs where advantages or weights do within a sequence.
-        epsilon_low: Lower clip range: ratios below ``1 - epsilon_low`` are clipped (TRL's ``epsilon``). Of "gmpo" the
+        loss_agg_mode: verl's name of a mean that replaces the loss type's, for the policy term, the KL and the entropy
+            bonus. Sequences without a token do not count. "seq-mean-token-sum-norm" divides by
+            ``max_completion_length``. None means the loss type's mean.
+        importance_sampling_level: "token"; "sequence" for one ratio per sequence, the exponential of its mean log-ratio
+            (GSPO, arXiv:2507.18071); "sequence_token" for the same value, whose gradient goes through each token's own
+            log-probability (GSPO-token). That differs if advantages or weights vary within a sequence.
+        epsilon_low: Lower clip range: ratios below ``1 - epsilon_low`` are clipped (TRL's ``epsilon``). For "gmpo" the
             range of the log-ratio.
-        epsilon_high: Upper clip range; None means ``epsilon_low``. Of "cispo" the upper bound itself, as in TRL.
+        epsilon_high: Upper clip range; None means ``epsilon_low``. For "cispo" the upper bound itself, as in TRL.
         delta: Upper bound of the unclipped ratio (INTELLECT-2's two-sided clipping; verl's dual clip); None means no
             bound.
         beta: Weight of the KL penalty to the reference policy.
         kl_estimator: With ``d = logprob - ref_logprob``: "k1" is ``d``, "k2" or "mse" ``d^2 / 2``, "k3"
-            ``exp(-d) - 1 + d``, "abs" ``|d|``. http://joschu.net/blog/kl-approx.html. Or none, but the divergence
-            itself, over the whole vocabulary: "reverse_kl", the policy's from the reference, "forward_kl", the
-            reference's from the policy, "js", Jensen's and Shannon's (see ``token_divergence``). It takes the
-            reference's logits, or hidden states, in the place of ``ref_logprobs``, and knows of no ratio.
-        kl_gradient: "naive" is the estimate's own; "straight_through" is k2's, which is unbiased (verl's "k3+");
-            "importance_weighted" is that of the estimate times ``exp(logprob - sg[logprob])``, which is 1
-            (arXiv:2506.09477, NeMo-RL); it is 0 where anything is clamped.
+            ``exp(-d) - 1 + d``, "abs" ``|d|``. http://joschu.net/blog/kl-approx.html. Or an exact divergence over the
+            whole vocabulary: "reverse_kl", of the policy from the reference; "forward_kl", of the reference from the
+            policy; "js", Jensen-Shannon (see ``token_divergence``). An exact divergence needs the reference's logits or
+            hidden states instead of ``ref_logprobs``, and is not multiplied by the ratio.
+        kl_gradient: "naive" is the estimate's own gradient; "straight_through" is k2's, which is unbiased (verl's
+            "k3+"); "importance_weighted" is that of the estimate times ``exp(logprob - sg[logprob])``, whose value is 1
+            (arXiv:2506.09477, NeMo-RL); it is 0 if anything is clamped.
         use_bias_correction_kl: Multiply the KL estimate by the importance ratio (DeepSeek-V3.2).
         temperature: Divides the logits, in the ops that see logits.
         entropy_coef: Weight of the bonus on the mean token entropy.
-        top_entropy_quantile: Share of the tokens, those of highest entropy, that keep a policy term (arXiv:2506.01939).
-        off_policy_mask_threshold: A sequence with a negative advantage whose mean log-ratio of sampler over policy is
-            above it leaves the policy term (DeepSeek-V3.2); None means none does.
-        rollout_correction: How weights are made of ``old_logprobs`` and ``sampling_logprobs``: the ratio of a
-            "token_..." or of a whole "sequence_...", clamped ("..._truncate", TIS) or, outside of the bounds, 0
-            ("..._mask", MIS; at tokens and with both bounds IcePop). "geometric_mask": a token's ratio, 0 in sequences
-            whose geometric mean of them is outside ("seq-mask-tis"). None means no correction, or weights as given.
-        rollout_clip_min, rollout_clip_max: Its bounds; None means no bound.
+        top_entropy_quantile: Share of the tokens that keep a policy term, by highest entropy (arXiv:2506.01939).
+        off_policy_mask_threshold: A sequence with a negative advantage leaves the policy term if its mean log-ratio of
+            sampler over policy is above this (DeepSeek-V3.2); None means none does.
+        rollout_correction: How weights are computed from ``old_logprobs`` and ``sampling_logprobs``. "token_..." takes
+            the ratio of each token, "sequence_..." that of the whole sequence. "..._truncate" clamps it (TIS);
+            "..._mask" makes it 0 outside of the bounds (MIS; with both bounds "token_mask" is IcePop).
+            "geometric_mask": each token's ratio, but 0 in sequences whose geometric mean is outside ("seq-mask-tis").
+            None means no correction, or that of ``rollout_is_weights``.
+        rollout_clip_min, rollout_clip_max: The bounds of that ratio; None means no bound.
         sapo_temperature_pos, sapo_temperature_neg: ``tau`` by the advantage's sign.
         vespo_k_pos, vespo_lambda_pos, vespo_k_neg, vespo_lambda_neg: ``phi(w) = e^lambda w^k e^(-lambda w)`` by the
             advantage's sign.
-        clip_cov_ratio, clip_cov_lb, clip_cov_ub: Share of the tokens that leave "clip_cov", and between which
-            covariances they are drawn.
-        kl_cov_ratio, kl_cov_coef: Share of the tokens that "kl_cov" penalises, those of highest covariance, and the
-            penalty's weight.
+        clip_cov_ratio, clip_cov_lb, clip_cov_ub: Share of the tokens that "clip_cov" drops, and the range of covariance
+            from which they are drawn.
+        kl_cov_ratio, kl_cov_coef: Share of the tokens that "kl_cov" penalises, by highest covariance, and the weight of
+            the penalty.
         cispo_ratio_low: Lower bound of "cispo"'s weight; None, as in TRL, means none.
-        log_ratio_clamp: Bound of a token's log-ratios, to the old policy and to the reference, on either side; none by
+        log_ratio_clamp: Bound on either side of a token's log-ratios to the old policy and to the reference; none by
             default. The mean of a sequence is not bounded.
         kl_clamp: Bound of the KL estimate on either side; none by default.
         max_completion_length: The length that "dr_grpo" divides by, in tokens.
@@ -173,6 +170,8 @@ class GRPOLossConfig:
 
     def __post_init__(self) -> None:
         _check(self)
+        for name in _DERIVED:  # now: torch.compile would see the object change at its first call
+            getattr(self, name)
 
     @classmethod
     def verl(cls, **options: Any) -> GRPOLossConfig:
@@ -202,32 +201,32 @@ class GRPOLossConfig:
             return -math.inf if self.cispo_ratio_low is None else self.cispo_ratio_low, high
         if self.loss_type == "gmpo":
             return math.exp(-self.epsilon_low), math.exp(high)
-        return (1.0 - self.epsilon_low, 1.0 + high) if self.loss_type in CLIPPED_LOSS_TYPES else (-math.inf, math.inf)
+        return (1.0 - self.epsilon_low, 1.0 + high) if self.loss_type in CLIPPED_LOSSES else (-math.inf, math.inf)
 
     @computed_once
     def aggregation(self) -> str:
         """One of ``LOSS_AGG_MODES``."""
-        return self.loss_agg_mode or _MEAN_OF.get(self.loss_type, "token-mean")
+        return self.loss_agg_mode or _DEFAULT_AGGREGATIONS.get(self.loss_type, "token-mean")
 
     @computed_once
     def level(self) -> Level:
-        """What an importance ratio is of."""
-        return Level.GEOMETRIC if self.loss_type == "gmpo" else _LEVEL_OF[self.importance_sampling_level]
+        """Over what an importance ratio is taken."""
+        return Level.GEOMETRIC if self.loss_type == "gmpo" else _LEVELS[self.importance_sampling_level]
 
     @computed_once
     def surrogate(self) -> Surrogate:
         """The per-token objective."""
-        return _SURROGATE_OF[self.loss_type]
+        return _SURROGATES[self.loss_type]
 
     @computed_once
     def weights_need_logprobs(self) -> bool:
-        """Whether tokens' weights are known only once log-probabilities are."""
+        """Whether weights depend on the log-probabilities."""
         is_masked = self.top_entropy_quantile < 1 or self.off_policy_mask_threshold is not None
         return is_masked or self.loss_type in ("vespo", "clip_cov", "kl_cov")
 
     @computed_once
     def has_exact_divergence(self) -> bool:
-        """Whether the penalised divergence is that of whole distributions, rather than estimated from a token."""
+        """Whether the penalised divergence is computed over the whole vocabulary, and not estimated from the token."""
         return self.beta != 0 and self.kl_estimator in DIVERGENCES
 
     @computed_once
@@ -239,11 +238,11 @@ class GRPOLossConfig:
 
     @computed_once
     def is_token_local(self) -> bool:
-        """Whether a token's gradient coefficient needs that token alone, so that one pass over logits suffices."""
+        """Whether a token's gradient coefficient depends on that token alone: one pass over logits is enough."""
         return self.level == Level.TOKEN and not self.weights_need_logprobs
 
     def code(self) -> LossCode:
-        """The flat form that crosses into registered ops; ``Option`` and ``Param`` name the positions."""
+        """The flat form for registered ops; ``Option`` and ``Param`` name the positions."""
         return self._code
 
     @computed_once
@@ -252,7 +251,7 @@ class GRPOLossConfig:
         options = {
             Option.SURROGATE: int(self.surrogate),
             Option.LEVEL: int(self.level),
-            Option.KL_ESTIMATOR: KL_ESTIMATORS.get(penalty.estimator, 0),  # an exact divergence is no kernel's
+            Option.KL_ESTIMATOR: KL_ESTIMATORS.get(penalty.estimator, 0),  # kernels compute no exact divergence
             Option.KL_GRADIENT: KL_GRADIENTS[penalty.gradient],
             Option.BIAS_CORRECTED_KL: int(penalty.is_bias_corrected),
         }
@@ -270,36 +269,39 @@ class GRPOLossConfig:
         return LossCode([options[o] for o in Option], [float(params[p]) for p in Param])
 
 
-def mixture_of(divergence: str, mixture: float = 0.5) -> float:
-    """A divergence as the share of the reference in its mixture: 0 "forward_kl", 1 "reverse_kl".
+_DERIVED = tuple(name for name, value in vars(GRPOLossConfig).items() if isinstance(value, computed_once))
+
+
+def reference_share(divergence: str, mixture: float = 0.5) -> float:
+    """The share of the reference in a divergence's mixture: 0 for "forward_kl", 1 for "reverse_kl".
 
     Raises:
         ValueError: The divergence is unknown, or the share of "js" is not in (0, 1).
     """
-    _one_of("divergence", divergence, tuple(DIVERGENCES))
+    _check_choice("divergence", divergence, tuple(DIVERGENCES))
     if divergence != "js":
         return DIVERGENCES[divergence]
-    _within("mixture", mixture, "in (0, 1)", lambda value: 0 < value < 1)
+    _check_number("mixture", mixture, "in (0, 1)", lambda value: 0 < value < 1)
     return float(mixture)
 
 
 def _check(config: GRPOLossConfig) -> None:
-    """Raises ValueError unless every value is in its range and every option given has an effect."""
-    _one_of("loss_type", config.loss_type, LOSS_TYPES)
-    _one_of("loss_agg_mode", config.loss_agg_mode, (None, *LOSS_AGG_MODES))
-    _one_of("importance_sampling_level", config.importance_sampling_level, IMPORTANCE_SAMPLING_LEVELS)
-    _one_of("kl_estimator", config.kl_estimator, (*KL_ESTIMATORS, *DIVERGENCES))
-    _one_of("kl_gradient", config.kl_gradient, tuple(KL_GRADIENTS))
-    _one_of("rollout_correction", config.rollout_correction, (None, *ROLLOUT_CORRECTIONS))
+    """Raises ValueError unless every value is in its range and every changed option has an effect."""
+    _check_choice("loss_type", config.loss_type, LOSS_TYPES)
+    _check_choice("loss_agg_mode", config.loss_agg_mode, (None, *LOSS_AGG_MODES))
+    _check_choice("importance_sampling_level", config.importance_sampling_level, IMPORTANCE_SAMPLING_LEVELS)
+    _check_choice("kl_estimator", config.kl_estimator, (*KL_ESTIMATORS, *DIVERGENCES))
+    _check_choice("kl_gradient", config.kl_gradient, tuple(KL_GRADIENTS))
+    _check_choice("rollout_correction", config.rollout_correction, (None, *ROLLOUT_CORRECTIONS))
     for name in ("epsilon_low", "epsilon_high", "beta", "rollout_clip_min", "cispo_ratio_low"):
-        _within(name, getattr(config, name), "at least 0", lambda value: value >= 0)
+        _check_number(name, getattr(config, name), "at least 0", lambda value: value >= 0)
     for name in ("delta", "temperature", "rollout_clip_max", "log_ratio_clamp", "kl_clamp", "max_completion_length"):
-        _within(name, getattr(config, name), "greater than 0", lambda value: value > 0)
-    for name in _OF_ONE_TYPE:
-        _within(name, getattr(config, name), "greater than 0", lambda value: value > 0)
+        _check_number(name, getattr(config, name), "greater than 0", lambda value: value > 0)
+    for name in _OPTIONS_OF_ONE_LOSS:
+        _check_number(name, getattr(config, name), "greater than 0", lambda value: value > 0)
     for name in ("entropy_coef", "off_policy_mask_threshold"):
-        _within(name, getattr(config, name), "", lambda value: True)
-    _within("top_entropy_quantile", config.top_entropy_quantile, "in (0, 1]", lambda value: 0 < value <= 1)
+        _check_number(name, getattr(config, name), "", lambda value: True)
+    _check_number("top_entropy_quantile", config.top_entropy_quantile, "in (0, 1]", lambda value: 0 < value <= 1)
     if config.aggregation == "seq-mean-token-sum-norm" and config.max_completion_length is None:
         name = "loss_type" if config.loss_agg_mode is None else "loss_agg_mode"
         raise ValueError(f'max_completion_length must be given for {name}="{getattr(config, name)}", got None')
@@ -308,12 +310,12 @@ def _check(config: GRPOLossConfig) -> None:
             f'epsilon_low and epsilon_high must be at most {_LARGEST_LOG_BOUND:g} with loss_type="gmpo", whose '
             f"log-ratios they bound, got {config.epsilon_low!r} and {config.epsilon_high!r}"
         )
-    _check_that_all_apply(config)
+    _check_all_apply(config)
 
 
-_LARGEST_LOG_BOUND = 80.0  # whose exponential is finite in fp32
-#: Options that one loss type alone has.
-_OF_ONE_TYPE = {
+_LARGEST_LOG_BOUND = 80.0  # its exponential is finite in fp32
+#: Options of a single loss type.
+_OPTIONS_OF_ONE_LOSS = {
     "sapo_temperature_pos": "sapo",
     "sapo_temperature_neg": "sapo",
     "vespo_k_pos": "vespo",
@@ -328,17 +330,17 @@ _OF_ONE_TYPE = {
 }
 
 
-def _check_that_all_apply(config: GRPOLossConfig) -> None:
+def _check_all_apply(config: GRPOLossConfig) -> None:
     defaults = {field.name: field.default for field in fields(config)}
-    given = {name for name, default in defaults.items() if getattr(config, name) != default}
+    changed = {name for name, default in defaults.items() if getattr(config, name) != default}
 
     def refuse(names: Iterable[str], other: str) -> None:
         for name in names:
-            if name in given:
+            if name in changed:
                 raise ValueError(f"{name} has no effect with {other}, got {getattr(config, name)!r}")
 
     loss_type = f'loss_type="{config.loss_type}"'
-    refuse((name for name, owner in _OF_ONE_TYPE.items() if owner != config.loss_type), loss_type)
+    refuse((name for name, owner in _OPTIONS_OF_ONE_LOSS.items() if owner != config.loss_type), loss_type)
     if config.loss_type != "cispo":
         refuse(("cispo_ratio_low",), loss_type)
     elif config.epsilon_high is not None:
@@ -353,7 +355,7 @@ def _check_that_all_apply(config: GRPOLossConfig) -> None:
         refuse(("log_ratio_clamp",), f"{without_ratio} and {loss_type}")
     if config.loss_agg_mode is not None and config.entropy_coef != 0:
         refuse(("top_entropy_quantile",), f'loss_agg_mode="{config.loss_agg_mode}" and an entropy bonus')
-    if config.loss_type not in CLIPPED_LOSS_TYPES:
+    if config.loss_type not in CLIPPED_LOSSES:
         refuse(("delta",), loss_type)
     if config.loss_type in ("vespo", "gmpo", "reinforce", "clip_cov", "kl_cov"):
         refuse(("importance_sampling_level",), loss_type)
@@ -380,11 +382,11 @@ def _check_that_all_apply(config: GRPOLossConfig) -> None:
         raise ValueError(f"rollout_correction must be of tokens with {loss_type}, got {config.rollout_correction!r}")
 
 
-def _one_of(name: str, value: object, allowed: tuple[object, ...]) -> None:
+def _check_choice(name: str, value: object, allowed: tuple[object, ...]) -> None:
     if value not in allowed:
         raise ValueError(f"{name} must be one of {', '.join(map(repr, allowed))}, got {value!r}")
 
 
-def _within(name: str, value: float | None, what: str, is_within: Callable[[float], bool]) -> None:
+def _check_number(name: str, value: float | None, what: str, is_within: Callable[[float], bool]) -> None:
     if value is not None and not (math.isfinite(value) and is_within(value)):
         raise ValueError(f"{name} must be finite{f' and {what}' if what else ''}, got {value!r}")

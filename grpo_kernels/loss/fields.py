@@ -1,4 +1,4 @@
-"""What kernels read of a token beside its log-probability: one name, one place in an op's arguments."""
+"""The per-token tensors that kernels read beside the log-probabilities."""
 
 from __future__ import annotations
 
@@ -10,23 +10,26 @@ from torch import Tensor
 
 from grpo_kernels.calls import Call
 
+#: Fields that may hold one value for all tokens, or one per completion.
+_SHARED = ("advantages", "weights", "entropy_weights")
+
 
 @dataclass(frozen=True)
 class TokenFields(Call):
     """The tensors of a token-wise loss, contiguous; mirrored in token_fields.h.
 
     The loss is ``sum(-w f S + beta w k - e H)`` with the weights ``w``, the policy factors ``f`` and the entropy
-    weights ``e``. Advantages and both weights are one for all, ``[]``, one a completion, ``[S]``, or one a token,
-    ``[1, N]`` or ``[B, T]``: the number of dimensions tells which. All else is one a token, of any shape. What a masked
-    token has is not read.
+    weights ``e``. Advantages and both weights have no dimension if one value is for all, ``[]``; one dimension for
+    values per completion, ``[S]``; two for values per token, ``[1, N]`` or ``[B, T]``. All others are per token, in any
+    shape. Values of masked tokens are not read.
 
-    ``sequence_ids`` tell which completion a token is of. Without them kernels of rows count tokens in rows of ids, and
-    ``policy_loss`` in its own sequences.
+    ``sequence_ids`` are the completions of the tokens. Without them, row kernels take each row of ids as a completion,
+    and ``policy_loss`` each of its sequences.
     """
 
     mask: Tensor  # [N] bool
     sequence_ids: Tensor | None  # [N] int32
-    advantages: Tensor | None  # None where a kernel makes them of rewards
+    advantages: Tensor | None  # None if a kernel computes them from rewards
     weights: Tensor
     policy_factors: Tensor | None  # [N], like the last two
     entropy_weights: Tensor | None
@@ -35,32 +38,21 @@ class TokenFields(Call):
 
     @property
     def has_completions(self) -> bool:
-        """Whether something is one a completion."""
-        shared = (self.advantages, self.weights, self.entropy_weights)
-        return any(x is not None and x.dim() == 1 for x in shared)
+        """Whether any values are per completion."""
+        return any(x is not None and x.dim() == 1 for x in (self.advantages, self.weights, self.entropy_weights))
 
-    def of_tokens(self, function: Callable[[Tensor], Tensor]) -> TokenFields:
-        """With ``function``, from ``[N]`` to some tokens' ``[n]``, over all that is one a token; the rest as it is."""
+    def map_tokens(self, function: Callable[[Tensor], Tensor]) -> TokenFields:
+        """Applies ``function``, which selects some tokens ``[n]`` of ``[N]``, to all values per token."""
 
-        def apply(values: Tensor | None) -> Tensor | None:
-            return None if values is None else function(values.reshape(-1))
+        def apply(name: str, values: Tensor | None) -> Tensor | None:
+            if values is None or name not in _SHARED:
+                return None if values is None else function(values.reshape(-1))
+            return values if values.dim() < 2 else function(values.reshape(-1))[None]
 
-        def apply_to_shared(values: Tensor | None) -> Tensor | None:
-            return values if values is None or values.dim() < 2 else function(values.reshape(-1))[None]
+        return TokenFields(*(apply(name, getattr(self, name)) for name in self._hints))  # type: ignore[arg-type]
 
-        return TokenFields(
-            function(self.mask.reshape(-1)),
-            apply(self.sequence_ids),
-            apply_to_shared(self.advantages),
-            apply_to_shared(self.weights),  # type: ignore[arg-type]
-            apply(self.policy_factors),
-            apply_to_shared(self.entropy_weights),
-            apply(self.old_logprobs),
-            apply(self.ref_logprobs),
-        )
-
-    def at_tokens(self, values: Tensor) -> Tensor:  # -> [N], or [] where one is for all
-        """Advantages or weights as each token has them, of tokens that have ``sequence_ids`` where they are needed."""
+    def expand_to_tokens(self, values: Tensor) -> Tensor:  # -> [N], or [] where one is for all
+        """Advantages or weights per token. Values per completion need ``sequence_ids``."""
         if values.dim() == 1:
             if self.sequence_ids is None:
                 raise ValueError("sequence_ids must be given where values are one a completion, got None")
@@ -68,33 +60,33 @@ class TokenFields(Call):
         return values.reshape(-1) if values.dim() == 2 else values
 
     def has_policy_term(self) -> Tensor:  # [N]
-        """Which tokens have an advantage and a weight."""
+        """Which tokens have a nonzero advantage and weight."""
         if self.advantages is None:
             raise ValueError("advantages must be given, got None")
-        has_term = self.mask & (self.at_tokens(self.advantages) != 0) & (self.at_tokens(self.weights) != 0)
+        advantages, weights = self.expand_to_tokens(self.advantages), self.expand_to_tokens(self.weights)
+        has_term = self.mask & (advantages != 0) & (weights != 0)
         return has_term if self.policy_factors is None else has_term & (self.policy_factors != 0)
 
 
 def check_fields(fields: TokenFields, sequences: int, tokens: int, dtype: torch.dtype) -> None:
-    """Raises ValueError unless the tensors are contiguous, of the dtype and of these tokens.
+    """Raises ValueError unless the tensors are contiguous and have the right dtype and size.
 
     Args:
         fields: The tensors.
-        sequences: How many completions there are where no ids tell.
+        sequences: Number of completions; not used with ``sequence_ids``.
         tokens: Number of tokens.
-        dtype: Of all but the mask and the ids.
+        dtype: The dtype of all but the mask and the ids.
     """
-    given = {name: getattr(fields, name) for name in fields.__dataclass_fields__}
-    shared = ("advantages", "weights", "entropy_weights")
+    tensors = {name: getattr(fields, name) for name in fields.__dataclass_fields__}
     if fields.sequence_ids is not None:
         sequences = next(
-            (given[name].numel() for name in shared if given[name] is not None and given[name].dim() == 1), 0
+            (tensors[name].numel() for name in _SHARED if tensors[name] is not None and tensors[name].dim() == 1), 0
         )
     dtypes = {"mask": torch.bool, "sequence_ids": torch.int32}
-    for name, values in given.items():
+    for name, values in tensors.items():
         if values is None:
             continue
-        count = (1, sequences, tokens)[min(values.dim(), 2)] if name in shared else tokens
+        count = (1, sequences, tokens)[min(values.dim(), 2)] if name in _SHARED else tokens
         wanted = dtypes.get(name, dtype)
         if values.numel() != count or values.dtype != wanted or not values.is_contiguous():
             raise ValueError(

@@ -1,4 +1,4 @@
-"""What the loss of a token needs beside its log-probability: validated, in one dtype, with the reduction as weights."""
+"""The inputs of a loss: validated, in one dtype, with the reduction expressed as weights."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ from grpo_kernels.validation import check_cu_seqlens, check_device, check_float,
 class PolicyInputs:
     """Inputs of tokens ``[B, T]``, or ``[N]`` when packed.
 
-    Every loss type, the rollout weights, the entropy bonus and the loss scale are in the weights, so kernels know of
+    The weights contain the loss type's mean, the rollout weights, the entropy bonus and the loss scale. So kernels need
     no reduction.
 
     Args:
         sequences: How the tokens divide into completions.
-        fields: What kernels read, sequence by sequence: tensors in the tokens' shape where they are one a token, but
-            that packed advantages and weights that are one a token are ``[1, N]``.
-        sampling_logprobs, rollout_weights, entropy_threshold: For weights that wait for log-probabilities.
+        fields: The tensors for kernels. Values per token have the tokens' shape; only packed advantages and weights are
+            ``[1, N]``.
+        sampling_logprobs, rollout_weights, entropy_threshold: For weights that depend on log-probabilities.
     """
 
     sequences: Sequences
@@ -54,7 +54,7 @@ class PolicyInputs:
         config: GRPOLossConfig,
         debug: bool,
     ) -> PolicyInputs:
-        """Validates the arguments of a public loss, as its docstring gives them."""
+        """Validates the arguments of a public loss."""
         logprobs = {
             "old_logprobs": old_logprobs,
             "ref_logprobs": ref_logprobs,
@@ -73,7 +73,7 @@ class PolicyInputs:
             rollout = sequences.per_token(_cast(rollout_is_weights, dtype))
         elif config.rollout_correction is not None and old_logprobs is not None and sampling_logprobs is not None:
             rollout = rollout_weights(old_logprobs.to(dtype), sampling_logprobs.to(dtype), mask, sequences, config)
-        has_own_place = config.loss_type == "vespo"  # inside of its weight
+        is_vespo = config.loss_type == "vespo"  # whose phi contains the rollout weights
         entropy_weights = None
         if config.entropy_coef != 0:
             mean = token_mean(mask, dtype, loss_scale) if config.loss_agg_mode is None else weights
@@ -87,13 +87,13 @@ class PolicyInputs:
             None,
             advantages,
             weights,
-            rollout.contiguous() if rollout is not None and not has_own_place else None,
+            rollout.contiguous() if rollout is not None and not is_vespo else None,
             entropy_weights,
             None if old_logprobs is None else _cast(old_logprobs, dtype),
             _cast(ref_logprobs, dtype) if ref_logprobs is not None and reads_reference else None,
         )
         sampler = _cast(sampling_logprobs, dtype) if sampling_logprobs is not None and reads_sampler else None
-        return cls(sequences, fields, sampler, rollout if has_own_place else None, entropy_threshold)
+        return cls(sequences, fields, sampler, rollout if is_vespo else None, entropy_threshold)
 
     @property
     def mask(self) -> Tensor:  # like the tokens
@@ -116,77 +116,77 @@ class PolicyInputs:
         return self.fields.entropy_weights
 
     def with_fields(self, **changes: Tensor | None) -> PolicyInputs:
-        """The same with other fields."""
+        """A copy with other fields."""
         return replace(self, fields=replace(self.fields, **changes))
 
     @property
     def row_fields(self) -> TokenFields:
-        """The fields as kernels of rows take them: of packed tokens they are told the completion."""
+        """The fields for row kernels. Packed tokens get ``sequence_ids`` if anything is per completion."""
         fields = self.fields
-        is_told = self.sequences.packed and (fields.has_completions or fields.advantages is None)
-        return replace(fields, sequence_ids=self.sequences.ids) if is_told else fields
+        needs_ids = self.sequences.packed and (fields.has_completions or fields.advantages is None)
+        return replace(fields, sequence_ids=self.sequences.ids) if needs_ids else fields
 
     @property
-    def gathered_fields(self) -> TokenFields:
-        """The fields of tokens that are to be taken out of their order: flat, and each with its completion."""
-        fields = self.fields.of_tokens(lambda values: values)
+    def flat_fields(self) -> TokenFields:
+        """The fields flattened, so that tokens can be selected; with ``sequence_ids`` if anything is per completion."""
+        fields = self.fields.map_tokens(lambda values: values)
         return replace(fields, sequence_ids=self.sequences.ids) if fields.has_completions else fields
 
-    def at_tokens(self, values: Tensor) -> Tensor:  # like the tokens
-        """Advantages or weights as each token has them; 0 where masked."""
+    def expand_to_tokens(self, values: Tensor) -> Tensor:  # like the tokens
+        """Advantages or weights per token; 0 where masked."""
         if values.dim() == 1:
             values = self.sequences.spread(values)
         elif values.dim() == 2:
             values = values.view(self.mask.shape)
         return torch.where(self.mask, values, 0)
 
-    def one_a_token(self, values: Tensor) -> Tensor:  # like the tokens -> [B, T] or [1, N]
-        """Advantages or weights that are one a token, told from those that are one a completion."""
+    def as_per_token(self, values: Tensor) -> Tensor:  # like the tokens -> [B, T] or [1, N]
+        """Advantages or weights per token, with the two dimensions that mark them as such in ``TokenFields``."""
         return values[None] if self.sequences.packed else values
 
     @property
     def token_advantages(self) -> Tensor:  # like the tokens
         if self.fields.advantages is None:
             raise ValueError("advantages must be given, got None")
-        return self.at_tokens(self.fields.advantages)
+        return self.expand_to_tokens(self.fields.advantages)
 
     @property
     def token_policy_weights(self) -> Tensor:  # like the tokens
         """The weights of the policy term."""
-        weights, factors = self.at_tokens(self.fields.weights), self.fields.policy_factors
+        weights, factors = self.expand_to_tokens(self.fields.weights), self.fields.policy_factors
         return weights if factors is None else weights * torch.where(self.mask, factors, 0)
 
     def log_ratio(self, logprobs: Tensor) -> Tensor:  # like logprobs
-        """``l - l_old`` of each token; 0 on-policy, or a NaN's NaN, and where masked."""
+        """``l - l_old`` of each token; 0 where masked. On-policy it is 0, or NaN for a NaN."""
         old = logprobs.detach() if self.old_logprobs is None else self.old_logprobs
         return torch.where(self.mask, logprobs - old, 0)
 
-    def token_local(self, config: GRPOLossConfig) -> tuple[PolicyInputs, GRPOLossConfig]:
-        """The same loss with coefficients known token by token, where that is so; else unchanged.
+    def as_token_local(self, config: GRPOLossConfig) -> tuple[PolicyInputs, GRPOLossConfig]:
+        """The same loss in token-local form, if it has one; otherwise unchanged.
 
-        On-policy every ratio is 1, so a sequence-level ratio hands each token of a sequence the mean of its tokens'
-        ``f A``: known before any logit. Not so with a KL term that is multiplied by the ratio.
+        On-policy every ratio is 1. With a sequence-level ratio each token's coefficient is then the mean of ``f A``
+        over its sequence, which needs no logits. This does not hold for a KL term that is multiplied by the ratio.
         """
         if config.is_token_local or config.weights_need_logprobs or self.old_logprobs is not None:
             return self, config
-        if config.level == Level.SEQUENCE_TOKEN:  # whose gradient is each token's own
+        if config.level == Level.SEQUENCE_TOKEN:  # its gradient is each token's own
             return self, replace(config, importance_sampling_level="token")
-        waits_for_kl = self.ref_logprobs is not None and config.use_bias_correction_kl
+        has_corrected_kl = self.ref_logprobs is not None and config.use_bias_correction_kl
         is_clipped = config.delta is not None and config.delta < 1
-        if config.level != Level.SEQUENCE or config.surrogate != Surrogate.CLIP or is_clipped or waits_for_kl:
+        if config.level != Level.SEQUENCE or config.surrogate != Surrogate.CLIP or is_clipped or has_corrected_kl:
             return self, config
         config = replace(config, importance_sampling_level="token")
         factors, advantages = self.fields.policy_factors, self.fields.advantages
         if factors is None and advantages is not None and advantages.dim() == 1:
             return self, config
-        pull = self.token_advantages if factors is None else self.token_advantages * factors
+        weighted_advantages = self.token_advantages if factors is None else self.token_advantages * factors
         lengths = self.sequences.lengths(self.mask, self.weights.dtype).clamp_(min=1)
-        mean = self.sequences.sum(torch.where(self.mask, pull, 0)) / lengths
+        mean = self.sequences.sum(torch.where(self.mask, weighted_advantages, 0)) / lengths
         return self.with_fields(advantages=mean, policy_factors=None), config
 
 
 def _cast(values: Tensor, dtype: torch.dtype) -> Tensor:
-    """Detached, dense and in a dtype; as it is where it is all that."""
+    """The values detached, contiguous and in ``dtype``; not copied if they are."""
     if values.requires_grad:
         values = values.detach()
     return (values if values.dtype == dtype else values.to(dtype)).contiguous()

@@ -1,6 +1,7 @@
-"""Where a number counts as infinite, and what stands for it there. `csrc/policy_math.h` has the same numbers.
+"""The bounds beyond which a number counts as infinite; mirrored in csrc/policy_math.h.
 
-The limit is taken before the exponential, in finite numbers: 0 times a ratio is 0, and terms add without ``inf - inf``.
+Arguments of an exponential are clamped to them, so that ratios stay finite: 0 times a ratio is then 0, and no sum is
+``inf - inf``.
 """
 
 from __future__ import annotations
@@ -11,36 +12,37 @@ from typing import Any
 import torch
 from torch import Tensor
 
-#: Of log-ratios, either way: closer to 0 than this, nothing is compared with a limit.
+#: Bound of log-ratios on either side. Within it nothing needs to be compared with a limit.
 NEAR = 40.0
-#: Of a log-probability from another, or from 0.
+#: The difference of two log-probabilities, or a log-probability itself, counts as infinite beyond this.
 DISTANCE = 1e15
 _LOG_RATIOS = {torch.float32: 80.0, torch.float64: 700.0}
 
 
 def largest_log_ratio(dtype: torch.dtype) -> float:
-    """The argument of an exponential: past it a ratio counts as infinite."""
+    """A ratio counts as infinite if its logarithm is above this."""
     return _LOG_RATIOS[dtype]
 
 
 def largest_joint(dtype: torch.dtype) -> float:
-    """Of the log-ratio less the one to the reference: past what the ratio alone comes to."""
+    """Bound of the log-ratio minus the log-ratio to the reference. It is above ``largest_log_ratio``."""
     return _LOG_RATIOS[dtype] + 5
 
 
 def largest_term(dtype: torch.dtype) -> float:
-    """Of a KL estimate times a ratio."""
+    """Bound of a KL estimate times a ratio."""
     return torch.finfo(dtype).max / 32
 
 
-def limited(values: Tensor, low: float = -math.inf, high: float = math.inf) -> Tensor:
-    """The values within these limits, with the gradient of the values."""
-    function = _Limited if torch.compiler.is_compiling() else _LimitedWithJvp  # Dynamo refuses the latter
-    limits: Tensor = function.apply(values, low, high)
-    return limits
+def straight_through_clamp(values: Tensor, low: float = -math.inf, high: float = math.inf) -> Tensor:
+    """``values.clamp(low, high)``, with a gradient of 1 outside of the bounds too."""
+    is_compiling = torch.compiler.is_compiling()  # Dynamo refuses a jvp
+    function = _StraightThroughClamp if is_compiling else _StraightThroughClampWithJvp
+    clamped: Tensor = function.apply(values, low, high)
+    return clamped
 
 
-class _Limited(torch.autograd.Function):
+class _StraightThroughClamp(torch.autograd.Function):
     @staticmethod
     def forward(values: Tensor, low: float, high: float) -> Tensor:  # type: ignore[override]
         return values.clamp(low, high)
@@ -54,7 +56,7 @@ class _Limited(torch.autograd.Function):
         return dvalues, None, None
 
 
-class _LimitedWithJvp(_Limited):
+class _StraightThroughClampWithJvp(_StraightThroughClamp):
     generate_vmap_rule = True
 
     @staticmethod
@@ -63,14 +65,14 @@ class _LimitedWithJvp(_Limited):
 
 
 def is_eager(values: Tensor) -> bool:
-    """Whether a value may be read at once: on a CPU, outside of tracing and of torch.func's transforms."""
+    """Whether a value can be read without a sync: on a CPU, and not during tracing or torch.func's transforms."""
     is_traced = torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
     return values.device.type == "cpu" and not is_traced
 
 
 @torch.no_grad()
-def are_near(values: Tensor, bound: float = NEAR) -> bool:
-    """Whether all of these are within the bound, as far as that is known. NaN is not."""
+def all_within(values: Tensor, bound: float = NEAR) -> bool:
+    """Whether all values are known to be within the bound on either side. NaN is not; nor is what cannot be read."""
     if not is_eager(values):
         return False
     if not values.numel():

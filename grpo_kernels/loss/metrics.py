@@ -19,13 +19,13 @@ class Partial(IntEnum):
     ENTROPY = 3
     LOW = 4  # clipped below, with a negative advantage
     HIGH = 5  # clipped above, with a positive advantage
-    LOW_MIN = 6  # extrema of a sequence's clipped share
+    LOW_MIN = 6  # extrema of the sequences' clipped shares
     HIGH_MAX = 7
-    PHI = 8  # sequences' mean weights; this and the next only with "vespo", appended to what kernels give
+    PHI = 8  # sum of the sequences' mean phi; this and the next are appended for "vespo", outside of kernels
     SEQUENCES = 9
 
 
-#: What kernels give.
+#: Number of partials that kernels return.
 KERNEL_PARTIALS = Partial.PHI
 _MEANS = {
     "kl": (Partial.KL, Partial.TOKENS),
@@ -49,8 +49,8 @@ class PolicyMetrics(Mapping[str, Tensor]):
     """TRL's metric names to 0-dim tensors on the loss's device; reading one syncs nothing.
 
     Args:
-        partials: Sums, counts and extrema, as ``Partial`` orders them.
-        names: The metrics that these inputs define.
+        partials: Sums, counts and extrema, in the order of ``Partial``.
+        names: The metrics that the loss defines.
     """
 
     def __init__(self, partials: Tensor, names: tuple[str, ...]) -> None:
@@ -76,11 +76,11 @@ class PolicyMetrics(Mapping[str, Tensor]):
 
     @staticmethod
     def combined(parts: Sequence[PolicyMetrics]) -> PolicyMetrics:
-        """The metrics of several micro-batches together, as one batch of them all would have them."""
+        """The metrics of one batch that consists of these micro-batches."""
         return PolicyMetrics(_combine(torch.stack([part.partials for part in parts])), parts[0].names)
 
     def reduce(self, group: dist.ProcessGroup | None = None) -> PolicyMetrics:
-        """The metrics of all processes of ``group`` together, as one process with all the data would compute them.
+        """The metrics over all processes of ``group``, equal to those of one process with all the data.
 
         One collective. Needs an initialised ``torch.distributed``.
         """
@@ -91,7 +91,7 @@ class PolicyMetrics(Mapping[str, Tensor]):
 
 
 def _combine(parts: Tensor) -> Tensor:  # [K, P] -> [P]
-    """Sums and counts added, extrema compared."""
+    """Adds sums and counts, and takes the extrema of extrema."""
     combined = parts.sum(0)
     combined[Partial.LOW_MIN] = parts[:, Partial.LOW_MIN].amin()
     combined[Partial.HIGH_MAX] = parts[:, Partial.HIGH_MAX].amax()

@@ -1,25 +1,25 @@
-"""The names that options have, and their numbers in kernels."""
+"""The names of options, and their codes in kernels."""
 
 from __future__ import annotations
 
 from enum import IntEnum
 
-#: Importance ratio clipped (or, as "surrogate", not), one at a token or at a sequence.
-CLIPPED_LOSS_TYPES = ("grpo", "bnpo", "dr_grpo", "dapo", "luspo", "ppo", "clip_cov")
-LOSS_TYPES = (*CLIPPED_LOSS_TYPES, "surrogate", "kl_cov", "cispo", "sapo", "vespo", "gmpo", "reinforce")
+from grpo_kernels.loss.aggregation import AGGREGATIONS, CLIPPED_LOSSES
+
+LOSS_TYPES = (*CLIPPED_LOSSES, "surrogate", "kl_cov", "cispo", "sapo", "vespo", "gmpo", "reinforce")
 IMPORTANCE_SAMPLING_LEVELS = ("token", "sequence", "sequence_token")
-#: By name, as they cross into kernels; mirrored in policy_math.h, like the next.
+#: Codes in kernels; mirrored in policy_math.h, like the next.
 KL_ESTIMATORS = {"k1": 0, "k2": 1, "k3": 2, "abs": 3, "mse": 1}
 KL_GRADIENTS = {"naive": 0, "straight_through": 1, "importance_weighted": 2}
-#: Exact divergences over the whole vocabulary, by the share of the reference in the mixture that they compare with.
+#: Exact divergences over the whole vocabulary, with the share of the reference in their mixture.
 DIVERGENCES = {"forward_kl": 0.0, "reverse_kl": 1.0, "js": 0.5}
 #: Means over tokens and sequences: verl's, which count no sequence without a token.
-LOSS_AGG_MODES = ("token-mean", "seq-mean-token-mean", "seq-mean-token-sum", "seq-mean-token-sum-norm")
+LOSS_AGG_MODES = tuple(AGGREGATIONS)
 ROLLOUT_CORRECTIONS = ("token_truncate", "token_mask", "sequence_truncate", "sequence_mask", "geometric_mask")
 
 
 class Surrogate(IntEnum):
-    """The per-token objective. Loss types that differ in their weights alone share one; mirrored in policy_math.h."""
+    """The per-token objective. Loss types that differ only in their weights share one; mirrored in policy_math.h."""
 
     CLIP = 0  # of the ratio
     CISPO = 1  # of the log-probability, weighted by a clipped ratio
@@ -28,12 +28,12 @@ class Surrogate(IntEnum):
 
 
 class Level(IntEnum):
-    """What an importance ratio is of; mirrored in policy_math.h."""
+    """Over what an importance ratio is taken; mirrored in policy_math.h."""
 
     TOKEN = 0
     SEQUENCE = 1
-    SEQUENCE_TOKEN = 2  # a sequence's value, whose gradient each token has as if it were its own
-    GEOMETRIC = 3  # a sequence's, of token ratios that are clipped first
+    SEQUENCE_TOKEN = 2  # the value of a sequence; its gradient is that of the token's own log-probability
+    GEOMETRIC = 3  # the geometric mean over a sequence of clipped token ratios
 
 
 class Option(IntEnum):

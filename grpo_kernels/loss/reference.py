@@ -1,9 +1,9 @@
-"""The policy loss in plain torch: the equations as they stand in the papers, gradients by autograd.
+"""The policy loss in plain torch: the equations of the papers, with gradients by autograd.
 
-Limits: a log-ratio past ``largest_log_ratio`` counts as infinite, as does a log-probability that is ``DISTANCE`` from
-the reference's or from 0. Values and gradients are then their limits: what is clipped keeps its bound, with a gradient
-of 0. A token without a bound there has a finite gradient and an infinite loss, of its terms' sign, which
-``check_device_values`` names. NaN remains NaN; the sum of tokens that are infinite with opposite signs is NaN.
+A log-ratio above ``largest_log_ratio`` counts as infinite. So does a log-probability that is further than ``DISTANCE``
+from the reference's or from 0. Values and gradients are then their mathematical limits. A clipped value is its clip
+bound, with a gradient of 0. A token whose loss is unbounded has an infinite loss with the sign of its terms, and a
+finite gradient; ``check_device_values`` reports it. NaN stays NaN. The sum of infinite losses of opposite signs is NaN.
 """
 
 from __future__ import annotations
@@ -13,11 +13,19 @@ import math
 import torch
 from torch import Tensor
 
-from grpo_kernels.device_values import note_infinite
+from grpo_kernels.device_values import flag_infinite
 from grpo_kernels.loss.config import GRPOLossConfig
 from grpo_kernels.loss.finish_weights import finish_weights
 from grpo_kernels.loss.inputs import PolicyInputs
-from grpo_kernels.loss.limits import DISTANCE, NEAR, are_near, largest_joint, largest_log_ratio, largest_term, limited
+from grpo_kernels.loss.limits import (
+    DISTANCE,
+    NEAR,
+    all_within,
+    largest_joint,
+    largest_log_ratio,
+    largest_term,
+    straight_through_clamp,
+)
 from grpo_kernels.loss.options import Level, Surrogate
 
 
@@ -28,7 +36,7 @@ def policy_loss(
     config: GRPOLossConfig,
 ) -> tuple[Tensor, Tensor]:
     """``sum w (-S + beta k) - entropy bonus``, and the metrics' partials ``[len(Partial)]``."""
-    inputs, of_weights = finish_weights(inputs, logprobs, entropy, config)
+    inputs, weight_partials = finish_weights(inputs, logprobs, entropy, config)
     mask = inputs.mask
 
     def unmasked(values: Tensor) -> Tensor:  # before any exp: inf * 0 is NaN
@@ -36,37 +44,43 @@ def policy_loss(
 
     logprobs = unmasked(logprobs)
     advantages = inputs.token_advantages
-    weights, policy_weights = inputs.at_tokens(inputs.weights), inputs.token_policy_weights
+    weights, policy_weights = inputs.expand_to_tokens(inputs.weights), inputs.token_policy_weights
     difference = None if inputs.ref_logprobs is None else logprobs - unmasked(inputs.ref_logprobs)
     log_ratio = importance_log_ratio(logprobs, advantages, inputs, config)
-    # far from the limits, where training is, nothing is compared with them
-    is_near = are_near(log_ratio) and (difference is None or are_near(difference)) and are_near(logprobs, DISTANCE)
-    ratio = (log_ratio if is_near else limited(log_ratio, high=largest_log_ratio(log_ratio.dtype))).exp()
-    # no advantage or weight, no policy term
-    is_absent = (advantages == 0) | (policy_weights == 0)
-    own = logprobs if is_near else limited(logprobs, low=-DISTANCE)
-    values = surrogate(torch.where(is_absent, 1, ratio), own, advantages, config)
+    # training is far from the limits: then nothing is compared with them
+    skip_limits = (
+        all_within(log_ratio) and (difference is None or all_within(difference)) and all_within(logprobs, DISTANCE)
+    )
+    ratio = (
+        log_ratio if skip_limits else straight_through_clamp(log_ratio, high=largest_log_ratio(log_ratio.dtype))
+    ).exp()
+    has_no_policy_term = (advantages == 0) | (policy_weights == 0)
+    finite_logprobs = logprobs if skip_limits else straight_through_clamp(logprobs, low=-DISTANCE)
+    values = surrogate(torch.where(has_no_policy_term, 1, ratio), finite_logprobs, advantages, config)
     losses = -policy_weights * values
-    is_infinite = None if is_near else (~is_absent & is_unbounded(values, log_ratio, logprobs, advantages, config))
+    is_infinite = (
+        None if skip_limits else (~has_no_policy_term & is_unbounded(values, log_ratio, logprobs, advantages, config))
+    )
     kl = None
     if difference is not None:
-        kl, is_kl_infinite = kl_penalty(difference, logprobs, log_ratio, ratio, is_near, inputs, config)
+        kl, is_kl_infinite = kl_penalty(difference, logprobs, log_ratio, ratio, skip_limits, inputs, config)
         kl_weights = config.penalty.weight * weights
         losses = losses + kl_weights * kl
         if is_infinite is not None and is_kl_infinite is not None:
             is_infinite = is_infinite | (is_kl_infinite & (kl_weights != 0))
     if is_infinite is not None:
-        note_infinite(is_infinite)
+        flag_infinite(is_infinite)
         infinity = torch.full_like(losses, torch.inf).copysign(losses.detach())
         losses = losses + torch.where(is_infinite, infinity, 0)
-        losses = losses + own * torch.where(losses.isnan(), torch.nan, 0)  # a clamp would give NaN a gradient of 0
+        # a clamp gives NaN a gradient of 0
+        losses = losses + finite_logprobs * torch.where(losses.isnan(), torch.nan, 0)
     loss = losses.sum()
     if inputs.entropy_weights is not None and entropy is not None:
-        loss = loss - (inputs.at_tokens(inputs.entropy_weights) * unmasked(entropy)).sum()
-    if config.level == Level.GEOMETRIC:  # what is clipped is a token's
+        loss = loss - (inputs.expand_to_tokens(inputs.entropy_weights) * unmasked(entropy)).sum()
+    if config.level == Level.GEOMETRIC:  # the ratio of each token is clipped
         ratio = token_log_ratio(logprobs, inputs, config).exp()
     partials = metric_partials(ratio, advantages, kl, entropy, inputs, config)
-    return loss, partials if of_weights is None else torch.cat([partials, of_weights])
+    return loss, partials if weight_partials is None else torch.cat([partials, weight_partials])
 
 
 def token_log_ratio(logprobs: Tensor, inputs: PolicyInputs, config: GRPOLossConfig) -> Tensor:
@@ -93,8 +107,8 @@ def importance_log_ratio(logprobs: Tensor, advantages: Tensor, inputs: PolicyInp
     lengths = sequences.lengths(mask, logprobs.dtype).clamp(min=1)
     mean = torch.where(mask, sequences.spread(sequences.sum(summed) / lengths), 0)
     if config.level == Level.SEQUENCE_TOKEN:
-        own = logprobs.clamp(min=-DISTANCE)
-        return mean.detach() + (own - own.detach())
+        finite_logprobs = logprobs.clamp(min=-DISTANCE)
+        return mean.detach() + (finite_logprobs - finite_logprobs.detach())
     return mean
 
 
@@ -125,7 +139,7 @@ def surrogate(ratio: Tensor, logprobs: Tensor, advantages: Tensor, config: GRPOL
 def is_unbounded(
     values: Tensor, log_ratio: Tensor, logprobs: Tensor, advantages: Tensor, config: GRPOLossConfig
 ) -> Tensor:
-    """Where the objective has no bound."""
+    """Which tokens have an unbounded objective."""
     if config.surrogate in (Surrogate.CISPO, Surrogate.LOGPROB):
         return (logprobs < -DISTANCE) & (values != 0)
     largest = largest_log_ratio(log_ratio.dtype)
@@ -133,44 +147,47 @@ def is_unbounded(
 
 
 def kl_penalty(
-    difference: Tensor,  # of the log-probability from the reference's
+    difference: Tensor,  # log-probability minus the reference's
     logprobs: Tensor,
     log_ratio: Tensor,
     ratio: Tensor,
-    is_near: bool,
+    skip_limits: bool,
     inputs: PolicyInputs,
     config: GRPOLossConfig,
 ) -> tuple[Tensor, Tensor | None]:
-    """The estimate of the KL divergence, with ``d = l - l_ref``; times the importance ratio where that is asked for.
+    """The estimate of the KL divergence, with ``d = l - l_ref``; times the importance ratio if it is bias-corrected.
 
-    http://joschu.net/blog/kl-approx.html; straight-through, the value of one with the gradient of k2;
-    importance-weighted, times ``exp(l - sg[l])`` (arXiv:2506.09477). Also where it has no bound, unless all is near.
+    http://joschu.net/blog/kl-approx.html. "straight_through" has the gradient of k2; "importance_weighted" is times
+    ``exp(l - sg[l])`` (arXiv:2506.09477).
+
+    Returns:
+        The estimate, and which tokens have an unbounded one; None with ``skip_limits``.
     """
     penalty = config.penalty
     d = _clamped(difference, config.log_ratio_clamp)
     low = -largest_log_ratio(d.dtype) if penalty.estimator == "k3" else -DISTANCE
     distance = d
-    if not is_near:
-        distance = limited(d, low, DISTANCE)
-        if penalty.is_bias_corrected:  # so that the product's derivatives are finite too
+    if not skip_limits:
+        distance = straight_through_clamp(d, low, DISTANCE)
+        if penalty.is_bias_corrected:  # the derivatives of the product must be finite too
             is_past = (log_ratio > largest_log_ratio(d.dtype)) | (d.abs() > DISTANCE)
-            distance = torch.where(is_past, limited(d, -NEAR, NEAR), distance)
+            distance = torch.where(is_past, straight_through_clamp(d, -NEAR, NEAR), distance)
     estimate = kl_estimate(distance, penalty.estimator)
     kl = _clamped(estimate, config.kl_clamp)
-    is_infinite = None if is_near else ((d < low) | (d > DISTANCE)) & (kl == estimate)
+    is_infinite = None if skip_limits else ((d < low) | (d > DISTANCE)) & (kl == estimate)
     if penalty.gradient == "importance_weighted":
-        own = logprobs if is_near else limited(logprobs, low=-DISTANCE)
+        finite_logprobs = logprobs if skip_limits else straight_through_clamp(logprobs, low=-DISTANCE)
         is_clamped = (d != difference) | (kl != estimate)
-        kl = torch.where(is_clamped, kl, kl * (own - own.detach()).exp())
+        kl = torch.where(is_clamped, kl, kl * (finite_logprobs - finite_logprobs.detach()).exp())
     if penalty.gradient == "straight_through":
-        k2 = kl_estimate(d if is_near else limited(d, -DISTANCE, DISTANCE), "k2")
+        k2 = kl_estimate(d if skip_limits else straight_through_clamp(d, -DISTANCE, DISTANCE), "k2")
         kl = kl.detach() + (k2 - k2.detach())
     if not penalty.is_bias_corrected:
         return kl, is_infinite
     value = kl * ratio
     if is_infinite is None:
         return value, None
-    value = limited(value, -largest_term(d.dtype), largest_term(d.dtype))
+    value = straight_through_clamp(value, -largest_term(d.dtype), largest_term(d.dtype))
     is_infinite = (ratio != 0) & (kl != 0) & (is_infinite | (log_ratio > largest_log_ratio(d.dtype)))
     if penalty.estimator != "k3":
         return value, is_infinite
@@ -180,12 +197,15 @@ def kl_penalty(
 
 
 def far_k3(d: Tensor, log_ratio: Tensor, inputs: PolicyInputs, config: GRPOLossConfig) -> tuple[Tensor, Tensor, Tensor]:
-    """``r exp(-d)`` at once, where that is all there is of ``r k3``, and where it has no bound.
+    """``r k3`` for large ``exp(-d)``, as one exponential ``r exp(-d)``: the other terms of k3 are negligible there.
 
-    ``exp(-d)`` may be past the largest number while ``r`` is below the least. Where both are, a token alone comes to
-    the reference over the old policy; in a sequence it has no bound.
+    ``exp(-d)`` may overflow while ``r`` underflows. If the log-probability is minus infinity, ``log r - d`` is NaN. The
+    product is then the reference over the old policy if the ratio is of this token alone, else unbounded.
+
+    Returns:
+        The product; which tokens it holds for; and which of these have an unbounded one.
     """
-    joint = limited(log_ratio, high=largest_log_ratio(d.dtype)) - d
+    joint = straight_through_clamp(log_ratio, high=largest_log_ratio(d.dtype)) - d
     largest = largest_joint(d.dtype)
     is_far = (d < -NEAR) | (joint > largest)
     limit = torch.full_like(d, torch.inf)
@@ -195,11 +215,11 @@ def far_k3(d: Tensor, log_ratio: Tensor, inputs: PolicyInputs, config: GRPOLossC
             is_alone = inputs.sequences.spread(inputs.sequences.lengths(inputs.mask, d.dtype)) == 1
         limit = torch.where(is_alone, inputs.ref_logprobs - inputs.old_logprobs, limit)
     joint = torch.where(joint.isnan() & ~log_ratio.isnan(), limit, joint)
-    return limited(joint, high=largest).exp(), is_far, joint > largest
+    return straight_through_clamp(joint, high=largest).exp(), is_far, joint > largest
 
 
 def kl_estimate(d: Tensor, estimator: str) -> Tensor:
-    """The estimate by its name, of ``d = l - l_ref``."""
+    """The named estimate of ``d = l - l_ref``."""
     if estimator == "k1":
         return d
     if estimator == "abs":
@@ -220,7 +240,7 @@ def metric_partials(
     inputs: PolicyInputs,
     config: GRPOLossConfig,
 ) -> Tensor:  # [len(Partial)]
-    """What ``PolicyMetrics`` reads, in the order of ``Partial``."""
+    """The sums, counts and extrema of ``PolicyMetrics``, in the order of ``Partial``."""
     mask, sequences = inputs.mask, inputs.sequences
     low, high = config.ratio_bounds
     bounded = ratio if config.delta is None else ratio.clamp(max=config.delta)
@@ -231,7 +251,7 @@ def metric_partials(
     low_share = sequences.sum(is_low.to(dtype)) / tokens.clamp(min=1)
     high_share = sequences.sum(is_high.to(dtype)) / tokens.clamp(min=1)
     per_sequence = config.level == Level.SEQUENCE
-    # at token level a sequence without a token has no share; at sequence level it still has a ratio, of 1
+    # a sequence without tokens has no clipped share at token level; at sequence level it has a ratio, of 1
     has_share = torch.ones_like(tokens, dtype=torch.bool) if per_sequence else tokens > 0
     zero = ratio.new_zeros(())
     return torch.stack(
@@ -242,12 +262,12 @@ def metric_partials(
             zero if entropy is None else torch.where(mask, entropy, 0).sum().to(dtype),
             low_share.sum() if per_sequence else is_low.sum().to(dtype),
             high_share.sum() if per_sequence else is_high.sum().to(dtype),
-            _or_none(torch.where(has_share, low_share, torch.inf), torch.inf).amin(),
-            _or_none(torch.where(has_share, high_share, -torch.inf), -torch.inf).amax(),
+            _append(torch.where(has_share, low_share, torch.inf), torch.inf).amin(),
+            _append(torch.where(has_share, high_share, -torch.inf), -torch.inf).amax(),
         ]
     )
 
 
-def _or_none(shares: Tensor, none: float) -> Tensor:  # [S] -> [S + 1]
-    """The shares and a value that no share is compared to: a batch may hold no sequence."""
-    return torch.cat([shares, shares.new_full((1,), none)])
+def _append(shares: Tensor, value: float) -> Tensor:  # [S] -> [S + 1]
+    """The shares and one more value, so that an extremum exists for a batch without sequences."""
+    return torch.cat([shares, shares.new_full((1,), value)])

@@ -1,4 +1,4 @@
-"""Tokens of completions, either one row a completion or packed end to end, summed and spread per completion."""
+"""How tokens divide into completions, in rows or packed: sums over completions, and values spread over their tokens."""
 
 from __future__ import annotations
 
@@ -8,14 +8,16 @@ import torch
 from torch import Tensor
 
 
-@dataclass
+@dataclass(eq=False)
 class Sequences:
-    """How a tensor of tokens divides into completions. Offsets and ids are made when they are first asked for, and
-    kept; not by ``cached_property``, whose lock no graph is traced through.
+    """How a tensor of tokens divides into completions.
+
+    Offsets and ids are computed at first use and cached. ``cached_property`` takes a lock, which torch.compile cannot
+    trace.
 
     Args:
         shape: ``(B, T)``, or ``(N,)`` when packed.
-        device: Where the tokens are.
+        device: The device of the tokens.
         cu_seqlens: Where each packed completion begins, and the end: ``[S + 1]``; None for ``(B, T)``.
     """
 
@@ -32,7 +34,7 @@ class Sequences:
 
     @property
     def packed(self) -> bool:
-        """Whether completions lie end to end."""
+        """Whether completions are packed end to end."""
         return self.cu_seqlens is not None
 
     @property
@@ -53,11 +55,11 @@ class Sequences:
 
     @property
     def ids(self) -> Tensor:  # [N] int32
-        """Which completion each token of the flattened tensor is of."""
+        """The completion of each token of the flattened tensor."""
         if self._ids is None:
             if self.cu_seqlens is None:
                 rows = torch.arange(self.shape[0], device=self.device, dtype=torch.int32)
-                self._ids = rows[:, None].expand(self.shape).reshape(-1)
+                self._ids = rows[:, None].expand(self.shape).reshape(-1).contiguous()  # one row stays a view
             else:
                 tokens = torch.arange(self.shape[0], device=self.device)
                 ids = torch.searchsorted(self.offsets[1:], tokens, right=True, out_int32=True)
@@ -75,13 +77,13 @@ class Sequences:
         return self.sum(mask.to(dtype)) if self.packed else mask.sum(-1, dtype=dtype)
 
     def spread(self, values: Tensor) -> Tensor:  # [S] -> like shape
-        """Each completion's value, at each of its tokens."""
+        """Repeats each completion's value over its tokens."""
         return values[self.ids] if self.packed else values[:, None].expand(self.shape)
 
     def per_token(self, values: Tensor) -> Tensor:  # [S], [S, 1] or like shape -> like shape
-        """Values given per token as they are; values given per completion spread over its tokens.
+        """Spreads values per completion over the tokens; leaves values per token as they are.
 
-        Where there are as many packed tokens as completions, values are taken per token.
+        If there are as many packed tokens as completions, values count as per token.
         """
         if values.shape == self.shape:
             return values

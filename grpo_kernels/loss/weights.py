@@ -1,12 +1,14 @@
-"""The weights of tokens: loss types and rollout corrections, all that kernels need not know apart. Detached."""
+"""The weights of tokens: the means of loss types, and rollout corrections. Kernels see only these weights. Detached."""
 
 from __future__ import annotations
 
 import math
+from functools import reduce
 
 import torch
 from torch import Tensor
 
+from grpo_kernels.loss.aggregation import AGGREGATIONS, TokenCounts
 from grpo_kernels.loss.config import GRPOLossConfig
 from grpo_kernels.loss.limits import largest_log_ratio
 from grpo_kernels.loss.sequences import Sequences
@@ -19,37 +21,30 @@ def loss_weights(
     num_items_in_batch: float | Tensor | None,
     loss_scale: float,
     dtype: torch.dtype,
-) -> Tensor:  # [S], or [] where one is for all
-    """The weight of a completion's tokens in the loss: all that tells one loss type from its siblings.
+) -> Tensor:  # [S], or [] if all tokens have the same
+    """The weight of a completion's tokens in the loss, which contains the loss type's mean.
 
-    Infinite where a mean is over no token, and then nobody reads it.
+    A mean over no token has an infinite weight, which no token reads.
     """
-    if config.aggregation == "token-mean":
-        if num_items_in_batch is None or config.loss_type in ("bnpo", "ppo"):
-            return token_mean(mask, dtype, loss_scale)
-        if not isinstance(num_items_in_batch, Tensor):
-            return mask.new_full((), loss_scale / max(float(num_items_in_batch), 1.0), dtype=dtype)
+    takes_items = config.aggregation == "token-mean" and config.loss_type not in ("bnpo", "ppo")
+    if takes_items and isinstance(num_items_in_batch, Tensor):
         items = num_items_in_batch.to(device=mask.device, dtype=dtype).reshape(())
-        return _inverse(items.clamp(min=1), loss_scale)
-    divisor = config.max_completion_length or 1 if config.aggregation == "seq-mean-token-sum-norm" else 1
-    is_mean = config.aggregation == "seq-mean-token-mean"
-    if config.loss_agg_mode is None and not is_mean:
-        return mask.new_full((), loss_scale / (max(sequences.count, 1) * divisor), dtype=dtype)
-    lengths = sequences.lengths(mask, dtype)
-    if config.loss_agg_mode is None:
-        return _inverse(lengths * sequences.count, loss_scale)
-    count = (lengths > 0).sum(dtype=dtype)
-    return _inverse(count * lengths if is_mean else count * divisor, loss_scale)
+        return torch.div(loss_scale, items.clamp(min=1))
+    if takes_items and num_items_in_batch is not None:
+        return mask.new_full((), loss_scale / max(float(num_items_in_batch), 1.0), dtype=dtype)
+    counts_empty = config.loss_agg_mode is None
+    counts = TokenCounts(mask, sequences, counts_empty, config.max_completion_length, dtype)
+    divisors = AGGREGATIONS[config.aggregation](counts)
+    factor = loss_scale / math.prod([x for x in divisors if not isinstance(x, Tensor)])
+    tensors = [x for x in divisors if isinstance(x, Tensor)]
+    if not tensors:
+        return mask.new_full((), factor, dtype=dtype)
+    return torch.div(factor, reduce(torch.mul, tensors))  # one launch; a number over a tensor as `/` writes it is two
 
 
 def token_mean(mask: Tensor, dtype: torch.dtype, loss_scale: float) -> Tensor:  # []
-    """The weight of a token in a mean over the unmasked ones. Infinite where there are none, who would read it."""
-    return _inverse(mask.sum(dtype=dtype), loss_scale)
-
-
-def _inverse(divisors: Tensor, loss_scale: float) -> Tensor:
-    weights = divisors.reciprocal_()
-    return weights if loss_scale == 1 else weights.mul_(loss_scale)
+    """The weight of a token in a mean over the unmasked ones. Infinite if there are none."""
+    return torch.div(loss_scale, mask.sum(dtype=dtype))
 
 
 def rollout_weights(
@@ -59,16 +54,16 @@ def rollout_weights(
     sequences: Sequences,
     config: GRPOLossConfig,
 ) -> Tensor:
-    """``exp(l_old - l_sampling)`` of each token, or of its whole sequence, truncated (TIS) or masked (MIS, IcePop); or
-    each token's, masked by its sequence's geometric mean.
+    """``exp(l_old - l_sampling)`` of each token or of its whole sequence, truncated (TIS) or masked (MIS, IcePop).
 
-    A token that the sampler did not score, NaN, is not corrected.
+    "geometric_mask" masks each token's ratio by the geometric mean of its sequence. A token that the sampler did not
+    score (NaN) is not corrected.
     """
     correction = config.rollout_correction or ""
     log_ratio = torch.where(mask, old_logprobs - sampling_logprobs, 0).nan_to_num(nan=0.0)
     if correction.startswith("sequence"):
         log_ratio = sequences.spread(sequences.sum(log_ratio))
-    ratio = compared = log_ratio.clamp(max=largest_log_ratio(log_ratio.dtype)).exp()  # 0 times it is 0
+    ratio = compared = log_ratio.clamp(max=largest_log_ratio(log_ratio.dtype)).exp()  # finite, so that 0 times it is 0
     if correction == "geometric_mask":
         means = sequences.sum(log_ratio) / sequences.lengths(mask, log_ratio.dtype).clamp(min=1)
         compared = sequences.spread(means).exp()

@@ -1,1 +1,1 @@
-"""One folder an op: the reference, the kernels, and the glue that makes them one public function."""
+"""The ops, by their inputs: tokens, rows of logits, or a head. A folder holds references, kernels and public ops."""

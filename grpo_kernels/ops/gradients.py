@@ -1,4 +1,4 @@
-"""What every backward returns, and what it refuses."""
+"""Helpers of every backward: gradients by name, and the refusal of backwards that kernels cannot do."""
 
 from __future__ import annotations
 
@@ -10,12 +10,15 @@ from torch import Tensor
 
 
 def named_gradients(function: type[torch.autograd.Function]) -> type[torch.autograd.Function]:
-    """Lets the backward of an autograd function return the gradients that it has, by the names of its inputs."""
+    """Lets a backward return a dict from names of the forward's inputs to gradients; missing ones are None."""
     names = tuple(inspect.signature(function.forward).parameters)[1:]  # without the context
+    known = frozenset(names)
     backward = function.backward
 
     def by_position(ctx: Any, *upstream: Tensor | None) -> tuple[Tensor | None, ...]:
         gradients = backward(ctx, *upstream)
+        if not gradients.keys() <= known:
+            raise KeyError(f"gradients of unknown inputs: {sorted(gradients.keys() - known)}")
         return tuple([gradients.get(name) for name in names])
 
     function.backward = staticmethod(by_position)  # type: ignore[assignment]
@@ -23,14 +26,14 @@ def named_gradients(function: type[torch.autograd.Function]) -> type[torch.autog
 
 
 def has_run_backward(ctx: Any) -> bool:
-    """Whether a backward that ``refuse_second_backward`` saw has run before."""
+    """Whether ``refuse_second_backward`` has been called for this node."""
     return getattr(ctx, "has_run_backward", False)
 
 
 def refuse_second_backward(ctx: Any) -> None:
-    """Refuses a backward after the first: whoever received the gradient may have changed it.
+    """Refuses a second backward: the receiver of the first gradient may have changed its memory.
 
-    A traced graph needs no such care: it sees every write in the ops' schemas.
+    Not needed in a traced graph, which sees every write in the ops' schemas.
 
     Raises:
         RuntimeError: This node's backward has run before.
@@ -46,7 +49,7 @@ def refuse_second_backward(ctx: Any) -> None:
 
 
 def refuse_double_backward() -> None:
-    """Refuses a backward that is itself to be differentiated: kernels' gradients carry no graph.
+    """Refuses a differentiable backward: gradients from kernels carry no graph.
 
     Raises:
         RuntimeError: The backward runs with ``create_graph=True``.
@@ -56,6 +59,6 @@ def refuse_double_backward() -> None:
 
 
 def mark_written(tensor: Tensor) -> None:
-    """Tells autograd that a kernel wrote into ``tensor``, so that saved uses of its old values are refused."""
+    """Tells autograd that a kernel wrote to ``tensor``, so that backwards that saved its old values raise."""
     if not torch.compiler.is_compiling():  # a traced graph sees the write in the op's schema
         torch.autograd.graph.increment_version(tensor)

@@ -1,4 +1,4 @@
-"""Registration: one schema and one fake per op, one registered op per backend that has kernels for it."""
+"""Registration of ops: one schema and one fake per op, one registered op per backend with kernels."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ KERNEL_BACKENDS = tuple(backend for backend in BACKENDS if backend != "torch")
 _LIBRARY = torch.library.Library(NAMESPACE, "FRAGMENT")
 
 
-def _packing(op: Callable[..., Any]) -> Callable[..., Any]:
-    """The op with ``Call``s among its arguments."""
+def _pack_calls(op: Callable[..., Any]) -> Callable[..., Any]:
+    """Makes an op with flat arguments accept ``Call``s."""
 
     def run(*arguments: Any) -> Any:
         flat: list[Any] = []
@@ -34,18 +34,18 @@ def _packing(op: Callable[..., Any]) -> Callable[..., Any]:
     return run
 
 
-def _unpacking(function: Callable[..., Any], parts: tuple[type[Call] | None, ...]) -> Callable[..., Any]:
-    """The function with its ``Call``s as flat arguments."""
+def _unpack_calls(function: Callable[..., Any], call_types: tuple[type[Call] | None, ...]) -> Callable[..., Any]:
+    """Makes a function with ``Call``s accept flat arguments."""
 
     def run(*arguments: Any) -> Any:
         flat = iter(arguments)
-        return function(*(next(flat) if part is None else part.unpack(flat) for part in parts))
+        return function(*(next(flat) if kind is None else kind.unpack(flat) for kind in call_types))
 
     return run
 
 
 def _without_autocast(implementation: Callable[..., Any]) -> Callable[..., Any]:
-    """An op's arguments say what it computes in; autocast must not round its inner GEMMs once more."""
+    """Switches autocast off in an op: its arguments give the dtypes, and autocast would round its GEMMs again."""
 
     def run(first: Tensor, *arguments: Any) -> Any:
         with torch.autocast(first.device.type, enabled=False):
@@ -55,19 +55,19 @@ def _without_autocast(implementation: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def lazy_import(module: str, function: str) -> Callable[..., Any]:
-    """A function whose module is imported at the first call, for one that needs what may not be installed.
+    """A function whose module is imported at the first call, because its dependencies may not be installed.
 
-    It runs on its first argument's device, whatever device is current.
+    It runs on the device of its first argument, whatever device is current.
     """
 
     def run(first: Tensor, *arguments: Any) -> Any:
-        with _current(first.device):
+        with _device_context(first.device):
             return getattr(importlib.import_module(module), function)(first, *arguments)
 
     return run
 
 
-def _current(device: torch.device) -> AbstractContextManager[Any]:
+def _device_context(device: torch.device) -> AbstractContextManager[Any]:
     return nullcontext() if device.type == "cpu" else torch.get_device_module(device).device(device)
 
 
@@ -82,29 +82,28 @@ def define(
 
     Args:
         name: The op's name, without the backend.
-        inputs: Its arguments in their order, the first a tensor: each a type in the dispatcher's language, or a class
-            of calls.
-        returns: Its results, in the dispatcher's language.
-        fake: Takes the inputs; gives results of the right shapes and dtypes, for tracing.
-        implementations: By backend, functions that take the inputs; a backend that is missing here registers its own,
-            from C++, when its extension is loaded.
+        inputs: Its arguments in order, each a schema type or a subclass of ``Call``. The first is a tensor.
+        returns: The schema of its results.
+        fake: Takes the inputs; returns results of the right shapes and dtypes, for tracing.
+        implementations: Functions of the inputs, by backend. A backend that is missing here registers its own from C++,
+            when its extension is loaded.
 
     Returns:
-        The callable of each backend, which takes the inputs.
+        A function of the inputs for each backend.
     """
     schema = ", ".join(
         f"{kind} {argument}" if isinstance(kind, str) else kind.schema() for argument, kind in inputs.items()
     )
-    parts = tuple(None if isinstance(kind, str) else kind for kind in inputs.values())
-    has_calls = any(part is not None for part in parts)
+    call_types = tuple(None if isinstance(kind, str) else kind for kind in inputs.values())
+    has_calls = any(kind is not None for kind in call_types)
     ops = {}
     for backend in KERNEL_BACKENDS:
         qualified = f"{name}_{backend}"
         _LIBRARY.define(f"{qualified}({schema}) -> {returns}")
-        torch.library.register_fake(f"{NAMESPACE}::{qualified}", _unpacking(fake, parts), lib=_LIBRARY)
+        torch.library.register_fake(f"{NAMESPACE}::{qualified}", _unpack_calls(fake, call_types), lib=_LIBRARY)
         if implementations and backend in implementations:
             implementation = _without_autocast(implementations[backend])
-            _LIBRARY.impl(qualified, _unpacking(implementation, parts), "CompositeExplicitAutograd")
+            _LIBRARY.impl(qualified, _unpack_calls(implementation, call_types), "CompositeExplicitAutograd")
         op = getattr(getattr(torch.ops, NAMESPACE), qualified)
-        ops[backend] = _packing(op) if has_calls else op
+        ops[backend] = _pack_calls(op) if has_calls else op
     return ops

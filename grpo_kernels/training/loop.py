@@ -24,8 +24,7 @@ from accelerate.utils import gather_object
 from torch import Tensor
 from transformers import get_scheduler
 
-from grpo_kernels import check_device_values, group_advantages
-from grpo_kernels.loss.metrics import PolicyMetrics
+from grpo_kernels import PolicyMetrics, check_device_values, group_advantages
 from grpo_kernels.training.data import Row, Task
 from grpo_kernels.training.filtering import Scored, differing_groups, together
 from grpo_kernels.training.metrics import length_metrics, reward_metrics

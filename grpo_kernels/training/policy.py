@@ -11,10 +11,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from grpo_kernels import GRPOLossConfig, linear_grpo_loss, linear_token_logprobs
+from grpo_kernels import GRPOLossConfig, GRPOLossOutput, PolicyMetrics, linear_grpo_loss, linear_token_logprobs
 from grpo_kernels.integrations.transformers.model_head import Headed, Projection, open_head
-from grpo_kernels.loss.metrics import PolicyMetrics
-from grpo_kernels.ops.rows.grpo_loss import GRPOLossOutput
 from grpo_kernels.training.rollout import Rollout, forward_arguments
 
 _CHECKED_TOKENS = 12  # of each sequence that shows whether packing keeps them apart

@@ -15,8 +15,7 @@ from typing import Any, Literal
 import yaml
 from transformers import HfArgumentParser
 
-from grpo_kernels.backends import BACKENDS
-from grpo_kernels.loss.config import GRPOLossConfig
+from grpo_kernels import BACKENDS, GRPOLossConfig
 from grpo_kernels.training.templates import check_template
 
 

@@ -15,9 +15,7 @@ from accelerate.utils import broadcast_object_list, gather_object
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from grpo_kernels import GRPOLossConfig
-from grpo_kernels.loss.sequences import Sequences
-from grpo_kernels.loss.weights import rollout_weights
+from grpo_kernels import GRPOLossConfig, Sequences, rollout_weights
 from grpo_kernels.training.policy import base_model
 from grpo_kernels.training.recipe import Recipe
 from grpo_kernels.training.rollout import Rollout, end_token_ids, generate, generation_config, padded

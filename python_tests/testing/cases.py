@@ -86,6 +86,7 @@ INPUT_CASES = (
     Case("plain", config=_KL),
     Case("one_token", length=1, mask="ones", config=_KL),
     Case("one_row", batch=1, length=1, mask="ones", config=_KL),
+    Case("one_completion", batch=1, length=5, mask="ones", config=_KL),
     Case("odd_length", batch=3, length=7, config=_KL),
     Case("vocab_1", vocab=1, config=_KL),
     Case("vocab_2", vocab=2, config=_KL),

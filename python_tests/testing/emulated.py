@@ -60,9 +60,9 @@ def emulated(
     torch.ops.load_library(str(library()))
     ops = torch.ops.grpo_kernels
     ops.emulated_keep_first_bad(first_bad(_CPU))
-    ops.emulated_become(capability, shared_bytes, processors)
+    ops.emulated_set_device(capability, shared_bytes, processors)
     try:
         with mock.patch.dict(backends._REASONS, {"cuda": _reason}):
             yield
     finally:
-        ops.emulated_become(*_DEVICE)
+        ops.emulated_set_device(*_DEVICE)

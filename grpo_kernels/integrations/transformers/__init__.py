@@ -45,7 +45,7 @@ def fused_head(model: Any, *, temperature: float = 1.0, backend: str = "auto") -
         model: An ``AutoModelForCausalLM``. Softcap and scale of its logits are read from its configuration, and a few
             tokens are compared with its own logits at once.
         temperature: Divides the logits.
-        backend: "auto", or one of ``grpo_kernels.backends.BACKENDS``.
+        backend: "auto", or one of ``grpo_kernels.BACKENDS``.
 
     Returns:
         The model, its class replaced by one of the same name.

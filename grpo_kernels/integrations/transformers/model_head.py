@@ -18,7 +18,7 @@ from grpo_kernels.integrations.transformers.head_module import (
     operands,
     replaced_call,
 )
-from grpo_kernels.ops.head.rows import is_capturing
+from grpo_kernels.ops.head.selection import is_capturing
 
 #: What a model's configuration may multiply logits by, in the order in which it is looked for; Granite's divides.
 _SCALES = ("logit_scale", "output_multiplier", "lm_head_multiplier")

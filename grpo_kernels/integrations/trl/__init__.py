@@ -233,7 +233,7 @@ def apply(
             sync; another one is served by projecting again.
         max_logits_bytes: Elsewhere: keep as many logits as fit from the forward to the backward.
         workspace_bytes: Bound of the logits that exist at once; None means 1 GiB on a CPU, 1.5 GB on a GPU.
-        backend: "auto", or one of ``grpo_kernels.backends.BACKENDS``; "torch" leaves TRL's own functions in place.
+        backend: "auto", or one of ``grpo_kernels.BACKENDS``; "torch" leaves TRL's own functions in place.
 
     Raises:
         ValueError: An option is out of its range.

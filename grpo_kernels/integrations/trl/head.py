@@ -17,7 +17,7 @@ from trl.trainer import utils as trl_utils
 from grpo_kernels import backends
 from grpo_kernels.dtypes import accumulation_dtype
 from grpo_kernels.measured_backends import RowClass
-from grpo_kernels.ops.head.buffers import Needs
+from grpo_kernels.ops.head.buffers import NeededGradients
 from grpo_kernels.ops.head.gemm import writes_fp32
 from grpo_kernels.ops.head.inputs import HeadOptions, check_workspace
 from grpo_kernels.ops.head.linear_grpo_loss import LinearLossCall
@@ -148,7 +148,7 @@ def head_logprobs(
     options = _options(settings, hidden, weight)
     backend = settings.backend_on(device, partial(RowClass.of_head, weight))
     transform = Transform.of(temperature, softcap, logit_scale)
-    needs = Needs.of(hidden, weight, bias)
+    needs = NeededGradients.of(hidden, weight, bias)
     wanted = tuple(name for name in outputs if name != _ALWAYS)
     ids = targets.to(torch.int64).contiguous()
     mask = None
@@ -164,7 +164,7 @@ def head_logprobs(
             return expected.filled(found[0]), found[1] if "entropy" in wanted else None, None, None, None
         mask = expected.mask.to(device)
     max_logits_bytes = settings.max_logits_bytes if needs.any else 0
-    saves_projection = needs == Needs(True, False, False) and max_logits_bytes == 0
+    saves_projection = needs == NeededGradients(True, False, False) and max_logits_bytes == 0
     rows = StatisticsCall(ids, mask, transform, outputs_code(wanted))
     call = LinearStatisticsCall(options, rows, max_logits_bytes, saves_projection)
     found = _LOGPROBS.apply(hidden, weight, bias, call, backend)
@@ -200,6 +200,6 @@ def head_divergence(
     reference = Reference(None, teacher_hidden, teacher_weight, teacher_bias, teacher_dtype)
     ids = torch.zeros(student_hidden.shape[0], dtype=torch.int64, device=student_hidden.device)
     rows = DivergenceCall(ids, None, None, None, None, comparison)
-    call = LinearDivergenceCall(options, reference, rows, Needs(False, False, False))
+    call = LinearDivergenceCall(options, reference, rows, NeededGradients(False, False, False))
     _, entropy, divergence = _DIVERGENCE.apply(student_hidden, student_weight, student_bias, call, backend)
     return divergence, entropy.detach()

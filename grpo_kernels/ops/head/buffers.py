@@ -1,4 +1,4 @@
-"""Memory of a head: gradients that chunks add up to, and logits that a forward keeps for its backward."""
+"""Memory of a head: gradients summed over chunks, and logits saved from the forward for the backward."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from grpo_kernels.ops.head.selection import SelectedRows, is_capturing
 
 
 @dataclass(frozen=True)
-class Needs(Call):
+class NeededGradients(Call):
     """Which gradients of a head are needed."""
 
     need_dhidden: bool
@@ -23,8 +23,8 @@ class Needs(Call):
     need_dbias: bool
 
     @classmethod
-    def of(cls, hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Needs:
-        """Those that autograd will ask for; read before ``apply``, within which grad mode is off."""
+    def of(cls, hidden: Tensor, weight: Tensor, bias: Tensor | None) -> NeededGradients:
+        """The gradients that autograd will need. Call it before ``apply``, which switches grad mode off."""
         is_enabled = torch.is_grad_enabled()
         return cls(*(is_enabled and x is not None and x.requires_grad for x in (hidden, weight, bias)))
 
@@ -34,25 +34,25 @@ class Needs(Call):
 
 
 class HeadGradients:
-    """``dX``, and sums of ``dW`` and ``db`` over chunks; each only where it is needed.
+    """``dX``, and the sums of ``dW`` and ``db`` over chunks; each only if it is needed.
 
-    Sums are fp32 (fp64): the first chunk of ``dW`` is written, later ones are added. One chunk alone is written in the
-    parameter's dtype where a GEMM does that.
+    Sums are fp32 (fp64): the first chunk writes ``dW``, later chunks add to it. If there is only one chunk, ``dW`` is
+    written in the parameter's dtype, provided that a GEMM can do that.
 
     Args:
         head: The projection.
-        hidden: The hidden states, ``[N, H]``; rows of ``dX`` that no chunk names stay 0.
-        needs: Which are needed.
-        chunks: How many are added, at most.
-        dhidden_dtype: Of ``dX``; None means that of the hidden states.
+        hidden: The hidden states, ``[N, H]``. Rows of ``dX`` that no chunk covers stay 0.
+        needs: Which gradients are needed.
+        chunks: The largest number of chunks that will be added.
+        dhidden_dtype: The dtype of ``dX``; None means that of the hidden states.
     """
 
     def __init__(
-        self, head: Head, hidden: Tensor, needs: Needs, chunks: int, dhidden_dtype: torch.dtype | None = None
+        self, head: Head, hidden: Tensor, needs: NeededGradients, chunks: int, dhidden_dtype: torch.dtype | None = None
     ) -> None:
         self.head = head
         self.dtype = accumulation_dtype(head.compute_dtype)
-        dweight_dtype = head.gradient_dtype if chunks == 1 and head.writes_parameters else self.dtype
+        dweight_dtype = head.gradient_dtype if chunks == 1 and head.writes_dweight else self.dtype
         self.dhidden = self.dweight = self.dbias = None
         if needs.need_dhidden:
             self.dhidden = hidden.new_zeros(hidden.shape, dtype=dhidden_dtype or hidden.dtype)
@@ -63,7 +63,13 @@ class HeadGradients:
         self._is_first = True
 
     def add(self, dlogits: Tensor, inputs: Tensor, rows: Tensor | slice) -> None:  # [n, V], [n, H]
-        """Adds a chunk: the gradient of its logits, its ``Head.inputs``, and which rows of ``dX`` they are."""
+        """Adds a chunk.
+
+        Args:
+            dlogits: The gradient of its logits.
+            inputs: Its ``Head.inputs``.
+            rows: Its rows of ``dX``.
+        """
         if dlogits.shape[0] == 0:
             return
         if self.dhidden is not None:
@@ -88,13 +94,13 @@ class HeadGradients:
 
 
 class LogitsSource:
-    """Where a chunk's logits come from: projected, into the workspace."""
+    """Provides the logits of a chunk. This one projects them into the workspace."""
 
     def __init__(self, head: Head) -> None:
         self.head = head
 
     def segments(self, count: int) -> Iterator[tuple[int, int]]:
-        """Ranges of rows that no chunk crosses."""
+        """Ranges of rows; no chunk may cross from one into the next."""
         yield 0, count
 
     def uses_workspace(self, chunk: slice) -> bool:
@@ -105,72 +111,74 @@ class LogitsSource:
         return self.head.logits(inputs, workspace)
 
 
-class KeepingLogits(LogitsSource):
-    """Projects, and keeps the logits of the first rows for the backward.
+class SavingLogitsSource(LogitsSource):
+    """Projects, and saves the logits of the first rows for the backward.
 
     Args:
         head: The projection.
         ids: Token ids, ``[N]``.
-        rows: What is projected.
-        max_logits_bytes: As many rows are kept as fit.
+        rows: The rows to project.
+        max_logits_bytes: As many rows are saved as fit into this.
     """
 
     def __init__(self, head: Head, ids: Tensor, rows: SelectedRows, max_logits_bytes: int) -> None:
         super().__init__(head)
-        self.kept, _ = kept_shape(ids.shape[0], head.vocab, head.logits_dtype, head.device, max_logits_bytes)
-        self.memory = head.workspace(self.kept)
-        self.ids = ids.new_full((self.kept,), -1)  # which token each row of the memory is
-        if self.kept:
-            self.ids[: rows.count] = torch.arange(ids.shape[0], device=ids.device)[rows.slice(slice(0, self.kept))]
+        shape = saved_logits_shape(ids.shape[0], head.vocab, head.logits_dtype, head.device, max_logits_bytes)
+        self.saved_count = shape[0]
+        self.saved_logits = head.workspace(self.saved_count)
+        self.saved_ids = ids.new_full((self.saved_count,), -1)  # the token of each saved row
+        if self.saved_count:
+            tokens = torch.arange(ids.shape[0], device=ids.device)[rows.slice(slice(0, self.saved_count))]
+            self.saved_ids[: rows.count] = tokens
 
     def segments(self, count: int) -> Iterator[tuple[int, int]]:
-        yield 0, min(self.kept, count)
-        yield self.kept, count
+        yield 0, min(self.saved_count, count)
+        yield self.saved_count, count
 
     def uses_workspace(self, chunk: slice) -> bool:
-        return chunk.start >= self.kept
+        return chunk.start >= self.saved_count
 
     def logits(self, chunk: slice, inputs: Tensor, workspace: Tensor) -> Tensor:
-        return self.head.logits(inputs, workspace if self.uses_workspace(chunk) else self.memory[chunk])
+        return self.head.logits(inputs, workspace if self.uses_workspace(chunk) else self.saved_logits[chunk])
 
 
-class KeptLogits(LogitsSource):
-    """Takes the logits that a forward kept, and projects the others again. Kept rows come first, and rise.
+class SavedLogitsSource(LogitsSource):
+    """Reads the logits that a forward saved, and projects all others again. Saved rows come first, in rising order.
 
     Args:
         head: The projection.
-        memory: As ``KeepingLogits`` has it, ``[kept, row_width]``.
-        ids: Which token each row of the memory is, ``[kept]``.
-        rows: What is projected.
-        count: How many tokens there are.
+        saved_logits: Those of ``SavingLogitsSource``, ``[saved, row_width]``.
+        saved_ids: The token of each saved row, ``[saved]``.
+        rows: The rows to project.
+        count: Number of tokens.
     """
 
-    def __init__(self, head: Head, memory: Tensor, ids: Tensor, rows: SelectedRows, count: int) -> None:
+    def __init__(self, head: Head, saved_logits: Tensor, saved_ids: Tensor, rows: SelectedRows, count: int) -> None:
         super().__init__(head)
-        self.memory = memory
-        self.places = None
-        if ids.shape[0] and not is_capturing(ids.device):
-            places = ids.new_full((count + 1,), -1)
-            places[ids] = torch.arange(len(ids), device=ids.device)  # -1 is the place past the last
-            self.places = rows.gather(places[:count])
+        self.saved_logits = saved_logits
+        self.positions = None  # of each selected row among the saved ones, -1 if it was not saved
+        if saved_ids.shape[0] and not is_capturing(saved_ids.device):
+            positions = saved_ids.new_full((count + 1,), -1)
+            positions[saved_ids] = torch.arange(len(saved_ids), device=saved_ids.device)  # -1 indexes the extra element
+            self.positions = rows.gather(positions[:count])
 
     def logits(self, chunk: slice, inputs: Tensor, workspace: Tensor) -> Tensor:
-        """Rows that lie together are read in place; else they are copied, and the others follow."""
-        if self.places is None:
+        """Reads saved rows in place if they are contiguous. Otherwise copies them, and projects the rest after them."""
+        if self.positions is None:
             return self.head.logits(inputs, workspace)
-        places = self.places[chunk]
-        reused, first, last = torch.stack([(places >= 0).sum(), places[0], places.max()]).tolist()
-        if reused == places.shape[0] == last - first + 1:
-            return self.memory[first : last + 1, : self.head.vocab]
-        torch.index_select(self.memory, 0, places[:reused], out=workspace[:reused])
-        if reused < places.shape[0]:
+        positions = self.positions[chunk]
+        reused, first, last = torch.stack([(positions >= 0).sum(), positions[0], positions.max()]).tolist()
+        if reused == positions.shape[0] == last - first + 1:
+            return self.saved_logits[first : last + 1, : self.head.vocab]
+        torch.index_select(self.saved_logits, 0, positions[:reused], out=workspace[:reused])
+        if reused < positions.shape[0]:
             self.head.logits(inputs[reused:], workspace[reused:])
-        return workspace[: places.shape[0], : self.head.vocab]
+        return workspace[: positions.shape[0], : self.head.vocab]
 
 
-def kept_shape(
+def saved_logits_shape(
     rows: int, vocab: int, dtype: torch.dtype, device: torch.device, max_logits_bytes: int
 ) -> tuple[int, int]:
-    """Rows and width of the memory of ``KeepingLogits``."""
+    """Rows and width of the logits that ``SavingLogitsSource`` saves."""
     width = row_width(vocab, dtype, device)
     return min(rows, max_logits_bytes // (width * dtype.itemsize)), width

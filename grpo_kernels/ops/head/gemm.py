@@ -1,4 +1,4 @@
-"""The GEMMs of a head, which write where they are told: logits, and the gradients that come back from them."""
+"""The GEMMs of a head: its logits, and the gradients of its inputs. Each writes to memory that the caller gives."""
 
 from __future__ import annotations
 
@@ -9,23 +9,23 @@ from torch import Tensor
 
 from grpo_kernels.ops.head.selection import SelectedRows
 
-_FEWEST_ROWS = 4  # of a GEMM on a GPU
-_FEW_ROWS_A_THREAD = 16  # below which a GEMM on a CPU may sum the vocabulary in sequence
-_SUMS = 16  # of the vocabulary, for so few rows: partial ones
-_FEWEST_SUMMED = 2048  # columns that are more than one sum
-_GPU_MULTIPLE = 128  # of rows in a chunk, and of bytes between rows
-_NARROWING = ("triton", "cuda")  # backends whose row kernels write a gradient narrower than its logits
+_MIN_GPU_ROWS = 4  # a GEMM on a GPU is padded to this many rows
+_FEW_ROWS_PER_THREAD = 16  # with fewer, a GEMM on a CPU may sum the vocabulary in sequence
+_PARTIAL_SUMS = 16  # into which the vocabulary is then split
+_MAX_COLUMNS_IN_ONE_SUM = 2048  # a smaller vocabulary is not split
+_GPU_MULTIPLE = 128  # on a GPU: of rows in a chunk, and of bytes from row to row
+_NARROW_GRADIENT_BACKENDS = ("triton", "cuda")  # their row kernels can write a gradient narrower than its logits
 
 
 def writes_fp32(device: torch.device) -> bool:
-    """Whether GEMMs of half-precision inputs can write fp32 there: ``torch.mm(out_dtype=)`` is CUDA's and ROCm's."""
+    """Whether a GEMM of half-precision inputs can write fp32: only CUDA and ROCm have ``torch.mm(out_dtype=)``."""
     return device.type == "cuda"
 
 
 def matmul(a: Tensor, b: Tensor, out: Tensor, *, add: bool = False) -> Tensor:  # [n, k], [k, m], [n, m]
-    """Writes ``a b`` to ``out``, or adds it there, without a rounding in between: products are summed as ``out`` is.
+    """Writes ``a b`` to ``out``, or adds it to ``out``. Products are summed in the dtype of ``out``, or a wider one.
 
-    Where no GEMM writes ``out`` from these inputs they are widened first: exact, but slow and in memory of its own.
+    If no GEMM writes that dtype from these inputs, they are widened first. That is exact, but slow and needs memory.
     """
     if a.dtype == b.dtype == out.dtype:
         return out.addmm_(a, b) if add else torch.mm(a, b, out=out)
@@ -42,7 +42,7 @@ def matmul(a: Tensor, b: Tensor, out: Tensor, *, add: bool = False) -> Tensor:  
 
 
 def row_width(vocab: int, dtype: torch.dtype, device: torch.device) -> int:
-    """Elements from one row of a workspace to the next: on a GPU every row begins at a multiple of 128 bytes."""
+    """Elements from one row of a workspace to the next. On a GPU every row begins at a multiple of 128 bytes."""
     multiple = 1 if device.type == "cpu" else _GPU_MULTIPLE // dtype.itemsize
     return -(-vocab // multiple) * multiple
 
@@ -53,9 +53,9 @@ class Head:
     Args:
         weight: ``[V, H]``.
         bias: ``[V]`` or None.
-        compute_dtype: What hidden states, weight and bias are rounded to.
-        logits_dtype: What the logits are rounded to.
-        gradient_dtype: What their gradient is rounded to, before the GEMMs that follow.
+        compute_dtype: Hidden states, weight and bias are rounded to it.
+        logits_dtype: The dtype of the logits.
+        gradient_dtype: The dtype of the logits' gradient, from which the GEMMs of the backward read.
     """
 
     def __init__(
@@ -83,8 +83,9 @@ class Head:
         compute_dtype: torch.dtype,
         logits_dtype: torch.dtype,
     ) -> Head:
-        """The head as the row kernels of ``backend`` want it: C++ writes gradients as wide as the logits."""
-        return cls(weight, bias, compute_dtype, logits_dtype, compute_dtype if backend in _NARROWING else logits_dtype)
+        """The head with the gradient dtype of the backend's row kernels: C++ writes the logits' dtype."""
+        gradient_dtype = compute_dtype if backend in _NARROW_GRADIENT_BACKENDS else logits_dtype
+        return cls(weight, bias, compute_dtype, logits_dtype, gradient_dtype)
 
     @property
     def vocab(self) -> int:
@@ -92,28 +93,28 @@ class Head:
 
     @cached_property
     def weight(self) -> Tensor:
-        """The weight as the GEMMs take it: only made when a row needs it."""
+        """The weight in the dtype of the GEMMs. Cast at first use: a call may project no row."""
         return self._cast(self.parameter)
 
     def _cast(self, values: Tensor) -> Tensor:
-        """``values`` rounded to the compute dtype, and widened once a call where no GEMM widens."""
+        """``values`` rounded to the compute dtype; then widened if no GEMM writes fp32 from half precision."""
         values = values.detach().to(self.compute_dtype)
         return values if writes_fp32(self.device) else values.to(self.logits_dtype)
 
     def inputs(self, hidden: Tensor, rows: SelectedRows, chunk: slice) -> Tensor:  # [N, H] -> [n, H]
-        """A chunk's hidden states as the GEMMs take them; 0 where masked."""
+        """A chunk's hidden states in the dtype of the GEMMs; 0 where masked."""
         values = self._cast(hidden[rows.slice(chunk)])
         return values if rows.mask is None else torch.where(rows.mask[chunk, None], values, 0)
 
     @property
-    def writes_parameters(self) -> bool:
-        """Whether one GEMM makes the weight's gradient as the parameter has it: summed in fp32, rounded once."""
+    def writes_dweight(self) -> bool:
+        """Whether one GEMM can write ``dW`` in the parameter's dtype: summed in fp32, rounded once."""
         dtypes = {self.gradient_dtype, self.compute_dtype, self.parameter_dtypes[0]}
         return len(dtypes) == 1 and writes_fp32(self.device)
 
     @property
-    def multiple(self) -> int:
-        """Of rows in a chunk."""
+    def row_multiple(self) -> int:
+        """Chunks have a multiple of this many rows."""
         return 1 if self.device.type == "cpu" else _GPU_MULTIPLE
 
     @property
@@ -125,12 +126,12 @@ class Head:
         return torch.empty(rows, width, dtype=self.logits_dtype, device=self.device)
 
     def logits(self, inputs: Tensor, workspace: Tensor) -> Tensor:  # [n, H], [n or more, row_width] -> [n, V]
-        """The logits of rows of ``inputs``, in the workspace."""
+        """The logits of ``inputs``, written to the workspace."""
         out = matmul(inputs, self.weight.t(), workspace[: inputs.shape[0], : self.vocab])
         return out if self.bias is None else out.add_(self.bias)
 
     def gradient(self, workspace: Tensor, rows: int) -> Tensor:  # [rows or more, row_width] -> [rows, V]
-        """Where the gradient of logits goes: over them, or, where it is narrower, into the back half of each row."""
+        """The memory for the gradient of the logits: over them, or, if it is narrower, the back half of each row."""
         if self.gradient_dtype == self.logits_dtype:
             return workspace[:rows, : self.vocab]
         width = workspace.shape[1]
@@ -138,29 +139,30 @@ class Head:
 
 
 def project_back(dlogits: Tensor, weight: Tensor, dtype: torch.dtype) -> Tensor:  # [n, V], [V, H] -> [n, H]
-    """``dlogits W``, in ``dtype`` where a GEMM can write it.
+    """``dlogits W``, in ``dtype`` if a GEMM can write it.
 
-    On a CPU few rows sum a large vocabulary in blocks. Libraries have kernels for few rows, and for those left over in
-    a thread's share, that sum it in sequence: ten times the error of a GEMM of many rows over 129280 columns. How many
-    rows are few differs: one on Intel, up to three on AMD, up to 15 with MKL_CBWR. Half precision is rounded anyway.
+    On a CPU, a large vocabulary is summed in blocks if there are few rows. CPU libraries have kernels for few rows, and
+    for the rows left over in a thread's share, that sum in sequence. Over 129280 columns their error is ten times that
+    of a GEMM of many rows. "Few" is one row on Intel, up to three on AMD and up to 15 with MKL_CBWR. Half-precision
+    results need no blocks: their own rounding is larger.
     """
     rows, vocab = dlogits.shape
     if not writes_fp32(weight.device):
         dtype = torch.promote_types(dlogits.dtype, weight.dtype)
     on_cpu = weight.device.type == "cpu"
-    is_few = on_cpu and rows < _FEW_ROWS_A_THREAD * torch.get_num_threads()
-    if is_few and vocab > _FEWEST_SUMMED and dtype in (torch.float32, torch.float64):
+    is_few = on_cpu and rows < _FEW_ROWS_PER_THREAD * torch.get_num_threads()
+    if is_few and vocab > _MAX_COLUMNS_IN_ONE_SUM and dtype in (torch.float32, torch.float64):
         return _sum_in_blocks(dlogits.to(dtype), weight.to(dtype))
-    if not on_cpu and rows < _FEWEST_ROWS:
-        dlogits = torch.nn.functional.pad(dlogits, (0, 0, 0, -rows % _FEWEST_ROWS))
+    if not on_cpu and rows < _MIN_GPU_ROWS:
+        dlogits = torch.nn.functional.pad(dlogits, (0, 0, 0, -rows % _MIN_GPU_ROWS))
     out = torch.empty(dlogits.shape[0], weight.shape[1], dtype=dtype, device=weight.device)
     return matmul(dlogits, weight, out)[:rows]
 
 
 def _sum_in_blocks(a: Tensor, b: Tensor) -> Tensor:  # [n, k], [k, m] -> [n, m]
-    """``a b`` as partial sums over ``k``, and their sum."""
-    size = a.shape[1] // _SUMS
-    summed = size * _SUMS
-    blocks = a[:, :summed].unflatten(1, (_SUMS, size)).transpose(0, 1)
-    out = torch.bmm(blocks, b[:summed].unflatten(0, (_SUMS, size))).sum(0)
+    """``a b`` as a sum of partial sums over ``k``."""
+    size = a.shape[1] // _PARTIAL_SUMS
+    summed = size * _PARTIAL_SUMS
+    blocks = a[:, :summed].unflatten(1, (_PARTIAL_SUMS, size)).transpose(0, 1)
+    out = torch.bmm(blocks, b[:summed].unflatten(0, (_PARTIAL_SUMS, size))).sum(0)
     return out.addmm_(a[:, summed:], b[summed:])

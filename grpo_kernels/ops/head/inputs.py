@@ -1,4 +1,4 @@
-"""What the linear ops check of a head, its dtypes and its workspace, before any launch."""
+"""Checks of a head's tensors, dtypes and workspace, before any launch."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from grpo_kernels.validation import FLOAT_DTYPES, check_device, check_float, che
 
 @dataclass(frozen=True)
 class HeadOptions(Call):
-    """What a head is computed in, and the bound of the logits that exist at once."""
+    """The dtypes of a head, and the bound of the logits that exist at once."""
 
     compute_dtype: torch.dtype
     logits_dtype: torch.dtype
@@ -38,19 +38,19 @@ class HeadOptions(Call):
 
     @property
     def arithmetic_dtype(self) -> torch.dtype:
-        """Of what is one number a token."""
+        """The dtype of values per token."""
         return accumulation_dtype(self.compute_dtype)
 
 
-def flat_rows(hidden: Tensor) -> Tensor:  # [..., H] -> [N, H]
-    """Hidden states as registered ops take them."""
+def flatten_hidden(hidden: Tensor) -> Tensor:  # [..., H] -> [N, H]
+    """Detached hidden states, one row a token."""
     return hidden.detach().reshape(-1, hidden.shape[-1])
 
 
 def head_dtypes(
     hidden: Tensor, weight: Tensor, logits_dtype: torch.dtype | None, prefix: str = ""
 ) -> tuple[torch.dtype, torch.dtype]:
-    """The compute dtype (autocast's, where on) and the logits' (fp32 or fp64, unless one is given).
+    """The compute dtype (autocast's, if it is on) and the logits' dtype (fp32 or fp64 by default).
 
     Raises:
         TypeError: The dtypes of the two inputs differ outside autocast, or ``logits_dtype`` does not fit.
@@ -76,7 +76,7 @@ def head_dtypes(
 def check_head(
     hidden: Tensor, weight: Tensor, bias: Tensor | None, ids: Tensor, ids_name: str = "ids", prefix: str = ""
 ) -> None:
-    """Raises TypeError or ValueError unless hidden states, head and ids fit; ``prefix`` is that of the arguments."""
+    """Raises TypeError or ValueError unless hidden states, head and ids fit. Argument names begin with ``prefix``."""
     hidden_name, weight_name, bias_name = (prefix + name for name in ("hidden_states", "lm_head_weight", "bias"))
     check_float(hidden_name, hidden)
     check_float(weight_name, weight)
@@ -104,10 +104,11 @@ def check_workspace(
     device: torch.device,
     models: int = 1,
 ) -> int:
-    """The workspace's bound in bytes, with logits of one model or two.
+    """The bound of the workspace in bytes; it holds the logits of one model or two.
 
-    By default 1 GiB on a CPU. On a GPU 1.5 GB, and 1,024 rows at least: adding a chunk to ``dW`` moves ``8 V H`` bytes,
-    which at that size is still under the time of its GEMM.
+    The default is 1 GiB on a CPU; on a GPU 1.5 GB, but at least 1,024 rows. Adding a chunk to ``dW`` moves ``8 V H``
+    bytes. With that many rows this still takes less time than the chunk's GEMM.
+
 
     Raises:
         ValueError: A bound is negative.

@@ -1,7 +1,7 @@
-"""A loss with the exact divergence from a reference: a pass over chunks of both models' logits.
+"""A loss with the exact divergence from a reference: one pass over chunks of both models' logits.
 
-Three GEMMs of the policy's head and one of the reference's: a chunk's coefficients are known once its divergences are,
-and its logits are still at hand then.
+It takes three GEMMs of the policy's head and one of the reference's. A chunk's coefficients follow from its statistics,
+while its logits are still in memory.
 """
 
 from __future__ import annotations
@@ -19,10 +19,10 @@ from grpo_kernels.loss.config import GRPOLossConfig, LossCode
 from grpo_kernels.loss.fields import TokenFields
 from grpo_kernels.loss.inputs import PolicyInputs
 from grpo_kernels.ops.gradients import named_gradients, refuse_double_backward
-from grpo_kernels.ops.head.buffers import Needs
+from grpo_kernels.ops.head.buffers import NeededGradients
 from grpo_kernels.ops.head.driver import Chunk, HeadPass, RowOp, RowResults, clamp_ids
 from grpo_kernels.ops.head.gemm import Head
-from grpo_kernels.ops.head.inputs import HeadOptions, flat_rows
+from grpo_kernels.ops.head.inputs import HeadOptions, flatten_hidden
 from grpo_kernels.ops.head.linear_token_divergence import divergences
 from grpo_kernels.ops.head.linear_token_logprobs import HEAD_INPUTS, gradient_fakes, head_gradients
 from grpo_kernels.ops.head.live_rows import may_be_live
@@ -32,7 +32,7 @@ from grpo_kernels.ops.registration import KERNEL_BACKENDS, define
 from grpo_kernels.ops.rows.calls import DivergenceCall
 from grpo_kernels.ops.rows.grpo_loss import GRPOLossOutput, loss_of_tokens
 from grpo_kernels.ops.rows.token_divergence import token_divergence_rows
-from grpo_kernels.ops.rows.token_logprobs import token_ids
+from grpo_kernels.ops.rows.token_logprobs import to_kernel_ids
 from grpo_kernels.ops.rows.transform import Comparison
 from grpo_kernels.ops.tokens.calls import PolicyLossCall
 from grpo_kernels.ops.tokens.policy_loss import add_divergence, policy_loss_fwd, policy_metrics, token_coefficients
@@ -41,7 +41,7 @@ from grpo_kernels.ops.tokens.scale import scale_gradients
 
 @dataclass(frozen=True)
 class LinearDivergenceLossCall(Call):
-    """The loss of tokens ``[N]`` that is token-local but for its divergence, and which of its gradients are formed."""
+    """A loss of tokens ``[N]`` that is token-local, with a divergence, and which of its gradients are formed."""
 
     options: HeadOptions
     reference: Reference
@@ -49,33 +49,33 @@ class LinearDivergenceLossCall(Call):
     fields: TokenFields  # of these tokens
     code: LossCode
     comparison: Comparison
-    needs: Needs
+    needs: NeededGradients
     max_live_rows: int | None
 
 
 def _divergence_loss_rows(backend: str, call: LinearDivergenceLossCall) -> RowOp:
-    """Takes log-probabilities, entropies and divergences of a chunk, and then its gradient, which needs them."""
+    """Computes a chunk's log-probabilities, entropies and divergences; then, from these, its gradient."""
 
     def run(chunk: Chunk) -> RowResults:
-        fields = call.fields.of_tokens(lambda values: values[chunk.rows])
+        fields = call.fields.map_tokens(lambda values: values[chunk.rows])
         logits = (chunk.logits[None], chunk.reference_logits[None])  # type: ignore[index]
         rows = DivergenceCall(call.ids[None, chunk.rows], fields.mask[None], None, None, None, call.comparison)
-        found = tuple(x[0] for x in token_divergence_rows[backend](*logits, rows, None))
+        logprobs, entropy, divergence = (x[0] for x in token_divergence_rows[backend](*logits, rows, None))
         if chunk.dlogits is not None:
 
             def upstream(weights: Tensor | None, factor: float) -> Tensor | None:  # [1, n]
                 if weights is None:
                     return None
-                return (factor * fields.at_tokens(weights)).expand(found[0].shape).contiguous()[None]
+                return (factor * fields.expand_to_tokens(weights)).expand(logprobs.shape).contiguous()[None]
 
             upstream_rows = replace(
                 rows,
-                dlogprobs=token_coefficients(found[0], found[1], fields, call.code, backend)[None],
+                dlogprobs=token_coefficients(logprobs, entropy, fields, call.code, backend)[None],
                 dentropy=upstream(fields.entropy_weights, -1.0),
                 ddivergence=upstream(fields.weights, call.code.beta),
             )
             token_divergence_rows[backend](*logits, upstream_rows, chunk.dlogits[None])
-        return RowResults(found)
+        return RowResults((logprobs, entropy, divergence))
 
     return run
 
@@ -91,12 +91,12 @@ def _fwd(
     selected = replace(
         call,
         ids=rows.gather(clamp_ids(backend, call.ids, fields.mask, head.vocab)),
-        fields=fields.of_tokens(rows.gather),
+        fields=fields.map_tokens(rows.gather),
     )
-    others = ReferenceRows(call.reference, rows, options.logits_dtype)
-    run = HeadPass(backend, head, hidden, rows, call.needs, options.workspace_bytes, reference=others)
+    reference = ReferenceRows(call.reference, rows, options.logits_dtype)
+    head_pass = HeadPass(backend, head, hidden, rows, call.needs, options.workspace_bytes, reference=reference)
     dtype = accumulation_dtype(options.logits_dtype)
-    values, gradients = run.run(_divergence_loss_rows(backend, selected), (dtype, dtype, dtype))
+    values, gradients = head_pass.run(_divergence_loss_rows(backend, selected), (dtype, dtype, dtype))
     return (*values, *gradients)
 
 
@@ -127,12 +127,11 @@ class _LinearDivergenceLoss(torch.autograd.Function):
         policy: PolicyLossCall,
         backend: str,
     ) -> tuple[Tensor, ...]:
-        logprobs, entropy, divergence, *found = _FWD[backend](flat_rows(hidden), weight, bias, call)
+        logprobs, entropy, divergence, *gradients = _FWD[backend](flatten_hidden(hidden), weight, bias, call)
         loss, _, partials = policy_loss_fwd[backend](logprobs, entropy, policy)
-        weights = call.fields.at_tokens(call.fields.weights)
+        weights = call.fields.expand_to_tokens(call.fields.weights)
         loss, partials = add_divergence(loss, partials, divergence, call.fields.mask, weights, call.code.beta)
-        gradients = head_gradients(found, call.needs, hidden.shape)
-        ctx.save_for_backward(*gradients.values())
+        ctx.save_for_backward(*head_gradients(gradients, call.needs, hidden.shape).values())
         ctx.backend = backend
         logprobs, entropy = (x.view(hidden.shape[:-1]) for x in (logprobs, entropy))
         ctx.mark_non_differentiable(logprobs, entropy, partials)
@@ -161,7 +160,7 @@ def divergence_loss(
     backend: str,
     max_live_rows: int | None = None,
 ) -> GRPOLossOutput:
-    """A loss that is token-local but for its divergence, of validated inputs; its gradient is formed in the forward."""
+    """A token-local loss with a divergence, of validated inputs. The forward forms its gradient."""
     head = (hidden_states, lm_head_weight, bias)
     if backend == "torch":
         tokens = divergences(*head, ids, inputs.mask, options, reference, comparison, backend)
@@ -169,11 +168,11 @@ def divergence_loss(
     call = LinearDivergenceLossCall(
         options,
         reference,
-        token_ids(ids).view(-1),
-        inputs.gathered_fields,
+        to_kernel_ids(ids).view(-1),
+        inputs.flat_fields,
         config.code(),
         comparison,
-        Needs.of(*head),
+        NeededGradients.of(*head),
         max_live_rows,
     )
     policy = PolicyLossCall.of(inputs, config)

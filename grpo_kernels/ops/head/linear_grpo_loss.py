@@ -19,10 +19,10 @@ from grpo_kernels.loss.inputs import PolicyInputs
 from grpo_kernels.measured_backends import RowClass
 from grpo_kernels.ops.gradients import named_gradients, refuse_double_backward
 from grpo_kernels.ops.head import reference as head_reference
-from grpo_kernels.ops.head.buffers import Needs
+from grpo_kernels.ops.head.buffers import NeededGradients
 from grpo_kernels.ops.head.driver import Chunk, HeadPass, RowOp, RowResults, clamp_ids
 from grpo_kernels.ops.head.gemm import Head
-from grpo_kernels.ops.head.inputs import HeadOptions, check_head, flat_rows
+from grpo_kernels.ops.head.inputs import HeadOptions, check_head, flatten_hidden
 from grpo_kernels.ops.head.linear_divergence_loss import divergence_loss
 from grpo_kernels.ops.head.linear_token_divergence import divergences
 from grpo_kernels.ops.head.linear_token_logprobs import (
@@ -44,7 +44,7 @@ from grpo_kernels.ops.rows.grpo_loss import (
     loss_of_tokens,
     reference_loss,
 )
-from grpo_kernels.ops.rows.token_logprobs import token_ids
+from grpo_kernels.ops.rows.token_logprobs import to_kernel_ids
 from grpo_kernels.ops.rows.transform import Comparison, Transform
 from grpo_kernels.ops.tokens.calls import PolicyLossCall
 from grpo_kernels.ops.tokens.group_advantages import group_advantages
@@ -52,34 +52,36 @@ from grpo_kernels.ops.tokens.policy_loss import policy_loss_fwd, policy_metrics
 from grpo_kernels.ops.tokens.scale import scale_gradients
 from grpo_kernels.validation import check_id_range
 
+_REFERENCE_ARGUMENTS = "reference_logits, or reference_hidden_states with their head,"  # in messages
+
 
 @dataclass(frozen=True)
 class LinearLossCall(Call):
-    """The loss of tokens ``[N]`` that is token-local, and which of its gradients are formed."""
+    """A token-local loss of tokens ``[N]``, and which of its gradients are formed."""
 
     options: HeadOptions
     ids: Tensor  # [N]
     fields: TokenFields  # of these tokens
     code: LossCode
     transform: Transform
-    needs: Needs
+    needs: NeededGradients
     max_live_rows: int | None
 
 
-def _loss_rows(backend: str, call: LinearLossCall, finds_live: bool) -> RowOp:
-    """Takes log-probabilities and entropies of a chunk, its gradient, and which rows have one."""
+def _loss_rows(backend: str, call: LinearLossCall, reports_live: bool) -> RowOp:
+    """Computes a chunk's log-probabilities and entropies, its gradient, and which rows have one."""
 
     def run(chunk: Chunk) -> RowResults:
         rows = LossRowsCall(
             call.ids[None, chunk.rows],
-            call.fields.of_tokens(lambda values: values[chunk.rows]),
+            call.fields.map_tokens(lambda values: values[chunk.rows]),
             GroupRewards(),
             call.code,
             call.transform,
         )
         dlogits = None if chunk.dlogits is None else chunk.dlogits[None]
         logprobs, entropy, live, _ = grpo_loss_fwd[backend](chunk.logits[None], rows, dlogits)
-        return RowResults((logprobs[0], entropy[0]), live[0] if finds_live else None)
+        return RowResults((logprobs[0], entropy[0]), live[0] if reports_live else None)
 
     return run
 
@@ -93,12 +95,12 @@ def _fwd(backend: str, hidden: Tensor, weight: Tensor, bias: Tensor | None, call
     selected = replace(
         call,
         ids=rows.gather(clamp_ids(backend, call.ids, fields.mask, head.vocab)),
-        fields=fields.of_tokens(rows.gather),
+        fields=fields.map_tokens(rows.gather),
     )
-    finds_live = call.max_live_rows is None and may_be_clipped(has_kl, call.code.params, fields)
-    run = HeadPass(backend, head, hidden, rows, call.needs, options.workspace_bytes)
+    reports_live = call.max_live_rows is None and may_be_clipped(has_kl, call.code.params, fields)
+    head_pass = HeadPass(backend, head, hidden, rows, call.needs, options.workspace_bytes)
     dtype = accumulation_dtype(options.logits_dtype)
-    values, gradients = run.run(_loss_rows(backend, selected, finds_live), (dtype, dtype))
+    values, gradients = head_pass.run(_loss_rows(backend, selected, reports_live), (dtype, dtype))
     return (*values, *gradients)
 
 
@@ -129,10 +131,9 @@ class _LinearGRPOLoss(torch.autograd.Function):
         policy: PolicyLossCall,
         backend: str,
     ) -> tuple[Tensor, ...]:
-        logprobs, entropy, *found = linear_grpo_loss_fwd[backend](flat_rows(hidden), weight, bias, call)
+        logprobs, entropy, *gradients = linear_grpo_loss_fwd[backend](flatten_hidden(hidden), weight, bias, call)
         loss, _, partials = policy_loss_fwd[backend](logprobs, entropy, policy)
-        gradients = head_gradients(found, call.needs, hidden.shape)
-        ctx.save_for_backward(*gradients.values())
+        ctx.save_for_backward(*head_gradients(gradients, call.needs, hidden.shape).values())
         ctx.backend = backend
         logprobs, entropy = (x.view(hidden.shape[:-1]) for x in (logprobs, entropy))
         ctx.mark_non_differentiable(logprobs, entropy, partials)
@@ -160,10 +161,10 @@ def _one_pass_loss(
     backend: str,
     max_live_rows: int | None,
 ) -> GRPOLossOutput:
-    """A token-local loss, its gradient formed in the forward."""
-    needs = Needs.of(hidden, weight, bias)
-    flat_ids = token_ids(ids).view(-1)
-    call = LinearLossCall(options, flat_ids, inputs.gathered_fields, config.code(), transform, needs, max_live_rows)
+    """A token-local loss. The forward forms its gradient."""
+    needs = NeededGradients.of(hidden, weight, bias)
+    flat_ids = to_kernel_ids(ids).view(-1)
+    call = LinearLossCall(options, flat_ids, inputs.flat_fields, config.code(), transform, needs, max_live_rows)
     policy = PolicyLossCall.of(inputs, config)
     loss, logprobs, entropy, partials = _LinearGRPOLoss.apply(hidden, weight, bias, call, policy, backend)
     return GRPOLossOutput(loss, logprobs, entropy, policy_metrics(partials, config, True))
@@ -204,11 +205,11 @@ def linear_grpo_loss(
 ) -> GRPOLossOutput:
     """The GRPO loss from hidden states, in chunks of tokens: the logits never exist as a whole.
 
-    ``grpo_loss`` of ``h W^T + b``. At token level each chunk is projected once, its rows become their own gradient
-    while they are at hand, and ``dX`` and ``dW`` are formed from the live rows, those whose coefficient is not 0:
-    ``2 N H V (1 + 2 f)`` operations at a live share ``f``, a frozen head ``2 N H V (1 + f)``. Masked rows are not
-    projected at all. A sequence-level ratio, and weights that wait for log-probabilities (VESPO's, the masks by entropy
-    and by policy), are ``linear_token_logprobs`` followed by ``policy_loss``.
+    ``grpo_loss`` of ``h W^T + b``. At token level each chunk is projected once, and its logits are overwritten with
+    their gradient. ``dX`` and ``dW`` are formed from the live rows, those whose coefficient is not 0. That is
+    ``2 N H V (1 + 2 f)`` operations at a live share ``f``, or ``2 N H V (1 + f)`` with a frozen head. Masked rows are
+    not projected. A sequence-level ratio, and weights that need log-probabilities (VESPO's, the masks by entropy and
+    by policy), are computed as ``linear_token_logprobs`` followed by ``policy_loss``.
 
     Args:
         hidden_states: Position ``t`` predicts token ``t``.
@@ -219,16 +220,16 @@ def linear_grpo_loss(
             logit_scale, debug: As for ``grpo_loss``.
         reference_logits, reference_hidden_states, reference_lm_head_weight, reference_bias: As for
             ``linear_token_divergence``, of the frozen reference policy, transformed as the policy's; for an exact
-            ``kl_estimator``, instead of ``ref_logprobs``. The reference is projected as often as the policy: once where
-            one pass runs, ``2 N H' V`` operations more, else once more for the backward.
+            ``kl_estimator``, instead of ``ref_logprobs``. The reference is projected as often as the policy: once in a
+            one-pass loss, ``2 N H' V`` operations more, and otherwise once more for the backward.
         bias, logits_dtype, workspace_bytes: As for ``linear_token_logprobs``.
-        max_logits_bytes: As for ``linear_token_logprobs``, where that is what runs; no effect where one pass does, or
-            the divergence is exact.
-        max_live_rows: At most so many rows may have a gradient: unmasked, with an advantage and a weight that are not
-            0, a KL term or an entropy bonus. Nothing is then read back, where otherwise their number is, and the
-            backward is of so many rows; masked rows are projected as others are. None reads the number. More than
-            these are told by ``check_device_values``, on a CPU at once. No effect for the "torch" backend.
-        backend: "auto", or one of ``grpo_kernels.backends.BACKENDS``. "torch" forms the whole logits.
+        max_logits_bytes: As for ``linear_token_logprobs``, if that is what runs. No effect on a one-pass loss or one
+            with an exact divergence.
+        max_live_rows: Bound of the rows that may have a gradient: unmasked, with an advantage and a weight that are not
+            0, a KL term or an entropy bonus. With a bound there is no sync: the backward covers this many rows, and
+            masked rows are projected too. With None their number is read back. If there are more rows than the bound,
+            ``check_device_values`` raises; on a CPU this call does. No effect for the "torch" backend.
+        backend: "auto", or one of ``grpo_kernels.BACKENDS``. "torch" forms the whole logits.
 
     Returns:
         ``GRPOLossOutput``; only ``loss`` is differentiable. A second backward is refused.
@@ -253,12 +254,12 @@ def linear_grpo_loss(
         max_logits_bytes,
         models=2 if config.has_exact_divergence else 1,
     )
-    given = (reference_logits, reference_hidden_states, reference_lm_head_weight, reference_bias)
-    is_compared = any(x is not None for x in given)
-    op = "linear_token_divergence" if is_compared else "linear_grpo_loss"
+    reference_tensors = (reference_logits, reference_hidden_states, reference_lm_head_weight, reference_bias)
+    has_reference = any(x is not None for x in reference_tensors)
+    op = "linear_token_divergence" if has_reference else "linear_grpo_loss"
     backend = backends.resolve(op, backend, hidden_states.device, partial(RowClass.of_head, lm_head_weight))
-    check_reference(is_compared, ref_logprobs, config, "reference_logits, or reference_hidden_states with their head,")
-    reference = Reference.of(completion_ids, lm_head_weight.shape[0], *given) if is_compared else None
+    check_reference(has_reference, ref_logprobs, config, _REFERENCE_ARGUMENTS)
+    reference = Reference.of(completion_ids, lm_head_weight.shape[0], *reference_tensors) if has_reference else None
     check_group_rewards(advantages, rewards, num_generations, scale_rewards, completion_ids, cu_seqlens, debug)
     if rewards is not None:
         advantages = group_advantages(rewards, num_generations, scale_rewards=scale_rewards, backend=backend)
@@ -284,7 +285,7 @@ def linear_grpo_loss(
     if debug:
         check_device_values(hidden_states.device)
     if backend != "torch":
-        inputs, config = inputs.token_local(config)
+        inputs, config = inputs.as_token_local(config)
     head, ids = (hidden_states, lm_head_weight, bias), completion_ids
     if reference is not None:
         comparison = Comparison.of(config.kl_estimator, 0.5, transform, None, softcap, logit_scale)

@@ -16,10 +16,10 @@ from grpo_kernels.dtypes import accumulation_dtype
 from grpo_kernels.measured_backends import RowClass
 from grpo_kernels.ops.gradients import named_gradients, refuse_double_backward
 from grpo_kernels.ops.head import reference as head_reference
-from grpo_kernels.ops.head.buffers import Needs
+from grpo_kernels.ops.head.buffers import NeededGradients
 from grpo_kernels.ops.head.driver import Chunk, HeadPass, RowOp, RowResults, clamp_ids
 from grpo_kernels.ops.head.gemm import Head
-from grpo_kernels.ops.head.inputs import HeadOptions, check_head, flat_rows
+from grpo_kernels.ops.head.inputs import HeadOptions, check_head, flatten_hidden
 from grpo_kernels.ops.head.linear_token_logprobs import HEAD_INPUTS, gradient_fakes, head_gradients
 from grpo_kernels.ops.head.reference_model import Reference, ReferenceRows
 from grpo_kernels.ops.head.selection import SelectedRows
@@ -28,30 +28,30 @@ from grpo_kernels.ops.rows import reference as rows_reference
 from grpo_kernels.ops.rows.calls import DivergenceCall
 from grpo_kernels.ops.rows.reference import TokenDivergence
 from grpo_kernels.ops.rows.token_divergence import token_divergence_rows
-from grpo_kernels.ops.rows.token_logprobs import like_rows, token_ids, token_mask
+from grpo_kernels.ops.rows.token_logprobs import to_kernel_gradient, to_kernel_ids, token_mask
 from grpo_kernels.ops.rows.transform import Comparison, Transform
 from grpo_kernels.validation import check_device, check_id_range
 
 
 @dataclass(frozen=True)
 class LinearDivergenceCall(Call):
-    """Whose divergences are taken, ``[N]``, from which reference, and which gradients are formed."""
+    """Tokens ``[N]`` whose divergences are computed, their reference, and which gradients are formed."""
 
     options: HeadOptions
     reference: Reference
     rows: DivergenceCall
-    needs: Needs
+    needs: NeededGradients
 
 
 def _divergence_rows(backend: str, call: DivergenceCall) -> RowOp:
     def run(chunk: Chunk) -> RowResults:
-        found = token_divergence_rows[backend](
+        results = token_divergence_rows[backend](
             chunk.logits[None],
             chunk.reference_logits[None],  # type: ignore[index]
             call.map(lambda x: x[None, chunk.rows]),
             None if chunk.dlogits is None else chunk.dlogits[None],
         )
-        return RowResults(tuple(x[0] for x in found))
+        return RowResults(tuple(x[0] for x in results))
 
     return run
 
@@ -62,13 +62,13 @@ def _run(
     options, ids, mask = call.options, call.rows.ids, call.rows.mask
     head = Head.of(backend, weight, bias, options.compute_dtype, options.logits_dtype)
     rows = SelectedRows.of(mask, None, ids)
-    others = ReferenceRows(call.reference, rows, options.logits_dtype)
+    reference = ReferenceRows(call.reference, rows, options.logits_dtype)
     ids = clamp_ids(backend, ids, mask, head.vocab)
     selected = replace(call.rows, ids=ids, mask=None).map(rows.gather)
     selected = selected if mask is None else replace(selected, mask=rows.unmasked())
-    run = HeadPass(backend, head, hidden, rows, call.needs, options.workspace_bytes, reference=others)
+    head_pass = HeadPass(backend, head, hidden, rows, call.needs, options.workspace_bytes, reference=reference)
     dtype = accumulation_dtype(options.logits_dtype)
-    values, gradients = run.run(_divergence_rows(backend, selected), (dtype, dtype, dtype))
+    values, gradients = head_pass.run(_divergence_rows(backend, selected), (dtype, dtype, dtype))
     return (*values, *gradients)
 
 
@@ -78,9 +78,8 @@ def _fake(hidden: Tensor, weight: Tensor, bias: Tensor | None, call: LinearDiver
     return (*results, *gradient_fakes(hidden, weight, bias, call.needs))
 
 
-#: Log-probabilities, entropies and divergences and, where any of the gradients is needed, those that the upstream ones
-#: make, in the same pass.
-_RUN = define(
+#: Log-probabilities, entropies and divergences; and, in the same pass, the needed gradients.
+_OP = define(
     "linear_token_divergence",
     HEAD_INPUTS | {"call": LinearDivergenceCall},
     "(Tensor logprobs, Tensor entropy, Tensor divergence, Tensor dhidden, Tensor dweight, Tensor dbias)",
@@ -95,7 +94,7 @@ class LinearTokenDivergence(torch.autograd.Function):
     def forward(  # type: ignore[override]
         ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, call: LinearDivergenceCall, backend: str
     ) -> tuple[Tensor, ...]:
-        results = _RUN[backend](flat_rows(hidden), weight, bias, call)
+        results = _OP[backend](flatten_hidden(hidden), weight, bias, call)
         rows, reference = call.rows, call.reference
         tensors = (reference.logits, reference.hidden, reference.weight, reference.bias)
         ctx.save_for_backward(hidden, weight, bias, rows.ids, rows.mask, *tensors)
@@ -110,13 +109,13 @@ class LinearTokenDivergence(torch.autograd.Function):
             return {}
         hidden, weight, bias, ids, mask, *tensors = ctx.saved_tensors
         options, reference_dtype, comparison, backend = ctx.options
-        gradients = [like_rows(x, ids) for x in upstream]
-        live = torch.stack([x != 0 for x in gradients if x is not None]).any(0)
-        rows = DivergenceCall(ids, live if mask is None else live & mask, *gradients, comparison)
-        needs = Needs(*ctx.needs_input_grad[:2], bias is not None and ctx.needs_input_grad[2])
+        flat_upstream = [to_kernel_gradient(x, ids) for x in upstream]
+        live = torch.stack([x != 0 for x in flat_upstream if x is not None]).any(0)
+        rows = DivergenceCall(ids, live if mask is None else live & mask, *flat_upstream, comparison)
+        needs = NeededGradients(*ctx.needs_input_grad[:2], bias is not None and ctx.needs_input_grad[2])
         call = LinearDivergenceCall(options, Reference(*tensors, reference_dtype), rows, needs)
-        _, _, _, *found = _RUN[backend](flat_rows(hidden), weight, bias, call)
-        return head_gradients(found, needs, hidden.shape)
+        _, _, _, *gradients = _OP[backend](flatten_hidden(hidden), weight, bias, call)
+        return head_gradients(gradients, needs, hidden.shape)
 
 
 def divergences(
@@ -134,10 +133,10 @@ def divergences(
     flat_mask = None if mask is None else mask.reshape(-1)
     if backend == "torch":
         logits = head_reference.project(hidden, weight, bias, mask, options.compute_dtype, options.logits_dtype)
-        others = reference.all_logits(flat_mask, options.logits_dtype).view(logits.shape)
-        return rows_reference.token_divergence(logits, others, ids, mask, comparison)
-    rows = DivergenceCall(token_ids(ids).view(-1), flat_mask, None, None, None, comparison)
-    call = LinearDivergenceCall(options, reference, rows, Needs(False, False, False))
+        reference_logits = reference.all_logits(flat_mask, options.logits_dtype).view(logits.shape)
+        return rows_reference.token_divergence(logits, reference_logits, ids, mask, comparison)
+    rows = DivergenceCall(to_kernel_ids(ids).view(-1), flat_mask, None, None, None, comparison)
+    call = LinearDivergenceCall(options, reference, rows, NeededGradients(False, False, False))
     logprobs, entropy, values = LinearTokenDivergence.apply(hidden, weight, bias, call, backend)
     return TokenDivergence(values, entropy, logprobs)
 
@@ -168,27 +167,27 @@ def linear_token_divergence(
 ) -> TokenDivergence:
     """``token_divergence`` of ``h W^T + b``, in chunks of tokens: neither model's logits exist as a whole.
 
-    Masked rows are never projected; the backward projects those with an upstream gradient other than 0 again, both
-    models' in the same chunks. With equal hidden sizes that is ``4 N H V`` operations forward and ``8 N H V f``
+    Masked rows are never projected. The backward projects both models again, in the same chunks, for the rows whose
+    upstream gradient is not 0. With equal hidden sizes that is ``4 N H V`` operations forward and ``8 N H V f``
     backward at a live share ``f``, for every divergence.
 
     Args:
         hidden_states, lm_head_weight, bias, logits_dtype, workspace_bytes: As for ``linear_token_logprobs``; the
             workspace is both models'.
-        reference_logits: The reference's, where they are at hand; else
-        reference_hidden_states, reference_lm_head_weight, reference_bias: its last hidden states and head, whose width
-            and dtype are its own. All are constants: no gradient flows there.
+        reference_logits: The reference's logits, if they exist. No gradient flows to the reference.
+        reference_hidden_states, reference_lm_head_weight, reference_bias: Otherwise its last hidden states and head,
+            which may have another hidden size and dtype.
         divergence, mixture, ids, mask, temperature, divergence_temperature, softcap, logit_scale, reference_softcap,
             reference_logit_scale, debug: As for ``token_divergence``.
-        backend: "auto", or one of ``grpo_kernels.backends.BACKENDS``. "torch" forms the whole logits.
+        backend: "auto", or one of ``grpo_kernels.BACKENDS``. "torch" forms the whole logits.
 
     Returns:
         ``TokenDivergence``, each field shaped like the tokens, in nats and differentiable.
 
     Raises:
         TypeError: A dtype does not fit.
-        ValueError: As for ``linear_token_logprobs`` and ``token_divergence``, or not either reference logits or both
-            hidden states and head are given.
+        ValueError: As for ``linear_token_logprobs`` and ``token_divergence``, or the reference is not given in exactly
+            one of the two ways.
         RuntimeError: The named backend cannot run here.
 
     Example:
@@ -196,7 +195,7 @@ def linear_token_divergence(
         >>> linear_token_divergence(hidden, head, reference_logits=torch.tensor([[[1.0, 3.0]]])).divergence
         tensor([[0.4338]])
     """
-    given_ids = ids
+    wants_logprobs = ids is not None
     if ids is None:
         ids = torch.zeros(hidden_states.shape[:-1], dtype=torch.int64, device=hidden_states.device)
     check_head(hidden_states, lm_head_weight, bias, ids)
@@ -221,5 +220,5 @@ def linear_token_divergence(
     backend = backends.resolve(
         "linear_token_divergence", backend, hidden_states.device, partial(RowClass.of_head, lm_head_weight)
     )
-    found = divergences(hidden_states, lm_head_weight, bias, ids, mask, options, reference, comparison, backend)
-    return found._replace(logprobs=None) if given_ids is None else found
+    results = divergences(hidden_states, lm_head_weight, bias, ids, mask, options, reference, comparison, backend)
+    return results if wants_logprobs else results._replace(logprobs=None)

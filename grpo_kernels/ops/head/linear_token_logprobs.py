@@ -15,21 +15,27 @@ from grpo_kernels.device_values import check_device_values
 from grpo_kernels.measured_backends import RowClass
 from grpo_kernels.ops.gradients import named_gradients, refuse_double_backward
 from grpo_kernels.ops.head import reference
-from grpo_kernels.ops.head.buffers import KeepingLogits, KeptLogits, Needs, kept_shape
+from grpo_kernels.ops.head.buffers import NeededGradients, SavedLogitsSource, SavingLogitsSource, saved_logits_shape
 from grpo_kernels.ops.head.driver import Chunk, HeadPass, RowOp, RowResults, clamp_ids
 from grpo_kernels.ops.head.gemm import Head
-from grpo_kernels.ops.head.inputs import HeadOptions, check_head, flat_rows
+from grpo_kernels.ops.head.inputs import HeadOptions, check_head, flatten_hidden
 from grpo_kernels.ops.head.selection import SelectedRows
 from grpo_kernels.ops.registration import KERNEL_BACKENDS, define
 from grpo_kernels.ops.rows import reference as rows_reference
-from grpo_kernels.ops.rows.calls import GradientCall, StatisticsCall, empty_statistics, statistics_dtypes
+from grpo_kernels.ops.rows.calls import (
+    GradientCall,
+    StatisticsCall,
+    empty_statistics,
+    statistics_dtypes,
+    wanted_statistics,
+)
 from grpo_kernels.ops.rows.reference import TokenLogprobs
 from grpo_kernels.ops.rows.token_logprobs import (
-    like_ids,
-    like_rows,
     outputs_code,
     pack_outputs,
-    token_ids,
+    reshape_like_ids,
+    to_kernel_gradient,
+    to_kernel_ids,
     token_logprobs_bwd,
     token_logprobs_fwd,
     token_mask,
@@ -40,7 +46,7 @@ from grpo_kernels.validation import check_device, check_id_range
 
 @dataclass(frozen=True)
 class LinearStatisticsCall(Call):
-    """Whose statistics are taken, ``[N]``, what is kept of the logits, and whether ``dlogits W`` is formed."""
+    """Tokens ``[N]`` whose statistics are computed, how many logits are saved, and whether ``dlogits W`` is."""
 
     options: HeadOptions
     rows: StatisticsCall
@@ -50,25 +56,27 @@ class LinearStatisticsCall(Call):
 
 @dataclass(frozen=True)
 class LinearGradientCall(Call):
-    """Whose gradient is formed, ``[N]``, from which logits that were kept, and which gradients."""
+    """Tokens ``[N]`` with their upstream gradients, the saved logits, and which gradients are formed."""
 
     options: HeadOptions
     rows: GradientCall
-    kept: Tensor  # [kept, row_width]
-    kept_ids: Tensor  # [kept]
-    needs: Needs
+    saved_logits: Tensor  # [saved, row_width]
+    saved_ids: Tensor  # [saved]
+    needs: NeededGradients
 
 
 def _statistics_rows(backend: str, call: StatisticsCall) -> RowOp:
-    """Takes the statistics of a chunk and, where its gradient is wanted, that of the sum of log-probabilities."""
+    """Computes a chunk's statistics and, if wanted, the gradient of the sum of its log-probabilities."""
 
     def run(chunk: Chunk) -> RowResults:
         rows = call.map(lambda x: x[None, chunk.rows])
-        found = token_logprobs_fwd[backend](chunk.logits[None], rows)
+        results = token_logprobs_fwd[backend](chunk.logits[None], rows)
         if chunk.dlogits is not None:
-            gradient = GradientCall(rows.ids, rows.mask, *found[:3], torch.ones_like(found[0]), None, rows.transform)
+            gradient = GradientCall(
+                rows.ids, rows.mask, *results[:3], torch.ones_like(results[0]), None, rows.transform
+            )
             token_logprobs_bwd[backend](chunk.logits[None], gradient, chunk.dlogits[None])
-        return RowResults(tuple(x[0] if x.numel() else x for x in found))
+        return RowResults(tuple(x[0] if x.numel() else x for x in results))
 
     return run
 
@@ -79,25 +87,26 @@ def _fwd(
     options, ids, mask = call.options, call.rows.ids, call.rows.mask
     head = Head.of(backend, weight, bias, options.compute_dtype, options.logits_dtype)
     rows = SelectedRows.of(mask, None, ids)
-    logits = KeepingLogits(head, ids, rows, call.max_logits_bytes)
+    source = SavingLogitsSource(head, ids, rows, call.max_logits_bytes)
     selected = replace(
         call.rows,
         ids=rows.gather(clamp_ids(backend, ids, mask, head.vocab)),
         mask=None if mask is None else rows.unmasked(),
     )
-    run = HeadPass(
+    head_pass = HeadPass(
         backend,
         head,
         hidden,
         rows,
-        Needs(call.save_projection, False, False),
+        NeededGradients(call.save_projection, False, False),
         options.workspace_bytes,
-        logits,
+        source,
         dhidden_dtype=options.arithmetic_dtype,
     )
-    dtypes = statistics_dtypes(options.logits_dtype, call.rows.outputs)
-    statistics, (projection, *_) = run.run(_statistics_rows(backend, selected), dtypes)
-    return (*statistics, logits.memory, logits.ids, projection.to(options.arithmetic_dtype))
+    wanted = wanted_statistics(call.rows.outputs)
+    row_op, dtypes = _statistics_rows(backend, selected), statistics_dtypes(options.logits_dtype)
+    statistics, (projection, *_) = head_pass.run(row_op, dtypes, wanted)
+    return (*statistics, source.saved_logits, source.saved_ids, projection.to(options.arithmetic_dtype))
 
 
 def _gradient_rows(backend: str, call: GradientCall) -> RowOp:
@@ -112,29 +121,29 @@ def _gradient_rows(backend: str, call: GradientCall) -> RowOp:
 def _bwd(
     backend: str, hidden: Tensor, weight: Tensor, bias: Tensor | None, call: LinearGradientCall
 ) -> tuple[Tensor, ...]:
-    options, given = call.options, call.rows
+    options, inputs = call.options, call.rows
     head = Head.of(backend, weight, bias, options.compute_dtype, options.logits_dtype)
-    live = torch.stack([d != 0 for d in (given.dlogprobs, given.dentropy) if d is not None]).any(0)
-    rows = SelectedRows.of(live if given.mask is None else given.mask & live, None, given.ids)
-    ids = clamp_ids(backend, given.ids, given.mask, head.vocab)
-    selected = replace(replace(given, ids=ids, mask=None).map(rows.gather), mask=rows.unmasked())
-    logits = KeptLogits(head, call.kept, call.kept_ids, rows, ids.shape[0])
-    run = HeadPass(backend, head, hidden, rows, call.needs, options.workspace_bytes, logits)
-    _, gradients = run.run(_gradient_rows(backend, selected), ())
+    live = torch.stack([d != 0 for d in (inputs.dlogprobs, inputs.dentropy) if d is not None]).any(0)
+    rows = SelectedRows.of(live if inputs.mask is None else inputs.mask & live, None, inputs.ids)
+    ids = clamp_ids(backend, inputs.ids, inputs.mask, head.vocab)
+    selected = replace(replace(inputs, ids=ids, mask=None).map(rows.gather), mask=rows.unmasked())
+    source = SavedLogitsSource(head, call.saved_logits, call.saved_ids, rows, ids.shape[0])
+    head_pass = HeadPass(backend, head, hidden, rows, call.needs, options.workspace_bytes, source)
+    _, gradients = head_pass.run(_gradient_rows(backend, selected), ())
     return gradients
 
 
 def _fwd_fake(hidden: Tensor, weight: Tensor, bias: Tensor | None, call: LinearStatisticsCall) -> tuple[Tensor, ...]:
     dtype, ids = call.options.logits_dtype, call.rows.ids
     like = hidden.new_empty(0, dtype=dtype)
-    shape = kept_shape(ids.shape[0], weight.shape[0], dtype, weight.device, call.max_logits_bytes)
+    shape = saved_logits_shape(ids.shape[0], weight.shape[0], dtype, weight.device, call.max_logits_bytes)
     projection = hidden.new_empty(hidden.shape if call.save_projection else (0,), dtype=call.options.arithmetic_dtype)
     statistics = empty_statistics(like, ids.shape, call.rows.outputs)
     return (*statistics, like.new_empty(shape), ids.new_empty(shape[0]), projection)
 
 
-def gradient_fakes(hidden: Tensor, weight: Tensor, bias: Tensor | None, needs: Needs) -> tuple[Tensor, ...]:
-    """``dX``, ``dW`` and ``db`` as ops that form them return them, empty where not needed."""
+def gradient_fakes(hidden: Tensor, weight: Tensor, bias: Tensor | None, needs: NeededGradients) -> tuple[Tensor, ...]:
+    """Fake ``dX``, ``dW`` and ``db``, empty where not needed."""
     return (
         hidden.new_empty(hidden.shape if needs.need_dhidden else (0,)),
         weight.new_empty(weight.shape if needs.need_dweight else (0,)),
@@ -142,14 +151,14 @@ def gradient_fakes(hidden: Tensor, weight: Tensor, bias: Tensor | None, needs: N
     )
 
 
-#: The tensors that every op of a head takes first.
+#: The first arguments of every op of a head.
 HEAD_INPUTS = {"hidden": "Tensor", "weight": "Tensor", "bias": "Tensor?"}
-#: The statistics of every token, logits that are kept with the tokens they are of, and the projection of the gradient.
+#: The statistics of every token; the saved logits and their tokens; and ``dlogits W``, which a backward may scale.
 linear_token_logprobs_fwd = define(
     "linear_token_logprobs_fwd",
     HEAD_INPUTS | {"call": LinearStatisticsCall},
     "(Tensor logprobs, Tensor lse, Tensor entropy, Tensor log_sum_sq_probs, Tensor mean_logits, Tensor is_top1, "
-    "Tensor kept, Tensor kept_ids, Tensor projection)",
+    "Tensor saved_logits, Tensor saved_ids, Tensor projection)",
     _fwd_fake,
     {backend: partial(_fwd, backend) for backend in KERNEL_BACKENDS},
 )
@@ -168,18 +177,18 @@ class LinearTokenLogprobs(torch.autograd.Function):
     def forward(  # type: ignore[override]
         ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, call: LinearStatisticsCall, backend: str
     ) -> tuple[Tensor, ...]:
-        logprobs, lse, entropy, *extras, kept, kept_ids, projection = linear_token_logprobs_fwd[backend](
-            flat_rows(hidden), weight, bias, call
+        logprobs, lse, entropy, *extras, saved_logits, saved_ids, projection = linear_token_logprobs_fwd[backend](
+            flatten_hidden(hidden), weight, bias, call
         )
         rows = call.rows
         ctx.save_for_backward(
             hidden, weight, bias, rows.ids, rows.mask, projection if call.save_projection else None,
-            logprobs, lse, entropy, kept, kept_ids,
+            logprobs, lse, entropy, saved_logits, saved_ids,
         )  # fmt: skip
         ctx.options = (call.options, rows.transform, backend)
         ctx.set_materialize_grads(False)
         ids = hidden[..., 0]  # for the shape
-        shaped = [like_ids(x, ids) for x in (logprobs, entropy, *extras)]
+        shaped = [reshape_like_ids(x, ids) for x in (logprobs, entropy, *extras)]
         ctx.mark_non_differentiable(*shaped[2:])
         return tuple(shaped)
 
@@ -188,24 +197,26 @@ class LinearTokenLogprobs(torch.autograd.Function):
         refuse_double_backward()
         if dlogprobs is None and dentropy is None:
             return {}
-        hidden, weight, bias, ids, mask, projection, *statistics, kept, kept_ids = ctx.saved_tensors
+        hidden, weight, bias, ids, mask, projection, *statistics, saved_logits, saved_ids = ctx.saved_tensors
         if projection is not None and dentropy is None:
             c = dlogprobs.reshape(-1, 1)  # type: ignore[union-attr]
             live = c != 0 if mask is None else (c != 0) & mask[:, None]
             dhidden = torch.where(live, c * projection, 0).to(hidden.dtype).view(hidden.shape)
             return {"hidden": dhidden}
         options, transform, backend = ctx.options
-        upstream = (like_rows(dlogprobs, ids), like_rows(dentropy, ids))
+        upstream = (to_kernel_gradient(dlogprobs, ids), to_kernel_gradient(dentropy, ids))
         rows = GradientCall(ids, mask, *statistics, *upstream, transform)
-        needs = Needs(*ctx.needs_input_grad[:2], bias is not None and ctx.needs_input_grad[2])
-        call = LinearGradientCall(options, rows, kept, kept_ids, needs)
-        found = linear_token_logprobs_bwd[backend](flat_rows(hidden), weight, bias, call)
-        return head_gradients(found, needs, hidden.shape)
+        needs = NeededGradients(*ctx.needs_input_grad[:2], bias is not None and ctx.needs_input_grad[2])
+        call = LinearGradientCall(options, rows, saved_logits, saved_ids, needs)
+        gradients = linear_token_logprobs_bwd[backend](flatten_hidden(hidden), weight, bias, call)
+        return head_gradients(gradients, needs, hidden.shape)
 
 
-def head_gradients(found: tuple[Tensor, ...], needs: Needs, shape: torch.Size) -> dict[str, Tensor | None]:
-    """``dX`` in the shape of the hidden states, ``dW`` and ``db``, by the names of a function's inputs."""
-    dhidden, dweight, dbias = found
+def head_gradients(
+    gradients: tuple[Tensor, ...], needs: NeededGradients, shape: torch.Size
+) -> dict[str, Tensor | None]:
+    """``dX`` in the shape of the hidden states, ``dW`` and ``db``, by the names of the autograd functions' inputs."""
+    dhidden, dweight, dbias = gradients
     return {
         "hidden": dhidden.view(shape) if needs.need_dhidden else None,
         "weight": dweight if needs.need_dweight else None,
@@ -226,11 +237,11 @@ def _statistics(
     save_projection: bool,
     backend: str,
 ) -> tuple[Tensor, Tensor, tuple[Tensor, ...]]:
-    """Log-probabilities, entropies and what else is wanted, of validated arguments."""
-    needs = Needs.of(hidden, weight, bias)
+    """Log-probabilities, entropies and the other wanted statistics, of validated arguments."""
+    needs = NeededGradients.of(hidden, weight, bias)
     max_logits_bytes = max_logits_bytes if needs.any else 0
-    rows = StatisticsCall(token_ids(ids).view(-1), None if mask is None else mask.reshape(-1), transform, outputs)
-    is_head_frozen = needs == Needs(True, False, False)
+    rows = StatisticsCall(to_kernel_ids(ids).view(-1), None if mask is None else mask.reshape(-1), transform, outputs)
+    is_head_frozen = needs == NeededGradients(True, False, False)
     save_projection = save_projection and is_head_frozen and max_logits_bytes == 0
     call = LinearStatisticsCall(options, rows, max_logits_bytes, save_projection)
     logprobs, entropy, *extras = LinearTokenLogprobs.apply(hidden, weight, bias, call, backend)
@@ -250,8 +261,10 @@ def logprobs_and_entropy(
 ) -> TokenLogprobs:
     """``linear_token_logprobs`` of validated arguments."""
     code = outputs_code(("entropy",))
-    found = _statistics(hidden, weight, bias, ids, mask, options, transform, code, max_logits_bytes, True, backend)
-    return TokenLogprobs(*found[:2])
+    logprobs, entropy, _ = _statistics(
+        hidden, weight, bias, ids, mask, options, transform, code, max_logits_bytes, True, backend
+    )
+    return TokenLogprobs(logprobs, entropy)
 
 
 def linear_token_logprobs(
@@ -274,9 +287,9 @@ def linear_token_logprobs(
 ) -> TokenLogprobs:
     """``token_logprobs`` of ``h W^T + b``, in chunks of tokens: the logits never exist as a whole.
 
-    Masked rows are never projected. The backward projects again, forms the gradient and multiplies it, for the rows
-    with an upstream gradient other than 0 alone: ``2 N H V (1 + 3 f)`` operations at a live share ``f``,
-    ``2 N H V (1 + 2 f)`` for the rows whose logits were retained, and ``2 N H V f`` less where the head is frozen.
+    Masked rows are never projected. The backward projects again, forms the gradient and multiplies it, only for the
+    rows whose upstream gradient is not 0. That is ``2 N H V (1 + 3 f)`` operations at a live share ``f``;
+    ``2 N H V (1 + 2 f)`` for the rows whose logits were saved; and ``2 N H V f`` less if the head is frozen.
     Gradients accumulate in fp32 (fp64) and are rounded once, to their parameter's dtype.
 
     Args:
@@ -285,19 +298,19 @@ def linear_token_logprobs(
         ids: Token ids.
         bias: The head's bias.
         temperature, softcap, logit_scale, mask, outputs: As for ``token_logprobs``.
-        logits_dtype: What logits are rounded to: None means fp32 (fp64 for fp64 inputs); the inputs' dtype gives
-            log-probabilities off by the rounding of a logit. On a CPU neither saves memory: no GEMM there writes fp32
-            from half-precision inputs, so either the weight or each chunk's gradient is widened, ``4 V H`` bytes or
-            twice the chunk's, beside the workspace.
-        max_logits_bytes: Retain as many logits as fit in so many bytes from the forward to the backward.
-        workspace_bytes: Bound of the logits that exist at once beside those, one row at least. None means 1 GiB on a
-            CPU; on a GPU 1.5 GB, and 1,024 rows at least.
-        save_projection: Where the head is frozen and nothing is retained: save ``(onehot - p) f'(z) W`` of every row,
-            ``4 N H`` bytes, in the forward. The backward of a log-probability is then a product with it: ``4 N H V``
-            operations in all. False is the better where less than half of the rows will have a gradient. A gradient
-            of the entropy projects again either way.
-        debug: Check values on a GPU too, and what kernels met since (``check_device_values``): syncs.
-        backend: "auto", or one of ``grpo_kernels.backends.BACKENDS``. "torch" forms the whole logits.
+        logits_dtype: The dtype of the logits. None means fp32 (fp64 for fp64 inputs). With the inputs' dtype,
+            log-probabilities have the rounding error of a logit. On a CPU neither saves memory: no GEMM there writes
+            fp32 from half-precision inputs, so either the weight or each chunk's gradient is widened. That takes
+            ``4 V H`` bytes, or twice the chunk's, beside the workspace.
+        max_logits_bytes: Save as many logits as fit into this many bytes from the forward to the backward.
+        workspace_bytes: Bound of the other logits that exist at once, but at least one row. None means 1 GiB on a CPU;
+            on a GPU 1.5 GB, but at least 1,024 rows.
+        save_projection: With a frozen head and no saved logits: save ``(onehot - p) f'(z) W`` of every row, ``4 N H``
+            bytes, in the forward. The backward of a log-probability is then a product with it: ``4 N H V`` operations
+            in all. False is faster if less than half of the rows will have a gradient. A gradient of the entropy
+            projects again in any case.
+        debug: Check values on a GPU too, and the flags of earlier kernels (``check_device_values``): syncs.
+        backend: "auto", or one of ``grpo_kernels.BACKENDS``. "torch" forms the whole logits.
 
     Returns:
         ``TokenLogprobs``, each field shaped like ``ids``; ``logprobs`` and ``entropy`` are in nats and differentiable.
@@ -329,5 +342,5 @@ def linear_token_logprobs(
         logits = reference.project(hidden_states, lm_head_weight, bias, mask, *dtypes)
         return rows_reference.token_logprobs(logits, ids, mask, temperature, softcap, logit_scale, tuple(outputs))
     head = (hidden_states, lm_head_weight, bias)
-    found = _statistics(*head, ids, mask, options, transform, code, max_logits_bytes, save_projection, backend)
-    return pack_outputs(*found, tuple(outputs))
+    statistics = _statistics(*head, ids, mask, options, transform, code, max_logits_bytes, save_projection, backend)
+    return pack_outputs(*statistics, tuple(outputs))

@@ -19,7 +19,7 @@ def project(
     hidden = hidden_states.to(compute_dtype).to(wide)
     if mask is not None:
         hidden = torch.where(mask[..., None], hidden, 0)
-    with torch.autocast(hidden.device.type, enabled=False):  # else it would round the wide inputs and the products
+    with torch.autocast(hidden.device.type, enabled=False):  # it would round inputs and products
         logits = hidden @ lm_head_weight.to(compute_dtype).to(wide).mT
     if bias is not None:
         logits = logits + bias.to(compute_dtype).to(wide)

@@ -1,4 +1,4 @@
-"""The rows that a policy's are compared with: logits as they are given, or projected chunk by chunk."""
+"""The logits of the reference model: either given, or projected chunk by chunk."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from grpo_kernels.validation import check_device, check_float, check_shape
 
 @dataclass(frozen=True)
 class Reference(Call):
-    """A reference's logits, or hidden states and the head that makes logits of them."""
+    """A reference's logits, or its hidden states and head."""
 
     logits: Tensor | None  # [N, V]
     hidden: Tensor | None  # [N, H'], H' its own
@@ -40,7 +40,8 @@ class Reference(Call):
 
         Raises:
             TypeError: A dtype does not fit.
-            ValueError: Not either logits or both of hidden states and head are given, or shapes or devices do not fit.
+            ValueError: Neither logits nor both hidden states and head are given, or logits and any of these, or shapes
+                or devices do not fit.
         """
         if logits is not None:
             for name, other in (("hidden_states", hidden), ("lm_head_weight", weight), ("bias", bias)):
@@ -69,41 +70,41 @@ class Reference(Call):
 
 
 class ReferenceRows:
-    """A reference's logits, chunk by chunk: where they lie, or in a workspace of their own.
+    """A reference's logits, chunk by chunk: read in place, or written to a workspace of their own.
 
     Args:
-        reference: Where they come from.
-        rows: Which of them are wanted.
-        logits_dtype: What they are rounded to.
+        reference: Its logits, or hidden states and head.
+        rows: The selected rows.
+        logits_dtype: The dtype of the logits.
     """
 
     def __init__(self, reference: Reference, rows: SelectedRows, logits_dtype: torch.dtype) -> None:
-        self.given, self.hidden, self.rows, self.dtype = reference.logits, reference.hidden, rows, logits_dtype
+        self.all_logits, self.hidden, self.rows, self.dtype = reference.logits, reference.hidden, rows, logits_dtype
         self.head = None
         if reference.weight is not None:
             self.head = Head(reference.weight, reference.bias, reference.compute_dtype, logits_dtype, logits_dtype)
 
     @property
     def is_read_in_place(self) -> bool:
-        """Whether the logits given are read where they lie."""
-        given = self.given
-        is_dense = given is not None and (given.shape[1] == 1 or given.stride(1) == 1)
-        return is_dense and given.dtype == self.dtype and self.rows.index is None
+        """Whether the given logits are used without a copy."""
+        logits = self.all_logits
+        is_dense = logits is not None and (logits.shape[1] == 1 or logits.stride(1) == 1)
+        return is_dense and logits.dtype == self.dtype and self.rows.index is None
 
     @property
     def row_bytes(self) -> int:
-        """Of one row of the workspace."""
+        """Size of one row of the workspace."""
         return 0 if self.is_read_in_place else self._width * self.dtype.itemsize
 
     @property
     def _width(self) -> int:
-        like = self.given if self.head is None else self.head.parameter
+        like = self.all_logits if self.head is None else self.head.parameter
         vocab = like.shape[1] if self.head is None else like.shape[0]
         return row_width(vocab, self.dtype, like.device)
 
     def workspace(self, rows: int) -> Tensor:  # [rows, row_width]
-        """Memory for so many rows, none where they are read in place."""
-        like = self.given if self.head is None else self.hidden
+        """Memory for this many rows; empty if the logits are read in place."""
+        like = self.all_logits if self.head is None else self.hidden
         return like.new_empty(0 if self.is_read_in_place else rows, self._width, dtype=self.dtype)
 
     def logits(self, chunk: slice, workspace: Tensor) -> Tensor:  # -> [n, V]
@@ -111,6 +112,6 @@ class ReferenceRows:
         if self.head is not None:
             return self.head.logits(self.head.inputs(self.hidden, self.rows, chunk), workspace)
         if self.is_read_in_place:
-            return self.given[chunk]
-        out = workspace[: chunk.stop - chunk.start, : self.given.shape[1]]
-        return out.copy_(self.given[self.rows.slice(chunk)])
+            return self.all_logits[chunk]
+        out = workspace[: chunk.stop - chunk.start, : self.all_logits.shape[1]]
+        return out.copy_(self.all_logits[self.rows.slice(chunk)])

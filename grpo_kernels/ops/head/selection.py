@@ -1,4 +1,4 @@
-"""Which tokens a head projects, in which order and how many at once."""
+"""Which tokens a head projects, in which order, and how many at once."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from grpo_kernels.device_values import note_live_rows
+from grpo_kernels.device_values import flag_live_rows
 
-#: A chunk with more dead rows than this is packed: below it moving the live ones costs more than their GEMMs save.
-_WORTH_PACKING = 1 / 8
+#: The least share of dead rows at which a chunk is packed. Below it, moving rows costs more than their GEMMs.
+_MIN_DEAD_SHARE = 1 / 8
 
 
 @dataclass(frozen=True)
@@ -19,28 +19,28 @@ class SelectedRows:
     """Tokens in the order in which they are projected: those that may have a gradient, then the other unmasked ones.
 
     Args:
-        index: Which token each is; None where all are taken as they come, masked ones among them.
-        live: How many may have a gradient.
-        count: How many there are.
-        device: Where they are.
-        mask: The mask where masked tokens are among them.
+        index: The token of each row; None if all tokens are taken in their own order, masked ones included.
+        live_count: How many rows may have a gradient; they come first.
+        count: Number of rows.
+        device: The device of the tokens.
+        mask: The rows' mask if masked tokens are included.
     """
 
     index: Tensor | None  # [count]
-    live: int
+    live_count: int
     count: int
     device: torch.device
-    mask: Tensor | None = None  # [N]
+    mask: Tensor | None = None  # [count]
 
     @classmethod
     def of(cls, mask: Tensor | None, live: Tensor | None, like: Tensor, max_live: int | None = None) -> SelectedRows:
-        """The rows of ``like [N, ...]``. One sync, and none where a CUDA graph is captured: then all are taken.
+        """Selects among the rows of ``like [N, ...]``. One sync, or none during CUDA graph capture: all rows are taken.
 
         Args:
-            mask: ``[N]`` bool; None where none is masked.
-            live: ``[N]`` bool, which may have a gradient; None means all.
+            mask: ``[N]`` bool; None if nothing is masked.
+            live: ``[N]`` bool, which rows may have a gradient; None means all.
             like: Gives the number of rows and the device.
-            max_live: At most so many may have one: no sync, and masked rows stay among the others, last.
+            max_live: Bound of the live rows. With it nothing is read back; masked rows are included, last.
         """
         rows = like.shape[0]
         if (mask is None and live is None) or (max_live is None and is_capturing(like.device)):
@@ -49,45 +49,44 @@ class SelectedRows:
         unmasked = torch.ones(rows, dtype=torch.bool, device=like.device) if mask is None else mask
         kind = unmasked.to(torch.uint8) + (unmasked if live is None else unmasked & live)
         if max_live is not None:
-            note_live_rows((kind == 2).sum(), max_live)
+            flag_live_rows((kind == 2).sum(), max_live)
             order = kind.argsort(descending=True, stable=True)
             return cls(order, min(max_live, rows), rows, like.device, unmasked[order])
-        n_live, count = torch.stack([(kind == 2).sum(), (kind > 0).sum()]).tolist()
-        if n_live == rows:
+        live_count, count = torch.stack([(kind == 2).sum(), (kind > 0).sum()]).tolist()
+        if live_count == rows:
             return cls(None, rows, rows, like.device)
-        return cls(kind.argsort(descending=True, stable=True)[:count], n_live, count, like.device)
+        return cls(kind.argsort(descending=True, stable=True)[:count], live_count, count, like.device)
 
     def gather(self, values: Tensor) -> Tensor:  # [N, ...] -> [count, ...]
-        """The values of these tokens, in this order."""
+        """The values of the selected tokens, in their order."""
         return values if self.index is None else values[self.index]
 
     def scatter(self, values: Tensor, rows: int) -> Tensor:  # [count] -> [rows]
-        """The values at their tokens' places; 0 elsewhere."""
+        """The values at their tokens' positions; 0 elsewhere."""
         return values if self.index is None else values.new_zeros(rows).index_copy_(0, self.index, values)
 
     def slice(self, chunk: slice) -> Tensor | slice:
-        """Which tokens a chunk of these rows holds."""
+        """The tokens of a chunk of these rows."""
         return chunk if self.index is None else self.index[chunk]
 
     def unmasked(self) -> Tensor:  # [count]
-        """Which of these are unmasked. Where masked tokens were left out all are, and kernels still get a mask: they
-        are then the same kernels as where a CUDA graph is captured, which leaves none out."""
+        """Which rows are unmasked. Never None, so that the same kernels run as during CUDA graph capture."""
         return torch.ones(self.count, dtype=torch.bool, device=self.device) if self.mask is None else self.mask
 
 
 def is_capturing(device: torch.device) -> bool:
-    """Whether a CUDA graph is being captured, so that nothing may be read back."""
+    """Whether a CUDA graph is being captured. Nothing may be read back then."""
     return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
 
 
 def row_chunks(begin: int, end: int, row_bytes: int, workspace_bytes: int, multiple: int = 1) -> Iterator[slice]:
-    """Slices of about equal size from ``begin`` to ``end``, each at least one row and within the workspace.
+    """Slices of about equal size from ``begin`` to ``end`` that fit into the workspace; at least one row each.
 
     Args:
         begin, end: The rows.
-        row_bytes: Of one row of the workspace.
-        workspace_bytes: Of the workspace.
-        multiple: Of which the slices' sizes are, the last one's excepted, where the workspace holds so many.
+        row_bytes: Size of one row of the workspace.
+        workspace_bytes: Size of the workspace.
+        multiple: All sizes but the last are a multiple of this, if the workspace holds that many rows.
     """
     if begin >= end:
         return
@@ -101,26 +100,29 @@ def row_chunks(begin: int, end: int, row_bytes: int, workspace_bytes: int, multi
 
 
 def pack_live(backend: str, values: Tensor, live: Tensor) -> tuple[Tensor, Tensor | None]:
-    """The live rows of ``values [n, V]``, ``[m, V]`` in its memory, and which rows they were; None where all are kept.
+    """Moves the live rows of ``values [n, V]`` together, in its own memory. One sync, for their number.
 
-    One sync, for their number. "cuda" moves no more rows than there are dead ones, in whatever order that makes;
-    elsewhere the order is kept, and rows stay where moving them would cost more than their GEMMs.
+    "cuda" moves as few rows as possible and does not keep their order. The others keep it, and move nothing if that
+    would cost more than the GEMMs of the dead rows.
+
+    Returns:
+        The rows ``[m, V]``, and the index of each, ``[m]``; None if all rows are kept.
     """
     if backend == "cuda":
         order, count = torch.ops.grpo_kernels.pack_rows_cuda(values, live)
         number = int(count)
         return values[:number], None if number == live.shape[0] else order[:number]
     index = live.nonzero()[:, 0]
-    if index.shape[0] >= (1 - _WORTH_PACKING) * live.shape[0]:
+    if index.shape[0] >= (1 - _MIN_DEAD_SHARE) * live.shape[0]:
         return values, None
     return pack_rows(values, index), index
 
 
 def pack_rows(values: Tensor, index: Tensor) -> Tensor:  # [n, V], [m] -> [m, V]
-    """Rows ``index`` of ``values``, rising, moved up against each other in their own memory, an eighth at a time."""
+    """Moves the rows ``index``, in rising order, to the front of ``values``, an eighth of them at a time."""
     count = index.shape[0]
     step = max(1, count // 8)
     for start in range(0, count, step):
         stop = min(start + step, count)
-        values[start:stop] = values[index[start:stop]]  # read whole before any of it is written
+        values[start:stop] = values[index[start:stop]]  # the right side is copied before the left is written
     return values[:count]

@@ -1,4 +1,4 @@
-"""What the ops over rows of logits are given beside the logits."""
+"""Arguments of the ops over rows of logits, beside the logits."""
 
 from __future__ import annotations
 
@@ -14,36 +14,40 @@ from grpo_kernels.loss.fields import TokenFields
 from grpo_kernels.ops.rows.transform import Comparison, Transform
 
 
-def statistics_dtypes(logits_dtype: torch.dtype, outputs: int) -> tuple[torch.dtype | None, ...]:
-    """Of ``logprobs, lse, entropy, log_sum_sq_probs, mean_logits, is_top1``; None where not wanted.
+def statistics_dtypes(logits_dtype: torch.dtype) -> tuple[torch.dtype, ...]:
+    """Dtypes of ``logprobs, lse, entropy, log_sum_sq_probs, mean_logits, is_top1``.
 
-    The log-sum-exp is fp64: the backward takes differences of logits from it, and an offset common to all logits
-    would leave an fp32 one with few digits after the point.
+    The log-sum-exp is fp64, because the backward subtracts it from logits. If all logits have a large common offset, an
+    fp32 log-sum-exp has too few digits after the point.
     """
     dtype = accumulation_dtype(logits_dtype)
-    extras = (x if outputs >> bit & 1 else None for bit, x in enumerate((dtype, dtype, torch.bool), 1))
-    return (dtype, torch.float64, dtype, *extras)
+    return dtype, torch.float64, dtype, dtype, dtype, torch.bool
+
+
+def wanted_statistics(outputs: int) -> tuple[bool, ...]:
+    """Which of the statistics are wanted: the first three always are."""
+    return True, True, True, *(bool(outputs >> bit & 1) for bit in (1, 2, 3))
 
 
 def empty_statistics(like: Tensor, shape: tuple[int, ...], outputs: int) -> tuple[Tensor, ...]:
-    """Memory for the statistics, of shape ``[0]`` where not wanted."""
-    dtypes = statistics_dtypes(like.dtype, outputs)
-    return tuple(like.new_empty((0,) if dtype is None else shape, dtype=dtype) for dtype in dtypes)
+    """Memory for the statistics, of shape ``[0]`` if not wanted."""
+    pairs = zip(statistics_dtypes(like.dtype), wanted_statistics(outputs), strict=True)
+    return tuple(like.new_empty(shape if wanted else (0,), dtype=dtype) for dtype, wanted in pairs)
 
 
 @dataclass(frozen=True)
 class StatisticsCall(Call):
-    """Whose statistics of rows ``[B, T or T + 1, V]`` are taken."""
+    """Tokens whose statistics are computed, of rows ``[B, T or T + 1, V]``."""
 
     ids: Tensor  # [B, T]
     mask: Tensor | None  # [B, T]
     transform: Transform
-    outputs: int  # bit i is set where OUTPUTS[i] is wanted
+    outputs: int  # bit i is set if OUTPUTS[i] is wanted
 
 
 @dataclass(frozen=True)
 class GradientCall(Call):
-    """Statistics of rows, and the gradients of a loss by log-probability and entropy; each like the ids."""
+    """Statistics of tokens, and the upstream gradients of log-probabilities and entropies; each like the ids."""
 
     ids: Tensor  # [B, T]
     mask: Tensor | None
@@ -57,9 +61,9 @@ class GradientCall(Call):
 
 @dataclass(frozen=True)
 class GroupRewards(Call):
-    """Rewards that become advantages on the way."""
+    """Rewards from which the kernel computes advantages; none by default."""
 
-    rewards: Tensor | None = None  # [S]
+    rewards: Tensor | None = None  # [S], one per completion
     num_generations: int = 1
     is_scaled: bool = False
     eps: float = 0.0
@@ -67,7 +71,7 @@ class GroupRewards(Call):
 
 @dataclass(frozen=True)
 class LossRowsCall(Call):
-    """The loss of rows ``[B, T or T + 1, V]``."""
+    """A loss of tokens, of rows ``[B, T or T + 1, V]``."""
 
     ids: Tensor  # [B, T]
     fields: TokenFields  # of these tokens
@@ -78,7 +82,7 @@ class LossRowsCall(Call):
 
 @dataclass(frozen=True)
 class DivergenceCall(Call):
-    """Whose divergences are taken, and the gradients of a loss by log-probability, entropy and divergence."""
+    """Tokens whose divergences are computed, and the upstream gradients of the results."""
 
     ids: Tensor  # [B, T], like the next four
     mask: Tensor | None

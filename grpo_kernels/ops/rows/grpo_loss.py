@@ -22,7 +22,7 @@ from grpo_kernels.ops.rows import reference
 from grpo_kernels.ops.rows.calls import GroupRewards, LossRowsCall
 from grpo_kernels.ops.rows.reference import TokenDivergence, TokenLogprobs
 from grpo_kernels.ops.rows.token_divergence import token_divergence
-from grpo_kernels.ops.rows.token_logprobs import rows_of, token_ids, token_logprobs
+from grpo_kernels.ops.rows.token_logprobs import to_kernel_ids, to_kernel_logits, token_logprobs
 from grpo_kernels.ops.rows.transform import Transform
 from grpo_kernels.ops.tokens.calls import PolicyLossCall
 from grpo_kernels.ops.tokens.group_advantages import EPS, check_rewards, group_advantages
@@ -32,7 +32,7 @@ from grpo_kernels.validation import check_cu_seqlens, check_device, check_id_ran
 
 
 class GRPOLossOutput(NamedTuple):
-    """A scalar loss, the only differentiable field; log-probs and entropy in nats, like the ids; TRL's metrics."""
+    """A scalar loss, the only differentiable field; log-probs and entropy in nats, like the ids; metrics as in TRL."""
 
     loss: Tensor
     logprobs: Tensor
@@ -47,9 +47,9 @@ def _fake(logits: Tensor, call: LossRowsCall, dlogits: Tensor | None) -> tuple[T
     return (*statistics, torch.empty_like(ids, dtype=torch.bool), advantages)
 
 
-#: Statistics of every row and, into ``dlogits``, the gradient of the loss. ``dlogits`` may be ``logits`` itself, and
-#: for a backend that says so have another dtype. ``live`` tells the rows with a coefficient other than 0; those of the
-#: others are 0. Where rewards are given, the advantages that they make are returned ``[S]``, else none are.
+#: Statistics of every row; and the gradient of the loss, written to ``dlogits``. ``dlogits`` may be ``logits`` itself,
+#: and may have another dtype if the backend supports that. ``live`` marks the rows with a nonzero coefficient; the
+#: gradient of all others is 0. ``advantages`` are ``[S]`` with rewards, ``[0]`` without.
 grpo_loss_fwd = define(
     "grpo_loss_fwd",
     {"logits": "Tensor", "call": LossRowsCall, "dlogits": "Tensor(a!)?"},
@@ -76,7 +76,7 @@ class _GRPOLoss(torch.autograd.Function):
         if form_gradient:
             dlogits = values if inplace else torch.empty(values.shape, dtype=values.dtype, device=values.device)
         logprobs, entropy, _, advantages = grpo_loss_fwd[backend](
-            rows_of(values), rows, dlogits if dlogits is None or dlogits.dim() == 3 else dlogits[None]
+            to_kernel_logits(values), rows, dlogits if dlogits is None or dlogits.dim() == 3 else dlogits[None]
         )
         if rows.group.rewards is not None:
             policy = replace(policy, fields=replace(policy.fields, advantages=advantages))
@@ -128,8 +128,8 @@ def grpo_loss(
     """The GRPO loss from logits, its gradient formed in the same pass.
 
     ``token_logprobs`` at the configuration's temperature, then ``policy_loss``; see there for the equations. At token
-    level the forward reads the logits once and writes their gradient once, and the backward multiplies it by the
-    upstream scalar, unless that is 1. A sequence-level ratio needs a pass for the statistics first.
+    level the forward reads the logits once and writes their gradient once. The backward multiplies it by the upstream
+    scalar, unless that is 1. A sequence-level ratio first needs a pass for the statistics.
 
     Args:
         logits: Position ``t`` predicts token ``t``. A ``T + 1``-th position, as ``logits_to_keep=T + 1`` gives it, is
@@ -137,21 +137,21 @@ def grpo_loss(
         completion_ids: The sampled tokens.
         advantages: One per completion, unitless; or one per token; or None, with ``rewards``.
         completion_mask: 0 excludes a token, whatever the other inputs hold there.
-        rewards: Instead of advantages: ``group_advantages`` is taken over these. Whole groups, on this process.
+        rewards: Instead of advantages, which are then ``group_advantages`` of these. Whole groups, on this process.
         num_generations: Completions per prompt, with ``rewards``.
         scale_rewards: "group" or "none", with ``rewards``.
         old_logprobs, ref_logprobs, sampling_logprobs, rollout_is_weights, entropy_threshold, num_items_in_batch,
             cu_seqlens: As for ``policy_loss``.
-        reference_logits: The frozen reference policy's, in the dtype of ``logits``, transformed as they are; for an
-            exact ``kl_estimator``, instead of ``ref_logprobs``. The loss then takes the statistics of both rows first,
-            and reads them once more for the gradient.
+        reference_logits: Logits of the frozen reference policy, in the dtype of ``logits`` and with the same transform;
+            for an exact ``kl_estimator``, instead of ``ref_logprobs``. The loss then first computes the statistics of
+            both rows, and reads them once more for the gradient.
         loss_scale: Multiplies the loss and the gradient, before the gradient is rounded to the logits' dtype.
         config: The loss.
         softcap, logit_scale: As for ``token_logprobs``.
-        inplace: Write the gradient over the logits, which then hold no logits any more; their last dimension must be
-            dense. The "torch" backend has no such form and leaves them as they are.
-        debug: Check values on a GPU too, and what kernels met since (``check_device_values``): syncs.
-        backend: "auto", or one of ``grpo_kernels.backends.BACKENDS``.
+        inplace: Overwrite the logits with their gradient; their last dimension must be dense. The "torch" backend does
+            not overwrite them.
+        debug: Check values on a GPU too, and the flags of earlier kernels (``check_device_values``): syncs.
+        backend: "auto", or one of ``grpo_kernels.BACKENDS``.
 
     Returns:
         ``GRPOLossOutput``; only ``loss`` is differentiable, and only once. A second backward is refused.
@@ -220,7 +220,7 @@ def _loss_of_logits(
     inplace: bool,
     backend: str,
 ) -> GRPOLossOutput:
-    """``grpo_loss`` of validated arguments: in one pass where a token's coefficient needs that token alone."""
+    """``grpo_loss`` of validated arguments, in one pass if the loss is token-local."""
     softcap, logit_scale = transform.softcap or None, transform.logit_scale
     options = {"temperature": config.temperature, "softcap": softcap, "logit_scale": logit_scale, "mask": inputs.mask}
     if reference_logits is not None:
@@ -239,11 +239,11 @@ def _loss_of_logits(
     if backend == "torch":
         rows = logits if ids.dim() == 1 else logits[:, : ids.shape[1]]
         return reference_loss(rows, ids, inputs, softcap, logit_scale, config)
-    inputs, config = inputs.token_local(config)
+    inputs, config = inputs.as_token_local(config)
     if not config.is_token_local:
         tokens = token_logprobs(logits, ids, outputs=("entropy",), inplace_backward=inplace, backend=backend, **options)
         return loss_of_tokens(tokens, inputs, config, backend)
-    call = LossRowsCall(token_ids(ids), inputs.row_fields, group, config.code(), transform)
+    call = LossRowsCall(to_kernel_ids(ids), inputs.row_fields, group, config.code(), transform)
     policy = PolicyLossCall.of(inputs, config)
     form_gradient = torch.is_grad_enabled() and logits.requires_grad
     loss, logprobs, entropy, partials = _GRPOLoss.apply(logits, call, policy, form_gradient, inplace, backend)
@@ -266,20 +266,20 @@ def reference_loss(
 def loss_of_tokens(
     tokens: TokenLogprobs | TokenDivergence, inputs: PolicyInputs, config: GRPOLossConfig, backend: str
 ) -> GRPOLossOutput:
-    """A loss that needs the statistics of all rows first: their gradient is formed in the backward."""
+    """A loss from the statistics of all rows; the backward of the statistics forms the gradient."""
     divergence = tokens.divergence if isinstance(tokens, TokenDivergence) else None
     loss, metrics = policy_loss_of(tokens.logprobs, tokens.entropy, divergence, inputs, config, backend)
     return GRPOLossOutput(loss, tokens.logprobs.detach(), tokens.entropy.detach(), metrics)
 
 
-def check_reference(is_given: bool, ref_logprobs: Tensor | None, config: GRPOLossConfig, name: str) -> None:
-    """Raises ValueError unless a reference's distributions are given where the divergence is exact, and only there."""
-    if is_given and ref_logprobs is not None:
+def check_reference(has_reference: bool, ref_logprobs: Tensor | None, config: GRPOLossConfig, name: str) -> None:
+    """Raises ValueError unless a reference's distributions are given exactly if the divergence needs them."""
+    if has_reference and ref_logprobs is not None:
         raise ValueError(f"ref_logprobs must be None beside {name.rstrip(',')}, got both")
-    if is_given != config.has_exact_divergence:
+    if has_reference != config.has_exact_divergence:
         raise ValueError(
-            f'{name} must be {"None" if is_given else "given"} with kl_estimator="{config.kl_estimator}" and '
-            f"beta={config.beta}, got {'a tensor' if is_given else 'None'}"
+            f'{name} must be {"None" if has_reference else "given"} with kl_estimator="{config.kl_estimator}" and '
+            f"beta={config.beta}, got {'a tensor' if has_reference else 'None'}"
         )
 
 
@@ -292,7 +292,7 @@ def check_group_rewards(
     cu_seqlens: Tensor | None,
     debug: bool,
 ) -> None:
-    """Raises ValueError unless either advantages are given or rewards, these in whole groups, one a completion."""
+    """Raises ValueError unless either advantages or rewards are given. Rewards are whole groups, one per completion."""
     if advantages is not None:
         if rewards is not None:
             raise ValueError("rewards must be None where advantages are given, got both")

@@ -1,4 +1,4 @@
-"""Rows of logits in plain torch: log-probabilities, the GRPO loss, divergences. Every row is a token's."""
+"""Log-probabilities, the GRPO loss and divergences from logits, in plain torch. Each row of logits is one token's."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ OUTPUTS = ("entropy", "log_sum_sq_probs", "mean_logits", "is_top1")
 
 
 class TokenLogprobs(NamedTuple):
-    """Per-token statistics of ``p = softmax(y)``, each shaped like the ids; None unless asked for in ``outputs``.
+    """Per-token statistics of ``p = softmax(y)``, each shaped like the ids; None if not in ``outputs``.
 
     ``logprobs`` and ``entropy`` are in nats and differentiable; the others are not.
     """
@@ -26,7 +26,7 @@ class TokenLogprobs(NamedTuple):
     entropy: Tensor | None = None
     log_sum_sq_probs: Tensor | None = None  # log sum_v p_v^2
     mean_logits: Tensor | None = None  # mean_v y_v
-    is_top1: Tensor | None = None  # whether the token is the first of largest logit
+    is_top1: Tensor | None = None  # whether the token is the first with the largest logit
 
 
 def transform_logits(logits: Tensor, temperature: float, softcap: float | None, logit_scale: float) -> Tensor:
@@ -46,7 +46,7 @@ def token_logprobs(
     logit_scale: float,
     outputs: tuple[str, ...],
 ) -> TokenLogprobs:
-    """``log_softmax(y)[id]`` and the statistics asked for; 0 where masked."""
+    """``log_softmax(y)[id]`` and the statistics in ``outputs``; 0 where masked."""
     logits = logits.to(torch.float64 if logits.dtype == torch.float64 else torch.float32)
     if mask is not None:
         logits = torch.where(mask[..., None], logits, 0)
@@ -87,7 +87,7 @@ def grpo_loss(
 
 
 class TokenDivergence(NamedTuple):
-    """Per-token results, in nats, shaped like the tokens, all differentiable; log-probabilities only of given ids."""
+    """Per-token results in nats, shaped like the tokens, all differentiable. Log-probabilities are None without ids."""
 
     divergence: Tensor
     entropy: Tensor
@@ -123,7 +123,7 @@ def token_divergence(
     p, q = log_p.exp(), log_q.exp()
 
     def expected(probability: Tensor, log_ratio: Tensor) -> Tensor:  # [..., V] -> [...]
-        """``sum p log``; where a probability is 0 so is its term, and its gradient."""
+        """``sum p log_ratio``. A term with probability 0 is 0, and so is its gradient."""
         is_possible = probability > 0
         return (torch.where(is_possible, probability, 0) * torch.where(is_possible, log_ratio, 0)).sum(-1)
 
@@ -132,7 +132,7 @@ def token_divergence(
     elif mixture == 1:
         divergence = expected(p, log_p - log_q)
     else:
-        is_possible = (p > 0) | (q > 0)  # where neither is, logaddexp has no derivative
+        is_possible = (p > 0) | (q > 0)  # logaddexp of two minus infinities has no derivative
         shares = (log_q + math.log(mixture), log_p + math.log1p(-mixture))
         log_m = torch.logaddexp(*(torch.where(is_possible, x, 0) for x in shares))
         divergence = mixture * expected(q, log_q - log_m) + (1 - mixture) * expected(p, log_p - log_m)

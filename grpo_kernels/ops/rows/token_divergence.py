@@ -17,7 +17,7 @@ from grpo_kernels.ops.registration import define, lazy_import
 from grpo_kernels.ops.rows import reference
 from grpo_kernels.ops.rows.calls import DivergenceCall
 from grpo_kernels.ops.rows.reference import TokenDivergence
-from grpo_kernels.ops.rows.token_logprobs import like_rows, rows_of, token_ids, token_mask
+from grpo_kernels.ops.rows.token_logprobs import to_kernel_gradient, to_kernel_ids, to_kernel_logits, token_mask
 from grpo_kernels.ops.rows.transform import Comparison, Transform
 from grpo_kernels.validation import (
     check_device,
@@ -34,9 +34,9 @@ def _fake(logits: Tensor, reference_logits: Tensor, call: DivergenceCall, dlogit
     return tuple(torch.empty_like(call.ids, dtype=dtype) for _ in range(3))
 
 
-#: Statistics of every row beside those of the reference and, into ``dlogits`` where it is given, the gradient that the
-#: upstream ones make. ``dlogits`` may be ``logits`` itself, and for a backend that says so have another dtype. The
-#: backward takes the statistics again: they cost no further read of memory.
+#: Statistics of every row; and, if ``dlogits`` is given, the gradient written to it. ``dlogits`` may be ``logits``
+#: itself, and may have another dtype if the backend supports that. The backward computes the statistics again, because
+#: it reads both rows from memory anyway.
 token_divergence_rows = define(
     "token_divergence",
     {"logits": "Tensor", "reference_logits": "Tensor", "call": DivergenceCall, "dlogits": "Tensor(a!)?"},
@@ -58,7 +58,9 @@ class _TokenDivergence(torch.autograd.Function):
         inplace_backward: bool,
         backend: str,
     ) -> tuple[Tensor, ...]:
-        results = token_divergence_rows[backend](rows_of(logits), rows_of(reference_logits), call, None)
+        results = token_divergence_rows[backend](
+            to_kernel_logits(logits), to_kernel_logits(reference_logits), call, None
+        )
         ctx.save_for_backward(logits, reference_logits, call.ids, call.mask)
         ctx.options = (call.comparison, inplace_backward, backend)
         ctx.set_materialize_grads(False)
@@ -75,9 +77,12 @@ class _TokenDivergence(torch.autograd.Function):
         logits, reference_logits, ids, mask = ctx.saved_tensors
         logits = logits.detach()
         dlogits = logits if inplace_backward else torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
-        call = DivergenceCall(ids, mask, *(like_rows(x, ids) for x in upstream), comparison)
+        call = DivergenceCall(ids, mask, *(to_kernel_gradient(x, ids) for x in upstream), comparison)
         token_divergence_rows[backend](
-            rows_of(logits), rows_of(reference_logits), call, dlogits if dlogits.dim() == 3 else dlogits[None]
+            to_kernel_logits(logits),
+            to_kernel_logits(reference_logits),
+            call,
+            dlogits if dlogits.dim() == 3 else dlogits[None],
         )
         if inplace_backward:
             mark_written(logits)
@@ -111,24 +116,24 @@ def token_divergence(
         "js"          a KL(q || m) + (1 - a) KL(p || m)       dy = (1 - a) p (log p - log m - KL(p || m))
 
     where ``m = a q + (1 - a) p``: arXiv:2306.13649 eq. 1. Each pass reads both rows from memory once. Arithmetic is
-    fp32, or fp64 for fp64 logits, and so are the results. A KL is infinite where its first distribution has weight that
-    the second has not, and its gradient is then NaN, or infinite; "js" never is.
+    fp32, or fp64 for fp64 logits, and so are the results. A KL is infinite if the second distribution is 0 at a token
+    where the first is not; its gradient is then NaN or infinite. "js" is always finite.
 
     Args:
         logits: Position ``t`` predicts token ``t``. With ``ids``, a ``T + 1``-th position is ignored, and its gradient
             is 0.
-        reference_logits: Of the reference or teacher, in the same dtype; a constant: no gradient flows there.
+        reference_logits: Logits of the reference or teacher, in the same dtype. No gradient flows to them.
         divergence: One of the above.
         mixture: ``a``, in (0, 1), of "js".
-        ids: Tokens whose log-probabilities are wanted as well.
+        ids: Tokens whose log-probabilities are returned as well.
         mask: 0 excludes a token, whatever the logits and the id hold there: its results are 0.
         temperature: Divides both logits, last.
-        divergence_temperature: The same for the divergence alone, where it differs (distillation's soft targets).
+        divergence_temperature: The same for the divergence only, if it differs (distillation's soft targets).
         softcap, logit_scale: As for ``token_logprobs``.
-        reference_softcap, reference_logit_scale: The same, of the reference.
+        reference_softcap, reference_logit_scale: The same for the reference.
         inplace_backward: As for ``token_logprobs``.
-        debug: Check values on a GPU too, and what kernels met since (``check_device_values``): syncs.
-        backend: "auto", or one of ``grpo_kernels.backends.BACKENDS``.
+        debug: Check values on a GPU too, and the flags of earlier kernels (``check_device_values``): syncs.
+        backend: "auto", or one of ``grpo_kernels.BACKENDS``.
 
     Returns:
         ``TokenDivergence``: divergence, the policy's entropy, and log-probabilities or None.
@@ -147,7 +152,7 @@ def token_divergence(
     check_float("logits", logits)
     if logits.dim() not in (2, 3):
         raise ValueError(f"logits must have shape [B, T, V] or, packed, [N, V], got {list(logits.shape)}")
-    given_ids = ids
+    wants_logprobs = ids is not None
     if ids is None:
         ids = torch.zeros(logits.shape[:-1], dtype=torch.int64, device=logits.device)
     check_logits(logits, ids)
@@ -173,13 +178,13 @@ def token_divergence(
     backend = backends.resolve("token_divergence", backend, logits.device, partial(RowClass.of_logits, logits))
     if backend == "torch":
         rows = [z if ids.dim() == 1 else z[:, : ids.shape[1]] for z in (logits, reference_logits)]
-        found = reference.token_divergence(*rows, ids, mask, comparison)
+        results = reference.token_divergence(*rows, ids, mask, comparison)
     else:
-        kernel_ids = token_ids(ids)
+        kernel_ids = to_kernel_ids(ids)
         kernel_mask = None if mask is None else mask.view(kernel_ids.shape)
         call = DivergenceCall(kernel_ids, kernel_mask, None, None, None, comparison)
         logprobs, entropy, values = _TokenDivergence.apply(
             logits, reference_logits.detach(), ids, call, inplace_backward, backend
         )
-        found = TokenDivergence(values, entropy, logprobs)
-    return found._replace(logprobs=None) if given_ids is None else found
+        results = TokenDivergence(values, entropy, logprobs)
+    return results if wants_logprobs else results._replace(logprobs=None)

@@ -26,7 +26,7 @@ from grpo_kernels.validation import (
     check_writable,
 )
 
-#: The statistics of every row, each like ids: log-prob, log-sum-exp and entropy always, the others where wanted.
+#: The statistics of every row, each like the ids: log-prob, log-sum-exp and entropy always, the others if wanted.
 token_logprobs_fwd = define(
     "token_logprobs_fwd",
     {"logits": "Tensor", "call": StatisticsCall},
@@ -34,7 +34,7 @@ token_logprobs_fwd = define(
     lambda logits, call: empty_statistics(logits, call.ids.shape, call.outputs),
     {"triton": lazy_import("grpo_kernels.ops.rows.triton.token_logprobs", "token_logprobs_fwd")},
 )
-#: Writes the gradient of every row into ``dlogits``, which may be ``logits`` itself.
+#: Writes the gradient of every row to ``dlogits``, which may be ``logits`` itself.
 token_logprobs_bwd = define(
     "token_logprobs_bwd",
     {"logits": "Tensor", "call": GradientCall, "dlogits": "Tensor(a!)"},
@@ -59,30 +59,30 @@ def outputs_code(outputs: tuple[str, ...]) -> int:
 def pack_outputs(
     logprobs: Tensor, entropy: Tensor, extras: tuple[Tensor, ...], outputs: tuple[str, ...]
 ) -> TokenLogprobs:
-    """A ``TokenLogprobs`` with None where an output was not asked for."""
-    given = dict(zip(OUTPUTS, (entropy, *extras), strict=True))
-    return TokenLogprobs(logprobs, *(given[name] if name in outputs else None for name in OUTPUTS))
+    """A ``TokenLogprobs`` with None for every output that is not wanted."""
+    statistics = dict(zip(OUTPUTS, (entropy, *extras), strict=True))
+    return TokenLogprobs(logprobs, *(statistics[name] if name in outputs else None for name in OUTPUTS))
 
 
-def rows_of(logits: Tensor) -> Tensor:  # -> [B, T or T + 1, V]
-    """Logits as kernels take them: three dimensions, the last one dense. Only a last dimension with gaps is copied."""
+def to_kernel_logits(logits: Tensor) -> Tensor:  # -> [B, T or T + 1, V]
+    """Logits in the form for kernels: three dimensions, the last one dense. They are copied only if it is not dense."""
     rows = logits if logits.dim() == 3 else logits[None]
     return rows if rows.stride(-1) == 1 or rows.shape[-1] == 1 else rows.contiguous()
 
 
-def token_ids(ids: Tensor) -> Tensor:  # [B, T] or [N] -> [B, T] int64
-    """Ids as kernels take them; packed tokens are one long row."""
+def to_kernel_ids(ids: Tensor) -> Tensor:  # [B, T] or [N] -> [B, T] int64
+    """Ids in the form for kernels: contiguous int64. Packed tokens become one row."""
     rows = ids if ids.dim() == 2 else ids[None]
     return (rows if rows.dtype == torch.int64 else rows.to(torch.int64)).contiguous()
 
 
-def like_ids(values: Tensor, ids: Tensor) -> Tensor:
-    """A statistic in the shape of the ids, as a view only where it has another; an empty one as it is."""
+def reshape_like_ids(values: Tensor, ids: Tensor) -> Tensor:
+    """A statistic in the shape of the ids. It is returned itself if it has that shape or is empty."""
     return values if values.shape == ids.shape or values.numel() != ids.numel() else values.view(ids.shape)
 
 
 def token_mask(mask: Tensor | None, ids: Tensor) -> Tensor | None:
-    """The mask, checked against the ids, as booleans.
+    """The mask as booleans, checked against the ids.
 
     Raises:
         TypeError: It is not a tensor that can be a mask.
@@ -95,8 +95,8 @@ def token_mask(mask: Tensor | None, ids: Tensor) -> Tensor | None:
     return (mask != 0).contiguous()
 
 
-def like_rows(values: Tensor | None, rows: Tensor) -> Tensor | None:
-    """An upstream gradient as kernels take it: contiguous, in the shape of ``token_ids``."""
+def to_kernel_gradient(values: Tensor | None, rows: Tensor) -> Tensor | None:
+    """An upstream gradient in the form for kernels: contiguous, in the shape of ``to_kernel_ids``."""
     return None if values is None else values.reshape(rows.shape).contiguous()
 
 
@@ -106,11 +106,11 @@ class _TokenLogprobs(torch.autograd.Function):
     def forward(  # type: ignore[override]
         ctx: Any, logits: Tensor, ids: Tensor, call: StatisticsCall, inplace_backward: bool, backend: str
     ) -> tuple[Tensor, ...]:
-        logprobs, lse, entropy, *extras = token_logprobs_fwd[backend](rows_of(logits), call)
+        logprobs, lse, entropy, *extras = token_logprobs_fwd[backend](to_kernel_logits(logits), call)
         ctx.save_for_backward(logits, call.ids, call.mask, logprobs, lse, entropy)
         ctx.options = (call.transform, inplace_backward, backend)
         ctx.set_materialize_grads(False)
-        shaped = [like_ids(x, ids) for x in (logprobs, entropy, *extras)]
+        shaped = [reshape_like_ids(x, ids) for x in (logprobs, entropy, *extras)]
         ctx.mark_non_differentiable(*shaped[2:])
         return tuple(shaped)
 
@@ -125,9 +125,9 @@ class _TokenLogprobs(torch.autograd.Function):
         logits, ids, mask, *statistics = ctx.saved_tensors
         logits = logits.detach()
         dlogits = logits if inplace_backward else torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
-        upstream = (like_rows(dlogprobs, ids), like_rows(dentropy, ids))
+        upstream = (to_kernel_gradient(dlogprobs, ids), to_kernel_gradient(dentropy, ids))
         call = GradientCall(ids, mask, *statistics, *upstream, transform)
-        token_logprobs_bwd[backend](rows_of(logits), call, dlogits if dlogits.dim() == 3 else dlogits[None])
+        token_logprobs_bwd[backend](to_kernel_logits(logits), call, dlogits if dlogits.dim() == 3 else dlogits[None])
         if inplace_backward:
             mark_written(logits)
         return {"logits": dlogits}
@@ -146,7 +146,7 @@ def token_logprobs(
     debug: bool = False,
     backend: str = "auto",
 ) -> TokenLogprobs:
-    """Log-probability of each token, and on request its distribution's entropy and other statistics.
+    """Log-probability of each token and, on request, the entropy and other statistics of its distribution.
 
         y = softcap tanh(logit_scale z / softcap) / temperature
         logprobs = log_softmax(y)[id],  p = softmax(y),  entropy = -sum p log p
@@ -163,10 +163,10 @@ def token_logprobs(
         logit_scale: Multiplies the logits, first (Cohere, Granite); a Hugging Face model's logits already include it.
         mask: 0 excludes a token, whatever the logits and the id hold there: its statistics are 0.
         outputs: Any of "entropy", "log_sum_sq_probs", "mean_logits", "is_top1".
-        inplace_backward: Write the gradient over the logits in the backward; their last dimension must be dense. A
-            second backward is then refused. The "torch" backend has no such form and leaves the logits as they are.
-        debug: Check values on a GPU too, and what kernels met since (``check_device_values``): syncs.
-        backend: "auto", or one of ``grpo_kernels.backends.BACKENDS``.
+        inplace_backward: Overwrite the logits with their gradient in the backward; their last dimension must be dense.
+            A second backward is then refused. The "torch" backend does not overwrite them.
+        debug: Check values on a GPU too, and the flags of earlier kernels (``check_device_values``): syncs.
+        backend: "auto", or one of ``grpo_kernels.BACKENDS``.
 
     Returns:
         ``TokenLogprobs``, each field shaped like ``ids``; ``logprobs`` and ``entropy`` are in nats and differentiable.
@@ -195,7 +195,7 @@ def token_logprobs(
     if backend == "torch":
         rows = logits if ids.dim() == 1 else logits[:, : ids.shape[1]]
         return reference.token_logprobs(rows, ids, mask, temperature, softcap, logit_scale, tuple(outputs))
-    kernel_ids = token_ids(ids)
+    kernel_ids = to_kernel_ids(ids)
     call = StatisticsCall(kernel_ids, None if mask is None else mask.view(kernel_ids.shape), transform, code)
     logprobs, entropy, *extras = _TokenLogprobs.apply(logits, ids, call, inplace_backward, backend)
     return pack_outputs(logprobs, entropy, tuple(extras), tuple(outputs))

@@ -1,17 +1,17 @@
-"""How rows of logits become distributions, as it crosses into registered ops."""
+"""The transforms from logits to distributions, in the form for registered ops."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
 from grpo_kernels.calls import Call
-from grpo_kernels.loss.config import mixture_of
+from grpo_kernels.loss.config import reference_share
 from grpo_kernels.validation import check_transform
 
 
 @dataclass(frozen=True)
 class Transform(Call):
-    """``y = softcap tanh(scale z / softcap) / temperature``; softcap 0 means none."""
+    """``y = softcap tanh(logit_scale z / softcap) / temperature``; softcap 0 means none."""
 
     temperature: float
     softcap: float
@@ -26,7 +26,7 @@ class Transform(Call):
 
 @dataclass(frozen=True)
 class Comparison(Call):
-    """How two rows of logits become distributions, and which divergence is taken."""
+    """The transforms of the policy's and the reference's logits, and the divergence between them."""
 
     mixture: float
     temperature: float
@@ -38,17 +38,17 @@ class Comparison(Call):
 
     @property
     def transform(self) -> Transform:
-        """Of the policy's logits, for its log-probabilities."""
+        """The policy's, for log-probabilities."""
         return Transform(self.temperature, self.softcap, self.logit_scale)
 
     @property
     def divergence_transform(self) -> Transform:
-        """Of the policy's logits, for the divergence."""
+        """The policy's, for the divergence."""
         return Transform(self.divergence_temperature, self.softcap, self.logit_scale)
 
     @property
     def reference_transform(self) -> Transform:
-        """Of the reference's logits."""
+        """The reference's."""
         return Transform(self.divergence_temperature, self.reference_softcap, self.reference_logit_scale)
 
     @classmethod
@@ -62,15 +62,15 @@ class Comparison(Call):
         reference_logit_scale: float,
         prefix: str = "reference_",
     ) -> Comparison:
-        """Validates the arguments of a public function; the reference's names begin with ``prefix``."""
+        """Validates the arguments of a public function; those of the reference begin with ``prefix``."""
         temperature = policy.temperature if divergence_temperature is None else divergence_temperature
         check_transform(temperature, None, 1.0, "divergence_" if prefix == "reference_" else "")
         reference = Transform.of(temperature, reference_softcap, reference_logit_scale, prefix)
-        return cls.between(mixture_of(divergence, mixture), policy, reference)
+        return cls.between(reference_share(divergence, mixture), policy, reference)
 
     @classmethod
     def between(cls, mixture: float, policy: Transform, reference: Transform) -> Comparison:
-        """Of validated parts; the divergence is taken at the reference's temperature."""
+        """A comparison of validated transforms. The divergence is at the reference's temperature."""
         return cls(
             mixture,
             policy.temperature,

@@ -1,1 +1,1 @@
-"""Ops over what is one number a token or a completion."""
+"""Ops over values per token or per completion."""

@@ -1,6 +1,6 @@
-"""The advantage estimators beside GRPO's, in torch on any device: a batch has few rewards.
+"""The advantage estimators other than GRPO's. They need no kernels, because a batch has few rewards.
 
-Each takes the rewards of whole groups, NaN where one is missing, and leaves a missing one out of every baseline.
+Each takes the rewards of whole groups. NaN marks a missing reward, which enters no baseline.
 """
 
 from __future__ import annotations
@@ -18,14 +18,14 @@ _WHITEN_EPS = 1e-8  # added to the variance
 
 @dataclass(frozen=True)
 class Groups:
-    """What an estimator sees of a batch.
+    """The inputs of an estimator.
 
     Args:
         rewards: ``[groups, G]``.
         lengths: Tokens of each completion, ``[groups, G]``, for the estimators in ``NEED_LENGTHS``.
         baselines: Reward of each prompt's greedy completion, ``[groups]``, for "remax".
         is_scaled: Whether "passk" divides by the group's deviation.
-        eps: Added to that.
+        eps: Added to that deviation.
     """
 
     rewards: Tensor
@@ -59,17 +59,17 @@ def gpg(groups: Groups) -> Tensor:
 
 
 def passk(groups: Groups) -> Tensor:
-    """The best of a group gets its lead over the second, by the group's deviation; the others 0 (arXiv:2503.19595)."""
+    """The best of a group gets its lead over the second best, divided by the deviation; others 0 (arXiv:2503.19595)."""
     best, which = groups.rewards.nan_to_num(nan=-torch.inf).topk(2, -1)
     lead = best[:, :1] - best[:, 1:]
-    lead = torch.where(lead.isfinite(), lead, 0)  # one alone has none
+    lead = torch.where(lead.isfinite(), lead, 0)  # a single reward has none
     if groups.is_scaled:
         lead = lead / (nanstd(groups.rewards) + groups.eps)
     return torch.zeros_like(groups.rewards).scatter(-1, which[:, :1], lead)
 
 
 def opo(groups: Groups) -> Tensor:
-    """``r - sum(l r) / sum(l)`` over the group, ``l`` the completions' lengths: OPO (arXiv:2505.23585)."""
+    """``r - sum(l r) / sum(l)`` over the group, with the completions' lengths ``l``: OPO (arXiv:2505.23585)."""
     rewards = groups.rewards
     lengths = torch.where(rewards.isnan(), 0, groups.lengths)
     total = (lengths * rewards.nan_to_num(nan=0.0)).sum(-1, keepdim=True)
@@ -77,7 +77,7 @@ def opo(groups: Groups) -> Tensor:
 
 
 def remax(groups: Groups) -> Tensor:
-    """``r - b``, ``b`` the reward of the prompt's greedy completion: ReMax (arXiv:2310.10505)."""
+    """``r - b`` with ``b`` the reward of the prompt's greedy completion: ReMax (arXiv:2310.10505)."""
     return groups.rewards - groups.baselines[:, None]
 
 
@@ -87,16 +87,16 @@ def reinforce_plus_plus(groups: Groups) -> Tensor:
 
 
 def reinforce_plus_plus_baseline(groups: Groups) -> Tensor:
-    """The same of what rewards are over their group's mean."""
+    """``r - mean_group r``, whitened over the batch's tokens."""
     return _whitened(groups.centred, groups.lengths)
 
 
 def _whitened(values: Tensor, lengths: Tensor) -> Tensor:
-    """Centred and divided by the unbiased deviation, each value counted once a token."""
+    """Centred and divided by the unbiased deviation. Each value counts as often as its completion has tokens."""
     lengths = torch.where(values.isnan(), 0, lengths)
-    total, given = lengths.sum(), values.nan_to_num(nan=0.0)
-    mean = (lengths * given).sum() / total.clamp(min=1)
-    variance = (lengths * (given - mean).square()).sum() / (total - 1).clamp(min=1)
+    total, finite = lengths.sum(), values.nan_to_num(nan=0.0)
+    mean = (lengths * finite).sum() / total.clamp(min=1)
+    variance = (lengths * (finite - mean).square()).sum() / (total - 1).clamp(min=1)
     return torch.where(all_equal(values.reshape(1, -1)), 0, (values - mean) * (variance + _WHITEN_EPS).rsqrt())
 
 

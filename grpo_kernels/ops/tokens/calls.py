@@ -1,4 +1,4 @@
-"""What the ops over tokens are given beside the log-probabilities."""
+"""Arguments of the ops over tokens, beside the log-probabilities."""
 
 from __future__ import annotations
 
@@ -14,20 +14,20 @@ from grpo_kernels.loss.inputs import PolicyInputs
 
 @dataclass(frozen=True)
 class PolicyLossCall(Call):
-    """The loss of sequences that lie end to end: at ``offsets``, or each with as many tokens as the others.
+    """The loss of sequences that are packed end to end: at ``offsets``, or all of equal length without.
 
-    A token without one of ``sequence_ids`` is of the completion that is its sequence.
+    Without ``sequence_ids`` in the fields, each sequence is one completion.
     """
 
     fields: TokenFields
     offsets: Tensor | None  # [sequences + 1]
     sequences: int
     code: LossCode
-    keeps_infinite: bool  # whether a token without a bound is flagged
+    flags_infinite: bool  # whether tokens with an infinite loss are flagged
 
     @classmethod
     def of(cls, inputs: PolicyInputs, config: GRPOLossConfig) -> PolicyLossCall:
-        """Of all tokens, sequence by sequence."""
+        """The call for all tokens of the inputs."""
         sequences = inputs.sequences
         offsets = sequences.offsets if sequences.packed else None
         return cls(inputs.fields, offsets, sequences.count, config.code(), True)

@@ -15,7 +15,7 @@ from grpo_kernels.validation import check_cu_seqlens, check_device, check_float,
 
 
 class GAEOutput(NamedTuple):
-    """Advantages, and returns: what a value function is trained towards. Both like the rewards; 0 where masked."""
+    """Advantages, and returns: the targets of the value function. Both like the rewards; 0 where masked."""
 
     advantages: Tensor
     returns: Tensor
@@ -41,7 +41,7 @@ def gae(
     debug: bool = False,
     backend: str = "auto",
 ) -> GAEOutput:
-    """Generalised advantage estimation, PPO's advantages from a value function: a scan of each completion from its end.
+    """Generalised advantage estimation: PPO's advantages from a value function, by a backward scan of each completion.
 
         delta_t = r_t + gamma V_(t+1) - V_t        A_t = delta_t + gamma lam A_(t+1)        R_t = A_t + V_t
 
@@ -49,15 +49,15 @@ def gae(
     differentiable; whitening over the batch, which PPO adds, is the caller's.
 
     Args:
-        rewards: Of each token, unitless; of an outcome alone, on the last.
+        rewards: Of each token, unitless. An outcome reward belongs to the last token.
         values: The value function at each token, before it is chosen.
-        completion_mask: 0 excludes a token (a tool's output, padding), whatever the other inputs hold there: the next
-            unmasked one follows the one before.
+        completion_mask: 0 excludes a token (a tool's output, padding), whatever the other inputs hold there. The scan
+            goes from one unmasked token to the next.
         gamma: Discount.
         lam: Weight of longer returns over the value function, between 0 and 1.
         cu_seqlens: Where each packed completion begins, and the end.
         debug: Read the values of ``cu_seqlens`` on a GPU too: syncs.
-        backend: "auto", or one of ``grpo_kernels.backends.BACKENDS``.
+        backend: "auto", or one of ``grpo_kernels.BACKENDS``.
 
     Raises:
         TypeError: A tensor has a dtype that does not fit.
@@ -85,9 +85,9 @@ def gae(
     with torch.no_grad():
         dtype = torch.float64 if torch.float64 in (rewards.dtype, values.dtype) else torch.float32
         mask = completion_mask != 0
-        given = [torch.where(mask, x.to(dtype), 0).reshape(-1).contiguous() for x in (rewards, values)]
+        dense = [torch.where(mask, x.to(dtype), 0).reshape(-1).contiguous() for x in (rewards, values)]
         offsets = Sequences.of(rewards, cu_seqlens).offsets
         function = reference.gae if backend == "torch" else _OPS[backend]
-        advantages = function(*given, mask.reshape(-1).contiguous(), offsets, gamma, lam)
-        returns = torch.where(mask.reshape(-1), advantages + given[1], 0)
+        advantages = function(*dense, mask.reshape(-1).contiguous(), offsets, gamma, lam)
+        returns = torch.where(mask.reshape(-1), advantages + dense[1], 0)
         return GAEOutput(advantages.view(rewards.shape), returns.view(rewards.shape))

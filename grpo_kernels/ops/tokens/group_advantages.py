@@ -51,28 +51,28 @@ def group_advantages(
 
         A_i = (r_i - mean_group r) / (std_group r + eps)
 
-    DeepSeekMath section 4.1.2 (arXiv:2402.03300); the deviation is unbiased, as in TRL. Arithmetic is fp32, or fp64
-    for fp64 input, but that a weighted sum is taken in fp64 and rounded once. Not differentiable.
+    DeepSeekMath section 4.1.2 (arXiv:2402.03300); the deviation is unbiased, as in TRL. Arithmetic is fp32, or fp64 for
+    fp64 input; weighted sums are fp64 and rounded once. Not differentiable.
 
     Args:
         rewards: Unitless; ``num_generations`` consecutive completions are a group. With ``K`` reward functions, one
-            column each. NaN marks a reward that could not be given: such a completion leaves the group's mean and
-            deviation, and its advantage is 0.
+            column each. NaN marks a missing reward: such a completion does not enter the group's mean and deviation,
+            and its advantage is 0.
         num_generations: Completions per prompt; divides ``B``.
         scale_rewards: Divide by the deviation of the "group", of the whole "batch", or by nothing ("none",
             Dr. GRPO, arXiv:2503.20783).
         reward_weights: Weight of each reward function; None means 1.
         aggregation: "sum_then_normalize", or "normalize_then_sum" (GDPO, arXiv:2601.05242): every reward function is
-            normalised within the group, and their weighted sum within the batch.
-        estimator: "grpo"; or, in torch whatever the device, "dr_grpo" (no deviation), "rloo" (leave one out), "gpg"
-            (over the share of rewards that are not 0), "passk" (the best's lead over the second), "opo" (a baseline by
-            length), "remax" (a greedy completion's reward as baseline), "reinforce++" and "reinforce++_baseline"
-            (whitened over the batch's tokens); ``estimators.py`` has the equations.
+            normalised within the group, then their weighted sum within the batch.
+        estimator: "grpo"; or, in torch on every device, "dr_grpo" (no deviation), "rloo" (leave one out), "gpg"
+            (divided by the share of nonzero rewards), "passk" (the best's lead over the second), "opo" (a baseline
+            weighted by length), "remax" (a greedy completion's reward as baseline), "reinforce++" and
+            "reinforce++_baseline" (whitened over the batch's tokens). ``advantage_estimators.py`` has the equations.
         completion_lengths: Tokens of each completion, for "opo" and the "reinforce++" ones.
         baseline_rewards: Reward of each prompt's greedy completion, for "remax".
         eps: Added to the deviation.
-        debug: Check values on a GPU too, and what kernels met since (``check_device_values``): syncs.
-        backend: "auto", or one of ``grpo_kernels.backends.BACKENDS``.
+        debug: Check values on a GPU too, and the flags of earlier kernels (``check_device_values``): syncs.
+        backend: "auto", or one of ``grpo_kernels.BACKENDS``.
 
     Returns:
         Advantages ``[B]``, fp32 or fp64. Exactly 0 for a group whose rewards are all equal.
@@ -87,14 +87,14 @@ def group_advantages(
         >>> group_advantages(torch.tensor([0.0, 1.0, 1.0, 1.0]), num_generations=2, scale_rewards="none")
         tensor([-0.5000,  0.5000,  0.0000,  0.0000])
     """
-    _one_of("scale_rewards", scale_rewards, SCALE_REWARDS)
-    _one_of("aggregation", aggregation, AGGREGATIONS)
-    _one_of("estimator", estimator, ("grpo", *ESTIMATORS))
+    _check_choice("scale_rewards", scale_rewards, SCALE_REWARDS)
+    _check_choice("aggregation", aggregation, AGGREGATIONS)
+    _check_choice("estimator", estimator, ("grpo", *ESTIMATORS))
     check_rewards(rewards, num_generations, debug)
     _check_estimator(estimator, num_generations, scale_rewards, aggregation)
-    _check_given("completion_lengths", completion_lengths, estimator, NEED_LENGTHS, rewards, rewards.shape[0])
+    _check_optional("completion_lengths", completion_lengths, estimator, NEED_LENGTHS, rewards, rewards.shape[0])
     groups = rewards.shape[0] // num_generations
-    _check_given("baseline_rewards", baseline_rewards, estimator, ("remax",), rewards, groups)
+    _check_optional("baseline_rewards", baseline_rewards, estimator, ("remax",), rewards, groups)
     if debug:
         check_device_values(rewards.device)
     with torch.no_grad():
@@ -157,7 +157,7 @@ def _check_estimator(estimator: str, num_generations: int, scale_rewards: str, a
         raise ValueError(f'aggregation must be "sum_then_normalize" with estimator="{estimator}", got {aggregation!r}')
 
 
-def _check_given(
+def _check_optional(
     name: str, values: Tensor | None, estimator: str, needed_by: tuple[str, ...], rewards: Tensor, count: int
 ) -> None:
     if (values is not None) != (estimator in needed_by):
@@ -168,6 +168,6 @@ def _check_given(
         check_device(rewards.device, [(name, values)])
 
 
-def _one_of(name: str, value: str, allowed: tuple[str, ...]) -> None:
+def _check_choice(name: str, value: str, allowed: tuple[str, ...]) -> None:
     if value not in allowed:
         raise ValueError(f"{name} must be one of {', '.join(map(repr, allowed))}, got {value!r}")

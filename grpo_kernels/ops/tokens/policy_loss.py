@@ -10,18 +10,18 @@ from torch import Tensor
 from grpo_kernels import backends
 from grpo_kernels.device_values import check_device_values, first_bad
 from grpo_kernels.loss import reference
+from grpo_kernels.loss.aggregation import CLIPPED_LOSSES
 from grpo_kernels.loss.config import GRPOLossConfig, LossCode
 from grpo_kernels.loss.fields import TokenFields
 from grpo_kernels.loss.finish_weights import finish_weights
 from grpo_kernels.loss.inputs import PolicyInputs
 from grpo_kernels.loss.metrics import CLIP_METRICS, KERNEL_PARTIALS, Partial, PolicyMetrics
-from grpo_kernels.loss.options import CLIPPED_LOSS_TYPES
 from grpo_kernels.ops.gradients import named_gradients, refuse_double_backward
 from grpo_kernels.ops.registration import define, lazy_import
 from grpo_kernels.ops.tokens.calls import PolicyLossCall
 from grpo_kernels.validation import check_device, check_float, check_shape
 
-# at import: under tracing, memory that is made at first use would be a fake tensor's
+# at import: memory made at first use might be a fake tensor's, under tracing
 if backends.supports("policy_loss", "cpu", _CPU := torch.device("cpu")):
     torch.ops.grpo_kernels.cpu_keep_first_bad(first_bad(_CPU))
 
@@ -37,7 +37,7 @@ def _fake(logprobs: Tensor, entropy: Tensor | None, call: PolicyLossCall) -> tup
     return logprobs.new_empty(()), torch.empty_like(logprobs), logprobs.new_empty(KERNEL_PARTIALS)
 
 
-#: Loss, ``dloss/dlogprobs`` and the metrics' partials, of contiguous log-probabilities.
+#: Loss, ``dloss/dlogprobs`` and the partials of the metrics, from contiguous log-probabilities.
 policy_loss_fwd = define(
     "policy_loss_fwd",
     {"logprobs": "Tensor", "entropy": "Tensor?", "call": PolicyLossCall},
@@ -54,7 +54,7 @@ def token_coefficients(
     code: LossCode,
     backend: str,
 ) -> Tensor:  # [n]
-    """``dloss/dlogprobs`` of some of the tokens, of a loss that is token-local."""
+    """``dloss/dlogprobs`` of some of the tokens of a token-local loss."""
     return policy_loss_fwd[backend](logprobs, entropy, PolicyLossCall(fields, None, 1, code, False))[1]
 
 
@@ -66,7 +66,7 @@ def add_divergence(
     weights: Tensor,  # like the mask, or []; not read where masked
     beta: float,
 ) -> tuple[Tensor, Tensor]:
-    """Adds the penalty of an exact divergence to the loss, and its sum to what ``PolicyMetrics`` reads."""
+    """Adds the penalty of an exact divergence to the loss, and its sum to the partials of ``PolicyMetrics``."""
     values = torch.where(mask, divergence.to(loss.dtype), 0)
     partials = partials.clone()
     partials[Partial.KL] += values.detach().sum()
@@ -77,7 +77,7 @@ def policy_metrics(partials: Tensor, config: GRPOLossConfig, has_entropy: bool) 
     """The metrics that a configuration defines."""
     names = ("kl",) if config.beta != 0 else ()
     names += ("entropy",) if has_entropy else ()
-    if config.loss_type in (*CLIPPED_LOSS_TYPES, "gmpo"):
+    if config.loss_type in (*CLIPPED_LOSSES, "gmpo"):
         names += CLIP_METRICS
     names += {"cispo": ("cispo_clip_ratio",), "vespo": ("vespo/phi_seq_mean",)}.get(config.loss_type, ())
     return PolicyMetrics(partials, names)
@@ -141,36 +141,36 @@ def policy_loss(
 
         loss = sum_it w_it (-min(rho_it A_i, clip(rho_it, 1 - eps_low, 1 + eps_high) A_i) + beta k_it) - coef mean H
 
-    DeepSeekMath eq. 3 (arXiv:2402.03300) with the two clip bounds of DAPO (arXiv:2503.14476). ``GRPOLossConfig`` names
-    the other objectives that stand in the place of the clipped one, the divergences ``k``, and what goes into the
-    weights ``w``. Arithmetic is fp32, or fp64 for fp64 input.
+    DeepSeekMath eq. 3 (arXiv:2402.03300) with the two clip bounds of DAPO (arXiv:2503.14476). ``GRPOLossConfig``
+    describes the other objectives, the divergences ``k`` and the weights ``w``. Arithmetic is fp32, or fp64 for fp64
+    input.
 
-    Where a ratio is past the largest number, or 0, loss and gradient are their limits. TRL gives NaN there. A token
-    whose loss is infinite is kept for ``check_device_values``.
+    If a ratio overflows or is 0, loss and gradient are their mathematical limits. TRL gives NaN there. A token with an
+    infinite loss is flagged for ``check_device_values``.
 
     Args:
         logprobs: Log-probabilities, in nats, of the sampled tokens under the policy being trained.
         advantages: One per completion, unitless; or one per token.
         completion_mask: 0 excludes a token, whatever the other inputs hold there.
         old_logprobs: The same tokens under the policy that sampled them. None means on-policy: ratio 1.
-        ref_logprobs: The same tokens under the frozen reference policy; needed, and read, when beta is not 0.
-        sampling_logprobs: The same tokens as the inference engine scored them; NaN where it did not. Needed for
-            ``rollout_correction``; the off-policy mask takes them rather than ``old_logprobs``.
+        ref_logprobs: The same tokens under the frozen reference policy; needed, and read, if beta is not 0.
+        sampling_logprobs: The same tokens as scored by the inference engine; NaN for a token that it did not score.
+            Needed for ``rollout_correction``; the off-policy mask takes them rather than ``old_logprobs``.
         rollout_is_weights: Old policy over the inference engine's, a correction that multiplies the policy term.
-        entropy: Entropy of each token's distribution, in nats; needed when ``entropy_coef`` is not 0. The bonus is on
-            its mean over the unmasked tokens given here, whatever ``num_items_in_batch``, as in TRL.
-        divergence: Each token's divergence from the reference, in nats, as ``token_divergence`` gives it; needed for an
-            exact ``kl_estimator``.
-        entropy_threshold: Least entropy of a token that keeps its policy term, where several processes share one; by
-            default the quantile of the unmasked tokens given here.
-        num_items_in_batch: Tokens that a mean over tokens divides by, but for "bnpo" and "ppo", over all micro-batches
-            and processes that make one step. None means the unmasked tokens given here.
+        entropy: Entropy of each token's distribution, in nats; needed if ``entropy_coef`` is not 0. The bonus is on its
+            mean over the unmasked tokens given here, whatever ``num_items_in_batch``, as in TRL.
+        divergence: Each token's divergence from the reference, in nats, from ``token_divergence``; needed for an exact
+            ``kl_estimator``.
+        entropy_threshold: Tokens with a lower entropy lose their policy term. Pass it if several processes must share
+            one threshold; by default it is the quantile of the unmasked tokens given here.
+        num_items_in_batch: Tokens that a mean over tokens divides by, over all micro-batches and processes of one step;
+            not used by "bnpo" and "ppo". None means the unmasked tokens given here.
         cu_seqlens: Where each packed completion begins, and the end.
         loss_scale: Multiplies the loss and the gradient.
         config: The loss. Its temperature has no effect here.
-        debug: Read the values of ``cu_seqlens`` on a GPU too, and what kernels met before (``check_device_values``):
-            syncs.
-        backend: "auto", or one of ``grpo_kernels.backends.BACKENDS``.
+        debug: Read the values of ``cu_seqlens`` on a GPU too, and the flags of earlier kernels
+            (``check_device_values``): syncs.
+        backend: "auto", or one of ``grpo_kernels.BACKENDS``.
 
     Returns:
         Scalar loss, and metrics as 0-dim tensors under TRL's names. Zero, with zero gradient, if nothing is unmasked.
@@ -242,19 +242,19 @@ def policy_loss_of(
     config: GRPOLossConfig,
     backend: str,
 ) -> PolicyLossOutput:
-    """``policy_loss`` of inputs that are already validated, on a backend that is already resolved."""
+    """``policy_loss`` of validated inputs, on a resolved backend."""
     if backend == "torch":
         dtype = inputs.weights.dtype
-        upcast = None if entropy is None else entropy.to(dtype)
-        loss, partials = reference.policy_loss(logprobs.to(dtype), inputs, upcast, config)
+        wide_entropy = None if entropy is None else entropy.to(dtype)
+        loss, partials = reference.policy_loss(logprobs.to(dtype), inputs, wide_entropy, config)
     else:
-        inputs, of_weights = finish_weights(inputs, logprobs, entropy, config)
+        inputs, weight_partials = finish_weights(inputs, logprobs, entropy, config)
         has_bonus = entropy is not None and inputs.entropy_weights is not None
-        entropy_weights = inputs.at_tokens(inputs.entropy_weights) if has_bonus else None
+        entropy_weights = inputs.expand_to_tokens(inputs.entropy_weights) if has_bonus else None
         call = PolicyLossCall.of(inputs, config)
         loss, partials = _PolicyLoss.apply(logprobs, entropy, call, entropy_weights, backend)
-        partials = partials if of_weights is None else torch.cat([partials, of_weights])
+        partials = partials if weight_partials is None else torch.cat([partials, weight_partials])
     if divergence is not None:
-        weights = inputs.at_tokens(inputs.weights)
+        weights = inputs.expand_to_tokens(inputs.weights)
         loss, partials = add_divergence(loss, partials, divergence, inputs.mask, weights, config.beta)
     return PolicyLossOutput(loss, policy_metrics(partials, config, entropy is not None))

@@ -1,5 +1,8 @@
-"""Advantages in plain torch: group-normalised, DeepSeekMath section 4.1.2 with TRL's treatment of missing rewards; and
-generalised advantage estimation, the recurrence as the paper has it."""
+"""Advantages in plain torch.
+
+Group-normalised: DeepSeekMath section 4.1.2, with TRL's treatment of missing rewards. Generalised advantage estimation:
+the recurrence of the paper.
+"""
 
 from __future__ import annotations
 
@@ -31,9 +34,9 @@ def group_advantages(
 
 
 def weighted_sum(rewards: Tensor, weights: Tensor, missing: Tensor) -> Tensor:  # [B, K], [K], [B, K] -> [B]
-    """Over the reward functions that gave one; NaN where none did.
+    """The sum over the reward functions, without missing rewards; NaN if all are missing.
 
-    The sum is taken in fp64, which MPS has not, and rounded once: the same parts make the same sum in any order.
+    It is fp64 (not on MPS, which has none) and rounded once, so that equal parts give equal sums in any order.
     """
     wide = rewards.dtype if rewards.device.type == "mps" else torch.float64
     total = torch.where(missing, 0, rewards.to(wide) * weights.to(wide)).sum(-1).to(rewards.dtype)
@@ -48,7 +51,7 @@ def _normalize(
 ) -> Tensor:  # [groups, G]
     """Centred on the group's mean, and divided by the unbiased deviation of the group or of the whole tensor.
 
-    With ``mean_is_zero`` a mean is 0 but for rounding, as that of the sums of normalised rewards is over a batch.
+    ``mean_is_zero`` means that the mean is 0 up to rounding, as that of sums of normalised rewards over a batch.
     """
     centred = rewards if mean_is_zero else rewards - rewards.nanmean(-1, keepdim=True)
     centred = torch.where(all_equal(rewards), 0, centred)
@@ -62,14 +65,14 @@ def _normalize(
 
 
 def all_equal(rewards: Tensor) -> Tensor:  # [groups, G] -> [groups, 1]
-    """Whether a group's rewards that are not NaN are one value."""
+    """Whether all rewards of a group that are not NaN are equal."""
     low = rewards.nan_to_num(nan=torch.inf).amin(-1, keepdim=True)
     high = rewards.nan_to_num(nan=-torch.inf).amax(-1, keepdim=True)
     return low >= high
 
 
 def nanstd(values: Tensor) -> Tensor:  # [groups, G] -> [groups, 1]
-    """Unbiased deviation of the values that are not NaN; 0 where fewer than two are left."""
+    """Unbiased deviation of the values that are not NaN; 0 if there are fewer than two."""
     present = ~values.isnan()
     count = present.sum(-1, keepdim=True)
     deviation = torch.where(present, values - values.nanmean(-1, keepdim=True), 0)
@@ -86,10 +89,10 @@ def gae(
 ) -> Tensor:  # [N]
     """``A_t = delta_t + gamma lam A_(t+1)``, ``delta_t = r_t + gamma V_(t+1) - V_t``: arXiv:1506.02438 eq. 16.
 
-    ``t + 1`` is the next unmasked token of the completion; past the last, both are 0.
+    ``t + 1`` is the next unmasked token of the completion; ``A`` and ``V`` after the last one are 0.
     """
     position = torch.arange(mask.shape[0], device=mask.device)
-    remaining = offsets[1:].clone()  # one past the token that each completion looks at next
+    remaining = offsets[1:].clone()  # one past each completion's next token
     advantages = torch.zeros_like(values)
     next_value, next_advantage = (values.new_zeros(offsets.shape[0] - 1) for _ in range(2))
     steps = int((offsets[1:] - offsets[:-1]).max()) if position.numel() else 0

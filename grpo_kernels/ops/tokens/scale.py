@@ -10,7 +10,7 @@ from torch import Tensor
 from grpo_kernels.ops.gradients import refuse_second_backward
 from grpo_kernels.ops.registration import define, lazy_import
 
-#: ``gradient *= factor`` by a kernel that reads the scalar where it lies and stops at 1.
+#: ``gradient *= factor``, by a kernel that reads the factor on the device and does nothing if it is 1.
 _SCALE = define(
     "scale",
     {"gradient": "Tensor(a!)", "factor": "Tensor"},
@@ -23,7 +23,7 @@ _SCALE = define(
 def scale_gradients(
     ctx: Any, factor: Tensor, backend: str, gradients: Sequence[Tensor | None] | None = None
 ) -> tuple[Tensor | None, ...]:
-    """The gradients that a forward saved, times the upstream scalar, in their own memory: all, or those given."""
+    """The saved gradients, or the given ones, multiplied in place by the upstream scalar."""
     refuse_second_backward(ctx)
     gradients = ctx.saved_tensors if gradients is None else tuple(gradients)
     for gradient in gradients:

@@ -1,4 +1,4 @@
-"""Two rows of logits as Triton device functions: their divergence and its gradient. The only Triton copy."""
+"""Triton device functions for the divergence of two rows of logits and its gradient. The only Triton copy."""
 
 from __future__ import annotations
 
@@ -8,22 +8,22 @@ import triton.language as tl
 from grpo_kernels.ops.rows.triton.softmax import load_columns, row_shift, slope_at
 from grpo_kernels.ops.tokens.triton.elementary import log_near_one
 
-#: By how the mixture lies, as ``grpo_kernels.loss.config.DIVERGENCES`` names them.
-_FORWARD, _REVERSE, BETWEEN = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
+#: The kind of divergence: mixture 0, mixture 1, and in between; see ``grpo_kernels.loss.config.DIVERGENCES``.
+_FORWARD, _REVERSE, JENSEN_SHANNON = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
 _LN2 = tl.constexpr(0.6931471805599453)
 _FLOOR = tl.constexpr(-1e4)
 
 
 @triton.jit
-def over_larger(d, mixture):
-    """``m = a q + (1 - a) p`` over the larger of both, for ``d = log p - log q``: nothing overflows, and 1 at 0."""
+def mixture_over_larger(d, mixture):
+    """``m / max(p, q)`` for ``m = a q + (1 - a) p`` and ``d = log p - log q``. Cannot overflow; 1 at ``d = 0``."""
     w = tl.exp(-tl.abs(d))
     return tl.where(d > 0, (1.0 - mixture) + mixture * w, mixture + (1.0 - mixture) * w)
 
 
 @triton.jit
-def times(probability, log_ratio):
-    """``p log``; where a probability is 0 so is its term, whatever the logarithm."""
+def product_or_zero(probability, log_ratio):
+    """``probability * log_ratio``; 0 where the probability is 0, even if the logarithm is infinite."""
     return tl.where(probability > 0, probability * log_ratio, 0.0)
 
 
@@ -34,28 +34,28 @@ def log_softmax(v, base, log_sum, rate):
 
 @triton.jit
 def divergence_terms(log_p, log_q, mixture, KIND: tl.constexpr):
-    """What the elements add to the divergence, and, of a mixture, to the mean that its gradient is centred by.
+    """The terms of the divergence, and of the mean ``centre`` in its gradient ``p (g - centre)``.
 
-    What is added beside a term ``p log`` sums to 0, and makes up for what its logarithm, or both of the log-sum-exps,
-    are rounded by: their errors count in second order alone.
+    Each ``p log`` term is paired with a difference of probabilities, which sums to 0 over the vocabulary. It cancels
+    the first-order effect of the rounding of the logarithm and of both log-sum-exps.
     """
     p = tl.exp(log_p)
     q = tl.exp(log_q)
     d = log_p - log_q
     if KIND == _FORWARD:
-        value = times(q, -d) + (p - q)
+        value = product_or_zero(q, -d) + (p - q)
         return value, value
     elif KIND == _REVERSE:
-        value = times(p, d) + (q - p)
+        value = product_or_zero(p, d) + (q - p)
         return value, value
     else:
-        share = over_larger(d, mixture)
-        rest = -log_near_one(share)
-        of_p = times(p, rest + tl.where(d > 0, 0.0, d))
-        of_q = times(q, rest - tl.where(d > 0, d, 0.0))
-        m = times(tl.where(d > 0, p, q), share)
+        ratio = mixture_over_larger(d, mixture)
+        log_inverse = -log_near_one(ratio)
+        p_term = product_or_zero(p, log_inverse + tl.where(d > 0, 0.0, d))
+        q_term = product_or_zero(q, log_inverse - tl.where(d > 0, d, 0.0))
+        m = product_or_zero(tl.where(d > 0, p, q), ratio)
         mean = (1.0 - mixture) * p + mixture * q
-        return (1.0 - mixture) * of_p + mixture * of_q + (m - mean), of_p
+        return (1.0 - mixture) * p_term + mixture * q_term + (m - mean), p_term
 
 
 @triton.jit
@@ -83,7 +83,7 @@ def row_divergence(
     REFERENCE_CURVE: tl.constexpr,
     ACC: tl.constexpr,
 ):
-    """The divergence, and the mean that its gradient is centred by."""
+    """The divergence, and the mean ``centre`` in its gradient."""
     LANES: tl.constexpr = columns[0].shape[0]
     BLOCK: tl.constexpr = columns[0].numel * len(columns)
     lane_value = tl.zeros([LANES], ACC)
@@ -99,43 +99,43 @@ def row_divergence(
             log_q = log_softmax(u[i], reference_base, reference_log_sum, reference_rate)
             value, centre = divergence_terms(log_p, log_q, mixture, KIND)
             lane_value += tl.sum(value, 1)
-            if KIND == BETWEEN:
+            if KIND == JENSEN_SHANNON:
                 lane_centre += tl.sum(centre, 1)
     value = tl.sum(lane_value, 0)
-    if KIND != BETWEEN:
+    if KIND != JENSEN_SHANNON:
         return value, value
     return value, tl.sum(lane_centre, 0)
 
 
 @triton.jit
 def divergence_gradient(log_p, p, log_q, centre, mixture, KIND: tl.constexpr):
-    """Of the divergence by ``y``."""
+    """The derivative of the divergence by ``y``."""
     d = log_p - log_q
     if KIND == _FORWARD:
         return p - tl.exp(log_q)
     elif KIND == _REVERSE:
-        return times(p, d - centre)
+        return product_or_zero(p, d - centre)
     else:
-        log_ratio = tl.where(d > 0, 0.0, d) - log_near_one(over_larger(d, mixture))
-        return (1.0 - mixture) * times(p, log_ratio - centre)
+        log_ratio = tl.where(d > 0, 0.0, d) - log_near_one(mixture_over_larger(d, mixture))
+        return (1.0 - mixture) * product_or_zero(p, log_ratio - centre)
 
 
 @triton.jit
 def row_divergence_gradient(
     row_ptr,
     reference_ptr,
-    drow_ptr,  # which may lie over the row
+    drow_ptr,  # may be the row itself
     columns,
     vocab,
-    base,  # of the log-probabilities
+    base,  # at the temperature of the log-probabilities
     log_sum,
     inner,
     rate,
     slope,
-    own_base,  # of the divergence
-    own_log_sum,
-    own_rate,
-    own_slope,
+    divergence_base,  # at the temperature of the divergence
+    divergence_log_sum,
+    divergence_rate,
+    divergence_slope,
     reference_base,
     reference_log_sum,
     reference_inner,
@@ -147,13 +147,13 @@ def row_divergence_gradient(
     c_d,
     mixture,
     KIND: tl.constexpr,
-    IS_ONE: tl.constexpr,
+    SAME_TEMPERATURE: tl.constexpr,  # the divergence has the temperature of the log-probabilities
     IS_NARROWED: tl.constexpr,
     CURVE: tl.constexpr,
     REFERENCE_CURVE: tl.constexpr,
     ACC: tl.constexpr,
 ):
-    """Writes the gradient of every logit as if none were the token's, from the row's end, as token_logprobs does."""
+    """Writes the gradient of a row, from its end. The caller then overwrites the token's own element."""
     BLOCK: tl.constexpr = columns[0].numel * len(columns)
     OUT: tl.constexpr = drow_ptr.dtype.element_ty
     blocks = tl.cdiv(vocab, BLOCK)
@@ -170,15 +170,15 @@ def row_divergence_gradient(
             log_q = log_softmax(u[i], reference_base, reference_log_sum, reference_rate)
             policy = tl.exp(log_policy)
             gradient = -policy * (c + c_h * (tl.maximum(log_policy, _FLOOR) + entropy)) * slope_at(v[i], slope, CURVE)
-            if IS_ONE:
+            if SAME_TEMPERATURE:
                 log_p = log_policy
                 p = policy
             else:
-                log_p = log_softmax(v[i], own_base, own_log_sum, own_rate)
+                log_p = log_softmax(v[i], divergence_base, divergence_log_sum, divergence_rate)
                 p = tl.exp(log_p)
-            of_divergence = c_d * divergence_gradient(log_p, p, log_q, centre, mixture, KIND)
-            # without a weight no gradient, not even of an infinite divergence
-            gradient += tl.where(c_d != 0, of_divergence * slope_at(v[i], own_slope, CURVE), 0.0)
+            ddivergence = c_d * divergence_gradient(log_p, p, log_q, centre, mixture, KIND)
+            # a zero weight gives a zero gradient even if the divergence is infinite
+            gradient += tl.where(c_d != 0, ddivergence * slope_at(v[i], divergence_slope, CURVE), 0.0)
             gradients += (gradient.to(OUT),)
         if IS_NARROWED:
             tl.debug_barrier()

@@ -1,4 +1,4 @@
-"""Triton kernels of ``grpo_loss`` and their launcher: a row's statistics, coefficient and gradient in one program."""
+"""The Triton kernel of ``grpo_loss`` and its launcher: a row's statistics, dL/dlogprob and gradient in one program."""
 
 from __future__ import annotations
 
@@ -28,8 +28,8 @@ from grpo_kernels.ops.rows.triton.launch import (
 )
 from grpo_kernels.ops.rows.triton.softmax import (
     block_columns,
+    clamp_id,
     gradient_weights,
-    held_inside,
     row_gradient,
     row_results,
     row_shift,
@@ -45,12 +45,12 @@ from grpo_kernels.ops.tokens.triton.launch import arithmetic, as_bytes, check_to
 from grpo_kernels.ops.tokens.triton.policy_math import encode, loss_variant, token_loss
 
 _RESULTS = ["logprobs_ptr", "entropy_ptr", "live_ptr"]
-_NUMBERS = ["rewards_ptr", "rows", "rows_per_batch", "length", "sequences", "num_generations", "loss_params"]
+_SCALARS = ["rewards_ptr", "rows", "rows_per_batch", "length", "sequences", "num_generations", "loss_params"]
 
 
 @triton.jit
-def _peek(mask_ptr, ids_ptr, row, rows, rows_per_batch, length):
-    """Which token a row belongs to, whether it is a row of an unmasked one, and its id: for the row that comes next."""
+def _load_token(mask_ptr, ids_ptr, row, rows, rows_per_batch, length):
+    """Whether a row belongs to an unmasked token, and the token's id. Called one row ahead, to hide the loads."""
     t = row % rows_per_batch
     inside = (row < rows) & (t < length)
     n = row // rows_per_batch * length + t
@@ -58,17 +58,17 @@ def _peek(mask_ptr, ids_ptr, row, rows, rows_per_batch, length):
     return unmasked, tl.load(ids_ptr + n, mask=inside, other=0)
 
 
-@triton.jit(do_not_specialize=[*STRIDES, *TOKENS, *FIELDS, *_RESULTS, *_NUMBERS])
+@triton.jit(do_not_specialize=[*STRIDES, *TOKENS, *FIELDS, *_RESULTS, *_SCALARS])
 def _grpo_loss_kernel(
     logits_ptr,  # [B, T or T + 1, V]
     batch_stride: tl.int64,
     row_stride: tl.int64,
-    dlogits_ptr,  # like logits, which it may be; or None
+    dlogits_ptr,  # like logits; may be logits itself, or None
     dbatch_stride: tl.int64,
     drow_stride: tl.int64,
     ids_ptr,  # [B, T]
     mask_ptr,  # [N], fields of the tokens; see TokenFields
-    sequence_ids_ptr,  # or None, like all that follow but the weights
+    sequence_ids_ptr,  # may be None, like the next ones except the weights
     advantages_ptr,
     weights_ptr,
     policy_factors_ptr,
@@ -108,34 +108,34 @@ def _grpo_loss_kernel(
     rate_ = wide_rate.to(ACC)
     slope_ = tl.full([], slope, ACC)
     if rewards_ptr is not None:
-        # every program writes the same to the same places, and reads what it wrote itself
+        # every program writes the same values to the same addresses, so each can read them after its own barrier
         eps_ = tl.full([], eps, tl.float64)
         write_group_advantages(
             rewards_ptr, advantages_ptr, sequences, num_generations, eps_, first_bad_ptr, IS_SCALED, LANES
         )
         tl.debug_barrier()
-    unmasked, next_id = _peek(mask_ptr, ids_ptr, tl.program_id(0), rows, rows_per_batch, length)
+    unmasked, next_id = _load_token(mask_ptr, ids_ptr, tl.program_id(0), rows, rows_per_batch, length)
     for row in range(tl.program_id(0), rows, tl.num_programs(0)):
         b = row // rows_per_batch
         t = row % rows_per_batch
         n = b * length + t
         inside = t < length
-        is_row, given_id = unmasked, next_id
+        is_row, raw_id = unmasked, next_id
         token = tl.full([], 0, tl.int32)
-        unmasked, next_id = _peek(mask_ptr, ids_ptr, row + tl.num_programs(0), rows, rows_per_batch, length)
+        unmasked, next_id = _load_token(mask_ptr, ids_ptr, row + tl.num_programs(0), rows, rows_per_batch, length)
         c = tl.full([], 0.0, ACC)
         c_h = tl.full([], 0.0, ACC)
         logprob = tl.full([], 0.0, ACC)
         entropy = tl.full([], 0.0, ACC)
-        own = tl.full([], 0.0, ACC)
+        dtarget = tl.full([], 0.0, ACC)
         base = tl.full([], 0.0, ACC)
         row_sum = tl.full([], 1.0, ACC)
         start, shift = row_shift(b, t, batch_stride, row_stride, ALIGNMENT, VECTOR)
         row_ptr = logits_ptr + start
         if is_row:
-            token = held_inside(given_id, n, vocab, first_bad_ptr)
+            token = clamp_id(raw_id, n, vocab, first_bad_ptr)
             target = transform(tl.load(row_ptr + shift + token).to(ACC), inner_, CURVE)
-            if dlogits_ptr is not None:  # read now, to be there when the statistics are
+            if dlogits_ptr is not None:  # loaded here, to overlap with the statistics
                 s = completion_of(sequence_ids_ptr, b, n, True)
                 advantage = load_field(advantages_ptr, s, n, True, LAYOUT.advantages)
                 weight = load_field(weights_ptr, s, n, True, LAYOUT.weights)
@@ -152,7 +152,7 @@ def _grpo_loss_kernel(
             logprob, entropy, _ = row_results(base, row_sum, weighted, target, wide_rate, ACC)
             if dlogits_ptr is not None:
                 if old_logprobs_ptr is None:
-                    old_logprob = logprob  # on-policy 0, or a NaN's NaN
+                    old_logprob = logprob  # on-policy: the log-ratio is 0, or NaN
                 _, dlog_ratio, dlogprob, _, _, _ = token_loss(
                     logprob,
                     logprob - old_logprob,
@@ -167,7 +167,7 @@ def _grpo_loss_kernel(
                     VARIANT,
                 )
                 c = dlog_ratio + dlogprob
-                own = token_gradient(target, logprob, entropy, c, c_h, slope_, CURVE)
+                dtarget = token_gradient(target, logprob, entropy, c, c_h, slope_, CURVE)
         is_live = (c != 0) | (c_h != 0)
         tl.store(logprobs_ptr + n, logprob, mask=inside)
         tl.store(entropy_ptr + n, entropy, mask=inside)
@@ -182,8 +182,8 @@ def _grpo_loss_kernel(
                     row_ptr, drow_ptr, columns, shift, vocab, base, w, w_t, inner_, rate_,
                     entropy_weights_ptr is not None, IS_NARROWED, CURVE, ALIGNMENT, ACC,
                 )  # fmt: skip
-                tl.debug_barrier()  # written last, over what another thread wrote
-                tl.store(drow_ptr + dshift + token, own.to(dlogits_ptr.dtype.element_ty))
+                tl.debug_barrier()  # then overwrite what another thread wrote there
+                tl.store(drow_ptr + dshift + token, dtarget.to(dlogits_ptr.dtype.element_ty))
             else:
                 zero_row(drow_ptr, columns, dshift, vocab, ALIGNMENT)
 
@@ -199,10 +199,10 @@ def grpo_loss_fwd(
     check_rows(logits, ids, dlogits)
     if (fields.advantages is None) == (rewards is None):
         raise ValueError("advantages or rewards must be given, and not both")
-    made = ids.new_empty(0 if rewards is None else rewards.numel(), dtype=dtype)
+    computed_advantages = ids.new_empty(0 if rewards is None else rewards.numel(), dtype=dtype)
     if rewards is not None:
         check_tokens(rewards.numel(), dtype, rewards=rewards)
-        fields = replace(fields, advantages=made)
+        fields = replace(fields, advantages=computed_advantages)
     check_fields(fields, ids.shape[0], ids.numel(), dtype)
     variant = loss_variant(call.code.options)
     if call.code.options[Option.LEVEL] != Level.TOKEN:
@@ -211,7 +211,7 @@ def grpo_loss_fwd(
     live = torch.empty_like(ids, dtype=torch.bool)
     rows, vocab, vector = logits.shape[0] * logits.shape[1], logits.shape[-1], vector_of(logits.dtype)
     if rows == 0:
-        return logprobs, entropy, live, made
+        return logprobs, entropy, live, computed_advantages
     blocks = blocks_of("statistics" if dlogits is None else "loss", vocab, logits.element_size(), logits.device)
     with nullcontext() if dlogits is None else rounded(dlogits) as out:
         strides = row_strides(logits)
@@ -235,7 +235,7 @@ def grpo_loss_fwd(
             rows,
             logits.shape[1],
             ids.shape[1],
-            made.numel(),
+            computed_advantages.numel(),
             group.num_generations,
             vocab,
             *transform_arguments(call.transform),
@@ -250,4 +250,4 @@ def grpo_loss_fwd(
             ACC=arithmetic(logits.dtype),
             **sizes,
         )
-    return logprobs, entropy, live, made
+    return logprobs, entropy, live, computed_advantages

@@ -1,4 +1,4 @@
-"""What every launch over rows of logits is told: addresses, transform, block sizes, how many programs."""
+"""Launch parameters of kernels over rows of logits: alignment, transform, block sizes, number of programs."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from torch import Tensor
 from grpo_kernels.ops.rows.transform import Transform
 from grpo_kernels.ops.tokens.triton.launch import processors_of
 
-#: ``Blocks`` by architecture, kernel, bytes of an element and vocabulary. Their source is "rule" (derived from how many
-#: threads and rows fit, never timed) or "measured" (``make tune`` writes a GPU's own).
+#: ``Blocks`` by architecture, kernel, element size in bytes and vocabulary. Their source is "rule" (derived from how
+#: many threads and rows fit, never timed) or "measured" (written by ``make tune`` on that GPU).
 TABLE = Path(__file__).with_name("triton_blocks.json")
-#: Arguments that no kernel over rows is compiled for: strides, and what is one value a token, read one at a time.
+#: Arguments that must not specialise a kernel: strides, and pointers to per-token values, which are read one by one.
 STRIDES = ["batch_stride", "row_stride", "dbatch_stride", "drow_stride"]
 TOKENS = ["ids_ptr", "mask_ptr", "first_bad_ptr"]
 _MOST_THREADS = 1024  # of a program, on any GPU
@@ -26,29 +26,29 @@ _REGISTERS = 65536  # of an NVIDIA multiprocessor
 
 
 class Curve(IntEnum):
-    """What the logits become before they are scaled; mirrored in softmax.py."""
+    """The function of the logits before scaling; mirrored in softmax.py."""
 
     PLAIN = 0
     SOFTCAP = 1
 
 
 class Alignment(IntEnum):
-    """Whether rows begin at multiples of 16 bytes from the first; mirrored in softmax.py."""
+    """Whether rows start at multiples of 16 bytes from the first; mirrored in softmax.py."""
 
     ALIGNED = 0
-    SHIFTED = 1  # some do not, all alike in what is read and what is written: loads begin before the row
-    LOOSE = 2  # not alike
+    SHIFTED = 1  # not all do, but inputs and outputs are shifted alike: loads start before the row
+    LOOSE = 2  # inputs and outputs are shifted differently
 
 
 @dataclass(frozen=True)
 class Blocks:
-    """How a kernel goes over its rows.
+    """Block sizes of a row kernel.
 
     Args:
         num_warps: Warps of a program. A lane of a block is a thread.
-        unroll: Loads of 16 bytes that a thread makes for a block; it has those of two blocks under way at once.
-        per_processor: Programs at once on a multiprocessor, each with a row of its own. Where rows are read twice they
-            should fit the cache together, so this may be less than 1.
+        unroll: Loads of 16 bytes per thread and block. The loads of two blocks are in flight at once.
+        per_processor: Programs at once on a multiprocessor; each has one row. If rows are read twice, all rows in
+            flight should fit the cache, so this may be less than 1.
     """
 
     num_warps: int
@@ -59,34 +59,34 @@ class Blocks:
         """The grid, and the kernel's constants.
 
         Args:
-            rows: How many there are.
-            vector: Elements of 16 bytes.
-            device: Where they are.
-            is_plain: Whether rows are whole vectors, aligned, and nothing else is computed on the way. What is not
-                plain takes more registers of a thread, and gets half the threads.
+            rows: Number of rows.
+            vector: Elements per 16 bytes.
+            device: The device of the rows.
+            is_plain: Whether rows are aligned whole vectors and only the basic statistics are computed. Otherwise a
+                thread needs more registers, so a program has half the threads.
         """
         processors, lanes = processors_of(device)
         num_warps = min(self.num_warps, _MOST_THREADS // lanes)
         num_warps = num_warps if is_plain else max(1, num_warps // 2)
         options = {"LANES": lanes * num_warps, "UNROLL": self.unroll, "VECTOR": vector, "num_warps": num_warps}
-        if architecture(device).startswith("sm_"):  # as many registers as let these programs be there together
+        if architecture(device).startswith("sm_"):  # registers per thread that let per_processor programs run at once
             threads = 32 * num_warps * math.ceil(self.per_processor)
             options["maxnreg"] = min(255, _REGISTERS // threads // 8 * 8)
         return (min(rows, max(1, round(processors * self.per_processor))),), options
 
 
 def blocks_of(kernel: str, vocab: int, itemsize: int, device: torch.device) -> Blocks:
-    """The table's row for this kernel, element size and architecture whose vocabulary is the nearest.
+    """The table's entry for this kernel, element size and architecture with the nearest vocabulary.
 
     Args:
         kernel: "statistics" (rows read once), "gradient" (read and written once), "loss" (read twice, written once).
         vocab, itemsize: Of the logits.
-        device: Where they are.
+        device: The device of the logits.
     """
     name = architecture(device)
-    others = ("sm_80", "any") if name.startswith("sm_") else ("any",)
-    itemsize = min(itemsize, 4)  # fp64 is there to test formulas
-    rows = next(rows for arch in (name, *others) if (rows := _table().get((arch, kernel, itemsize))))
+    fallbacks = ("sm_80", "any") if name.startswith("sm_") else ("any",)
+    itemsize = min(itemsize, 4)  # fp64 is only for tests
+    rows = next(rows for arch in (name, *fallbacks) if (rows := _table().get((arch, kernel, itemsize))))
     return min(rows, key=lambda row: abs(math.log(row[0] / vocab)))[1]
 
 
@@ -102,7 +102,7 @@ def _table() -> dict[tuple[str, str, int], list[tuple[int, Blocks]]]:
 
 @cache
 def architecture(device: torch.device) -> str:
-    """The architecture as the table names it: "sm_90", "gfx942"; "any" for others than NVIDIA's and AMD's."""
+    """The architecture as the table names it: "sm_90", "gfx942"; "any" if it is neither NVIDIA nor AMD."""
     if device.type != "cuda":
         return "any"
     if torch.version.hip is not None:
@@ -116,7 +116,7 @@ def curve_of(transform: Transform) -> Curve:
 
 
 def transform_arguments(transform: Transform) -> tuple[float, float, float]:
-    """``inner``, ``rate`` and ``slope``, as softmax.py takes the transform apart."""
+    """``inner``, ``rate`` and ``slope`` of the transform; see softmax.py."""
     slope = transform.logit_scale / transform.temperature
     if transform.softcap > 0:
         outer = transform.softcap / transform.temperature
@@ -125,9 +125,9 @@ def transform_arguments(transform: Transform) -> tuple[float, float, float]:
 
 
 def check_rows(logits: Tensor, ids: Tensor, dlogits: Tensor | None = None) -> None:
-    """Raises ValueError unless the rows are those of ids ``[B, T]``, or have a position more, and gradients fit them.
+    """Raises ValueError unless logits are ``[B, T, V]`` or ``[B, T + 1, V]`` for ids ``[B, T]``, and dlogits fit them.
 
-    A launch trusts its arguments; this is for who calls a registered op without the public function's checks.
+    Kernels trust their arguments; this protects calls of a registered op, which skip the public function's checks.
     """
     fits = logits.dim() == 3 and ids.dim() == 2 and logits.shape[:2] in (ids.shape, (ids.shape[0], ids.shape[1] + 1))
     if not fits or ids.dtype != torch.int64 or not ids.is_contiguous() or ids.device != logits.device:
@@ -143,22 +143,22 @@ def check_rows(logits: Tensor, ids: Tensor, dlogits: Tensor | None = None) -> No
 
 
 def vector_of(dtype: torch.dtype) -> int:
-    """Elements of 16 bytes."""
+    """Elements per 16 bytes."""
     return 16 // dtype.itemsize
 
 
 def alignment_of(
-    vector: int, strides: tuple[int, int], other: tuple[int, int] | None = None, is_narrowed: bool = False
+    vector: int, strides: tuple[int, int], dstrides: tuple[int, int] | None = None, is_narrowed: bool = False
 ) -> Alignment:
-    """How rows lie that are read, and those that are written, if any.
+    """The alignment of the rows that a kernel reads, and of those that it writes, if any.
 
     Args:
-        vector: Elements of 16 bytes.
+        vector: Elements per 16 bytes.
         strides: Of the rows that are read.
-        other: Of those that are written.
-        is_narrowed: Whether what is written is narrower, and may lie over what is read: it is never shifted then.
+        dstrides: Of the rows that are written.
+        is_narrowed: Whether the output is narrower and may overlap the input. It is never SHIFTED then.
     """
-    both = strides + (other or ())
+    both = strides + (dstrides or ())
     if all(stride % vector == 0 for stride in both):
         return Alignment.ALIGNED
-    return Alignment.SHIFTED if (other is None or other == strides) and not is_narrowed else Alignment.LOOSE
+    return Alignment.SHIFTED if (dstrides is None or dstrides == strides) and not is_narrowed else Alignment.LOOSE

@@ -1,15 +1,15 @@
-"""Rows of logits as Triton device functions: addresses, online softmax, gradient. The only Triton copy.
+"""Triton device functions for rows of logits: addresses, online softmax, gradient. The only Triton copy.
 
-A row is taken in powers of two. With ``y = outer v(z)``, ``v`` being ``z`` or ``tanh(inner z)``, the exponent of
-an element is ``t = (v - base) rate`` for ``rate = outer log2 e``. The difference comes first: what all logits have
-in common costs no digits then, and the largest has exponent 0 exactly. Kernels take ``inner``, ``rate`` and ``slope``
-in fp64, for fp64 logits, and bring them to the arithmetic's type by ``tl.full([], x, ACC)``.
+Exponentials are powers of 2. With ``y = outer v(z)``, where ``v`` is ``z`` or ``tanh(inner z)``, the exponent of an
+element is ``t = (v - base) rate`` for ``rate = outer log2 e``. The subtraction comes first: then an offset that all
+logits share costs no precision, and the largest logit has exponent 0 exactly. Kernels take ``inner``, ``rate`` and
+``slope`` in fp64, because logits may be fp64, and convert them to the arithmetic type by ``tl.full([], x, ACC)``.
 
-A block is a tuple of UNROLL parts, tensors ``[LANES, VECTOR]``: a lane is a thread, a vector one load of 16 bytes. A
-thread loads all its vectors of a block before it uses one. The online state is kept per lane, so that the loop over a
-row needs no reduction across threads, and one rescaling serves UNROLL * VECTOR elements. UNROLL is no dimension of a
-tensor, for releases of Triton differ in whether such a dimension lies across threads: with ``[UNROLL, LANES, VECTOR]``
-3.6 exchanged maxima and sums between threads in every block. What does not fill a block, a row's edges, goes by parts.
+A block is a tuple of UNROLL parts, which are tensors ``[LANES, VECTOR]``. A lane is a thread, and a vector is one load
+of 16 bytes. A thread loads all its vectors of a block before it uses one. The online state is per lane, so the loop
+over a row needs no reduction across threads, and UNROLL * VECTOR elements share one rescaling. UNROLL is not a tensor
+dimension, because some Triton releases spread such a dimension over threads: with ``[UNROLL, LANES, VECTOR]`` Triton
+3.6 exchanged maxima and sums between threads in every block. A row's edges, which do not fill a block, go part by part.
 """
 
 from __future__ import annotations
@@ -19,20 +19,20 @@ import triton.language as tl
 
 from grpo_kernels.ops.tokens.triton.elementary import expm1, log2, tanh
 
-#: What ``v`` is; in the order of launch.Curve.
+#: The curve ``v``; mirrors launch.Curve.
 _SOFTCAP = tl.constexpr(1)
-#: How rows lie; in the order of launch.Alignment.
+#: The alignment of rows; mirrors launch.Alignment.
 _SHIFTED, _LOOSE = tl.constexpr(1), tl.constexpr(2)
-#: An exponent with the same power (0) as -inf, whose product with 0 is not NaN.
+#: An exponent whose power is 0, as for -inf; unlike -inf, its product with 0 is not NaN.
 _FLOOR = tl.constexpr(-1e4)
-#: fp32's least number: a base where all is -inf.
+#: The lowest finite fp32 number: the base if every logit is -inf.
 _LOWEST = tl.constexpr(-3.4028234663852886e38)
 _LN2 = tl.constexpr(0.6931471805599453)
 
 
 @triton.jit
 def transform(z, inner, CURVE: tl.constexpr):
-    """``v``, of logits in the arithmetic's type."""
+    """``v`` of logits in the arithmetic type."""
     if CURVE == _SOFTCAP:
         return tanh(z * inner)
     return z
@@ -40,9 +40,9 @@ def transform(z, inner, CURVE: tl.constexpr):
 
 @triton.jit
 def row_shift(b, t, batch_stride, row_stride, ALIGNMENT: tl.constexpr, VECTOR: tl.constexpr):
-    """Where row ``t`` of completion ``b`` begins, at a multiple of VECTOR, and how many elements further it does.
+    """Offset of row ``t`` of completion ``b``, rounded down to a multiple of VECTOR, and the remainder in elements.
 
-    No early return: what follows one is still compiled, and ``multiple_of`` there would hold for every alignment.
+    No early return: Triton compiles the code after one too, and its ``multiple_of`` would apply to every alignment.
     """
     offset = tl.cast(b, tl.int64) * batch_stride + tl.cast(t, tl.int64) * row_stride
     shift = 0
@@ -56,7 +56,7 @@ def row_shift(b, t, batch_stride, row_stride, ALIGNMENT: tl.constexpr, VECTOR: t
 
 @triton.jit
 def block_columns(LANES: tl.constexpr, UNROLL: tl.constexpr, VECTOR: tl.constexpr):
-    """The columns of a block, part by part; those of a thread's vector are next to each other."""
+    """The columns of a block, one tensor per part; those of a thread's vector are adjacent."""
     first = tl.arange(0, LANES)[:, None] * VECTOR + tl.arange(0, VECTOR)[None, :]
     columns = ()
     for i in tl.static_range(UNROLL):
@@ -66,7 +66,7 @@ def block_columns(LANES: tl.constexpr, UNROLL: tl.constexpr, VECTOR: tl.constexp
 
 @triton.jit
 def row_edges(extent, BLOCK: tl.constexpr, PART: tl.constexpr, ALIGNMENT: tl.constexpr):
-    """Where a row's whole blocks begin and end, and how many parts hold the rest of it, its edges."""
+    """Where a row's whole blocks begin and end, and the number of parts in its edges."""
     begin = PART if ALIGNMENT == _SHIFTED else 0  # a row may begin within its first part
     end = begin + tl.maximum(extent - begin, 0) // BLOCK * BLOCK
     return begin, end, tl.cdiv(tl.maximum(extent - end, 0), PART) + begin // PART
@@ -74,7 +74,7 @@ def row_edges(extent, BLOCK: tl.constexpr, PART: tl.constexpr, ALIGNMENT: tl.con
 
 @triton.jit
 def edge_start(edge, end, PART: tl.constexpr, ALIGNMENT: tl.constexpr):
-    """Where an edge begins: the first of a shifted row with the row, all others after its whole blocks."""
+    """Where an edge begins. A shifted row has its first edge before the whole blocks; all others are after them."""
     if ALIGNMENT == _SHIFTED:
         return 0 if edge == 0 else end + (edge - 1) * PART
     else:
@@ -82,8 +82,8 @@ def edge_start(edge, end, PART: tl.constexpr, ALIGNMENT: tl.constexpr):
 
 
 @triton.jit
-def over_block(values):
-    """Sum over a lane's elements of a block."""
+def sum_block(values):
+    """The sum of each lane's elements of a block."""
     total = tl.sum(values[0], 1)
     for i in tl.static_range(1, len(values)):
         total += tl.sum(values[i], 1)
@@ -92,7 +92,7 @@ def over_block(values):
 
 @triton.jit
 def add_block(block, lane_max, lane_sum, lane_weighted, rate):
-    """The state of lanes with a block of ``v`` added."""
+    """Adds a block of ``v`` to the state of the lanes."""
     largest = lane_max
     for i in tl.static_range(len(block)):
         largest = tl.maximum(largest, tl.max(block[i], 1))
@@ -103,16 +103,16 @@ def add_block(block, lane_max, lane_sum, lane_weighted, rate):
     weighted = ()
     for i in tl.static_range(len(block)):
         t = (block[i] - base[:, None]) * rate
-        e = tl.exp2(t)  # a NaN stays one; -inf is 0
+        e = tl.exp2(t)  # NaN for NaN, 0 for -inf
         powers += (e,)
         weighted += (tl.maximum(t, _FLOOR) * e,)
-    lane_weighted = (lane_weighted + shift * lane_sum) * factor + over_block(weighted)
-    return largest, lane_sum * factor + over_block(powers), lane_weighted
+    lane_weighted = (lane_weighted + shift * lane_sum) * factor + sum_block(weighted)
+    return largest, lane_sum * factor + sum_block(powers), lane_weighted
 
 
 @triton.jit
 def load_columns(row_ptr, columns, shift, vocab, inner, fill, CURVE: tl.constexpr, ACC: tl.constexpr):
-    """``v`` of columns counted from ``shift`` before the row; ``fill`` where there is none."""
+    """``v`` at columns that count from ``shift`` elements before the row; ``fill`` outside the row."""
     inside = (columns >= shift) & (columns < vocab + shift)
     v = transform(tl.load(row_ptr + columns, mask=inside, other=0.0).to(ACC), inner, CURVE)
     return tl.where(inside, v, fill)
@@ -130,7 +130,7 @@ def row_statistics(
     ALIGNMENT: tl.constexpr,
     ACC: tl.constexpr,
 ):
-    """``base``, ``sum 2^t`` and ``sum t 2^t`` in one read of the row. NaN is no maximum, and reaches the sums."""
+    """``base``, ``sum 2^t`` and ``sum t 2^t``, in one pass. The maximum ignores NaN; the sums propagate it."""
     LANES: tl.constexpr = columns[0].shape[0]
     PART: tl.constexpr = columns[0].numel
     BLOCK: tl.constexpr = PART * len(columns)
@@ -139,7 +139,7 @@ def row_statistics(
     lane_weighted = tl.zeros([LANES], ACC)
     begin, end, edges = row_edges(vocab + shift, BLOCK, PART, ALIGNMENT)
     block_ptr = row_ptr + begin
-    for _ in tl.range(begin, end, BLOCK, loop_unroll_factor=2):  # the loads of both come first
+    for _ in tl.range(begin, end, BLOCK, loop_unroll_factor=2):  # so that the loads of two blocks come first
         z = [tl.load(block_ptr + at) for at in columns]
         block_ptr += BLOCK
         v = [transform(x.to(ACC), inner, CURVE) for x in z]
@@ -149,16 +149,16 @@ def row_statistics(
         v = load_columns(row_ptr, at, shift, vocab, inner, float("-inf"), CURVE, ACC)
         lane_max, lane_sum, lane_weighted = add_block((v,), lane_max, lane_sum, lane_weighted, rate)
     base = tl.maximum(tl.max(lane_max, 0), _LOWEST)
-    moved = tl.maximum((lane_max - base) * rate, _FLOOR)
-    factor = tl.exp2(moved)
-    return base, tl.sum(lane_sum * factor, 0), tl.sum((lane_weighted + moved * lane_sum) * factor, 0)
+    shift_to_base = tl.maximum((lane_max - base) * rate, _FLOOR)
+    factor = tl.exp2(shift_to_base)
+    return base, tl.sum(lane_sum * factor, 0), tl.sum((lane_weighted + shift_to_base * lane_sum) * factor, 0)
 
 
 @triton.jit
 def row_results(base, row_sum, weighted, target, rate, ACC: tl.constexpr):
-    """Log-probability, entropy and, in fp64, log-sum-exp, of a row with its token's ``v``; ``rate`` in fp64.
+    """Log-probability, entropy and log-sum-exp (fp64) of a row; ``target`` is the token's ``v``, ``rate`` is fp64.
 
-    A few operations a row: in fp64, so that results are rounded once.
+    fp64, so that the results are rounded once; it is only a few operations per row.
     """
     log_sum = log2(row_sum)
     logprob = (target - base).to(tl.float64) * rate - log_sum
@@ -168,8 +168,8 @@ def row_results(base, row_sum, weighted, target, rate, ACC: tl.constexpr):
 
 
 @triton.jit
-def base_of(lse, rate, ACC: tl.constexpr):
-    """A base and the log2 of the sum over it, from a log-sum-exp; ``rate`` in fp64."""
+def base_and_log_sum(lse, rate, ACC: tl.constexpr):
+    """A base, and the log2 of the sum relative to it, from a log-sum-exp; ``rate`` is fp64."""
     exponent = lse / _LN2
     base = (exponent / tl.where(rate == 0.0, 1.0, rate)).to(ACC)
     return base, (exponent - base.to(tl.float64) * rate).to(ACC)
@@ -177,17 +177,17 @@ def base_of(lse, rate, ACC: tl.constexpr):
 
 @triton.jit
 def gradient_weights(log_sum, entropy, c, c_h, slope, HAS_ENTROPY: tl.constexpr):
-    """``w`` and ``w_t`` of a row's gradient ``2^t (w + w_t t)``, beside its token: of
-    ``-p (c + c_H (log p + H)) slope`` with ``log p = (t - log_sum) ln 2``."""
-    share = tl.exp2(-log_sum) * slope
+    """``w`` and ``w_t``: the gradient ``-p (c + c_H (log p + H)) slope`` of every logit but the token's is
+    ``2^t (w + w_t t)``, with ``log p = (t - log_sum) ln 2``."""
+    scale = tl.exp2(-log_sum) * slope
     if HAS_ENTROPY:
-        return -(c + c_h * (entropy - log_sum * _LN2)) * share, -c_h * _LN2 * share
-    return -c * share, tl.zeros_like(c)
+        return -(c + c_h * (entropy - log_sum * _LN2)) * scale, -c_h * _LN2 * scale
+    return -c * scale, tl.zeros_like(c)
 
 
 @triton.jit
 def slope_at(v, slope, CURVE: tl.constexpr):
-    """``dy/dz`` where the transform is at ``v``."""
+    """``dy/dz`` at ``v``."""
     if CURVE == _SOFTCAP:
         return slope * (1.0 - v * v)
     else:
@@ -196,14 +196,14 @@ def slope_at(v, slope, CURVE: tl.constexpr):
 
 @triton.jit
 def token_gradient(target, logprob, entropy, c, c_h, slope, CURVE: tl.constexpr):
-    """The gradient of the token's own logit, ``1 - p`` without losing the digits of a p near 1."""
+    """The gradient of the token's own logit. ``1 - p`` is ``-expm1(logprob)``, which stays accurate for p near 1."""
     gradient = -expm1(logprob) * c - c_h * tl.exp(logprob) * (tl.maximum(logprob, _FLOOR) + entropy)
     return gradient * slope_at(target, slope, CURVE)
 
 
 @triton.jit
 def part_gradient(v, base, w, w_t, rate, HAS_ENTROPY: tl.constexpr, CURVE: tl.constexpr):
-    """``2^t (w + w_t t)``, and a softcap's slope."""
+    """``2^t (w + w_t t)``, times the slope of a softcap."""
     t = (v - base) * rate
     if HAS_ENTROPY:
         w = w + w_t * tl.maximum(t, _FLOOR)
@@ -216,7 +216,7 @@ def part_gradient(v, base, w, w_t, rate, HAS_ENTROPY: tl.constexpr, CURVE: tl.co
 @triton.jit
 def row_gradient(
     row_ptr,  # ``shift`` elements before the row
-    drow_ptr,  # the same of its gradient, which may lie over the row
+    drow_ptr,  # ``shift`` elements before the row's gradient, which may be the row itself
     columns,
     shift,
     vocab,
@@ -231,12 +231,13 @@ def row_gradient(
     ALIGNMENT: tl.constexpr,
     ACC: tl.constexpr,
 ):
-    """Writes the gradient of every logit as if none were the token's, from the row's end: what the statistics read
-    last is the likeliest to be in the cache still.
+    """Writes the gradient of a row; the caller then overwrites the token's own element.
 
-    IS_NARROWED: the gradient has half the logits' width and lies in the back half of the row's own memory, so that
-    threads must not store before all have loaded. Rows are not shifted then: the edge that a row begins with, written
-    first, would lie over logits that are still to be read.
+    It starts at the row's end, because what the statistics read last is most likely still in the cache.
+
+    IS_NARROWED: the gradient has half the width of the logits and lies in the second half of the row's memory, so all
+    threads must load before any stores. Rows are never shifted then: the first edge would be written over logits that
+    have still to be read.
     """
     tl.static_assert(not (IS_NARROWED and ALIGNMENT == _SHIFTED), "a narrowed gradient meets shifted rows")
     PART: tl.constexpr = columns[0].numel
@@ -271,7 +272,7 @@ def zero_row(
     vocab,
     ALIGNMENT: tl.constexpr,
 ):
-    """Writes 0 to a row."""
+    """Fills a row with 0."""
     PART: tl.constexpr = columns[0].numel
     BLOCK: tl.constexpr = PART * len(columns)
     zeros = tl.zeros(columns[0].shape, drow_ptr.dtype.element_ty)
@@ -285,8 +286,8 @@ def zero_row(
 
 
 @triton.jit
-def held_inside(token, n, vocab, first_bad_ptr):
-    """An id held inside the vocabulary; the least ``n`` of one that was outside is kept."""
+def clamp_id(token, n, vocab, first_bad_ptr):
+    """The id clamped to the vocabulary; flags ``n`` if it was outside."""
     if (token < 0) | (token >= vocab):
         tl.atomic_min(first_bad_ptr, tl.cast(n, tl.int64))
     return tl.minimum(tl.maximum(token, 0), vocab - 1).to(tl.int32)

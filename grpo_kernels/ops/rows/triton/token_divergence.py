@@ -1,4 +1,4 @@
-"""Triton kernel of ``token_divergence`` and its launcher: two rows at a time, from memory once."""
+"""The Triton kernel of ``token_divergence`` and its launcher: a program handles a row and its reference row."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from grpo_kernels.device_values import first_bad
 from grpo_kernels.dtypes import accumulation_dtype
 from grpo_kernels.ops.rows.calls import DivergenceCall
 from grpo_kernels.ops.rows.triton.divergence import (
-    BETWEEN,
+    JENSEN_SHANNON,
     divergence_gradient,
     row_divergence,
     row_divergence_gradient,
@@ -30,9 +30,9 @@ from grpo_kernels.ops.rows.triton.launch import (
     vector_of,
 )
 from grpo_kernels.ops.rows.triton.softmax import (
-    base_of,
+    base_and_log_sum,
     block_columns,
-    held_inside,
+    clamp_id,
     row_results,
     row_statistics,
     slope_at,
@@ -54,7 +54,7 @@ def _token_divergence_kernel(
     reference_ptr,  # like logits
     reference_batch_stride: tl.int64,
     reference_row_stride: tl.int64,
-    dlogits_ptr,  # like logits, which it may be; or None
+    dlogits_ptr,  # like logits; may be logits itself, or None
     dbatch_stride: tl.int64,
     drow_stride: tl.int64,
     ids_ptr,  # [B, T], like all that follow
@@ -74,12 +74,12 @@ def _token_divergence_kernel(
     inner: tl.float64,
     rate: tl.float64,
     slope: tl.float64,
-    own_rate: tl.float64,
-    own_slope: tl.float64,
+    divergence_rate: tl.float64,
+    divergence_slope: tl.float64,
     reference_inner: tl.float64,
     reference_rate: tl.float64,
     KIND: tl.constexpr,
-    IS_ONE: tl.constexpr,
+    SAME_TEMPERATURE: tl.constexpr,
     IS_NARROWED: tl.constexpr,
     CURVE: tl.constexpr,
     REFERENCE_CURVE: tl.constexpr,
@@ -94,9 +94,9 @@ def _token_divergence_kernel(
     wide_rate = tl.full([], rate, tl.float64)
     rate_ = wide_rate.to(ACC)
     slope_ = tl.full([], slope, ACC)
-    wide_own_rate = tl.full([], own_rate, tl.float64)
-    own_rate_ = wide_own_rate.to(ACC)
-    own_slope_ = tl.full([], own_slope, ACC)
+    wide_divergence_rate = tl.full([], divergence_rate, tl.float64)
+    divergence_rate_ = wide_divergence_rate.to(ACC)
+    divergence_slope_ = tl.full([], divergence_slope, ACC)
     reference_inner_ = tl.full([], reference_inner, ACC)
     wide_reference_rate = tl.full([], reference_rate, tl.float64)
     reference_rate_ = wide_reference_rate.to(ACC)
@@ -113,33 +113,36 @@ def _token_divergence_kernel(
         value = tl.full([], 0.0, ACC)
         is_live = n < 0
         if unmasked:
-            token = held_inside(tl.load(ids_ptr + n), n, vocab, first_bad_ptr)
+            token = clamp_id(tl.load(ids_ptr + n), n, vocab, first_bad_ptr)
             start = row_start(b, t, batch_stride, row_stride, ALIGNMENT, VECTOR)
             reference_start = row_start(b, t, reference_batch_stride, reference_row_stride, ALIGNMENT, VECTOR)
             row_ptr = logits_ptr + start
-            other_ptr = reference_ptr + reference_start
+            reference_row_ptr = reference_ptr + reference_start
             target = transform(tl.load(row_ptr + token).to(ACC), inner_, CURVE)
-            first, row_sum, weighted = row_statistics(row_ptr, columns, 0, vocab, inner_, rate_, CURVE, ALIGNMENT, ACC)
-            logprob, entropy, lse = row_results(first, row_sum, weighted, target, wide_rate, ACC)
-            base, log_sum = base_of(lse, wide_rate, ACC)
-            own_logprob = logprob
-            if not IS_ONE:
-                first, row_sum, weighted = row_statistics(
-                    row_ptr, columns, 0, vocab, inner_, own_rate_, CURVE, ALIGNMENT, ACC
+            max_v, row_sum, weighted = row_statistics(row_ptr, columns, 0, vocab, inner_, rate_, CURVE, ALIGNMENT, ACC)
+            logprob, entropy, lse = row_results(max_v, row_sum, weighted, target, wide_rate, ACC)
+            base, log_sum = base_and_log_sum(lse, wide_rate, ACC)
+            divergence_logprob = logprob
+            if not SAME_TEMPERATURE:
+                max_v, row_sum, weighted = row_statistics(
+                    row_ptr, columns, 0, vocab, inner_, divergence_rate_, CURVE, ALIGNMENT, ACC
                 )
-                own_logprob, _own_entropy, lse = row_results(first, row_sum, weighted, target, wide_own_rate, ACC)
-            own_base, own_log_sum = base_of(lse, wide_own_rate, ACC)
-            other_target = transform(tl.load(other_ptr + token).to(ACC), reference_inner_, REFERENCE_CURVE)
-            first, row_sum, weighted = row_statistics(
-                other_ptr, columns, 0, vocab, reference_inner_, reference_rate_, REFERENCE_CURVE, ALIGNMENT, ACC
+                divergence_logprob, _divergence_entropy, lse = row_results(
+                    max_v, row_sum, weighted, target, wide_divergence_rate, ACC
+                )
+            divergence_base, divergence_log_sum = base_and_log_sum(lse, wide_divergence_rate, ACC)
+            reference_target = transform(tl.load(reference_row_ptr + token).to(ACC), reference_inner_, REFERENCE_CURVE)
+            max_v, row_sum, weighted = row_statistics(
+                reference_row_ptr, columns, 0, vocab, reference_inner_, reference_rate_, REFERENCE_CURVE, ALIGNMENT, ACC
             )
-            other_logprob, _other_entropy, lse = row_results(
-                first, row_sum, weighted, other_target, wide_reference_rate, ACC
+            reference_logprob, _reference_entropy, lse = row_results(
+                max_v, row_sum, weighted, reference_target, wide_reference_rate, ACC
             )
-            other_base, other_log_sum = base_of(lse, wide_reference_rate, ACC)
+            reference_base, reference_log_sum = base_and_log_sum(lse, wide_reference_rate, ACC)
             value, centre = row_divergence(
-                row_ptr, other_ptr, columns, vocab, own_base, own_log_sum, inner_, own_rate_,
-                other_base, other_log_sum, reference_inner_, reference_rate_,
+                row_ptr, reference_row_ptr, columns, vocab,
+                divergence_base, divergence_log_sum, inner_, divergence_rate_,
+                reference_base, reference_log_sum, reference_inner_, reference_rate_,
                 mixture_, KIND, CURVE, REFERENCE_CURVE, ACC,
             )  # fmt: skip
             if dlogits_ptr is not None:
@@ -154,23 +157,24 @@ def _token_divergence_kernel(
                     c_d = tl.load(ddivergence_ptr + n)
                 is_live = (c != 0) | (c_h != 0) | (c_d != 0)
                 if is_live:
-                    tl.debug_barrier()  # every thread has read the token's logit before any writes over it
+                    tl.debug_barrier()  # every thread has read the token's logit before any overwrites it
                     dstart = row_start(b, t, dbatch_stride, drow_stride, ALIGNMENT, VECTOR)
                     drow_ptr = dlogits_ptr + dstart
                     row_divergence_gradient(
-                        row_ptr, other_ptr, drow_ptr, columns, vocab, base, log_sum, inner_, rate_, slope_,
-                        own_base, own_log_sum, own_rate_, own_slope_,
-                        other_base, other_log_sum, reference_inner_, reference_rate_,
-                        entropy, centre, c, c_h, c_d, mixture_, KIND, IS_ONE, IS_NARROWED, CURVE, REFERENCE_CURVE, ACC,
+                        row_ptr, reference_row_ptr, drow_ptr, columns, vocab, base, log_sum, inner_, rate_, slope_,
+                        divergence_base, divergence_log_sum, divergence_rate_, divergence_slope_,
+                        reference_base, reference_log_sum, reference_inner_, reference_rate_,
+                        entropy, centre, c, c_h, c_d,
+                        mixture_, KIND, SAME_TEMPERATURE, IS_NARROWED, CURVE, REFERENCE_CURVE, ACC,
                     )  # fmt: skip
-                    own = token_gradient(target, logprob, entropy, c, c_h, slope_, CURVE)
-                    own_divergence = divergence_gradient(
-                        own_logprob, tl.exp(own_logprob), other_logprob, centre, mixture_, KIND
+                    dtarget = token_gradient(target, logprob, entropy, c, c_h, slope_, CURVE)
+                    dtarget_divergence = divergence_gradient(
+                        divergence_logprob, tl.exp(divergence_logprob), reference_logprob, centre, mixture_, KIND
                     )
-                    own_divergence *= c_d * slope_at(target, own_slope_, CURVE)
-                    own += tl.where(c_d != 0, own_divergence, 0.0)
-                    tl.debug_barrier()  # written last, over what another thread wrote
-                    tl.store(drow_ptr + token, own.to(dlogits_ptr.dtype.element_ty))
+                    dtarget_divergence *= c_d * slope_at(target, divergence_slope_, CURVE)
+                    dtarget += tl.where(c_d != 0, dtarget_divergence, 0.0)
+                    tl.debug_barrier()  # then overwrite what another thread wrote there
+                    tl.store(drow_ptr + token, dtarget.to(dlogits_ptr.dtype.element_ty))
         if t < length:
             tl.store(logprobs_ptr + n, logprob)
             tl.store(entropy_ptr + n, entropy)
@@ -201,19 +205,19 @@ def token_divergence(
         return logprobs, entropy, divergence
     blocks = blocks_of("loss", vocab, logits.element_size(), logits.device)
     with nullcontext() if dlogits is None else rounded(dlogits) as out:
-        strides, other, dstrides = (None if x is None else row_strides(x) for x in (logits, reference_logits, out))
-        all_strides = strides + other + (dstrides or ())
-        is_aligned = all(stride % vector == 0 for stride in all_strides)
+        strides, reference_strides = row_strides(logits), row_strides(reference_logits)
+        dstrides = None if out is None else row_strides(out)
+        is_aligned = all(stride % vector == 0 for stride in strides + reference_strides + (dstrides or ()))
         grid, sizes = blocks.launch(rows, vector, logits.device, False)
         inner, rate, slope = transform_arguments(comparison.transform)
-        _, own_rate, own_slope = transform_arguments(comparison.divergence_transform)
+        _, divergence_rate, divergence_slope = transform_arguments(comparison.divergence_transform)
         reference_inner, reference_rate, _ = transform_arguments(comparison.reference_transform)
         mixture = comparison.mixture
         _token_divergence_kernel[grid](
             logits,
             *strides,
             reference_logits,
-            *other,
+            *reference_strides,
             out,
             *(dstrides or (0, 0)),
             ids,
@@ -233,12 +237,12 @@ def token_divergence(
             inner,
             rate,
             slope,
-            own_rate,
-            own_slope,
+            divergence_rate,
+            divergence_slope,
             reference_inner,
             reference_rate,
-            KIND=int(mixture) if mixture in (0.0, 1.0) else BETWEEN.value,
-            IS_ONE=comparison.divergence_temperature == comparison.temperature,
+            KIND=int(mixture) if mixture in (0.0, 1.0) else JENSEN_SHANNON.value,
+            SAME_TEMPERATURE=comparison.divergence_temperature == comparison.temperature,
             IS_NARROWED=out is not None and out.element_size() < logits.element_size(),
             CURVE=curve_of(comparison.transform),
             REFERENCE_CURVE=curve_of(comparison.reference_transform),

@@ -1,4 +1,4 @@
-"""Triton kernels of ``token_logprobs`` and their launchers: programs that stay, and take rows in turn."""
+"""Triton kernels of ``token_logprobs`` and their launchers: persistent programs that take rows in turn."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ from grpo_kernels.ops.rows.triton.launch import (
     vector_of,
 )
 from grpo_kernels.ops.rows.triton.softmax import (
-    base_of,
+    base_and_log_sum,
     block_columns,
+    clamp_id,
     gradient_weights,
-    held_inside,
     load_columns,
     row_gradient,
     row_results,
@@ -54,7 +54,7 @@ def _token_logprobs_fwd_kernel(
     logprobs_ptr,
     lse_ptr,
     entropy_ptr,
-    log_sum_squares_ptr,  # or None, like the next two
+    log_sum_squares_ptr,  # may be None, like the next two
     mean_logits_ptr,
     is_top1_ptr,
     first_bad_ptr,  # [4]
@@ -86,7 +86,7 @@ def _token_logprobs_fwd_kernel(
         mean = tl.full([], 0.0, ACC)
         is_first = n < 0
         if unmasked:
-            token = held_inside(tl.load(ids_ptr + n), n, vocab, first_bad_ptr)
+            token = clamp_id(tl.load(ids_ptr + n), n, vocab, first_bad_ptr)
             start, shift = row_shift(row // length, row % length, batch_stride, row_stride, ALIGNMENT, VECTOR)
             row_ptr = logits_ptr + start
             target = transform(tl.load(row_ptr + shift + token).to(ACC), inner_, CURVE)
@@ -95,12 +95,12 @@ def _token_logprobs_fwd_kernel(
             )
             logprob, entropy, lse = row_results(base, row_sum, weighted, target, wide_rate, ACC)
             if log_sum_squares_ptr is not None or mean_logits_ptr is not None or is_top1_ptr is not None:
-                squares, total, before = _row_extras(
+                squares, total, rank = _row_extras(
                     row_ptr, columns, shift, vocab, token, target, base, inner_, rate_, CURVE, ACC
                 )
                 squares = ((log2(squares) - 2.0 * log2(row_sum)) * 0.6931471805599453).to(ACC)
                 mean = total / vocab * (wide_rate * 0.6931471805599453).to(ACC)
-                is_first = before == 0
+                is_first = rank == 0
         tl.store(logprobs_ptr + n, logprob)
         tl.store(lse_ptr + n, lse)
         tl.store(entropy_ptr + n, entropy)
@@ -126,12 +126,12 @@ def _row_extras(
     CURVE: tl.constexpr,
     ACC: tl.constexpr,
 ):
-    """``sum 4^t``, ``sum v``, and how many columns come before the token in the order of their logits."""
+    """``sum 4^t``, ``sum v``, and the token's rank by larger logit and then by smaller index."""
     LANES: tl.constexpr = columns[0].shape[0]
     BLOCK: tl.constexpr = columns[0].numel * len(columns)
     squares = tl.zeros([LANES], ACC)
     total = tl.zeros([LANES], ACC)
-    before = tl.zeros([LANES], tl.int32)
+    rank = tl.zeros([LANES], tl.int32)
     for start in range(0, vocab + shift, BLOCK):
         block = [load_columns(row_ptr, start + at, shift, vocab, inner, float("-inf"), CURVE, ACC) for at in columns]
         for i in tl.static_range(len(columns)):
@@ -140,12 +140,12 @@ def _row_extras(
             inside = (column >= 0) & (column < vocab)
             squares += tl.sum(tl.exp2((v - base) * (2.0 * rate)), 1)
             total += tl.sum(tl.where(inside, v, 0.0), 1)
-            before += tl.sum((inside & ((v > target) | ((v == target) & (column < token)))).to(tl.int32), 1)
-    return tl.sum(squares, 0), tl.sum(total, 0), tl.sum(before, 0)
+            rank += tl.sum((inside & ((v > target) | ((v == target) & (column < token)))).to(tl.int32), 1)
+    return tl.sum(squares, 0), tl.sum(total, 0), tl.sum(rank, 0)
 
 
 @triton.jit(do_not_specialize=["ids_ptr", "mask_ptr", "count", "vocab"])
-def _hold_ids_kernel(ids_ptr, mask_ptr, held_ptr, first_bad_ptr, count, vocab, BLOCK: tl.constexpr):
+def _clamp_ids_kernel(ids_ptr, mask_ptr, clamped_ptr, first_bad_ptr, count, vocab, BLOCK: tl.constexpr):
     n = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     unmasked = n < count
     if mask_ptr is not None:
@@ -153,18 +153,21 @@ def _hold_ids_kernel(ids_ptr, mask_ptr, held_ptr, first_bad_ptr, count, vocab, B
     ids = tl.load(ids_ptr + n, mask=unmasked, other=0)
     is_bad = (ids < 0) | (ids >= vocab)
     tl.atomic_min(first_bad_ptr + tl.zeros_like(n), n.to(tl.int64), mask=is_bad)
-    tl.store(held_ptr + n, tl.minimum(tl.maximum(ids, 0), vocab - 1), mask=n < count)
+    tl.store(clamped_ptr + n, tl.minimum(tl.maximum(ids, 0), vocab - 1), mask=n < count)
 
 
-def hold_ids(ids: Tensor, mask: Tensor | None, vocab: int) -> Tensor:  # [N] -> [N]
-    """Ids held inside the vocabulary, for kernels that see a part of them: the first that was outside is kept."""
-    held, count = torch.empty_like(ids), ids.shape[0]
+def clamp_ids(ids: Tensor, mask: Tensor | None, vocab: int) -> Tensor:  # [N] -> [N]
+    """Clamps ids to the vocabulary, and flags the first one outside it.
+
+    For losses that run in chunks, whose row kernels would flag an index within their chunk.
+    """
+    clamped, count = torch.empty_like(ids), ids.shape[0]
     check_tokens(count, torch.int64, ids=ids)
     check_tokens(count, torch.bool, mask=mask)
     if count:
         grid = (triton.cdiv(count, _ID_BLOCK),)
-        _hold_ids_kernel[grid](ids, as_bytes(mask), held, first_bad(ids.device), count, vocab, BLOCK=_ID_BLOCK)
-    return held
+        _clamp_ids_kernel[grid](ids, as_bytes(mask), clamped, first_bad(ids.device), count, vocab, BLOCK=_ID_BLOCK)
+    return clamped
 
 
 def token_logprobs_fwd(logits: Tensor, call: StatisticsCall) -> tuple[Tensor, ...]:  # [B, T or T + 1, V]
@@ -213,7 +216,7 @@ def _token_logprobs_bwd_kernel(
     logits_ptr,  # [B, T or T + 1, V]
     batch_stride: tl.int64,
     row_stride: tl.int64,
-    dlogits_ptr,  # like logits, which it may be
+    dlogits_ptr,  # like logits; may be logits itself
     dbatch_stride: tl.int64,
     drow_stride: tl.int64,
     ids_ptr,  # [B, T], like all that follow
@@ -260,21 +263,21 @@ def _token_logprobs_bwd_kernel(
         dstart, dshift = row_shift(b, t, dbatch_stride, drow_stride, ALIGNMENT, VECTOR)
         drow_ptr = dlogits_ptr + dstart
         if (c != 0) | (c_h != 0):
-            token = held_inside(tl.load(ids_ptr + n), n, vocab, first_bad_ptr)
+            token = clamp_id(tl.load(ids_ptr + n), n, vocab, first_bad_ptr)
             start, shift = row_shift(b, t, batch_stride, row_stride, ALIGNMENT, VECTOR)
             row_ptr = logits_ptr + start
             target = transform(tl.load(row_ptr + shift + token).to(ACC), inner_, CURVE)
-            tl.debug_barrier()  # every thread has read the token's logit before any writes over it
+            tl.debug_barrier()  # every thread has read the token's logit before any overwrites it
             entropy = tl.load(entropy_ptr + n)
-            base, log_sum = base_of(tl.load(lse_ptr + n), wide_rate, ACC)
+            base, log_sum = base_and_log_sum(tl.load(lse_ptr + n), wide_rate, ACC)
             w, w_t = gradient_weights(log_sum, entropy, c, c_h, slope_, dentropy_ptr is not None)
             row_gradient(
                 row_ptr, drow_ptr, columns, shift, vocab, base, w, w_t, inner_, rate_,
                 dentropy_ptr is not None, IS_NARROWED, CURVE, ALIGNMENT, ACC,
             )  # fmt: skip
-            own = token_gradient(target, tl.load(logprobs_ptr + n), entropy, c, c_h, slope_, CURVE)
-            tl.debug_barrier()  # written last, over what another thread wrote
-            tl.store(drow_ptr + dshift + token, own.to(dlogits_ptr.dtype.element_ty))
+            dtarget = token_gradient(target, tl.load(logprobs_ptr + n), entropy, c, c_h, slope_, CURVE)
+            tl.debug_barrier()  # then overwrite what another thread wrote there
+            tl.store(drow_ptr + dshift + token, dtarget.to(dlogits_ptr.dtype.element_ty))
         else:
             zero_row(drow_ptr, columns, dshift, vocab, ALIGNMENT)
 
@@ -286,8 +289,8 @@ def token_logprobs_bwd(logits: Tensor, call: GradientCall, dlogits: Tensor) -> N
     check_rows(logits, ids, dlogits)
     check_tokens(ids.numel(), torch.bool, mask=mask)
     check_tokens(ids.numel(), torch.float64, lse=lse)
-    found = {"logprobs": logprobs, "entropy": entropy, "dlogprobs": dlogprobs, "dentropy": dentropy}
-    check_tokens(ids.numel(), accumulation_dtype(logits.dtype), **found)
+    values = {"logprobs": logprobs, "entropy": entropy, "dlogprobs": dlogprobs, "dentropy": dentropy}
+    check_tokens(ids.numel(), accumulation_dtype(logits.dtype), **values)
     rows, vocab, vector = logits.shape[0] * logits.shape[1], logits.shape[-1], vector_of(logits.dtype)
     if rows == 0:
         return

@@ -1,4 +1,4 @@
-"""Functions of one number as Triton device functions, where the hardware's lose digits."""
+"""Elementary functions for Triton kernels, more accurate than the hardware's."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ import triton.language as tl
 
 @triton.jit
 def expm1(x):
-    """``e^x - 1``; near 0 a series, where the difference would lose its digits."""
+    """``e^x - 1``; a series near 0, where the difference cancels."""
     series = x * 0.0 + 1.0
-    # below an ulp of fp32, or of fp64, for |x| < 0.35
+    # truncation error below one ulp of the type for |x| < 0.35
     TERMS: tl.constexpr = 15 if x.dtype == tl.float64 else 8
     for k in tl.static_range(TERMS, 1, -1):
         series = 1.0 + series * x * (1.0 / k)
@@ -19,11 +19,12 @@ def expm1(x):
 
 @triton.jit
 def log2(x):
-    """``log2 x`` of a scalar, in fp64, to 2e-7: the hardware's logarithm errs in proportion, so it gets a mantissa."""
+    """``log2 x`` of a scalar, as fp64, with an error of 2e-7. The hardware's logarithm is applied to the mantissa only,
+    because its error grows with the result."""
     if x.dtype == tl.float64:
         return tl.log2(x)
     bits = x.to(tl.int32, bitcast=True)
-    exponent = (bits - 0x3F400000) >> 23  # of a mantissa in [0.75, 1.5)
+    exponent = (bits - 0x3F400000) >> 23  # for a mantissa in [0.75, 1.5)
     mantissa = (bits - (exponent << 23)).to(tl.float32, bitcast=True)
     is_number = (x > 0.0) & (x < float("inf"))
     log_mantissa = tl.log2(tl.where(is_number, mantissa, x)).to(tl.float64)
@@ -32,11 +33,11 @@ def log2(x):
 
 @triton.jit
 def log_near_one(x):
-    """``log x`` of a normal number, near 1 without losing the digits of ``x - 1``, as the hardware's logarithm does."""
+    """``log x`` of a normal number. Accurate near 1, where the hardware's logarithm is not."""
     if x.dtype == tl.float64:
         return tl.log(x)
     bits = x.to(tl.int32, bitcast=True)
-    exponent = (bits - 0x3F400000) >> 23  # of a mantissa in [0.75, 1.5)
+    exponent = (bits - 0x3F400000) >> 23  # for a mantissa in [0.75, 1.5)
     y = (bits - (exponent << 23)).to(tl.float32, bitcast=True) - 1.0
     t = y / (2.0 + y)  # log(1 + y) = 2 atanh t
     s = t * t
@@ -46,7 +47,7 @@ def log_near_one(x):
 
 @triton.jit
 def tanh(x):
-    """To two ulps; near 0 by a polynomial, where the exponential would lose its digits."""
+    """Error at most 2 ulp. A polynomial near 0, where the exponential form cancels."""
     if x.dtype == tl.float64:
         m = expm1(-2.0 * tl.abs(x))
         magnitude = -m / (m + 2.0)

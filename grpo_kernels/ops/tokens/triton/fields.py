@@ -1,6 +1,6 @@
-"""What Triton kernels read of a token beside its log-probability.
+"""The inputs of a token other than its log-probability, as arguments of Triton kernels.
 
-Tensors are arguments of their own: in a tuple Triton compiles for what their addresses are multiples of.
+Each tensor is its own argument: Triton would specialise a tuple by the alignment of the addresses in it.
 """
 
 from __future__ import annotations
@@ -16,11 +16,11 @@ from grpo_kernels.loss.fields import TokenFields
 from grpo_kernels.ops.tokens.triton.launch import as_bytes
 
 _NAMES = [field.name for field in fields_of(TokenFields)]
-#: The arguments of a kernel, which is compiled for none of their addresses.
+#: The kernel arguments; their addresses must not specialise a kernel.
 FIELDS = [f"{name}_ptr" for name in _NAMES]
-#: How advantages and weights lie: one for all, one a completion, or one a token.
+#: Dimensions of advantages and weights: 0 is one value in all, 1 one per completion, 2 one per token.
 Layout = namedtuple("Layout", ["advantages", "weights", "entropy_weights"])
-_OF_COMPLETION, _OF_TOKEN = tl.constexpr(1), tl.constexpr(2)
+_PER_COMPLETION, _PER_TOKEN = tl.constexpr(1), tl.constexpr(2)
 
 
 def kernel_fields(fields: TokenFields) -> list[Tensor | None]:
@@ -30,14 +30,14 @@ def kernel_fields(fields: TokenFields) -> list[Tensor | None]:
 
 
 def layout_of(fields: TokenFields) -> Layout:
-    """The layout by the tensors' dimensions."""
+    """The layout, from the tensors' dimensions."""
     shared = (getattr(fields, name) for name in Layout._fields)
     return Layout(*(0 if values is None else values.dim() for values in shared))
 
 
 @triton.jit
 def completion_of(sequence_ids_ptr, s, n, mask):
-    """Which completion tokens ``n`` are of: ``s`` unless ids tell."""
+    """The completion of tokens ``n``: their sequence id, or ``s`` without ids."""
     completion = s
     if sequence_ids_ptr is not None:
         completion = tl.load(sequence_ids_ptr + n, mask=mask, other=0)
@@ -46,10 +46,10 @@ def completion_of(sequence_ids_ptr, s, n, mask):
 
 @triton.jit
 def load_field(ptr, s, n, mask, LAYOUT: tl.constexpr):
-    """The values that tokens ``n`` of completion ``s`` have."""
+    """The values of tokens ``n`` of completion ``s``."""
     at = ptr + n * 0
-    if LAYOUT == _OF_COMPLETION:
+    if LAYOUT == _PER_COMPLETION:
         at = at + s
-    elif LAYOUT == _OF_TOKEN:
+    elif LAYOUT == _PER_TOKEN:
         at = at + n
     return tl.load(at, mask=mask, other=0.0)

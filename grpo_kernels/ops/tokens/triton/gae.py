@@ -1,4 +1,4 @@
-"""The Triton kernel of ``gae`` and its launcher: one program a completion, a block of tokens at a time from its end."""
+"""The Triton kernel of ``gae`` and its launcher. A program scans one completion from its end, in blocks of tokens."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from torch import Tensor
 
 from grpo_kernels.ops.tokens.triton.launch import as_bytes, check_tokens
 
-_BLOCK = 1024  # tokens that a program holds at once
+_BLOCK = 1024  # tokens per block
 
 
 @triton.jit
-def _after(scale, offset, next_scale, next_offset):
+def _compose(scale, offset, next_scale, next_offset):
     """``x -> next_scale (scale x + offset) + next_offset``."""
     return scale * next_scale, next_scale * offset + next_offset
 
@@ -32,12 +32,12 @@ def _gae_kernel(
 ):
     s = tl.program_id(0).to(tl.int64)
     begin = tl.maximum(tl.load(offsets_ptr + s), 0)
-    end = tl.minimum(tl.load(offsets_ptr + s + 1), tokens)  # values are not checked on a GPU; reads stay inside
+    end = tl.minimum(tl.load(offsets_ptr + s + 1), tokens)  # not checked on a GPU: keep reads in bounds
     discount = tl.full([], gamma, tl.float64)
     decay = discount * tl.full([], lam, tl.float64)
     lanes = tl.arange(0, BLOCK)
     last = lanes == BLOCK - 1
-    value_after = tl.full([], 0.0, tl.float64)  # of the unmasked token that follows the block
+    value_after = tl.full([], 0.0, tl.float64)  # of the first unmasked token after the block
     advantage_after = tl.full([], 0.0, tl.float64)
     for start in range(0, end - begin, BLOCK):
         n = end - 1 - start - lanes  # from the end
@@ -45,18 +45,18 @@ def _gae_kernel(
         live = tl.load(mask_ptr + n, mask=inside, other=0) != 0
         value = tl.load(values_ptr + n, mask=live, other=0.0).to(tl.float64)
         reward = tl.load(rewards_ptr + n, mask=live, other=0.0).to(tl.float64)
-        # the value of the unmasked token that follows: a scan over what follows each token, within the block
+        # the value of the next unmasked token in the block, by a scan
         has_follower = inside & (lanes > 0)
         follows = tl.load(mask_ptr + n + 1, mask=has_follower, other=0) != 0
         follower = tl.load(values_ptr + n + 1, mask=follows, other=0.0).to(tl.float64)
-        keep, given = tl.associative_scan((tl.where(follows, 0.0, 1.0).to(tl.float64), follower), 0, _after)
-        delta = reward + discount * (keep * value_after + given) - value
-        # a masked token hands on what it is given
+        carry, next_in_block = tl.associative_scan((tl.where(follows, 0.0, 1.0).to(tl.float64), follower), 0, _compose)
+        delta = reward + discount * (carry * value_after + next_in_block) - value
+        # a masked token passes the advantage of the next token on
         scale = tl.where(live, decay, 1.0)
-        scale, offset = tl.associative_scan((scale, tl.where(live, delta, 0.0)), 0, _after)
+        scale, offset = tl.associative_scan((scale, tl.where(live, delta, 0.0)), 0, _compose)
         advantage = scale * advantage_after + offset
         tl.store(out_ptr + n, tl.where(live, advantage, 0.0).to(out_ptr.dtype.element_ty), mask=inside)
-        value_after = tl.sum(tl.where(last, tl.where(live, value, keep * value_after + given), 0.0), 0)
+        value_after = tl.sum(tl.where(last, tl.where(live, value, carry * value_after + next_in_block), 0.0), 0)
         advantage_after = tl.sum(tl.where(last, advantage, 0.0), 0)
 
 

@@ -1,4 +1,4 @@
-"""Triton kernels of ``group_advantages`` and their launcher: one program a group, in fp64, for rewards are few."""
+"""Triton kernels of ``group_advantages`` and their launcher: one program per group, in fp64 as rewards are few."""
 
 from __future__ import annotations
 
@@ -10,15 +10,15 @@ from torch import Tensor
 from grpo_kernels.device_values import first_bad
 from grpo_kernels.ops.tokens.triton.launch import check_tokens
 
-_BLOCK = 256  # rewards that a program holds at once
-_WARPS = 8  # a reward a thread: with two, registers go to memory around the calls that divide in fp64
-_GROUP, _BATCH, _NONE = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)  # in the order of op.SCALE_REWARDS
-_NORMALIZE_THEN_SUM = 1  # in the order of op.AGGREGATIONS
+_BLOCK = 256  # rewards per block
+_WARPS = 8  # one reward per thread; with two, registers spill around the calls of the fp64 division
+_GROUP, _BATCH, _NONE = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)  # in the order of SCALE_REWARDS
+_NORMALIZE_THEN_SUM = 1  # in the order of AGGREGATIONS
 
 
 @triton.jit
 def _rewards(table_ptr, weights_ptr, rows, inside, functions, first, count):
-    """Weighted sum, over ``count`` reward functions from ``first``, of each row, rounded once; NaN where all are."""
+    """Weighted sum of each row over ``count`` reward functions from ``first``, rounded once; NaN if all are NaN."""
     total = tl.zeros(rows.shape, tl.float64)
     scored = tl.zeros(rows.shape, tl.int32)
     for k in range(first, first + count):
@@ -34,7 +34,7 @@ def _rewards(table_ptr, weights_ptr, rows, inside, functions, first, count):
 
 @triton.jit
 def moments(table_ptr, weights_ptr, begin, size, functions, first, count, BLOCK: tl.constexpr):
-    """Mean, unbiased deviation (0 where fewer than two are left), least and largest, of those not NaN."""
+    """Mean, unbiased standard deviation (0 for fewer than two), minimum and maximum of the rewards that are not NaN."""
     lanes = tl.arange(0, BLOCK)
     total = tl.zeros([BLOCK], tl.float64)
     present = tl.zeros([BLOCK], tl.float64)
@@ -43,9 +43,9 @@ def moments(table_ptr, weights_ptr, begin, size, functions, first, count, BLOCK:
     for start in range(0, size, BLOCK):
         inside = start + lanes < size
         value = _rewards(table_ptr, weights_ptr, begin + start + lanes, inside, functions, first, count)
-        given = value == value
-        total += tl.where(given, value, 0.0)
-        present += given.to(tl.float64)
+        is_present = value == value
+        total += tl.where(is_present, value, 0.0)
+        present += is_present.to(tl.float64)
         low = tl.where(value < low, value, low)
         high = tl.where(value > high, value, high)
     number = tl.sum(present, 0)
@@ -61,7 +61,7 @@ def moments(table_ptr, weights_ptr, begin, size, functions, first, count, BLOCK:
 
 @triton.jit
 def normalized(value, mean, std, low, high, eps, IS_SCALED: tl.constexpr):
-    """A reward centred on its group's mean, 0 where the group's are all equal, over the deviation; NaN stays NaN."""
+    """``(value - mean) / (std + eps)``; 0 if all rewards of the group are equal. NaN stays NaN."""
     centred = tl.where(low >= high, value * 0.0, value - mean)
     return centred / (std + eps) if IS_SCALED else centred
 
@@ -77,8 +77,10 @@ def write_group_advantages(
     IS_SCALED: tl.constexpr,
     LANES: tl.constexpr,
 ):
-    """Writes the advantage of every completion, 0 where its reward is missing. A lane takes a completion, and reads its
-    group alone: rewards are few, and no thread waits for another."""
+    """Writes the advantage of every completion; 0 if its reward is missing.
+
+    Each lane handles one completion and reads the whole group: rewards are few, and no thread waits for another.
+    """
     for start in range(0, sequences, LANES):
         s = start + tl.arange(0, LANES).to(tl.int64)
         inside = s < sequences
@@ -89,9 +91,9 @@ def write_group_advantages(
         high = tl.full([LANES], float("-inf"), tl.float64)
         for i in range(0, size):
             value = tl.load(group_ptr + i, mask=inside, other=0.0).to(tl.float64)
-            given = value == value
-            total += tl.where(given, value, 0.0)
-            present += given.to(tl.int32)
+            is_present = value == value
+            total += tl.where(is_present, value, 0.0)
+            present += is_present.to(tl.int32)
             low = tl.where(value < low, value, low)
             high = tl.where(value > high, value, high)
         mean = total / tl.maximum(present, 1).to(tl.float64)
@@ -116,10 +118,10 @@ def _normalize_kernel(
     batch,
     size,  # of a group
     functions,
-    summed,  # functions that make one reward
+    summed,  # number of adjacent functions that are summed to one reward
     eps: tl.float64,
     SCALE: tl.constexpr,
-    MEAN_IS_ZERO: tl.constexpr,  # whether a mean is 0 but for rounding
+    MEAN_IS_ZERO: tl.constexpr,  # whether to take every mean to be 0
     NAN_TO_ZERO: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
@@ -129,7 +131,7 @@ def _normalize_kernel(
     begin = (tl.program_id(0) // columns).to(tl.int64) * size
     mean, std, low, high = moments(table_ptr, weights_ptr, begin, size, functions, first, summed, BLOCK)
     if MEAN_IS_ZERO:
-        mean = mean * 0.0  # a constant costs stack under Triton 3.9
+        mean = mean * 0.0  # a constant 0 makes Triton 3.9 use stack memory
     if SCALE == _BATCH:
         _, std, _, _ = moments(table_ptr, weights_ptr, begin * 0, batch, functions, first, summed, BLOCK)
     lanes = tl.arange(0, BLOCK)
@@ -166,8 +168,8 @@ def group_advantages(
     if mean_is_zero:
         table = torch.empty_like(rewards)
         sizes = (batch, num_generations, functions, 1)
-        each = options | {"SCALE": _GROUP.value, "MEAN_IS_ZERO": False, "NAN_TO_ZERO": False}
-        _normalize_kernel[(groups * functions,)](rewards, None, table, bad, *sizes, eps, **each)
+        column_options = options | {"SCALE": _GROUP.value, "MEAN_IS_ZERO": False, "NAN_TO_ZERO": False}
+        _normalize_kernel[(groups * functions,)](rewards, None, table, bad, *sizes, eps, **column_options)
         rewards, groups, num_generations, scale_rewards = table, 1, batch, _GROUP.value
     sizes = (batch, num_generations, functions, functions)
     options |= {"SCALE": scale_rewards, "MEAN_IS_ZERO": mean_is_zero, "NAN_TO_ZERO": True}

@@ -1,4 +1,4 @@
-"""What every launch needs: checks of what it is given, types, the device."""
+"""Helpers of every launch: argument checks, types, device properties."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _ACC = {torch.float32: tl.float32, torch.float64: tl.float64}
 
 @cache
 def processors_of(device: torch.device) -> tuple[int, int]:
-    """Multiprocessors of a device, and threads of its warps."""
+    """Multiprocessors of a device, and threads per warp."""
     if device.type == "cpu":
         return 1, 32  # the interpreter runs programs one after another
     properties = torch.get_device_module(device).get_device_properties(device)
@@ -28,12 +28,12 @@ def processors_of(device: torch.device) -> tuple[int, int]:
 
 
 def arithmetic(dtype: torch.dtype) -> Any:
-    """The Triton type that rows of ``dtype`` are computed in."""
+    """The Triton type for arithmetic on ``dtype``."""
     return _ACC[accumulation_dtype(dtype)]
 
 
 def as_bytes(flags: Tensor | None) -> Tensor | None:
-    """Booleans as kernels read and write them."""
+    """Booleans as uint8, as kernels read and write them."""
     return None if flags is None else flags.view(torch.uint8)
 
 
@@ -47,7 +47,7 @@ def check_tokens(count: int, dtype: torch.dtype, **values: Tensor | None) -> Non
 
 
 def row_strides(logits: Tensor) -> tuple[int, int]:
-    """Of the first two of three dimensions; the last one is dense."""
+    """Strides of the first two of three dimensions. The last one must be dense."""
     if logits.dim() != 3 or (logits.shape[-1] > 1 and logits.stride(-1) != 1):
         raise ValueError(f"logits must have a dense last dimension of three, got strides {logits.stride()}")
     return logits.stride(0), logits.stride(1)
@@ -55,8 +55,10 @@ def row_strides(logits: Tensor) -> tuple[int, int]:
 
 @contextmanager
 def rounded(out: Tensor) -> Iterator[Tensor]:
-    """What a kernel writes ``out`` through. Triton's interpreter truncates to bfloat16, where a GPU rounds: there the
-    kernel writes fp32, and torch rounds."""
+    """The tensor that a kernel writes instead of ``out``, correctly rounded on exit.
+
+    A GPU rounds to bfloat16, but Triton's interpreter truncates. There the kernel writes fp32 and torch rounds.
+    """
     if not triton.knobs.runtime.interpret or out.dtype != torch.bfloat16:
         yield out
         return

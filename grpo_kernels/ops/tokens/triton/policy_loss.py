@@ -1,4 +1,4 @@
-"""Triton kernels of ``policy_loss`` and their launcher: one program a sequence, then one that adds them in order."""
+"""Triton kernels of ``policy_loss`` and their launcher: one program per sequence, then one per total."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ from grpo_kernels.ops.tokens.triton.fields import FIELDS, completion_of, kernel_
 from grpo_kernels.ops.tokens.triton.launch import arithmetic, check_tokens
 from grpo_kernels.ops.tokens.triton.policy_math import averaged_log_ratio, encode, loss_variant, token_loss
 
-_BLOCK = 1024  # tokens, or sequences, that a program holds at once
+_BLOCK = 1024  # tokens, or sequences, per block
 _WARPS = 16
 
-# rows of the table of per-sequence totals: those of Partial, then the loss
+# rows of the table of per-sequence totals: the partials, then the loss
 _TOKENS = tl.constexpr(int(Partial.TOKENS))
 _RATIOS = tl.constexpr(int(Partial.RATIOS))
 _KL = tl.constexpr(int(Partial.KL))
@@ -39,14 +39,14 @@ def _policy_loss_kernel(
     logprobs_ptr,  # [N]
     entropy_ptr,  # [N] or None
     mask_ptr,  # [N], fields of the tokens; see TokenFields
-    sequence_ids_ptr,  # or None, like all that follow but the weights
+    sequence_ids_ptr,  # may be None, like the next ones except the weights
     advantages_ptr,
     weights_ptr,
     policy_factors_ptr,
     entropy_weights_ptr,
     old_logprobs_ptr,
     ref_logprobs_ptr,
-    offsets_ptr,  # [S + 1], or None where every sequence has as many tokens
+    offsets_ptr,  # [S + 1], or None if all sequences have the same length
     dlogprobs_ptr,  # [N]
     totals_ptr,  # [KERNEL_PARTIALS + 1, S] fp64
     first_bad_ptr,  # [4] or None
@@ -61,13 +61,13 @@ def _policy_loss_kernel(
     s = tl.program_id(0).to(tl.int64)
     if offsets_ptr is not None:
         begin = tl.maximum(tl.load(offsets_ptr + s), 0)
-        end = tl.minimum(tl.load(offsets_ptr + s + 1), tokens)  # values are not checked on a GPU; reads stay inside
+        end = tl.minimum(tl.load(offsets_ptr + s + 1), tokens)  # not checked on a GPU: keep reads in bounds
     else:
         begin = s * (tokens // sequences)
         end = begin + tokens // sequences
     lanes = tl.arange(0, BLOCK)
     mean = tl.full([], 0.0, ACC)
-    is_alone = end > begin
+    is_single_token = end > begin
     if VARIANT.level != _TOKEN_LEVEL:
         log_ratios = tl.zeros([BLOCK], tl.float64)
         count = tl.zeros([BLOCK], tl.float64)
@@ -75,7 +75,7 @@ def _policy_loss_kernel(
             n = start + lanes
             live = tl.load(mask_ptr + n, mask=n < end, other=0) != 0
             logprob = tl.load(logprobs_ptr + n, mask=live, other=0.0)
-            old_logprob = logprob  # on-policy 0, or a NaN's NaN
+            old_logprob = logprob  # on-policy: the log-ratio is 0, or NaN
             if old_logprobs_ptr is not None:
                 old_logprob = tl.load(old_logprobs_ptr + n, mask=live, other=0.0)
             advantage = load_field(
@@ -85,7 +85,7 @@ def _policy_loss_kernel(
             log_ratios += tl.where(live, averaged, 0.0).to(tl.float64)
             count += live.to(tl.float64)
         total = tl.sum(count, 0)
-        is_alone = total == 1
+        is_single_token = total == 1
         mean = (tl.sum(log_ratios, 0) / tl.where(total > 0, total, 1.0)).to(ACC)
     losses = tl.zeros([BLOCK], tl.float64)
     count = tl.zeros([BLOCK], tl.float64)
@@ -103,7 +103,7 @@ def _policy_loss_kernel(
         old_logprob = logprob
         if old_logprobs_ptr is not None:
             old_logprob = tl.load(old_logprobs_ptr + n, mask=live, other=0.0)
-        log_ratio = logprob - old_logprob  # on-policy 0, or a NaN's NaN
+        log_ratio = logprob - old_logprob  # on-policy: 0, or NaN
         if VARIANT.level != _TOKEN_LEVEL:
             log_ratio = tl.zeros([BLOCK], ACC) + mean
         completion = completion_of(sequence_ids_ptr, s, n, live)
@@ -117,7 +117,7 @@ def _policy_loss_kernel(
         loss, dlog_ratio, dlogprob, kl, is_low, is_high = token_loss(
             logprob,
             log_ratio,
-            is_alone,
+            is_single_token,
             old_logprob,
             ref_logprob,
             load_field(advantages_ptr, completion, n, live, LAYOUT.advantages),
@@ -152,11 +152,11 @@ def _policy_loss_kernel(
         if index < end:
             tl.atomic_min(first_bad_ptr + 3, index)
     total = tl.sum(count, 0)
-    share = tl.where(total > 0, total, 1.0)
+    divisor = tl.where(total > 0, total, 1.0)
     if (VARIANT.level == _SEQUENCE_LEVEL) | (VARIANT.level == _GEOMETRIC_LEVEL):
-        # the mean hands its derivative to its tokens in equal parts
-        part = (tl.sum(dmeans, 0) / share).to(ACC)
-        tl.debug_barrier()  # what is read here, other threads may have written
+        # d mean / d log-ratio is 1 / tokens for every token
+        dlog_ratio_of_mean = (tl.sum(dmeans, 0) / divisor).to(ACC)
+        tl.debug_barrier()  # the loads below read what other threads stored above
         for start in range(begin, end, BLOCK):
             n = start + lanes
             live = tl.load(mask_ptr + n, mask=n < end, other=0) != 0
@@ -169,20 +169,20 @@ def _policy_loss_kernel(
                 advantage = load_field(
                     advantages_ptr, completion_of(sequence_ids_ptr, s, n, live), n, live, LAYOUT.advantages
                 )
-                _, passes = averaged_log_ratio(log_ratio, advantage, loss_params, VARIANT)
-                live = live & passes
+                _, has_gradient = averaged_log_ratio(log_ratio, advantage, loss_params, VARIANT)
+                live = live & has_gradient
             dlogprob = tl.load(dlogprobs_ptr + n, mask=live, other=0.0)
-            tl.store(dlogprobs_ptr + n, dlogprob + part, mask=live)
+            tl.store(dlogprobs_ptr + n, dlogprob + dlog_ratio_of_mean, mask=live)
     low = tl.sum(lows, 0)
     high = tl.sum(highs, 0)
-    low_min = low / share
-    high_max = high / share
+    low_min = low / divisor
+    high_max = high / divisor
     ratios = total
     if VARIANT.level == _SEQUENCE_LEVEL:
         ratios = total * 0.0 + 1.0
         low = low_min
         high = high_max
-    else:  # a sequence without a token has no share; at sequence level it still has a ratio, of 1
+    else:  # an empty sequence has no clip fraction, except at sequence level, where it has one ratio, 1
         low_min = tl.where(total > 0, low_min, float("inf"))
         high_max = tl.where(total > 0, high_max, float("-inf"))
     row = totals_ptr + s
@@ -199,7 +199,7 @@ def _policy_loss_kernel(
 
 @triton.jit(do_not_specialize=["sequences"])
 def _totals_kernel(totals_ptr, loss_ptr, partials_ptr, sequences, BLOCK: tl.constexpr):
-    """One program a total: sequences in order, whatever program wrote them."""
+    """Adds a total over the sequences, in an order that does not depend on the programs that wrote them."""
     which = tl.program_id(0)
     lanes = tl.arange(0, BLOCK)
     row = totals_ptr + which.to(tl.int64) * sequences
@@ -240,7 +240,7 @@ def policy_loss_fwd(logprobs: Tensor, entropy: Tensor | None, call: PolicyLossCa
             call.offsets,
             dlogprobs,
             totals,
-            first_bad(logprobs.device) if call.keeps_infinite else None,
+            first_bad(logprobs.device) if call.flags_infinite else None,
             tokens,
             sequences,
             encode(call.code.params),

@@ -1,6 +1,6 @@
-"""The per-token maths of the GRPO family as Triton device functions: the only Triton copy.
+"""The per-token maths of the GRPO family as Triton device functions. The only Triton copy.
 
-The same functions as csrc/policy_math.h, and as loss/reference.py with autograd.
+The same functions as in csrc/policy_math.h. loss/reference.py has their values; its derivatives are autograd's.
 """
 
 from __future__ import annotations
@@ -30,24 +30,24 @@ _JOINT = tl.constexpr(limits.largest_joint(torch.float32) - limits.largest_log_r
 _NEAR, _DISTANCE = tl.constexpr(limits.NEAR), tl.constexpr(limits.DISTANCE)
 _K1, _K2, _K3 = (tl.constexpr(KL_ESTIMATORS[name]) for name in ("k1", "k2", "k3"))
 
-#: The loss's real parameters as one kernel argument, read by ``decode(params.beta, dtype)``. Each is three numbers of
-#: fp32, for that is the type of every float inside a tuple; integers there would be part of what a kernel is compiled
-#: for. No kernel may call the argument ``params``: Triton's launcher has a variable of that name.
+#: The loss's real parameters as one kernel argument, read by ``decode(params.beta, dtype)``. Each is three fp32
+#: numbers, because floats inside a tuple are fp32 and integers there specialise the kernel. No kernel may name the
+#: argument ``params``: Triton's launcher has a variable of that name.
 LossParams = namedtuple("LossParams", [param.name.lower() for param in Param])
-#: What the loss's maths is compiled for, as one constant of a kernel.
+#: The options that the loss's maths is compiled for, as one constexpr.
 LossVariant = namedtuple("LossVariant", [option.name.lower() for option in Option])
 
 
 def encode(params: list[float]) -> LossParams:
-    """The real parameters, as kernels take them."""
+    """The real parameters as a kernel argument."""
     if len(params) != len(Param):
         raise ValueError(f"params must have {len(Param)} entries, got {len(params)}")
     return LossParams(*(_parts(value) for value in params))
 
 
 def _parts(value: float) -> tuple[float, float, float]:
-    """The nearest fp32, that of what it leaves, and of the rest: together exact, from 1e-29 to fp32's largest number;
-    past that infinite."""
+    """Three fp32 numbers whose sum is ``value``, each the nearest to what is left. Exact from 1e-29 to the largest fp32
+    number; infinite above."""
     high = _fp32(value)
     if math.isinf(high):
         return high, 0.0, 0.0
@@ -60,15 +60,15 @@ def _fp32(value: float) -> float:
 
 
 def loss_variant(options: list[int]) -> LossVariant:
-    """What a kernel is compiled for.
+    """The options as a constexpr.
 
     Raises:
-        ValueError: There is an option that these kernels do not know.
+        ValueError: An option is unknown to these kernels.
     """
     if len(options) != len(Option):
         raise ValueError(f"options must have {len(Option)} entries, got {len(options)}")
-    known = {Option.SURROGATE: Surrogate, Option.LEVEL: Level, Option.KL_ESTIMATOR: KL_ESTIMATORS.values()}
-    for option, values in known.items():
+    allowed = {Option.SURROGATE: Surrogate, Option.LEVEL: Level, Option.KL_ESTIMATOR: KL_ESTIMATORS.values()}
+    for option, values in allowed.items():
         if options[option] not in list(values):
             raise ValueError(f"options must have a {option.name} that the kernels know, got {options[option]}")
     return LossVariant(*options)
@@ -76,7 +76,7 @@ def loss_variant(options: list[int]) -> LossVariant:
 
 @triton.jit
 def decode(parts, dtype: tl.constexpr):
-    """A parameter in the arithmetic's type."""
+    """A parameter in the arithmetic type."""
     if dtype == tl.float64:
         rest = tl.full([], parts[1], tl.float64) + tl.full([], parts[2], tl.float64)
         return tl.full([], parts[0], tl.float64) + rest
@@ -86,13 +86,13 @@ def decode(parts, dtype: tl.constexpr):
 
 @triton.jit
 def largest_log_ratio(x):
-    """The argument of an exponential: past it a ratio counts as infinite."""
+    """The largest log-ratio: above it the ratio counts as infinite."""
     return _LOG_RATIO_FP64 if x.dtype == tl.float64 else _LOG_RATIO_FP32
 
 
 @triton.jit
 def clamp(x, low, high):
-    """NaN passes."""
+    """``x`` between the bounds; NaN stays NaN."""
     return tl.where(x < low, low, tl.where(x > high, high, x))
 
 
@@ -100,15 +100,15 @@ def clamp(x, low, high):
 def clip_surrogate(ratio, advantage, params):
     """``min(min(r, delta) A, clip(r) A)`` and its derivative by the log-ratio.
 
-    On a bound, and where both terms are equal, the derivative is autograd's: a clamp passes it on its bounds, and a
-    minimum of equal terms passes half to each.
+    On a bound and at a tie the derivative is autograd's: a clamp passes the gradient on its bounds, and a minimum of
+    equal terms passes half to each.
     """
     ratio_low = decode(params.ratio_low, ratio.dtype)
     ratio_high = decode(params.ratio_high, ratio.dtype)
     delta = decode(params.delta, ratio.dtype)
     unclipped = tl.where(ratio > delta, delta, ratio) * advantage
     clipped = clamp(ratio, ratio_low, ratio_high) * advantage
-    d_unclipped = tl.where(ratio > delta, 0.0, ratio * advantage)  # NaN passes
+    d_unclipped = tl.where(ratio > delta, 0.0, ratio * advantage)  # NaN stays NaN
     d_clipped = tl.where((ratio < ratio_low) | (ratio > ratio_high), 0.0, ratio * advantage)
     value = tl.where(clipped < unclipped, clipped, unclipped)
     equal = 0.5 * (d_unclipped + d_clipped)
@@ -128,7 +128,7 @@ def sapo_surrogate(ratio, advantage, params):
 
 @triton.jit
 def averaged_log_ratio(log_ratio, advantage, params, VARIANT: tl.constexpr):
-    """A token's log-ratio as its sequence's mean takes it, and whether that passes a gradient: GMPO clips it."""
+    """A token's log-ratio as it enters its sequence's mean, and whether it has a gradient: GMPO clips it."""
     passes = log_ratio == log_ratio
     if VARIANT.level == _GEOMETRIC:
         ratio_low = decode(params.ratio_low, log_ratio.dtype)
@@ -141,7 +141,7 @@ def averaged_log_ratio(log_ratio, advantage, params, VARIANT: tl.constexpr):
 
 @triton.jit
 def kl_estimate(d, ESTIMATOR: tl.constexpr):
-    """The estimate, its derivative, and whether it has no bound."""
+    """The estimate, its derivative, and whether the exact value is unbounded."""
     low = -_DISTANCE
     if ESTIMATOR == _K3:
         low = -largest_log_ratio(d)
@@ -160,16 +160,16 @@ def kl_estimate(d, ESTIMATOR: tl.constexpr):
 
 @triton.jit
 def kl_penalty(
-    difference,  # of the log-probability from the reference's
+    difference,  # logprob - ref_logprob
     log_ratio,  # clamped
-    reference_log_ratio,  # where the log-ratio and the difference are both -inf
+    reference_log_ratio,  # the joint exponent if log_ratio and difference are both -inf
     params,
     VARIANT: tl.constexpr,
 ):
-    """The estimate, clamped, its derivatives by the log-ratio and by the log-probability, whether it has no bound.
+    """The clamped estimate, its derivatives by the log-ratio and the log-probability, and whether it is unbounded.
 
-    Straight-through, the second is k2's; importance-weighted, that of the product with a weight ``exp(l - sg l)``;
-    bias-corrected, all are times the ratio.
+    The derivative by the log-probability is the estimate's own, k2's (straight-through), or that of the estimate times
+    ``exp(l - stop_gradient(l))`` (importance-weighted). Bias correction multiplies everything by the ratio.
     """
     log_ratio_clamp = decode(params.log_ratio_clamp, difference.dtype)
     kl_clamp = decode(params.kl_clamp, difference.dtype)
@@ -190,21 +190,19 @@ def kl_penalty(
     largest = largest_log_ratio(d)
     limited = tl.where(log_ratio > largest, largest, log_ratio)
     ratio = tl.exp(limited)
-    most = _TERM_FP64 if d.dtype == tl.float64 else _TERM_FP32
+    largest_term = _TERM_FP64 if d.dtype == tl.float64 else _TERM_FP32
     is_infinite = (ratio != 0) & (kl != 0) & (is_infinite | (log_ratio > largest))
-    kl = clamp(kl * ratio, -most, most)
-    dlogprob = clamp(dlogprob * ratio, -most, most)
-    if (
-        VARIANT.kl_estimator == _K3
-    ):  # far below the reference exp(-d) may be past the largest number while r is below the least
+    kl = clamp(kl * ratio, -largest_term, largest_term)
+    dlogprob = clamp(dlogprob * ratio, -largest_term, largest_term)
+    if VARIANT.kl_estimator == _K3:  # far below the reference exp(-d) may overflow while the ratio underflows
         is_far = ((d < -_NEAR) | (limited - d > largest + _JOINT)) & ~is_clamped
         joint = log_ratio - d
         joint = tl.where((joint != joint) & (log_ratio == log_ratio), reference_log_ratio, joint)
-        is_past = joint > largest + _JOINT
-        far = tl.exp(tl.where(is_past, largest + _JOINT, joint))
+        exceeds_limit = joint > largest + _JOINT
+        far = tl.exp(tl.where(exceeds_limit, largest + _JOINT, joint))
         kl = tl.where(is_far, far, kl)
         dlogprob = tl.where(is_far, tl.where(is_d_clamped, 0.0, -far), dlogprob)
-        is_infinite = tl.where(is_far, is_past, is_infinite)
+        is_infinite = tl.where(is_far, exceeds_limit, is_infinite)
     return kl, kl, dlogprob, is_infinite
 
 
@@ -212,8 +210,8 @@ def kl_penalty(
 def token_loss(
     logprob,
     log_ratio,  # the token's own, or its sequence's
-    is_alone,  # whether the token's log-probability alone moves it
-    old_logprob,  # on-policy the log-probability itself
+    is_single_token,  # whether log_ratio depends on this token only
+    old_logprob,  # on-policy: logprob
     ref_logprob,
     advantage,
     policy_weight,
@@ -222,11 +220,11 @@ def token_loss(
     HAS_REF: tl.constexpr,
     VARIANT: tl.constexpr,  # LossVariant
 ):
-    """What an unmasked token adds to the loss, without the entropy bonus, and to the metrics.
+    """The contribution of an unmasked token to the loss, without the entropy bonus, and to the metrics.
 
     Returns:
         loss, its derivatives by the log-ratio and (directly) by the log-probability, KL, clipped low, clipped high. An
-        infinite loss is of a token without a bound; its derivatives are finite.
+        unbounded token has an infinite loss and finite derivatives.
     """
     ratio_low = decode(params.ratio_low, logprob.dtype)
     ratio_high = decode(params.ratio_high, logprob.dtype)
@@ -236,10 +234,10 @@ def token_loss(
         is_clamped = tl.abs(log_ratio) > log_ratio_clamp
         log_ratio = tl.where(is_clamped, tl.where(log_ratio > 0, log_ratio_clamp, -log_ratio_clamp), log_ratio)
     largest = largest_log_ratio(log_ratio)
-    is_past = log_ratio > largest
-    is_lost = logprob < -_DISTANCE
-    ratio = tl.exp(tl.where(is_past, largest, log_ratio))
-    own = tl.where(is_lost, -_DISTANCE, logprob)
+    exceeds_limit = log_ratio > largest
+    is_below_limit = logprob < -_DISTANCE
+    ratio = tl.exp(tl.where(exceeds_limit, largest, log_ratio))
+    limited_logprob = tl.where(is_below_limit, -_DISTANCE, logprob)
     dvalue = tl.zeros_like(logprob)
     dvalue_direct = tl.zeros_like(logprob)
     if VARIANT.level == _GEOMETRIC:  # clipped token by token
@@ -249,26 +247,26 @@ def token_loss(
         value, dvalue = clip_surrogate(ratio, advantage, params)
     elif VARIANT.surrogate == _CISPO:
         dvalue_direct = clamp(ratio, ratio_low, ratio_high) * advantage
-        value = dvalue_direct * own
+        value = dvalue_direct * limited_logprob
     elif VARIANT.surrogate == _SAPO:
         value, dvalue = sapo_surrogate(ratio, advantage, params)
     else:
         dvalue_direct = tl.zeros_like(logprob) + advantage
-        value = advantage * own
-    # without an advantage or a weight the policy term is 0 whatever the ratio
-    is_absent = (advantage == 0) | (policy_weight == 0)
-    value = tl.where(is_absent, 0.0, value)
-    dvalue = tl.where(is_absent, 0.0, dvalue)
+        value = advantage * limited_logprob
+    # a zero advantage or weight makes the policy term 0, even if the ratio is infinite
+    is_zero = (advantage == 0) | (policy_weight == 0)
+    value = tl.where(is_zero, 0.0, value)
+    dvalue = tl.where(is_zero, 0.0, dvalue)
     loss = -policy_weight * value
     dlog_ratio = -policy_weight * dvalue
     dlogprob = -policy_weight * dvalue_direct
-    is_infinite = (is_past & (dlog_ratio != 0)) | (is_lost & (dlogprob != 0))
+    is_infinite = (exceeds_limit & (dlog_ratio != 0)) | (is_below_limit & (dlogprob != 0))
     kl = tl.zeros_like(logprob)
     if HAS_REF:
         kl, dkl_log_ratio, dkl_logprob, is_kl_infinite = kl_penalty(
             logprob - ref_logprob,
             log_ratio,
-            tl.where(is_alone, ref_logprob - old_logprob, float("inf")),
+            tl.where(is_single_token, ref_logprob - old_logprob, float("inf")),
             params,
             VARIANT,
         )
@@ -280,11 +278,11 @@ def token_loss(
     loss = tl.where(is_infinite & (loss == loss), tl.where(loss < 0, float("-inf"), float("inf")), loss)
     if VARIANT.level == _TOKEN:
         dlog_ratio = tl.where(is_clamped, 0.0, dlog_ratio)
-    counted = ratio
+    metric_ratio = ratio
     if VARIANT.level == _GEOMETRIC:
-        counted = tl.exp(logprob - old_logprob)
+        metric_ratio = tl.exp(logprob - old_logprob)
     delta = decode(params.delta, logprob.dtype)
-    bounded = tl.where(counted > delta, delta, counted)  # as TRL counts
+    bounded = tl.where(metric_ratio > delta, delta, metric_ratio)  # TRL counts clipping after delta
     is_low = (bounded < ratio_low) & (advantage < 0)
     is_high = (bounded > ratio_high) & (advantage > 0)
     return loss, dlog_ratio, dlogprob, kl, is_low, is_high

@@ -1,4 +1,4 @@
-"""The Triton kernel of ``scale``: a gradient times a scalar, in its own memory; nothing is read where that is 1."""
+"""The Triton kernel of ``scale``: multiplies a gradient by a scalar in place; reads and writes nothing if it is 1."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from torch import Tensor
 from grpo_kernels.ops.tokens.triton.launch import arithmetic, processors_of, rounded, row_strides
 
 _BLOCK = 2048
-_PER_PROCESSOR = 8  # programs, which take blocks in turn: where the scalar is 1 there are few to end
+_PER_PROCESSOR = 8  # programs; few, because they all exit at once if the scalar is 1
 
 
 @triton.jit(do_not_specialize=["batch_stride", "row_stride", "length", "width", "row_blocks", "blocks"])
@@ -36,7 +36,7 @@ def _scale_kernel(
                 offset = tl.multiple_of(offset, 16)
             columns = tl.arange(0, BLOCK)
             at = values_ptr + offset + columns
-            if start + BLOCK <= width:  # no mask: whole vectors, whatever the width
+            if start + BLOCK <= width:  # unmasked: whole vectors for any width
                 values = tl.load(at).to(ACC) * factor.to(ACC)
                 tl.store(at, values.to(values_ptr.dtype.element_ty))
             else:
