@@ -1,7 +1,8 @@
 """Whether this checkout is slower than another revision: both timed in turns, in a process each, on the CPU.
 
 Fails where the median of the ratios passes the limit. The other revision is checked out and built in a folder of its
-own, with this environment's compiler and torch.
+own, with this environment's compiler and torch. Where a process's memory happens to lie makes two processes of the same
+code differ by a tenth, so every few rounds are by two new ones.
 """
 
 from __future__ import annotations
@@ -13,7 +14,8 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 
@@ -21,6 +23,8 @@ import torch
 
 ROOT = Path(__file__).parents[1]
 VOCAB, HIDDEN = 151936, 896
+ROUNDS_PER_PROCESS = 3
+SHORTEST_SECONDS = 0.05  # of one timing: shorter steps are repeated
 
 
 def works(quick: bool) -> dict[str, Callable[[], Callable[[], object]]]:
@@ -91,7 +95,7 @@ def works(quick: bool) -> dict[str, Callable[[], Callable[[], object]]]:
 
 
 def serve(root: Path, quick: bool) -> None:
-    """The process of one revision: for each name that comes in, one warm step timed, or why there is none."""
+    """The process of one revision: for each name that comes in, the time of a warm step, or why there is none."""
     import grpo_kernels
 
     found = Path(grpo_kernels.__file__).parents[1]
@@ -104,9 +108,11 @@ def serve(root: Path, quick: bool) -> None:
             if name not in steps:
                 steps[name] = builders[name]()
                 steps[name]()
-            start = time.perf_counter()
-            steps[name]()
-            print(time.perf_counter() - start, flush=True)
+            count, start = 0, time.perf_counter()
+            while count == 0 or time.perf_counter() - start < SHORTEST_SECONDS:
+                steps[name]()
+                count += 1
+            print((time.perf_counter() - start) / count, flush=True)
         except Exception as error:  # an older revision may not have it
             print(f"{type(error).__name__}: {error}".replace("\n", " "), flush=True)
 
@@ -135,23 +141,46 @@ def build(revision: str, folder: Path) -> None:
     subprocess.run(command, cwd=folder, check=True, stdout=subprocess.DEVNULL)
 
 
-def compared(here: subprocess.Popen[str], there: subprocess.Popen[str], name: str, rounds: int,
-             limit: float) -> tuple[str, bool]:  # fmt: skip
+Pair = tuple[subprocess.Popen[str], subprocess.Popen[str]]  # of this checkout and of the other
+
+
+@contextmanager
+def pair_of_processes(other: Path, quick: bool) -> Iterator[Pair]:
+    """Two new processes, to be asked for timings."""
+    processes = []
+    for root in (ROOT, other):
+        command = [sys.executable, str(Path(__file__).resolve()), "--serve", str(root), *(["--quick"] * quick)]
+        environment = os.environ | {"PYTHONPATH": str(root)}
+        processes.append(subprocess.Popen(command, cwd=other.parent, env=environment, stdin=subprocess.PIPE,
+                                          stdout=subprocess.PIPE, text=True))  # fmt: skip
+    try:
+        yield processes[0], processes[1]
+    finally:
+        for process in processes:
+            process.stdin.close()
+            process.wait(timeout=60)
+
+
+def timings(pair: Pair, name: str, first: int, rounds: int) -> list[tuple[float | str, float | str]]:
+    """Rounds of one work, here and there, in turns: the even ones begin here."""
+    found = []
+    for turn in range(first, first + rounds):
+        answers = {process: ask(process, name) for process in (pair if turn % 2 == 0 else pair[::-1])}
+        found.append((answers[pair[0]], answers[pair[1]]))
+    return found
+
+
+def verdict(name: str, rounds: list[tuple[float | str, float | str]], limit: float) -> tuple[str, bool]:
     """A line on one work, and whether it is slower than allowed."""
-    ratios, times = [], []
-    for turn in range(rounds):
-        order = (here, there) if turn % 2 == 0 else (there, here)
-        answers = {process: ask(process, name) for process in order}
-        told = [answer for answer in answers.values() if isinstance(answer, str)]
-        if told:
-            return f"{name:38s} not compared: {told[0]}", isinstance(answers[here], str)
-        ratios.append(answers[here] / answers[there])
-        times.append(answers[here])
-    median, ordered = statistics.median(ratios), sorted(ratios)
-    spread = f"p20 {ordered[rounds // 5]:.2f}  p80 {ordered[-1 - rounds // 5]:.2f}"
-    too_slow = median > limit
-    verdict = f"  slower than {limit:.2f}x" if too_slow else ""
-    return f"{name:38s} {statistics.median(times) * 1e3:9.2f} ms  {median:.3f}x  {spread}{verdict}", too_slow
+    refusals = [answer for answers in rounds for answer in answers if isinstance(answer, str)]
+    if refusals:
+        return f"{name:38s} not compared: {refusals[0]}", any(isinstance(here, str) for here, _ in rounds)
+    ratios = sorted(here / there for here, there in rounds)
+    median, fifth = statistics.median(ratios), len(ratios) // 5
+    slower = f"  slower than {limit:.2f}x" if median > limit else ""
+    spread = f"p20 {ratios[fifth]:.2f}  p80 {ratios[-1 - fifth]:.2f}"
+    milliseconds = statistics.median(here for here, _ in rounds) * 1e3
+    return f"{name:38s} {milliseconds:9.2f} ms  {median:.3f}x  {spread}{slower}", median > limit
 
 
 def main() -> int:
@@ -176,25 +205,15 @@ def main() -> int:
 
 def guard(other: Path, revision: str, rounds: int, limit: float, quick: bool) -> int:
     """Compares this checkout with the one in a folder; returns 1 if any work is slower than allowed."""
-    processes = []
-    for root in (ROOT, other):
-        command = [sys.executable, str(Path(__file__).resolve()), "--serve", str(root), *(["--quick"] * quick)]
-        environment = os.environ | {"PYTHONPATH": str(root)}
-        processes.append(subprocess.Popen(command, cwd=other.parent, env=environment, stdin=subprocess.PIPE,
-                                          stdout=subprocess.PIPE, text=True))  # fmt: skip
-    here, there = processes
-    print(f"this checkout over {revision}, medians of {rounds} rounds in turns")
-    slower = []
-    try:
-        for name in works(quick):
-            line, is_slower = compared(here, there, name, rounds, limit)
-            print(line, flush=True)
-            slower += [name] * is_slower
-    finally:
-        for process in processes:
-            process.stdin.close()
-            process.wait(timeout=60)
-    return int(bool(slower))
+    print(f"this checkout over {revision}, medians of {rounds} rounds in turns, {ROUNDS_PER_PROCESS} per process")
+    found: dict[str, list[tuple[float | str, float | str]]] = {name: [] for name in works(quick)}
+    for first in range(0, rounds, ROUNDS_PER_PROCESS):
+        with pair_of_processes(other, quick) as pair:
+            for name in found:
+                found[name] += timings(pair, name, first, min(ROUNDS_PER_PROCESS, rounds - first))
+    verdicts = [verdict(name, answers, limit) for name, answers in found.items()]
+    print("\n".join(line for line, _ in verdicts))
+    return int(any(is_slower for _, is_slower in verdicts))
 
 
 if __name__ == "__main__":
