@@ -18,7 +18,7 @@ from grpo_kernels.dtypes import accumulation_dtype
 from grpo_kernels.loss.config import GRPOLossConfig, LossCode
 from grpo_kernels.loss.fields import TokenFields
 from grpo_kernels.loss.inputs import PolicyInputs
-from grpo_kernels.ops.gradients import named_gradients, refuse_double_backward
+from grpo_kernels.ops.gradients import named_gradients
 from grpo_kernels.ops.head.buffers import NeededGradients
 from grpo_kernels.ops.head.driver import Chunk, HeadPass, RowOp, RowResults, clamp_ids
 from grpo_kernels.ops.head.gemm import Head
@@ -36,7 +36,7 @@ from grpo_kernels.ops.rows.token_logprobs import to_kernel_ids
 from grpo_kernels.ops.rows.transform import Comparison
 from grpo_kernels.ops.tokens.calls import PolicyLossCall
 from grpo_kernels.ops.tokens.policy_loss import add_divergence, policy_loss_fwd, policy_metrics, token_coefficients
-from grpo_kernels.ops.tokens.scale import scale_gradients
+from grpo_kernels.ops.tokens.scale import backward_of
 
 
 @dataclass(frozen=True)
@@ -138,13 +138,7 @@ class _LinearDivergenceLoss(torch.autograd.Function):
         ctx.set_materialize_grads(False)
         return loss, logprobs, entropy, partials
 
-    @staticmethod
-    def backward(ctx: Any, dloss: Tensor | None, *_: Any) -> dict[str, Tensor | None]:  # type: ignore[override]
-        refuse_double_backward()
-        if dloss is None:
-            return {}
-        dhidden, dweight, dbias = scale_gradients(ctx, dloss, ctx.backend)
-        return {"hidden": dhidden, "weight": dweight, "bias": dbias}
+    backward = staticmethod(backward_of("hidden", "weight", "bias"))
 
 
 def divergence_loss(

@@ -17,7 +17,7 @@ from grpo_kernels.loss.config import GRPOLossConfig, LossCode
 from grpo_kernels.loss.fields import TokenFields
 from grpo_kernels.loss.inputs import PolicyInputs
 from grpo_kernels.measured_backends import RowClass
-from grpo_kernels.ops.gradients import named_gradients, refuse_double_backward
+from grpo_kernels.ops.gradients import named_gradients
 from grpo_kernels.ops.head import reference as head_reference
 from grpo_kernels.ops.head.buffers import NeededGradients
 from grpo_kernels.ops.head.driver import Chunk, HeadPass, RowOp, RowResults, clamp_ids
@@ -49,7 +49,7 @@ from grpo_kernels.ops.rows.transform import Comparison, Transform
 from grpo_kernels.ops.tokens.calls import PolicyLossCall
 from grpo_kernels.ops.tokens.group_advantages import group_advantages
 from grpo_kernels.ops.tokens.policy_loss import policy_loss_fwd, policy_metrics
-from grpo_kernels.ops.tokens.scale import scale_gradients
+from grpo_kernels.ops.tokens.scale import backward_of
 from grpo_kernels.validation import check_id_range
 
 _REFERENCE_ARGUMENTS = "reference_logits, or reference_hidden_states with their head,"  # in messages
@@ -140,13 +140,7 @@ class _LinearGRPOLoss(torch.autograd.Function):
         ctx.set_materialize_grads(False)
         return loss, logprobs, entropy, partials
 
-    @staticmethod
-    def backward(ctx: Any, dloss: Tensor | None, *_: Any) -> dict[str, Tensor | None]:  # type: ignore[override]
-        refuse_double_backward()
-        if dloss is None:
-            return {}
-        dhidden, dweight, dbias = scale_gradients(ctx, dloss, ctx.backend)
-        return {"hidden": dhidden, "weight": dweight, "bias": dbias}
+    backward = staticmethod(backward_of("hidden", "weight", "bias"))
 
 
 def _one_pass_loss(

@@ -16,7 +16,7 @@ from grpo_kernels.loss.config import GRPOLossConfig
 from grpo_kernels.loss.inputs import PolicyInputs
 from grpo_kernels.loss.metrics import PolicyMetrics
 from grpo_kernels.measured_backends import RowClass
-from grpo_kernels.ops.gradients import mark_written, named_gradients, refuse_double_backward
+from grpo_kernels.ops.gradients import mark_written, named_gradients
 from grpo_kernels.ops.registration import define, lazy_import
 from grpo_kernels.ops.rows import reference
 from grpo_kernels.ops.rows.calls import GroupRewards, LossRowsCall
@@ -27,7 +27,7 @@ from grpo_kernels.ops.rows.transform import Transform
 from grpo_kernels.ops.tokens.calls import PolicyLossCall
 from grpo_kernels.ops.tokens.group_advantages import EPS, check_rewards, group_advantages
 from grpo_kernels.ops.tokens.policy_loss import policy_loss_fwd, policy_loss_of, policy_metrics
-from grpo_kernels.ops.tokens.scale import scale_gradients
+from grpo_kernels.ops.tokens.scale import backward_of
 from grpo_kernels.validation import check_cu_seqlens, check_device, check_id_range, check_logits, check_writable
 
 
@@ -91,13 +91,7 @@ class _GRPOLoss(torch.autograd.Function):
         ctx.set_materialize_grads(False)
         return loss, logprobs, entropy, partials
 
-    @staticmethod
-    def backward(ctx: Any, dloss: Tensor | None, *_: Any) -> dict[str, Tensor | None]:  # type: ignore[override]
-        refuse_double_backward()
-        if dloss is None:
-            return {}
-        (dlogits,) = scale_gradients(ctx, dloss, ctx.backend)
-        return {"logits": dlogits}
+    backward = staticmethod(backward_of("logits"))
 
 
 def grpo_loss(

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from torch import Tensor
 
-from grpo_kernels.ops.gradients import refuse_second_backward
+from grpo_kernels.ops.gradients import refuse_double_backward, refuse_second_backward
 from grpo_kernels.ops.registration import define, lazy_import
 
 #: ``gradient *= factor``, by a kernel that reads the factor on the device and does nothing if it is 1.
@@ -30,3 +30,15 @@ def scale_gradients(
         if gradient is not None:
             _SCALE[backend](gradient, factor.to(gradient.device))
     return gradients
+
+
+def backward_of(*names: str) -> Callable[..., dict[str, Tensor | None]]:
+    """The backward of a loss whose forward saved, in this order, its gradients by these inputs, and its ``backend``."""
+
+    def backward(ctx: Any, dloss: Tensor | None, *_: Any) -> dict[str, Tensor | None]:
+        refuse_double_backward()
+        if dloss is None:
+            return {}
+        return dict(zip(names, scale_gradients(ctx, dloss, ctx.backend), strict=True))
+
+    return backward
