@@ -19,7 +19,7 @@ BOUNDS = {
     ("avx2", "statistics", "float"): 4.88,
     ("avx2", "statistics", "bfloat16"): 5.22,
     ("avx2", "gradient", "float"): 3.38,
-    ("avx2", "gradient", "bfloat16"): 6.51,
+    ("avx2", "gradient", "bfloat16"): 4.64,
     ("avx2", "divergence", "float"): 19.6,
     ("baseline", "statistics", "float"): 14.4,
     ("baseline", "gradient", "float"): 9.26,

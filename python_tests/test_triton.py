@@ -15,7 +15,7 @@ import torch
 from testing.calls import SOURCES
 
 TESTS = Path(__file__).parent
-TABLE = TESTS.parent / "grpo_kernels" / "ops" / "token_logprobs" / "triton_blocks.json"
+TABLE = TESTS.parent / "grpo_kernels" / "ops" / "rows" / "triton" / "triton_blocks.json"
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed")
 
 

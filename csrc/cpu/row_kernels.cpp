@@ -175,7 +175,8 @@ void gradient_of(const T* z, T* dz, int64_t vocab, const Transform& options, con
   const LogSoftmax<R> log_softmax(transform.outer, g.lse);
   const R entropy = static_cast<R>(g.entropy);
   const R c = static_cast<R>(g.c), c_h = static_cast<R>(g.c_h);
-  const auto derivative = [&](V values) {
+  // copies: for all the compiler knows, a write to dz changes what a reference reads
+  const auto derivative = [=](V values) {
     const V u = transform(values);
     const V dy = transform.derivative(u);
     const V log_p = log_softmax(u);
@@ -324,7 +325,7 @@ void divergence_gradient(const ComparedRow& p_row, const ComparedRow& q_row, voi
   const R entropy = static_cast<R>(g.entropy), centre = static_cast<R>(row_divergence.centre);
   const R c = static_cast<R>(g.c), c_h = static_cast<R>(g.c_h);
   const R cd = static_cast<R>(c_d * options.temperature / p_row.transform.temperature);
-  const auto derivative = [&](V logits, V reference) {
+  const auto derivative = [=](V logits, V reference) {
     const V u = policy(logits);
     const V log_policy = policy.log_softmax(u);
     const V policy_p = exp(log_policy);
