@@ -57,7 +57,7 @@ def row_strides(logits: Tensor) -> tuple[int, int]:
 def rounded(out: Tensor) -> Iterator[Tensor]:
     """The tensor that a kernel writes instead of ``out``, correctly rounded on exit.
 
-    A GPU rounds to bfloat16, but Triton's interpreter truncates. There the kernel writes fp32 and torch rounds.
+    A GPU rounds to bfloat16, but Triton's interpreter truncates; there, kernels write fp32 and torch rounds.
     """
     if not triton.knobs.runtime.interpret or out.dtype != torch.bfloat16:
         yield out
