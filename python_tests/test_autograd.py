@@ -13,6 +13,7 @@ from testing.inputs import build
 from torch import Tensor
 
 from grpo_kernels import GRPOLossConfig, grpo_loss, linear_grpo_loss, policy_loss, token_logprobs
+from grpo_kernels.ops.gradients import named_gradients
 
 pytestmark = pytest.mark.usefixtures("poison")
 CASES = {case.name: case for case in (*INPUT_CASES, *LOSS_CASES)}
@@ -231,3 +232,22 @@ def test_tied_weights_receive_both_gradients() -> None:
         out.loss.backward()
         gradients.append(table.grad)
     torch.testing.assert_close(*gradients, rtol=1e-5, atol=1e-6)
+
+
+def test_a_gradient_of_an_unknown_input_is_refused() -> None:
+    @named_gradients
+    class Twice(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, values: Tensor, name: str) -> Tensor:  # type: ignore[override]
+            ctx.name = name
+            return values * 2
+
+        @staticmethod
+        def backward(ctx: Any, upstream: Tensor) -> dict[str, Tensor]:  # type: ignore[override]
+            return {ctx.name: upstream * 2}
+
+    leaf = torch.ones(2, requires_grad=True)
+    Twice.apply(leaf, "values").sum().backward()
+    assert leaf.grad is not None and leaf.grad.tolist() == [2, 2]
+    with pytest.raises(KeyError, match="value"):
+        Twice.apply(leaf, "value").sum().backward()
