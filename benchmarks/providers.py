@@ -226,9 +226,13 @@ def _ours_linear(backend: str, workspace_share: float = 1.0, logits_dtype: torch
     return loss
 
 
-def _ours_head(backend: str, retained: bool = False) -> Function:
+def _ours_head(backend: str, logits_share: int | None = None) -> Function:
+    """``logits_share``: of the logits that are saved for the backward; None leaves it to the default."""
+
     def logprobs(problem: Problem) -> Tensor:
-        options = {"max_logits_bytes": problem.ids.numel() * problem.weight.shape[0] * 4} if retained else {}
+        options = {}
+        if logits_share is not None:
+            options = {"max_logits_bytes": logits_share * problem.ids.numel() * problem.weight.shape[0] * 4}
         return linear_token_logprobs(problem.hidden, problem.weight, problem.ids, backend=backend, **options).logprobs
 
     return logprobs
@@ -298,10 +302,15 @@ def _ours(name: str, backend: str) -> tuple[Provider, ...]:
     half = {"hidden": partial(_ours_linear, backend, logits_dtype=torch.bfloat16)}
     eighth = {"hidden": partial(_ours_linear, backend, 1 / 8)}
     rows = {"logits": partial(_ours_rows, backend)}
+
+    def saved(share: int) -> dict[str, Callable[[], Function]]:
+        return {"upstream": partial(_ours_head, backend, share)}
+
     return (
         Provider(f"{name}, fresh gradient", {"logits": partial(_ours_loss, backend, inplace=False)}, **needs),
         Provider(f"{name}, 1/8 workspace", eighth, device="cpu", **needs),
-        Provider(f"{name}, logits retained", {"upstream": partial(_ours_head, backend, retained=True)}, **needs),
+        Provider(f"{name}, logits retained", saved(1), device="cuda", **needs),
+        Provider(f"{name}, projected again", saved(0), device="cpu", **needs),
         Provider(f"{name}, token_logprobs", rows, in_place=True, **needs),
         Provider(f"{name}, bf16 logits", half, device="cuda", **needs),
         Provider(name, every, in_place=True, **needs),

@@ -56,7 +56,7 @@ class HeadStep:
         """TRL's own head; ``select``: on the counted rows alone, as TRL does on a GPU."""
         self._step(self.original, advantages, select)
 
-    def ours(self, advantages: Tensor, expect: bool = True, max_logits_bytes: int = 0) -> None:
+    def ours(self, advantages: Tensor, expect: bool = True, max_logits_bytes: int | None = None) -> None:
         """Our head, within ``drop_in.apply``; ``expect``: the loss is known before, as it is to GRPOTrainer."""
         with self._published(advantages if expect else None, max_logits_bytes):
             self._step(trl_utils._ChunkedLogProbFunction, advantages, select=True)
@@ -79,11 +79,11 @@ class HeadStep:
         return -(torch.minimum(ratio, ratio.clamp(0.8, 1.2)) * advantages).sum() / self.counted
 
     @contextmanager
-    def _published(self, advantages: Tensor | None, max_logits_bytes: int) -> Iterator[None]:
+    def _published(self, advantages: Tensor | None, max_logits_bytes: int | None) -> Iterator[None]:
         """What GRPOTrainer's hook says of the loss before the head runs; nothing without advantages."""
         expected = drop_in._EXPECTED.set(None if advantages is None else self._expected(advantages))
         within = None
-        if max_logits_bytes:
+        if max_logits_bytes is not None:
             within = drop_in._WITHIN.set(drop_in.Settings(max_logits_bytes=max_logits_bytes))
         try:
             yield

@@ -35,7 +35,7 @@ def from_logits(
     """Logits to loss and gradient. Floor: one warm copy of the logits, 2 N V s bytes."""
     problem = logits_problem(tokens, vocab, dtype, device)
     work = buffers(problem)
-    comparison = _titled("logits", "logits to loss and dlogits", {"N": tokens, "V": vocab}, dtype, COPY)
+    comparison = titled("logits", "logits to loss and dlogits", {"N": tokens, "V": vocab}, dtype, COPY)
     comparison.bytes = 2.0 * problem.logits.nbytes
     comparison.contenders[COPY] = comparison.prepare[COPY] = partial(refill, work[False], problem)
     _enter(comparison, "logits", problem, verdicts, ours, only, peaks_at=tokens, work=work)
@@ -58,10 +58,10 @@ def from_hidden(
     problem = replace(head_problem(tokens, *head, dtype, device).with_live(live), frozen=frozen)
     what = "loss and dX, the head frozen" if frozen else "loss, dX and dW"
     share = "" if live == 1 else f", {live:.0%} of the rows live"
-    name, shape = "frozen" if frozen else "hidden", _shape(tokens, head)
-    comparison = _titled(name, f"hidden states to {what}{share}", shape, dtype, GEMMS, live)
+    name, shape = "frozen" if frozen else "hidden", shape_of(tokens, head)
+    comparison = titled(name, f"hidden states to {what}{share}", shape, dtype, GEMMS, live)
     comparison.operations = (4.0 if frozen else 6.0) * tokens * head[0] * head[1]
-    comparison.contenders[GEMMS] = _gemms(problem, "dX" if frozen else "dX, dW")
+    comparison.contenders[GEMMS] = bare_gemms(problem, "dX" if frozen else "dX, dW")
     whole = sizes is not None and head == sizes.head and live == 1 and not frozen
     _enter(comparison, "hidden", problem, verdicts, ours, only, peaks_at=tokens if whole else None)
     return comparison
@@ -77,9 +77,9 @@ def logprobs_alone(
 ) -> Comparison:
     """Log-probs without a gradient, as for old and reference policies. Floor: one GEMM, 2 N H V operations."""
     problem = head_problem(tokens, *head, dtype, device)
-    comparison = _titled("logprobs", "hidden states to log-probs", _shape(tokens, head), dtype, GEMMS)
+    comparison = titled("logprobs", "hidden states to log-probs", shape_of(tokens, head), dtype, GEMMS)
     comparison.operations = 2.0 * tokens * head[0] * head[1]
-    comparison.contenders[GEMMS] = _gemms(problem, "")
+    comparison.contenders[GEMMS] = bare_gemms(problem, "")
     _enter(comparison, "logprobs", problem, verdicts, ours, peaks_at=tokens)
     return comparison
 
@@ -98,9 +98,9 @@ def under_upstream(
     problem = head_problem(tokens, *head, dtype, device).with_live(live)
     share = "" if live == 1 else f", {live:.0%} of the rows with one"
     title = f"hidden states to log-probs, dX and dW under any gradient{share}"
-    comparison = _titled("upstream", title, _shape(tokens, head), dtype, GEMMS, live)
+    comparison = titled("upstream", title, shape_of(tokens, head), dtype, GEMMS, live)
     comparison.operations = 6.0 * tokens * head[0] * head[1]
-    comparison.contenders[GEMMS] = _gemms(problem, "dX, dW")
+    comparison.contenders[GEMMS] = bare_gemms(problem, "dX, dW")
     _enter(comparison, "upstream", problem, verdicts, ours, only, peaks_at=tokens if live == 1 else None)
     return comparison
 
@@ -135,7 +135,7 @@ def policy(completions: int, length: int, device: torch.device, ours: Mapping[st
     values = torch.empty(5, completions, length, device=device)  # 20 B T bytes are moved: half are read, half written
     source, target = values.flatten()[: values.numel() // 2], torch.empty_like(values.flatten()[: values.numel() // 2])
     shape = {"B": completions, "T": length}
-    comparison = _titled("policy", "rewards and log-probs to loss and gradient", shape, torch.float32, COPY)
+    comparison = titled("policy", "rewards and log-probs to loss and gradient", shape, torch.float32, COPY)
     comparison.bytes = 20.0 * completions * length
     comparison.contenders = {
         COPY: lambda: target.copy_(source),
@@ -151,18 +151,18 @@ def policy(completions: int, length: int, device: torch.device, ours: Mapping[st
     return comparison
 
 
-def _titled(work: str, title: str, shape: dict[str, int], dtype: torch.dtype, floor: str,
+def titled(work: str, title: str, shape: dict[str, int], dtype: torch.dtype, floor: str,
             live: float = 1.0) -> Comparison:  # fmt: skip
     letters = " ".join(f"{letter}={size}" for letter, size in shape.items())
     name = str(dtype).removeprefix("torch.")
     return Comparison(work, f"{title}, {letters} {name}", floor, shape, name, live)
 
 
-def _shape(tokens: int, head: Head) -> dict[str, int]:
+def shape_of(tokens: int, head: Head) -> dict[str, int]:
     return {"N": tokens, "H": head[0], "V": head[1]}
 
 
-def _gemms(problem: Problem, gradients: str) -> Callable[[], object]:
+def bare_gemms(problem: Problem, gradients: str) -> Callable[[], object]:
     """The products that no provider can go without, by the library's own GEMM, into fresh memory."""
     x, w = problem.hidden.flatten(0, 1), problem.weight
 

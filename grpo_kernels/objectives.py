@@ -199,7 +199,7 @@ def distillation_loss(
         teacher_bias,
         prefix="teacher_",
     )
-    options = HeadOptions.of(hidden_states, lm_head_weight, logits_dtype, workspace_bytes, models=2)
+    options = HeadOptions.of(hidden_states, lm_head_weight, logits_dtype, workspace_bytes)
     config = GRPOLossConfig(
         loss_type="reinforce",
         loss_agg_mode=_SFT_MEANS[reduction],

@@ -48,7 +48,7 @@ def test_the_headline_has_what_the_readme_and_the_design_state() -> None:
     on_gpu = SimpleNamespace(device=torch.device("cuda"), backends=list(GPU_BACKENDS), ours=OURS_ON_GPU, deadline=0)
     assert list(headline.comparisons(sizes, on_gpu, {}, 1)) == [
         "logits, N=8192 V=151936", "hidden", "hidden, a quarter live", "calls, N=64", "calls, N=8192 V=151936",
-        "hidden, N=1024", "hidden, H=896", "frozen", "hidden, N=64",
+        "hidden, N=1024", "hidden, H=896", "frozen", "hidden, N=64", "workspace",
     ]  # fmt: skip
     others = other_works.comparisons(sizes, on_gpu, {})
     for vocab in sizes.vocabularies:

@@ -15,13 +15,13 @@ if not triton.knobs.runtime.interpret:
     pytest.skip("test_triton.py runs these under the interpreter", allow_module_level=True)
 
 import triton.language as tl  # noqa: E402
-from testing.calls import call, leaves, rounded_dlogits, run  # noqa: E402
-from testing.cases import INPUT_CASES, LOSS_CASES, Case  # noqa: E402
+from testing.calls import call, leaves, run  # noqa: E402
+from testing.cases import Case  # noqa: E402
+from testing.gpu_heads import CASES, GPU_HEADS, assert_gpu_head_conforms  # noqa: E402
 from testing.inputs import build  # noqa: E402
 
 from grpo_kernels import GRPOLossConfig, check_device_values, group_advantages, grpo_loss  # noqa: E402
 from grpo_kernels.device_values import first_bad  # noqa: E402
-from grpo_kernels.ops.head import gemm as head  # noqa: E402
 from grpo_kernels.ops.rows.triton import grpo_loss as loss_kernels  # noqa: E402
 from grpo_kernels.ops.rows.triton import softmax as triton_math  # noqa: E402
 from grpo_kernels.ops.rows.triton import token_logprobs as triton_kernels  # noqa: E402
@@ -30,7 +30,6 @@ from grpo_kernels.ops.tokens.triton.policy_math import decode, encode  # noqa: E
 
 OPS = torch.ops.grpo_kernels
 CPU = torch.device("cpu")
-CASES = {case.name: case for case in (*INPUT_CASES, *LOSS_CASES)}
 KL = GRPOLossConfig(beta=0.1, entropy_coef=0.05)
 
 
@@ -231,33 +230,6 @@ def test_interpreted_parameters_are_exact(dtype: torch.dtype) -> None:
         assert y.tolist() == torch.tensor(values, dtype=dtype).tolist()
 
 
-def _mm(a: Tensor, b: Tensor, *, out_dtype: torch.dtype, out: Tensor) -> Tensor:
-    """What CUDA's ``mm`` with ``out_dtype`` asks for, and gives."""
-    assert a.dtype == b.dtype in (torch.float16, torch.bfloat16) and out.dtype == out_dtype == torch.float32
-    assert all(1 in x.stride() for x in (a, b, out))  # one dense dimension: no copy
-    return out.copy_(a.float() @ b.float())
-
-
-def _addmm(self: Tensor, a: Tensor, b: Tensor, *, out_dtype: torch.dtype, out: Tensor) -> Tensor:
-    assert self is out  # in place: nothing is copied first
-    return out.add_(_mm(a, b, out_dtype=out_dtype, out=torch.empty_like(out)))
-
-
-@pytest.mark.parametrize("name", ["plain", "dirty_mask", "some_advantages", "packed_sequence", "bias", "transform_all"])
-@pytest.mark.parametrize("op", ["linear_token_logprobs", "linear_grpo_loss"])
-def test_interpreted_heads_of_a_gpu(op: str, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """GEMMs that write fp32 from half precision, rows of the workspace apart, several chunks: as on CUDA."""
-    inputs = build(CASES[name], torch.float16, "hidden")
-    with rounded_dlogits(torch.float16):
-        expected = run(op, inputs, "torch")
-    real = {"mm": torch.mm, "addmm": torch.addmm}
-
-    def either(which: str, emulated: Any) -> Any:
-        return lambda *a, **k: emulated(*a, **k) if "out_dtype" in k else real[which](*a, **k)
-
-    monkeypatch.setattr(head, "writes_fp32", lambda device: True)
-    monkeypatch.setattr(head, "row_width", lambda vocab, dtype, device: -(-vocab // 32) * 32)
-    monkeypatch.setattr(torch, "mm", either("mm", _mm))
-    monkeypatch.setattr(torch, "addmm", either("addmm", _addmm))
-    for workspace in (1 << 30, 3 * 64 * 4):
-        _assert_close(run(op, inputs, "triton", workspace_bytes=workspace), expected, rtol=4e-3, atol=2e-4)
+@pytest.mark.parametrize(("op", "name"), GPU_HEADS)
+def test_interpreted_heads_of_a_gpu(op: str, name: str) -> None:
+    assert_gpu_head_conforms(op, CASES[name], "triton")

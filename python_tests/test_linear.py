@@ -163,8 +163,11 @@ def _logprob_step(upstream: Tensor, freeze_head: bool = False, **options: Any) -
 def test_logprob_rows_without_upstream_gradient_cost_one_gemm(live: int) -> None:
     upstream = torch.zeros(BATCH, LENGTH)
     upstream[:, :live] = 1
-    assert _logprob_step(upstream) == ROWS + 3 * BATCH * live
-    assert _logprob_step(upstream, freeze_head=True, save_projection=False) == ROWS + 2 * BATCH * live
+    assert _logprob_step(upstream) == ROWS + 2 * BATCH * live  # the workspace keeps the logits
+    assert _logprob_step(upstream, max_logits_bytes=0) == ROWS + 3 * BATCH * live
+    assert _logprob_step(upstream, freeze_head=True, save_projection=False) == ROWS + BATCH * live
+    frozen = {"freeze_head": True, "save_projection": False, "max_logits_bytes": 0}
+    assert _logprob_step(upstream, **frozen) == ROWS + 2 * BATCH * live
 
 
 @pytest.mark.parametrize("live", [0, 2, LENGTH])
@@ -205,18 +208,45 @@ def test_retained_logits_are_not_projected_again() -> None:
     assert _logprob_step(upstream, max_logits_bytes=10 * row) == ROWS + 3 * (ROWS - LENGTH) - (10 - LENGTH)
 
 
+def test_a_workspace_that_holds_no_call_keeps_logits_in_one_half(monkeypatch: pytest.MonkeyPatch) -> None:
+    upstream, row = torch.ones(BATCH, LENGTH), VOCAB * 4
+    assert _logprob_step(upstream, workspace_bytes=ROWS * row) == 3 * ROWS
+    assert _logprob_step(upstream, workspace_bytes=12 * row) == 4 * ROWS  # chunks of 6 rows would be slower
+    monkeypatch.setattr("grpo_kernels.ops.head.inputs.WORKSPACE_ROWS", 6)
+    assert _logprob_step(upstream, workspace_bytes=12 * row) == 4 * ROWS - 6
+    assert _logprob_step(upstream, workspace_bytes=11 * row) == 4 * ROWS
+
+
+@pytest.mark.parametrize("live", [slice(None), slice(2, 5), slice(0, 6, 2)], ids=["all", "contiguous", "apart"])
+def test_a_second_backward_projects_what_the_first_overwrote(live: slice) -> None:
+    tensors = _tensors()
+    leaf = [tensors[name] for name in ("hidden_states", "lm_head_weight")]
+    upstream = torch.zeros(BATCH, LENGTH)
+    upstream[:, live] = torch.randn(BATCH, LENGTH)[:, live]
+
+    def gradients(backend: str) -> list[list[Tensor]]:
+        out = linear_token_logprobs(*leaf, tensors["completion_ids"], backend=backend).logprobs
+        return [list(torch.autograd.grad(out, leaf, upstream, retain_graph=True)) for _ in range(3)]
+
+    expected = gradients("torch")[0]
+    for found in gradients("cpu"):
+        torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
+
+
 def test_sequence_level_drops_dead_rows() -> None:
     config = GRPOLossConfig(importance_sampling_level="sequence")
     advantages = torch.tensor([1.0, 0.0, 0.0, 0.0])
     off_policy = {"old_logprobs": torch.full((BATCH, LENGTH), -4.0)}
-    assert _step(config, advantages=advantages, **off_policy) == ROWS + 3 * LENGTH
+    assert _step(config, advantages=advantages, **off_policy) == ROWS + 2 * LENGTH
     assert _step(config, advantages=advantages) == ROWS + 2 * LENGTH  # on-policy: nothing to wait for
 
 
 ROW = 37 * 8  # bytes of the cases' logits in fp64
 OPTIONS = (
-    {"workspace_bytes": 1},
+    {"workspace_bytes": 2 * ROW},
     {"workspace_bytes": 3 * ROW},
+    {"workspace_bytes": 11 * ROW},
+    {"max_logits_bytes": 0},
     {"max_logits_bytes": 3 * ROW},
     {"max_logits_bytes": 7 * ROW, "workspace_bytes": 2 * ROW},
     {"max_logits_bytes": 1 << 30},
@@ -251,7 +281,7 @@ def test_nothing_is_read_back_while_a_graph_is_captured(
     # checks of values, which run on a CPU alone, read back too
     monkeypatch.setattr("grpo_kernels.validation.may_read", lambda tensor, debug: False)
     expected = run(op, inputs, "cpu")
-    for module in ("selection", "buffers", "live_rows"):
+    for module in ("selection", "sources", "live_rows"):
         monkeypatch.setattr(f"grpo_kernels.ops.head.{module}.is_capturing", lambda device: True)
     made = torch.tensor
 

@@ -17,8 +17,8 @@ if triton.knobs.runtime.interpret:
 from triton_resources import recorded  # noqa: E402
 
 TESTS = Path(__file__).parent
-#: Between them they launch every kernel that takes rows, aligned and not, in place and narrowed.
-CASES = "plain or full_fp32 or prime or compared or others or narrowed or anywhere"
+#: Between them they launch every kernel that takes rows, aligned and not, in place and not.
+CASES = "plain or full_fp32 or prime or compared or others or anywhere"
 SELECTED = f"({CASES}) and not large and not softly and not sm_80"
 
 

@@ -18,6 +18,7 @@ from works import from_hidden, from_logits
 from gpu.settings import TARGETS, captured, in_place, target_captured
 from gpu.sizes import HALF, Sizes
 from gpu.stage import RunningStage, main
+from gpu.workspace import workspace_rows
 
 PEERS = ("naive PyTorch", "TRL", "TRL, Triton", "Liger", "Liger, Triton")
 CASES: tuple[Case, ...] = (("logits", "bfloat16"), ("hidden", "bfloat16"))
@@ -125,6 +126,7 @@ def comparisons(
         f"hidden, N={sizes.few_tokens}": partial(
             timed, partial(with_captured, partial(hidden, sizes.few_tokens, head, only=some), stage.ours), {}
         ),
+        "workspace": partial(timed, partial(workspace_rows, tokens, head, HALF, stage.device, stage.ours), {}),
     }
 
 

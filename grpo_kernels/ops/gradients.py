@@ -26,8 +26,13 @@ def named_gradients(function: type[torch.autograd.Function]) -> type[torch.autog
 
 
 def has_run_backward(ctx: Any) -> bool:
-    """Whether ``refuse_second_backward`` has been called for this node."""
+    """Whether ``mark_backward_run`` has been called for this node."""
     return getattr(ctx, "has_run_backward", False)
+
+
+def mark_backward_run(ctx: Any) -> None:
+    """Notes that what this node saved has been given away or overwritten."""
+    ctx.has_run_backward = True
 
 
 def refuse_second_backward(ctx: Any) -> None:
@@ -45,7 +50,7 @@ def refuse_second_backward(ctx: Any) -> None:
             "a second backward is refused: the first handed over the gradient that the forward formed, or wrote it "
             "over the logits; call the loss again"
         )
-    ctx.has_run_backward = True
+    mark_backward_run(ctx)
 
 
 def refuse_double_backward() -> None:

@@ -20,7 +20,7 @@ from triton.compiler import ASTSource, make_backend
 from triton.runtime.jit import JITFunction, create_function_from_signature
 
 from grpo_kernels import backends
-from grpo_kernels.ops.head import buffers, gemm, inputs, reference_model
+from grpo_kernels.ops.head import buffers, gemm, inputs, reference_model, sources
 from grpo_kernels.ops.head.gemm import row_width
 from grpo_kernels.ops.rows.triton import launch as row_launch
 
@@ -117,8 +117,7 @@ def launches(function: Callable[[], Any], target: str) -> list[Launch]:
         mock.patch.object(inputs, "writes_fp32", lambda device: True),
         mock.patch.object(gemm, "row_width", _gpu_row_width),
         mock.patch.object(buffers, "matmul", lambda a, b, out, add=False: out),
-        mock.patch.object(buffers, "row_width", _gpu_row_width),
-        mock.patch.object(inputs, "row_width", _gpu_row_width),
+        mock.patch.object(sources, "row_width", _gpu_row_width),
         mock.patch.object(reference_model, "row_width", _gpu_row_width),
         mock.patch.object(backends, "_IS_INTERPRETED", True),  # for the registry alone: it lets CPU tensors pass
         mock.patch.object(row_launch, "architecture", lambda device: target),

@@ -214,7 +214,7 @@ class Applied:
 def apply(
     *,
     speculate: bool = True,
-    max_logits_bytes: int = 0,
+    max_logits_bytes: int | None = None,
     workspace_bytes: int | None = None,
     backend: str = "auto",
 ) -> Applied:
@@ -231,8 +231,9 @@ def apply(
         speculate: Form the head's gradients in the forward where ``GRPOTrainer``'s loss is known before it: a third of
             the head's backward less. The gradient that comes is compared with the expected one, at the cost of one
             sync; another one is served by projecting again.
-        max_logits_bytes: Elsewhere: keep as many logits as fit from the forward to the backward.
-        workspace_bytes: Bound of the logits that exist at once; None means 1 GiB on a CPU, 1.5 GB on a GPU.
+        max_logits_bytes: Elsewhere: keep as many logits as fit from the forward to the backward; see
+            ``linear_token_logprobs``.
+        workspace_bytes: Bound of the head's memory; see ``linear_token_logprobs``.
         backend: "auto", or one of ``grpo_kernels.BACKENDS``; "torch" leaves TRL's own functions in place.
 
     Raises:

@@ -19,10 +19,10 @@ from grpo_kernels.dtypes import accumulation_dtype
 from grpo_kernels.measured_backends import RowClass
 from grpo_kernels.ops.head.buffers import NeededGradients
 from grpo_kernels.ops.head.gemm import writes_fp32
-from grpo_kernels.ops.head.inputs import HeadOptions, check_workspace
+from grpo_kernels.ops.head.inputs import HeadOptions, check_bounds
 from grpo_kernels.ops.head.linear_grpo_loss import LinearLossCall
 from grpo_kernels.ops.head.linear_token_divergence import LinearDivergenceCall, LinearTokenDivergence
-from grpo_kernels.ops.head.linear_token_logprobs import LinearStatisticsCall, LinearTokenLogprobs
+from grpo_kernels.ops.head.linear_token_logprobs import LinearTokenLogprobs, statistics_call
 from grpo_kernels.ops.head.reference_model import Reference
 from grpo_kernels.ops.head.speculation import ExpectedLoss, SpeculatedLogprobs
 from grpo_kernels.ops.rows.calls import DivergenceCall, StatisticsCall
@@ -63,13 +63,13 @@ class Settings:
     """How TRL's head runs: see ``grpo_kernels.integrations.trl.apply``."""
 
     speculate: bool = True
-    max_logits_bytes: int = 0
+    max_logits_bytes: int | None = None
     workspace_bytes: int | None = None
     backend: str = "auto"
     counts: Counts = field(default_factory=Counts, compare=False)
 
     def __post_init__(self) -> None:
-        check_workspace(self.workspace_bytes, self.max_logits_bytes, 1, torch.float32, torch.device("cpu"))
+        check_bounds(self.workspace_bytes, self.max_logits_bytes)
         if self.backend not in ("auto", *backends.BACKENDS):
             names = ", ".join(map(repr, backends.BACKENDS))
             raise ValueError(f"backend must be 'auto' or one of {names}, got {self.backend!r}")
@@ -125,12 +125,6 @@ def _dtypes(hidden: Tensor, weight: Tensor) -> tuple[torch.dtype, torch.dtype]:
     return compute, accumulation_dtype(compute) if writes else compute
 
 
-def _options(settings: Settings, hidden: Tensor, weight: Tensor, models: int = 1) -> HeadOptions:
-    dtypes = _dtypes(hidden, weight)
-    bound = check_workspace(settings.workspace_bytes, 0, weight.shape[0], dtypes[1], hidden.device, models)
-    return HeadOptions(*dtypes, bound)
-
-
 def head_logprobs(
     settings: Settings,
     expected: Expected | None,
@@ -145,7 +139,7 @@ def head_logprobs(
 ) -> tuple[Tensor | None, ...]:
     """Log-probability, entropy, log sum of squared probabilities, mean logit, is top 1; None where not asked for."""
     device = hidden.device
-    options = _options(settings, hidden, weight)
+    options = HeadOptions(*_dtypes(hidden, weight), settings.workspace_bytes)
     backend = settings.backend_on(device, partial(RowClass.of_head, weight))
     transform = Transform.of(temperature, softcap, logit_scale)
     needs = NeededGradients.of(hidden, weight, bias)
@@ -159,14 +153,13 @@ def head_logprobs(
         if expected.loss is not None and _SPECULATED.issuperset(outputs) and not may_underflow:
             loss = expected.loss.to(device, options.arithmetic_dtype)
             settings.counts.add_rows(loss.fields.has_policy_term())
+            options.check_bound(options.head(backend, weight, bias), needs, ids.shape[0])
             call = LinearLossCall(options, ids, loss.fields, loss.code, transform, needs, None)
             found = _SPECULATION.apply(hidden, weight, bias, call, backend, settings.counts.add)
             return expected.filled(found[0]), found[1] if "entropy" in wanted else None, None, None, None
         mask = expected.mask.to(device)
-    max_logits_bytes = settings.max_logits_bytes if needs.any else 0
-    saves_projection = needs == NeededGradients(True, False, False) and max_logits_bytes == 0
     rows = StatisticsCall(ids, mask, transform, outputs_code(wanted))
-    call = LinearStatisticsCall(options, rows, max_logits_bytes, saves_projection)
+    call = statistics_call(hidden, weight, bias, rows, options, settings.max_logits_bytes, True, backend)
     found = _LOGPROBS.apply(hidden, weight, bias, call, backend)
     names = ("entropy", "log_sum_sq_probs", "mean_logits", "is_top1")
     logprobs = found[0] if mask is None else expected.filled(found[0])  # type: ignore[union-attr]
@@ -189,7 +182,7 @@ def head_divergence(
     teacher_softcap: float | None,
 ) -> tuple[Tensor, Tensor]:
     """Divergence of each token, and the student's entropy, which carries no gradient in TRL."""
-    options = _options(settings, student_hidden, student_weight, models=2)
+    options = HeadOptions(*_dtypes(student_hidden, student_weight), settings.workspace_bytes)
     teacher_dtype, _ = _dtypes(teacher_hidden, teacher_weight)
     backend = settings.backend_on(student_hidden.device, partial(RowClass.of_head, student_weight))
     comparison = Comparison.between(
@@ -200,6 +193,9 @@ def head_divergence(
     reference = Reference(None, teacher_hidden, teacher_weight, teacher_bias, teacher_dtype)
     ids = torch.zeros(student_hidden.shape[0], dtype=torch.int64, device=student_hidden.device)
     rows = DivergenceCall(ids, None, None, None, None, comparison)
+    needs = NeededGradients.of(student_hidden, student_weight, student_bias)
+    head = options.head(backend, student_weight, student_bias)
+    options.check_bound(head, needs, ids.shape[0], models=2)
     call = LinearDivergenceCall(options, reference, rows, NeededGradients(False, False, False))
     _, entropy, divergence = _DIVERGENCE.apply(student_hidden, student_weight, student_bias, call, backend)
     return divergence, entropy.detach()

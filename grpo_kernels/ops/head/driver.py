@@ -12,10 +12,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from grpo_kernels.ops.head.buffers import HeadGradients, LogitsSource, NeededGradients
+from grpo_kernels.ops.head.buffers import HeadGradients, NeededGradients
 from grpo_kernels.ops.head.gemm import Head
+from grpo_kernels.ops.head.memory import MemoryPlan
 from grpo_kernels.ops.head.reference_model import ReferenceRows
-from grpo_kernels.ops.head.selection import SelectedRows, pack_live, row_chunks
+from grpo_kernels.ops.head.selection import SelectedRows, pack_live
+from grpo_kernels.ops.head.sources import LogitsSource
 from grpo_kernels.ops.registration import lazy_import
 
 
@@ -26,7 +28,8 @@ class Chunk(NamedTuple):
         rows: Which of the selected rows.
         logits: ``[n, V]``.
         reference_logits: ``[n, V]``; None without a reference.
-        dlogits: ``[n, V]``, where the op writes the gradient, possibly over the logits; None if it writes none.
+        dlogits: ``[n, V]``, where the op writes the gradient, over the logits if it has their dtype; None if it writes
+            none.
     """
 
     rows: slice
@@ -60,7 +63,7 @@ class HeadPass:
         hidden: Hidden states, ``[N, H]``.
         rows: Which tokens are projected.
         needs: Which gradients are formed, from the rows that may have one.
-        workspace_bytes: Bound of the logits that exist at once.
+        workspace_bytes: As for ``MemoryPlan.of``.
         source: Where logits come from; None means the projection.
         reference: A reference's logits for the same rows.
         dhidden_dtype: As for ``HeadGradients``.
@@ -71,7 +74,7 @@ class HeadPass:
     hidden: Tensor
     rows: SelectedRows
     needs: NeededGradients
-    workspace_bytes: int
+    workspace_bytes: int | None
     source: LogitsSource | None = None
     reference: ReferenceRows | None = None
     dhidden_dtype: torch.dtype | None = None
@@ -79,7 +82,7 @@ class HeadPass:
     def run(
         self, row_op: RowOp, dtypes: Sequence[torch.dtype], wanted: Sequence[bool] | None = None
     ) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
-        """Runs the row op over all chunks.
+        """Runs the row op over all chunks, and multiplies the gradients back whenever their buffer is full.
 
         Args:
             row_op: What to do with a chunk.
@@ -90,59 +93,115 @@ class HeadPass:
             The values, each ``[N]``, 0 for tokens that were not projected, or ``[0]`` if not wanted; and ``dX``, ``dW``
             and ``db``, empty if not needed.
         """
-        head, rows, reference = self.head, self.rows, self.reference
-        source = self.source or LogitsSource(head)
-        chunks = list(self._chunks(source))
-        gradients = HeadGradients(head, self.hidden, self.needs, len(chunks), self.dhidden_dtype)
-        workspace = head.workspace(max((_size(chunk) for chunk in chunks if source.uses_workspace(chunk)), default=0))
-        reference_workspace = None if reference is None else reference.workspace(max(map(_size, chunks), default=0))
-        wanted = [True] * len(dtypes) if wanted is None else wanted
-        parts = []
-        for chunk in chunks:
-            inputs = head.inputs(self.hidden, rows, chunk)
-            logits = source.logits(chunk, inputs, workspace)
-            reference_logits = None if reference is None else reference.logits(chunk, reference_workspace)
-            for part, has_gradient in self._split_by_gradient(chunk):
-                within = slice(part.start - chunk.start, part.stop - chunk.start)
-                dlogits = head.gradient(workspace, within.stop) if has_gradient else None
-                part_logits, part_reference, part_inputs, dlogits = (
-                    x if x is None or within == slice(0, x.shape[0]) else x[within]
-                    for x in (logits, reference_logits, inputs, dlogits)
-                )
-                results = row_op(Chunk(part, part_logits, part_reference, dlogits))
-                parts.append(results.values)
-                if dlogits is not None:
-                    self._add_gradient(gradients, part, dlogits, part_inputs, results.live)
+        rows, source = self.rows, self.source or LogitsSource(self.head)
+        live_rows = rows.live_count if self.needs.any else 0
+        row_bytes = 0 if self.reference is None else self.reference.row_bytes
+        plan = MemoryPlan.of(self.head, self.needs, rows.count, live_rows, self.workspace_bytes, row_bytes)
+        blocks = list(plan.blocks(rows.count, live_rows, source.segments(rows.count)))
+        memory = _Memory.of(self.head, source, self.reference, blocks, live_rows)
+        buffers = sum(block[0].start < live_rows for block in blocks)
+        gradients = HeadGradients(self.head, self.hidden, self.needs, buffers, self.dhidden_dtype)
+        parts: list[tuple[Tensor, ...]] = []
+        for block in blocks:
+            parts += self._run_block(block, live_rows, row_op, source, memory, gradients)
         values = [torch.cat(pieces) if len(pieces) > 1 else pieces[0] for pieces in zip(*parts, strict=True)]
         values = values or [self.hidden.new_empty(0, dtype=dtype) for dtype in dtypes]
         count = self.hidden.shape[0]
+        wanted = [True] * len(dtypes) if wanted is None else wanted
         scattered = (rows.scatter(x, count) if is_wanted else x for x, is_wanted in zip(values, wanted, strict=True))
         return tuple(scattered), gradients.results()
 
-    def _chunks(self, source: LogitsSource) -> Iterator[slice]:
-        row_bytes = self.head.row_bytes + (0 if self.reference is None else self.reference.row_bytes)
-        for begin, end in source.segments(self.rows.count):
-            yield from row_chunks(begin, end, row_bytes, self.workspace_bytes, self.head.row_multiple)
+    def _run_block(
+        self,
+        block: list[slice],
+        live_rows: int,
+        row_op: RowOp,
+        source: LogitsSource,
+        memory: _Memory,
+        gradients: HeadGradients,
+    ) -> list[tuple[Tensor, ...]]:
+        """Runs the row op over chunks whose gradients share a buffer, and adds these gradients; returns its values."""
+        start, stop = block[0].start, block[-1].stop
+        inputs = self.head.inputs(self.hidden, self.rows, slice(start, stop))
+        buffer, values, live = memory.buffer, [], []
+        for chunk in block:
+            logits = source.logits(chunk, inputs[chunk.start - start : chunk.stop - start], memory.workspace)
+            if self.head.is_in_place:  # the block's only chunk
+                buffer = source.gradient_memory(logits, memory.workspace)
+            reference_logits = None
+            if self.reference is not None:
+                reference_logits = self.reference.logits(chunk, memory.reference)
+            for part, has_gradient in _split(chunk, live_rows):
+                of_chunk = slice(part.start - chunk.start, part.stop - chunk.start)
+                results = row_op(
+                    Chunk(
+                        part,
+                        logits[of_chunk],
+                        None if reference_logits is None else reference_logits[of_chunk],
+                        buffer[part.start - start : part.stop - start] if has_gradient else None,
+                    )
+                )
+                values.append(results.values)
+                if has_gradient:
+                    live.append(results.live)
+        end = min(stop, live_rows)
+        if end > start:
+            flags = None if any(x is None for x in live) else torch.cat(live)
+            scratch = None if self.head.is_in_place else memory.workspace
+            self._add_gradients(gradients, slice(start, end), buffer[: end - start], inputs, flags, scratch)
+        return values
 
-    def _split_by_gradient(self, chunk: slice) -> Iterator[tuple[slice, bool]]:
-        """The rows of a chunk that may have a gradient, then the others; empty parts are left out."""
-        live_count = self.rows.live_count if self.needs.any else 0
-        end = min(max(live_count, chunk.start), chunk.stop)
-        for part, has_gradient in ((slice(chunk.start, end), True), (slice(end, chunk.stop), False)):
-            if part.start < part.stop:
-                yield part, has_gradient
-
-    def _add_gradient(
-        self, gradients: HeadGradients, part: slice, dlogits: Tensor, inputs: Tensor, live: Tensor | None
+    def _add_gradients(
+        self,
+        gradients: HeadGradients,
+        part: slice,
+        dlogits: Tensor,
+        inputs: Tensor,
+        live: Tensor | None,
+        scratch: Tensor | None,
     ) -> None:
-        """Adds the gradient of a chunk, without its dead rows if they are known."""
-        tokens = self.rows.slice(part)
+        """Adds the gradients of a buffer, without its dead rows if they are known and many."""
+        tokens, inputs = self.rows.slice(part), inputs[: dlogits.shape[0]]
         index = None
         if live is not None:
-            dlogits, index = pack_live(self.backend, dlogits, live)
+            dlogits, index = pack_live(self.backend, dlogits, live, scratch)
         if index is not None:
             inputs, tokens = inputs[index], index + tokens.start if isinstance(tokens, slice) else tokens[index]
-        gradients.add(dlogits, inputs, tokens)
+        gradients.add(dlogits, inputs, tokens, scratch)
+
+
+class _Memory(NamedTuple):
+    """Memory of a pass, for its largest chunk and its largest buffer."""
+
+    workspace: Tensor  # [chunk, row_width]
+    reference: Tensor | None  # [chunk, row_width]
+    buffer: Tensor  # [buffer, V]; empty if gradients are written over the logits
+
+    @classmethod
+    def of(
+        cls,
+        head: Head,
+        source: LogitsSource,
+        reference: ReferenceRows | None,
+        blocks: list[list[slice]],
+        live_rows: int,
+    ) -> _Memory:
+        chunks = [chunk for block in blocks for chunk in block]
+        live_blocks = [] if head.is_in_place else [block for block in blocks if block[0].start < live_rows]
+        buffer_rows = max((block[-1].stop - block[0].start for block in live_blocks), default=0)
+        return cls(
+            head.workspace(max((_size(chunk) for chunk in chunks if source.uses_workspace(chunk)), default=0)),
+            None if reference is None else reference.workspace(max(map(_size, chunks), default=0)),
+            head.buffer(buffer_rows)[:, : head.vocab],
+        )
+
+
+def _split(chunk: slice, live_rows: int) -> Iterator[tuple[slice, bool]]:
+    """The rows of a chunk that may have a gradient, then the others; empty parts are left out."""
+    end = min(max(live_rows, chunk.start), chunk.stop)
+    for part, has_gradient in ((slice(chunk.start, end), True), (slice(end, chunk.stop), False)):
+        if part.start < part.stop:
+            yield part, has_gradient
 
 
 def _size(chunk: slice) -> int:

@@ -7,14 +7,16 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
+from grpo_kernels.dtypes import accumulation_dtype
 from grpo_kernels.ops.head.selection import SelectedRows
 
 _MIN_GPU_ROWS = 4  # a GEMM on a GPU is padded to this many rows
 _FEW_ROWS_PER_THREAD = 16  # with fewer, a GEMM on a CPU may sum the vocabulary in sequence
 _PARTIAL_SUMS = 16  # into which the vocabulary is then split
 _MAX_COLUMNS_IN_ONE_SUM = 2048  # a smaller vocabulary is not split
+_ROUNDED_BYTES = 1 << 24  # of products that exist at once before they are rounded
 _GPU_MULTIPLE = 128  # on a GPU: of rows in a chunk, and of bytes from row to row
-_NARROW_GRADIENT_BACKENDS = ("triton", "cuda")  # their row kernels can write a gradient narrower than its logits
+_NARROW_GRADIENT_BACKENDS = ("triton", "cuda")  # their row kernels can write gradients narrower than the logits
 
 
 def writes_fp32(device: torch.device) -> bool:
@@ -26,6 +28,7 @@ def matmul(a: Tensor, b: Tensor, out: Tensor, *, add: bool = False) -> Tensor:  
     """Writes ``a b`` to ``out``, or adds it to ``out``. Products are summed in the dtype of ``out``, or a wider one.
 
     If no GEMM writes that dtype from these inputs, they are widened first. That is exact, but slow and needs memory.
+    Results that are rounded are computed some rows at a time.
     """
     if a.dtype == b.dtype == out.dtype:
         return out.addmm_(a, b) if add else torch.mm(a, b, out=out)
@@ -35,10 +38,17 @@ def matmul(a: Tensor, b: Tensor, out: Tensor, *, add: bool = False) -> Tensor:  
             return torch.addmm(out, a, b, out_dtype=out.dtype, out=out)
         return torch.mm(a, b, out_dtype=out.dtype, out=out)
     wide = torch.promote_types(torch.promote_types(a.dtype, b.dtype), out.dtype)
+    if not writes_fp32(out.device):  # no GEMM sums half precision in fp32 and writes it
+        wide = torch.promote_types(wide, torch.float32)
     if wide == out.dtype:
         return matmul(a.to(wide), b.to(wide), out, add=add)
-    product = torch.mm(a.to(wide), b.to(wide))
-    return out.add_(product) if add else out.copy_(product)
+    b = b.to(wide)
+    step = max(1, _ROUNDED_BYTES // (out.shape[1] * wide.itemsize))
+    for start in range(0, out.shape[0], step):
+        product = torch.mm(a[start : start + step].to(wide), b)
+        rounded = out[start : start + step]
+        rounded.add_(product) if add else rounded.copy_(product)
+    return out
 
 
 def row_width(vocab: int, dtype: torch.dtype, device: torch.device) -> int:
@@ -72,7 +82,7 @@ class Head:
         self.device = weight.device
         self.parameter_dtypes = (weight.dtype, weight.dtype if bias is None else bias.dtype)
         self.parameter = weight
-        self.bias = None if bias is None else self._cast(bias).to(logits_dtype)
+        self.parameter_bias = bias
 
     @classmethod
     def of(
@@ -96,6 +106,11 @@ class Head:
         """The weight in the dtype of the GEMMs. Cast at first use: a call may project no row."""
         return self._cast(self.parameter)
 
+    @cached_property
+    def bias(self) -> Tensor | None:
+        """The bias in the dtype of the logits."""
+        return None if self.parameter_bias is None else self._cast(self.parameter_bias).to(self.logits_dtype)
+
     def _cast(self, values: Tensor) -> Tensor:
         """``values`` rounded to the compute dtype; then widened if no GEMM writes fp32 from half precision."""
         values = values.detach().to(self.compute_dtype)
@@ -107,10 +122,9 @@ class Head:
         return values if rows.mask is None else torch.where(rows.mask[chunk, None], values, 0)
 
     @property
-    def writes_dweight(self) -> bool:
-        """Whether one GEMM can write ``dW`` in the parameter's dtype: summed in fp32, rounded once."""
-        dtypes = {self.gradient_dtype, self.compute_dtype, self.parameter_dtypes[0]}
-        return len(dtypes) == 1 and writes_fp32(self.device)
+    def is_in_place(self) -> bool:
+        """Whether row kernels write the gradient over the logits: they have one dtype."""
+        return self.gradient_dtype == self.logits_dtype
 
     @property
     def row_multiple(self) -> int:
@@ -119,27 +133,48 @@ class Head:
 
     @property
     def row_bytes(self) -> int:
-        return row_width(self.vocab, self.logits_dtype, self.device) * self.logits_dtype.itemsize
+        """Size of a row of the workspace."""
+        return self._width(self.logits_dtype) * self.logits_dtype.itemsize
+
+    @property
+    def gradient_row_bytes(self) -> int:
+        """Size of a row of the buffer."""
+        return self._width(self.gradient_dtype) * self.gradient_dtype.itemsize
+
+    @property
+    def dweight_bytes(self) -> int:
+        """Size of the sums of ``dW``, which are fp32 (fp64)."""
+        return self.parameter.numel() * accumulation_dtype(self.compute_dtype).itemsize
+
+    @property
+    def accumulator_bytes(self) -> int:
+        """Size of these sums beside ``dW``; 0 if they are ``dW`` itself."""
+        return 0 if self.parameter_dtypes[0] == accumulation_dtype(self.compute_dtype) else self.dweight_bytes
+
+    def _width(self, dtype: torch.dtype) -> int:
+        return row_width(self.vocab, dtype, self.device)
 
     def workspace(self, rows: int) -> Tensor:  # [rows, row_width]
-        width = row_width(self.vocab, self.logits_dtype, self.device)
-        return torch.empty(rows, width, dtype=self.logits_dtype, device=self.device)
+        """Memory for logits."""
+        return torch.empty(rows, self._width(self.logits_dtype), dtype=self.logits_dtype, device=self.device)
+
+    def buffer(self, rows: int) -> Tensor:  # [rows, row_width]
+        """Memory for gradients of logits, beside the workspace."""
+        return torch.empty(rows, self._width(self.gradient_dtype), dtype=self.gradient_dtype, device=self.device)
 
     def logits(self, inputs: Tensor, workspace: Tensor) -> Tensor:  # [n, H], [n or more, row_width] -> [n, V]
         """The logits of ``inputs``, written to the workspace."""
         out = matmul(inputs, self.weight.t(), workspace[: inputs.shape[0], : self.vocab])
         return out if self.bias is None else out.add_(self.bias)
 
-    def gradient(self, workspace: Tensor, rows: int) -> Tensor:  # [rows or more, row_width] -> [rows, V]
-        """The memory for the gradient of the logits: over them, or, if it is narrower, the back half of each row."""
-        if self.gradient_dtype == self.logits_dtype:
-            return workspace[:rows, : self.vocab]
-        width = workspace.shape[1]
-        return workspace[:rows].view(self.gradient_dtype)[:, width : width + self.vocab]
 
-
-def project_back(dlogits: Tensor, weight: Tensor, dtype: torch.dtype) -> Tensor:  # [n, V], [V, H] -> [n, H]
-    """``dlogits W``, in ``dtype`` if a GEMM can write it.
+def project_back(
+    dlogits: Tensor,  # [n, V]
+    weight: Tensor,  # [V, H]
+    dtype: torch.dtype,
+    scratch: Tensor | None = None,
+) -> Tensor:  # [n, H]
+    """``dlogits W``, in ``dtype`` if a GEMM can write it, and in ``scratch`` if that has the dtype and is large enough.
 
     On a CPU, a large vocabulary is summed in blocks if there are few rows. CPU libraries have kernels for few rows, and
     for the rows left over in a thread's share, that sum in sequence. Over 129280 columns their error is ten times that
@@ -155,7 +190,11 @@ def project_back(dlogits: Tensor, weight: Tensor, dtype: torch.dtype) -> Tensor:
         return _sum_in_blocks(dlogits.to(dtype), weight.to(dtype))
     if not on_cpu and rows < _MIN_GPU_ROWS:
         dlogits = torch.nn.functional.pad(dlogits, (0, 0, 0, -rows % _MIN_GPU_ROWS))
-    out = torch.empty(dlogits.shape[0], weight.shape[1], dtype=dtype, device=weight.device)
+    size = dlogits.shape[0] * weight.shape[1]
+    if scratch is not None and scratch.dtype == dtype and scratch.numel() >= size:
+        out = scratch.view(-1)[:size].view(-1, weight.shape[1])
+    else:
+        out = torch.empty(dlogits.shape[0], weight.shape[1], dtype=dtype, device=weight.device)
     return matmul(dlogits, weight, out)[:rows]
 
 

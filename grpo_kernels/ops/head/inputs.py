@@ -1,25 +1,27 @@
-"""Checks of a head's tensors, dtypes and workspace, before any launch."""
+"""Checks of a head's tensors, dtypes and memory, before any launch."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from grpo_kernels.calls import Call
 from grpo_kernels.dtypes import accumulation_dtype
-from grpo_kernels.ops.head.gemm import row_width, writes_fp32
+from grpo_kernels.ops.head.buffers import NeededGradients
+from grpo_kernels.ops.head.gemm import Head, writes_fp32
+from grpo_kernels.ops.head.memory import CPU_WORKSPACE_BYTES, WORKSPACE_ROWS, RowBytes
 from grpo_kernels.validation import FLOAT_DTYPES, check_device, check_float, check_ids, check_shape
 
 
 @dataclass(frozen=True)
 class HeadOptions(Call):
-    """The dtypes of a head, and the bound of the logits that exist at once."""
+    """The dtypes of a head, and the bound of its memory: see ``MemoryPlan.of``."""
 
     compute_dtype: torch.dtype
     logits_dtype: torch.dtype
-    workspace_bytes: int
+    workspace_bytes: int | None
 
     @classmethod
     def of(
@@ -28,18 +30,48 @@ class HeadOptions(Call):
         weight: Tensor,
         logits_dtype: torch.dtype | None,
         workspace_bytes: int | None,
-        max_logits_bytes: int = 0,
-        models: int = 1,
+        max_logits_bytes: int | None = None,
     ) -> HeadOptions:
-        """Validates the arguments of a public function: see ``head_dtypes`` and ``check_workspace``."""
-        dtypes = head_dtypes(hidden, weight, logits_dtype)
-        bound = check_workspace(workspace_bytes, max_logits_bytes, weight.shape[0], dtypes[1], hidden.device, models)
-        return cls(*dtypes, bound)
+        """Validates the arguments of a public function, but for the least bound, which ``check_bound`` knows."""
+        check_bounds(workspace_bytes, max_logits_bytes)
+        return cls(*head_dtypes(hidden, weight, logits_dtype), workspace_bytes)
 
     @property
     def arithmetic_dtype(self) -> torch.dtype:
         """The dtype of values per token."""
         return accumulation_dtype(self.compute_dtype)
+
+    def head(self, backend: str, weight: Tensor, bias: Tensor | None) -> Head:
+        """The projection."""
+        return Head.of(backend, weight, bias, self.compute_dtype, self.logits_dtype)
+
+    def check_bound(self, head: Head, needs: NeededGradients, rows: int, models: int = 1) -> None:
+        """Checks that the memory of at least one row fits the bound, whatever rows turn out to have a gradient.
+
+        Raises:
+            ValueError: It does not.
+        """
+        least = RowBytes.of(head, needs, (models - 1) * head.row_bytes).least(rows)
+        if self.workspace_bytes is not None and self.workspace_bytes < least:
+            raise ValueError(f"workspace_bytes must be None or at least {least} here, got {self.workspace_bytes}")
+
+    def with_saved_logits(self, head: Head, needs: NeededGradients, rows: int) -> tuple[HeadOptions, int]:
+        """The default of ``max_logits_bytes``, and the bound of what is left.
+
+        On a CPU logits are saved within the workspace: all of them if they fit; otherwise in one half of it, if chunks
+        do not become so small that their GEMMs are slower. On a GPU none are: memory that is free at the first step
+        may not be at the second.
+        """
+        if head.device.type != "cpu" or not needs.any:
+            return self, 0
+        bound = CPU_WORKSPACE_BYTES if self.workspace_bytes is None else self.workspace_bytes
+        if rows * head.row_bytes <= bound:
+            return self, bound
+        accumulator = RowBytes.of(head, needs).accumulator
+        half = (bound if self.workspace_bytes is None else bound - accumulator) // 2
+        if half < WORKSPACE_ROWS * head.row_bytes:
+            return self, 0
+        return replace(self, workspace_bytes=half + accumulator), half
 
 
 def flatten_hidden(hidden: Tensor) -> Tensor:  # [..., H] -> [N, H]
@@ -96,29 +128,9 @@ def check_head(
     check_device(hidden.device, [(weight_name, weight), (bias_name, bias), (ids_name, ids)])
 
 
-def check_workspace(
-    workspace_bytes: int | None,
-    max_logits_bytes: int,
-    vocab: int,
-    dtype: torch.dtype,
-    device: torch.device,
-    models: int = 1,
-) -> int:
-    """The bound of the workspace in bytes; it holds the logits of one model or two.
-
-    The default is 1 GiB on a CPU; on a GPU 1.5 GB, but at least 1,024 rows. Adding a chunk to ``dW`` moves ``8 V H``
-    bytes. With that many rows this still takes less time than the chunk's GEMM.
-
-
-    Raises:
-        ValueError: A bound is negative.
-    """
-    if max_logits_bytes < 0:
-        raise ValueError(f"max_logits_bytes must be at least 0, got {max_logits_bytes}")
-    if workspace_bytes is not None:
-        if workspace_bytes < 1:
-            raise ValueError(f"workspace_bytes must be None or at least 1, got {workspace_bytes}")
-        return workspace_bytes
-    if device.type == "cpu":
-        return 1 << 30
-    return max(1_500_000_000, models * 1024 * row_width(vocab, dtype, device) * dtype.itemsize)
+def check_bounds(workspace_bytes: int | None, max_logits_bytes: int | None) -> None:
+    """Raises ValueError if a bound is negative, or that of the workspace is 0."""
+    if max_logits_bytes is not None and max_logits_bytes < 0:
+        raise ValueError(f"max_logits_bytes must be None or at least 0, got {max_logits_bytes}")
+    if workspace_bytes is not None and workspace_bytes < 1:
+        raise ValueError(f"workspace_bytes must be None or at least 1, got {workspace_bytes}")

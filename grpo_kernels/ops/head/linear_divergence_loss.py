@@ -21,7 +21,6 @@ from grpo_kernels.loss.inputs import PolicyInputs
 from grpo_kernels.ops.gradients import named_gradients
 from grpo_kernels.ops.head.buffers import NeededGradients
 from grpo_kernels.ops.head.driver import Chunk, HeadPass, RowOp, RowResults, clamp_ids
-from grpo_kernels.ops.head.gemm import Head
 from grpo_kernels.ops.head.inputs import HeadOptions, flatten_hidden
 from grpo_kernels.ops.head.linear_token_divergence import divergences
 from grpo_kernels.ops.head.linear_token_logprobs import HEAD_INPUTS, gradient_fakes, head_gradients
@@ -84,7 +83,7 @@ def _fwd(
     backend: str, hidden: Tensor, weight: Tensor, bias: Tensor | None, call: LinearDivergenceLossCall
 ) -> tuple[Tensor, ...]:
     options, fields = call.options, call.fields
-    head = Head.of(backend, weight, bias, options.compute_dtype, options.logits_dtype)
+    head = options.head(backend, weight, bias)
     has_kl = call.code.beta != 0
     live = may_be_live(has_kl, fields) if call.needs.any else torch.zeros_like(fields.mask)
     rows = SelectedRows.of(fields.mask, live, call.ids, call.max_live_rows)
@@ -159,15 +158,10 @@ def divergence_loss(
     if backend == "torch":
         tokens = divergences(*head, ids, inputs.mask, options, reference, comparison, backend)
         return loss_of_tokens(tokens, inputs, config, backend)
+    needs, flat_ids = NeededGradients.of(*head), to_kernel_ids(ids).view(-1)
+    options.check_bound(options.head(backend, lm_head_weight, bias), needs, flat_ids.shape[0], models=2)
     call = LinearDivergenceLossCall(
-        options,
-        reference,
-        to_kernel_ids(ids).view(-1),
-        inputs.flat_fields,
-        config.code(),
-        comparison,
-        NeededGradients.of(*head),
-        max_live_rows,
+        options, reference, flat_ids, inputs.flat_fields, config.code(), comparison, needs, max_live_rows
     )
     policy = PolicyLossCall.of(inputs, config)
     loss, logprobs, entropy, partials = _LinearDivergenceLoss.apply(*head, call, policy, backend)

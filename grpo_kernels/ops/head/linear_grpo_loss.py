@@ -21,7 +21,6 @@ from grpo_kernels.ops.gradients import named_gradients
 from grpo_kernels.ops.head import reference as head_reference
 from grpo_kernels.ops.head.buffers import NeededGradients
 from grpo_kernels.ops.head.driver import Chunk, HeadPass, RowOp, RowResults, clamp_ids
-from grpo_kernels.ops.head.gemm import Head
 from grpo_kernels.ops.head.inputs import HeadOptions, check_head, flatten_hidden
 from grpo_kernels.ops.head.linear_divergence_loss import divergence_loss
 from grpo_kernels.ops.head.linear_token_divergence import divergences
@@ -88,7 +87,7 @@ def _loss_rows(backend: str, call: LinearLossCall, reports_live: bool) -> RowOp:
 
 def _fwd(backend: str, hidden: Tensor, weight: Tensor, bias: Tensor | None, call: LinearLossCall) -> tuple[Tensor, ...]:
     options, fields = call.options, call.fields
-    head = Head.of(backend, weight, bias, options.compute_dtype, options.logits_dtype)
+    head = options.head(backend, weight, bias)
     has_kl = call.code.beta != 0 and fields.ref_logprobs is not None
     live = may_be_live(has_kl, fields) if call.needs.any else torch.zeros_like(fields.mask)
     rows = SelectedRows.of(fields.mask, live, call.ids, call.max_live_rows)
@@ -158,6 +157,7 @@ def _one_pass_loss(
     """A token-local loss. The forward forms its gradient."""
     needs = NeededGradients.of(hidden, weight, bias)
     flat_ids = to_kernel_ids(ids).view(-1)
+    options.check_bound(options.head(backend, weight, bias), needs, flat_ids.shape[0])
     call = LinearLossCall(options, flat_ids, inputs.flat_fields, config.code(), transform, needs, max_live_rows)
     policy = PolicyLossCall.of(inputs, config)
     loss, logprobs, entropy, partials = _LinearGRPOLoss.apply(hidden, weight, bias, call, policy, backend)
@@ -191,7 +191,7 @@ def linear_grpo_loss(
     softcap: float | None = None,
     logit_scale: float = 1.0,
     logits_dtype: torch.dtype | None = None,
-    max_logits_bytes: int = 0,
+    max_logits_bytes: int | None = None,
     workspace_bytes: int | None = None,
     max_live_rows: int | None = None,
     debug: bool = False,
@@ -199,8 +199,8 @@ def linear_grpo_loss(
 ) -> GRPOLossOutput:
     """The GRPO loss from hidden states, in chunks of tokens: the logits never exist as a whole.
 
-    ``grpo_loss`` of ``h W^T + b``. At token level each chunk is projected once, and its logits are overwritten with
-    their gradient. ``dX`` and ``dW`` are formed from the live rows, those whose coefficient is not 0. That is
+    ``grpo_loss`` of ``h W^T + b``. At token level each chunk is projected once, and its gradient is computed while its
+    logits exist. ``dX`` and ``dW`` are formed from the live rows, those whose coefficient is not 0. That is
     ``2 N H V (1 + 2 f)`` operations at a live share ``f``, or ``2 N H V (1 + f)`` with a frozen head. Masked rows are
     not projected. A sequence-level ratio, and weights that need log-probabilities (VESPO's, the masks by entropy and
     by policy), are computed as ``linear_token_logprobs`` followed by ``policy_loss``.
@@ -240,14 +240,7 @@ def linear_grpo_loss(
     """
     check_head(hidden_states, lm_head_weight, bias, completion_ids, "completion_ids")
     transform = Transform.of(config.temperature, softcap, logit_scale)
-    options = HeadOptions.of(
-        hidden_states,
-        lm_head_weight,
-        logits_dtype,
-        workspace_bytes,
-        max_logits_bytes,
-        models=2 if config.has_exact_divergence else 1,
-    )
+    options = HeadOptions.of(hidden_states, lm_head_weight, logits_dtype, workspace_bytes, max_logits_bytes)
     reference_tensors = (reference_logits, reference_hidden_states, reference_lm_head_weight, reference_bias)
     has_reference = any(x is not None for x in reference_tensors)
     op = "linear_token_divergence" if has_reference else "linear_grpo_loss"

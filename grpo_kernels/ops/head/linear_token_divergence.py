@@ -18,7 +18,6 @@ from grpo_kernels.ops.gradients import named_gradients, refuse_double_backward
 from grpo_kernels.ops.head import reference as head_reference
 from grpo_kernels.ops.head.buffers import NeededGradients
 from grpo_kernels.ops.head.driver import Chunk, HeadPass, RowOp, RowResults, clamp_ids
-from grpo_kernels.ops.head.gemm import Head
 from grpo_kernels.ops.head.inputs import HeadOptions, check_head, flatten_hidden
 from grpo_kernels.ops.head.linear_token_logprobs import HEAD_INPUTS, gradient_fakes, head_gradients
 from grpo_kernels.ops.head.reference_model import Reference, ReferenceRows
@@ -60,7 +59,7 @@ def _run(
     backend: str, hidden: Tensor, weight: Tensor, bias: Tensor | None, call: LinearDivergenceCall
 ) -> tuple[Tensor, ...]:
     options, ids, mask = call.options, call.rows.ids, call.rows.mask
-    head = Head.of(backend, weight, bias, options.compute_dtype, options.logits_dtype)
+    head = options.head(backend, weight, bias)
     rows = SelectedRows.of(mask, None, ids)
     reference = ReferenceRows(call.reference, rows, options.logits_dtype)
     ids = clamp_ids(backend, ids, mask, head.vocab)
@@ -136,6 +135,8 @@ def divergences(
         reference_logits = reference.all_logits(flat_mask, options.logits_dtype).view(logits.shape)
         return rows_reference.token_divergence(logits, reference_logits, ids, mask, comparison)
     rows = DivergenceCall(to_kernel_ids(ids).view(-1), flat_mask, None, None, None, comparison)
+    head = options.head(backend, weight, bias)
+    options.check_bound(head, NeededGradients.of(hidden, weight, bias), rows.ids.shape[0], models=2)
     call = LinearDivergenceCall(options, reference, rows, NeededGradients(False, False, False))
     logprobs, entropy, values = LinearTokenDivergence.apply(hidden, weight, bias, call, backend)
     return TokenDivergence(values, entropy, logprobs)
@@ -216,7 +217,7 @@ def linear_token_divergence(
     check_id_range("ids", ids, mask, vocab, debug)
     if debug:
         check_device_values(hidden_states.device)
-    options = HeadOptions.of(hidden_states, lm_head_weight, logits_dtype, workspace_bytes, models=2)
+    options = HeadOptions.of(hidden_states, lm_head_weight, logits_dtype, workspace_bytes)
     backend = backends.resolve(
         "linear_token_divergence", backend, hidden_states.device, partial(RowClass.of_head, lm_head_weight)
     )

@@ -13,13 +13,18 @@ from grpo_kernels import backends
 from grpo_kernels.calls import Call
 from grpo_kernels.device_values import check_device_values
 from grpo_kernels.measured_backends import RowClass
-from grpo_kernels.ops.gradients import named_gradients, refuse_double_backward
+from grpo_kernels.ops.gradients import (
+    has_run_backward,
+    mark_backward_run,
+    named_gradients,
+    refuse_double_backward,
+)
 from grpo_kernels.ops.head import reference
-from grpo_kernels.ops.head.buffers import NeededGradients, SavedLogitsSource, SavingLogitsSource, saved_logits_shape
+from grpo_kernels.ops.head.buffers import NeededGradients
 from grpo_kernels.ops.head.driver import Chunk, HeadPass, RowOp, RowResults, clamp_ids
-from grpo_kernels.ops.head.gemm import Head
 from grpo_kernels.ops.head.inputs import HeadOptions, check_head, flatten_hidden
 from grpo_kernels.ops.head.selection import SelectedRows
+from grpo_kernels.ops.head.sources import SavedLogitsSource, SavingLogitsSource, saved_logits_shape
 from grpo_kernels.ops.registration import KERNEL_BACKENDS, define
 from grpo_kernels.ops.rows import reference as rows_reference
 from grpo_kernels.ops.rows.calls import (
@@ -85,7 +90,7 @@ def _fwd(
     backend: str, hidden: Tensor, weight: Tensor, bias: Tensor | None, call: LinearStatisticsCall
 ) -> tuple[Tensor, ...]:
     options, ids, mask = call.options, call.rows.ids, call.rows.mask
-    head = Head.of(backend, weight, bias, options.compute_dtype, options.logits_dtype)
+    head = options.head(backend, weight, bias)
     rows = SelectedRows.of(mask, None, ids)
     source = SavingLogitsSource(head, ids, rows, call.max_logits_bytes)
     selected = replace(
@@ -119,15 +124,21 @@ def _gradient_rows(backend: str, call: GradientCall) -> RowOp:
 
 
 def _bwd(
-    backend: str, hidden: Tensor, weight: Tensor, bias: Tensor | None, call: LinearGradientCall
+    backend: str,
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    call: LinearGradientCall,
+    overwritten: Tensor | None,
 ) -> tuple[Tensor, ...]:
     options, inputs = call.options, call.rows
-    head = Head.of(backend, weight, bias, options.compute_dtype, options.logits_dtype)
+    head = options.head(backend, weight, bias)
     live = torch.stack([d != 0 for d in (inputs.dlogprobs, inputs.dentropy) if d is not None]).any(0)
     rows = SelectedRows.of(live if inputs.mask is None else inputs.mask & live, None, inputs.ids)
     ids = clamp_ids(backend, inputs.ids, inputs.mask, head.vocab)
     selected = replace(replace(inputs, ids=ids, mask=None).map(rows.gather), mask=rows.unmasked())
-    source = SavedLogitsSource(head, call.saved_logits, call.saved_ids, rows, ids.shape[0])
+    saved_logits = call.saved_logits if overwritten is None else overwritten
+    source = SavedLogitsSource(head, saved_logits, call.saved_ids, rows, ids.shape[0], overwritten is not None)
     head_pass = HeadPass(backend, head, hidden, rows, call.needs, options.workspace_bytes, source)
     _, gradients = head_pass.run(_gradient_rows(backend, selected), ())
     return gradients
@@ -162,11 +173,12 @@ linear_token_logprobs_fwd = define(
     _fwd_fake,
     {backend: partial(_fwd, backend) for backend in KERNEL_BACKENDS},
 )
+#: ``overwritten`` is the saved logits again if they are not needed afterwards, so that no other memory is; else None.
 linear_token_logprobs_bwd = define(
     "linear_token_logprobs_bwd",
-    HEAD_INPUTS | {"call": LinearGradientCall},
+    HEAD_INPUTS | {"call": LinearGradientCall, "overwritten": "Tensor(a!)?"},
     "(Tensor dhidden, Tensor dweight, Tensor dbias)",
-    lambda hidden, weight, bias, call: gradient_fakes(hidden, weight, bias, call.needs),
+    lambda hidden, weight, bias, call, overwritten: gradient_fakes(hidden, weight, bias, call.needs),
     {backend: partial(_bwd, backend) for backend in KERNEL_BACKENDS},
 )
 
@@ -207,8 +219,14 @@ class LinearTokenLogprobs(torch.autograd.Function):
         upstream = (to_kernel_gradient(dlogprobs, ids), to_kernel_gradient(dentropy, ids))
         rows = GradientCall(ids, mask, *statistics, *upstream, transform)
         needs = NeededGradients(*ctx.needs_input_grad[:2], bias is not None and ctx.needs_input_grad[2])
+        overwritten = None
+        if has_run_backward(ctx):  # the first overwrote the saved logits
+            saved_logits, saved_ids = saved_logits[:0], saved_ids[:0]
+        elif not torch.compiler.is_compiling():  # a traced graph may run its backward twice
+            overwritten = saved_logits.data  # with a version of its own: a second backward may unpack, and reads none
+            mark_backward_run(ctx)
         call = LinearGradientCall(options, rows, saved_logits, saved_ids, needs)
-        gradients = linear_token_logprobs_bwd[backend](flatten_hidden(hidden), weight, bias, call)
+        gradients = linear_token_logprobs_bwd[backend](flatten_hidden(hidden), weight, bias, call, overwritten)
         return head_gradients(gradients, needs, hidden.shape)
 
 
@@ -233,19 +251,38 @@ def _statistics(
     options: HeadOptions,
     transform: Transform,
     outputs: int,
-    max_logits_bytes: int,
+    max_logits_bytes: int | None,
     save_projection: bool,
     backend: str,
 ) -> tuple[Tensor, Tensor, tuple[Tensor, ...]]:
     """Log-probabilities, entropies and the other wanted statistics, of validated arguments."""
-    needs = NeededGradients.of(hidden, weight, bias)
-    max_logits_bytes = max_logits_bytes if needs.any else 0
     rows = StatisticsCall(to_kernel_ids(ids).view(-1), None if mask is None else mask.reshape(-1), transform, outputs)
-    is_head_frozen = needs == NeededGradients(True, False, False)
-    save_projection = save_projection and is_head_frozen and max_logits_bytes == 0
-    call = LinearStatisticsCall(options, rows, max_logits_bytes, save_projection)
+    call = statistics_call(hidden, weight, bias, rows, options, max_logits_bytes, save_projection, backend)
     logprobs, entropy, *extras = LinearTokenLogprobs.apply(hidden, weight, bias, call, backend)
     return logprobs, entropy, tuple(extras)
+
+
+def statistics_call(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    rows: StatisticsCall,
+    options: HeadOptions,
+    max_logits_bytes: int | None,
+    save_projection: bool,
+    backend: str,
+) -> LinearStatisticsCall:
+    """The call for these tokens, with what is saved for the backward; checks the bound of its memory."""
+    needs = NeededGradients.of(hidden, weight, bias)
+    head, count = options.head(backend, weight, bias), rows.ids.shape[0]
+    options.check_bound(head, needs, count)
+    is_head_frozen = needs == NeededGradients(True, False, False)
+    save_projection = save_projection and is_head_frozen and not max_logits_bytes
+    if not needs.any or save_projection:
+        max_logits_bytes = 0
+    elif max_logits_bytes is None:
+        options, max_logits_bytes = options.with_saved_logits(head, needs, count)
+    return LinearStatisticsCall(options, rows, max_logits_bytes, save_projection)
 
 
 def logprobs_and_entropy(
@@ -256,7 +293,7 @@ def logprobs_and_entropy(
     mask: Tensor,
     options: HeadOptions,
     transform: Transform,
-    max_logits_bytes: int,
+    max_logits_bytes: int | None,
     backend: str,
 ) -> TokenLogprobs:
     """``linear_token_logprobs`` of validated arguments."""
@@ -279,7 +316,7 @@ def linear_token_logprobs(
     mask: Tensor | None = None,  # like ids
     outputs: tuple[str, ...] = (),
     logits_dtype: torch.dtype | None = None,
-    max_logits_bytes: int = 0,
+    max_logits_bytes: int | None = None,
     workspace_bytes: int | None = None,
     save_projection: bool = True,
     debug: bool = False,
@@ -287,9 +324,9 @@ def linear_token_logprobs(
 ) -> TokenLogprobs:
     """``token_logprobs`` of ``h W^T + b``, in chunks of tokens: the logits never exist as a whole.
 
-    Masked rows are never projected. The backward projects again, forms the gradient and multiplies it, only for the
-    rows whose upstream gradient is not 0. That is ``2 N H V (1 + 3 f)`` operations at a live share ``f``;
-    ``2 N H V (1 + 2 f)`` for the rows whose logits were saved; and ``2 N H V f`` less if the head is frozen.
+    Masked rows are never projected. The backward forms the gradient and multiplies it, only for the rows whose upstream
+    gradient is not 0, and projects those again whose logits were not saved. That is ``2 N H V (1 + 2 f)`` operations at
+    a live share ``f``, ``2 N H V (1 + 3 f)`` without saved logits, and ``2 N H V f`` less if the head is frozen.
     Gradients accumulate in fp32 (fp64) and are rounded once, to their parameter's dtype.
 
     Args:
@@ -302,9 +339,14 @@ def linear_token_logprobs(
             log-probabilities have the rounding error of a logit. On a CPU neither saves memory: no GEMM there writes
             fp32 from half-precision inputs, so either the weight or each chunk's gradient is widened. That takes
             ``4 V H`` bytes, or twice the chunk's, beside the workspace.
-        max_logits_bytes: Save as many logits as fit into this many bytes from the forward to the backward.
-        workspace_bytes: Bound of the other logits that exist at once, but at least one row. None means 1 GiB on a CPU;
-            on a GPU 1.5 GB, but at least 1,024 rows.
+        max_logits_bytes: Save as many logits as fit into this many bytes from the forward to the backward, beside the
+            workspace. None saves them within the workspace on a CPU: all if they fit, else in one half of it if the
+            other then holds 512 rows. On a GPU None saves none: memory that is free now may not be at the next step.
+        workspace_bytes: Bound of what a pass takes beside inputs and results: logits; their gradients, if these have
+            another dtype, as bf16 beside fp32 logits on a GPU; and the fp32 sums of ``dW``, ``4 V H`` bytes, if the
+            weight is not fp32 and not all gradients fit at once. If they do, ``dW`` is one GEMM. None means 1 GiB of
+            logits on a CPU; on a GPU 512 rows of logits, ``min(s N V, 4 V H + 1e9)`` bytes of gradients, ``s`` the
+            size of one, and the sums: 2.36 GB for bf16 at N = 8192, H = 4096, V = 128256.
         save_projection: With a frozen head and no saved logits: save ``(onehot - p) f'(z) W`` of every row, ``4 N H``
             bytes, in the forward. The backward of a log-probability is then a product with it: ``4 N H V`` operations
             in all. False is faster if less than half of the rows will have a gradient. A gradient of the entropy
@@ -317,8 +359,8 @@ def linear_token_logprobs(
 
     Raises:
         TypeError: A dtype does not fit.
-        ValueError: Shapes or devices do not fit, a bound is negative, or an unmasked id is outside the vocabulary
-            (read on the CPU, elsewhere with ``debug``).
+        ValueError: Shapes or devices do not fit, a bound is negative or too small for one row, or an unmasked id is
+            outside the vocabulary (read on the CPU, elsewhere with ``debug``).
         RuntimeError: The named backend cannot run here.
 
     Example:

@@ -12,6 +12,7 @@ from grpo_kernels.device_values import flag_live_rows
 
 #: The least share of dead rows at which a chunk is packed. Below it, moving rows costs more than their GEMMs.
 _MIN_DEAD_SHARE = 1 / 8
+_PACKING_STEPS = 32  # in which rows are moved without scratch memory: its size is this share of theirs
 
 
 @dataclass(frozen=True)
@@ -79,18 +80,13 @@ def is_capturing(device: torch.device) -> bool:
     return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
 
 
-def row_chunks(begin: int, end: int, row_bytes: int, workspace_bytes: int, multiple: int = 1) -> Iterator[slice]:
-    """Slices of about equal size from ``begin`` to ``end`` that fit into the workspace; at least one row each.
+def row_chunks(begin: int, end: int, most: int, multiple: int = 1) -> Iterator[slice]:
+    """Slices of about equal size, at most ``most`` rows each, from ``begin`` to ``end``.
 
-    Args:
-        begin, end: The rows.
-        row_bytes: Size of one row of the workspace.
-        workspace_bytes: Size of the workspace.
-        multiple: All sizes but the last are a multiple of this, if the workspace holds that many rows.
+    All sizes but the last are a multiple of ``multiple``, if ``most`` is at least that.
     """
     if begin >= end:
         return
-    most = max(1, workspace_bytes // row_bytes)
     multiple = multiple if most >= multiple else 1
     most = most // multiple * multiple
     count = -(-(end - begin) // most)
@@ -99,30 +95,41 @@ def row_chunks(begin: int, end: int, row_bytes: int, workspace_bytes: int, multi
         yield slice(start, min(start + size, end))
 
 
-def pack_live(backend: str, values: Tensor, live: Tensor) -> tuple[Tensor, Tensor | None]:
+def pack_live(
+    backend: str, values: Tensor, live: Tensor, scratch: Tensor | None = None
+) -> tuple[Tensor, Tensor | None]:
     """Moves the live rows of ``values [n, V]`` together, in its own memory. One sync, for their number.
 
-    "cuda" moves as few rows as possible and does not keep their order. The others keep it, and move nothing if that
-    would cost more than the GEMMs of the dead rows.
+    Nothing is moved unless an eighth of the rows are dead: it would cost more than their GEMMs.
+
+    Args:
+        backend: "cuda" moves as few rows as possible and does not keep their order.
+        values: The rows.
+        live: Which of them are live, ``[n]``.
+        scratch: Memory that may be overwritten, of any shape.
 
     Returns:
         The rows ``[m, V]``, and the index of each, ``[m]``; None if all rows are kept.
     """
-    if backend == "cuda":
-        order, count = torch.ops.grpo_kernels.pack_rows_cuda(values, live)
-        number = int(count)
-        return values[:number], None if number == live.shape[0] else order[:number]
-    index = live.nonzero()[:, 0]
-    if index.shape[0] >= (1 - _MIN_DEAD_SHARE) * live.shape[0]:
+    rows = live.shape[0]
+    count = int(live.sum())
+    if count > (1 - _MIN_DEAD_SHARE) * rows:
         return values, None
-    return pack_rows(values, index), index
+    if backend == "cuda":
+        order, _ = torch.ops.grpo_kernels.pack_rows_cuda(values, live)
+        return values[:count], order[:count]
+    index = live.to(torch.uint8).argsort(descending=True, stable=True)[:count]
+    return pack_rows(values, index, scratch), index
 
 
-def pack_rows(values: Tensor, index: Tensor) -> Tensor:  # [n, V], [m] -> [m, V]
-    """Moves the rows ``index``, in rising order, to the front of ``values``, an eighth of them at a time."""
-    count = index.shape[0]
-    step = max(1, count // 8)
+def pack_rows(values: Tensor, index: Tensor, scratch: Tensor | None = None) -> Tensor:  # [n, V], [m] -> [m, V]
+    """Moves the rows ``index``, in rising order, to the front of ``values``, as many at a time as ``scratch`` holds."""
+    count, vocab = index.shape[0], values.shape[1]
+    held = 0 if scratch is None else scratch.numel() * scratch.itemsize // (vocab * values.itemsize)
+    step = held or max(1, count // _PACKING_STEPS)
+    copies = values.new_empty(step * vocab) if not held else scratch.view(-1).view(values.dtype)[: step * vocab]
+    copies = copies.view(step, vocab)
     for start in range(0, count, step):
         stop = min(start + step, count)
-        values[start:stop] = values[index[start:stop]]  # the right side is copied before the left is written
+        values[start:stop] = torch.index_select(values, 0, index[start:stop], out=copies[: stop - start])
     return values[:count]

@@ -98,7 +98,8 @@ class SpeculatedLogprobs(torch.autograd.Function):
             dhidden, dweight, dbias = scale_gradients(ctx, scale, backend, gradients)
             return {"hidden": dhidden, "weight": dweight, "bias": dbias}
         head = (hidden.detach(), weight, bias)
-        call = LinearStatisticsCall(options, StatisticsCall(ids, mask, transform, 0), 0, False)
+        options, saved_bytes = options.with_saved_logits(options.head(backend, weight, bias), needs, ids.shape[0])
+        call = LinearStatisticsCall(options, StatisticsCall(ids, mask, transform, 0), saved_bytes, False)
         logprobs, lse, entropy, _, _, _, saved_logits, saved_ids, _ = linear_token_logprobs_fwd[backend](*head, call)
         upstream = (None if x is None else x.contiguous() for x in (dlogprobs, dentropy))
         rows = GradientCall(ids, mask, logprobs, lse, entropy, *upstream, transform)
@@ -106,7 +107,7 @@ class SpeculatedLogprobs(torch.autograd.Function):
         both = zip(forward_needs, ctx.needs_input_grad[:3], strict=True)
         needs = NeededGradients(*(in_forward and in_backward for in_forward, in_backward in both))
         gradient_call = LinearGradientCall(options, rows, saved_logits, saved_ids, needs)
-        gradients = linear_token_logprobs_bwd[backend](*head, gradient_call)
+        gradients = linear_token_logprobs_bwd[backend](*head, gradient_call, saved_logits)
         return head_gradients(gradients, needs, hidden.shape)
 
 

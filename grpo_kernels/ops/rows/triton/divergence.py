@@ -148,7 +148,6 @@ def row_divergence_gradient(
     mixture,
     KIND: tl.constexpr,
     SAME_TEMPERATURE: tl.constexpr,  # the divergence has the temperature of the log-probabilities
-    IS_NARROWED: tl.constexpr,
     CURVE: tl.constexpr,
     REFERENCE_CURVE: tl.constexpr,
     ACC: tl.constexpr,
@@ -180,8 +179,6 @@ def row_divergence_gradient(
             # a zero weight gives a zero gradient even if the divergence is infinite
             gradient += tl.where(c_d != 0, ddivergence * slope_at(v[i], divergence_slope, CURVE), 0.0)
             gradients += (gradient.to(OUT),)
-        if IS_NARROWED:
-            tl.debug_barrier()
         for i in tl.static_range(len(columns)):
             at = start + columns[i]
             tl.store(drow_ptr + at, gradients[i], mask=at < vocab)

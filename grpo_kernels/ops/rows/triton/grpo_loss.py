@@ -94,7 +94,6 @@ def _grpo_loss_kernel(
     IS_SCALED: tl.constexpr,
     VARIANT: tl.constexpr,  # LossVariant
     LAYOUT: tl.constexpr,  # Layout
-    IS_NARROWED: tl.constexpr,
     CURVE: tl.constexpr,
     ALIGNMENT: tl.constexpr,
     ACC: tl.constexpr,
@@ -180,7 +179,7 @@ def _grpo_loss_kernel(
                 w, w_t = gradient_weights(log_sum, entropy, c, c_h, slope_, entropy_weights_ptr is not None)
                 row_gradient(
                     row_ptr, drow_ptr, columns, shift, vocab, base, w, w_t, inner_, rate_,
-                    entropy_weights_ptr is not None, IS_NARROWED, CURVE, ALIGNMENT, ACC,
+                    entropy_weights_ptr is not None, CURVE, ALIGNMENT, ACC,
                 )  # fmt: skip
                 tl.debug_barrier()  # then overwrite what another thread wrote there
                 tl.store(drow_ptr + dshift + token, dtarget.to(dlogits_ptr.dtype.element_ty))
@@ -216,8 +215,7 @@ def grpo_loss_fwd(
     with nullcontext() if dlogits is None else rounded(dlogits) as out:
         strides = row_strides(logits)
         dstrides = strides if out is None else row_strides(out)
-        is_narrowed = out is not None and out.element_size() < logits.element_size()
-        alignment = alignment_of(vector, strides, dstrides, is_narrowed)
+        alignment = alignment_of(vector, strides, dstrides)
         is_plain = alignment == Alignment.ALIGNED and vocab % vector == 0
         grid, sizes = blocks.launch(rows, vector, logits.device, is_plain)
         _grpo_loss_kernel[grid](
@@ -244,7 +242,6 @@ def grpo_loss_fwd(
             IS_SCALED=group.is_scaled,
             VARIANT=variant,
             LAYOUT=layout_of(fields),
-            IS_NARROWED=is_narrowed,
             CURVE=curve_of(call.transform),
             ALIGNMENT=alignment,
             ACC=arithmetic(logits.dtype),

@@ -147,18 +147,15 @@ def vector_of(dtype: torch.dtype) -> int:
     return 16 // dtype.itemsize
 
 
-def alignment_of(
-    vector: int, strides: tuple[int, int], dstrides: tuple[int, int] | None = None, is_narrowed: bool = False
-) -> Alignment:
+def alignment_of(vector: int, strides: tuple[int, int], dstrides: tuple[int, int] | None = None) -> Alignment:
     """The alignment of the rows that a kernel reads, and of those that it writes, if any.
 
     Args:
         vector: Elements per 16 bytes.
         strides: Of the rows that are read.
         dstrides: Of the rows that are written.
-        is_narrowed: Whether the output is narrower and may overlap the input. It is never SHIFTED then.
     """
     both = strides + (dstrides or ())
     if all(stride % vector == 0 for stride in both):
         return Alignment.ALIGNED
-    return Alignment.SHIFTED if (dstrides is None or dstrides == strides) and not is_narrowed else Alignment.LOOSE
+    return Alignment.SHIFTED if dstrides is None or dstrides == strides else Alignment.LOOSE

@@ -226,20 +226,15 @@ def row_gradient(
     inner,
     rate,
     HAS_ENTROPY: tl.constexpr,
-    IS_NARROWED: tl.constexpr,
     CURVE: tl.constexpr,
     ALIGNMENT: tl.constexpr,
     ACC: tl.constexpr,
 ):
     """Writes the gradient of a row; the caller then overwrites the token's own element.
 
-    It starts at the row's end, because what the statistics read last is most likely still in the cache.
-
-    IS_NARROWED: the gradient has half the width of the logits and lies in the second half of the row's memory, so all
-    threads must load before any stores. Rows are never shifted then: the first edge would be written over logits that
-    have still to be read.
+    It starts at the row's end, because what the statistics read last is most likely still in the cache. A thread writes
+    where it has read, so no thread waits for another.
     """
-    tl.static_assert(not (IS_NARROWED and ALIGNMENT == _SHIFTED), "a narrowed gradient meets shifted rows")
     PART: tl.constexpr = columns[0].numel
     BLOCK: tl.constexpr = PART * len(columns)
     OUT: tl.constexpr = drow_ptr.dtype.element_ty
@@ -248,8 +243,6 @@ def row_gradient(
         at = edge_start(edges - 1 - edge, end, PART, ALIGNMENT) + columns[0]
         v = load_columns(row_ptr, at, shift, vocab, inner, 0.0, CURVE, ACC)
         gradient = part_gradient(v, base, w, w_t, rate, HAS_ENTROPY, CURVE)
-        if IS_NARROWED:
-            tl.debug_barrier()
         inside = (at >= shift) & (at < vocab + shift)
         tl.store(drow_ptr + at, gradient.to(OUT), mask=inside, eviction_policy="evict_first")
     start = end
@@ -258,8 +251,6 @@ def row_gradient(
         z = [tl.load(row_ptr + start + at, eviction_policy="evict_first") for at in columns]
         v = [transform(x.to(ACC), inner, CURVE) for x in z]
         gradient = [part_gradient(x, base, w, w_t, rate, HAS_ENTROPY, CURVE).to(OUT) for x in v]
-        if IS_NARROWED:
-            tl.debug_barrier()
         for i in tl.static_range(len(columns)):
             tl.store(drow_ptr + start + columns[i], gradient[i], eviction_policy="evict_first")
 

@@ -80,7 +80,6 @@ def _token_divergence_kernel(
     reference_rate: tl.float64,
     KIND: tl.constexpr,
     SAME_TEMPERATURE: tl.constexpr,
-    IS_NARROWED: tl.constexpr,
     CURVE: tl.constexpr,
     REFERENCE_CURVE: tl.constexpr,
     ALIGNMENT: tl.constexpr,
@@ -165,7 +164,7 @@ def _token_divergence_kernel(
                         divergence_base, divergence_log_sum, divergence_rate_, divergence_slope_,
                         reference_base, reference_log_sum, reference_inner_, reference_rate_,
                         entropy, centre, c, c_h, c_d,
-                        mixture_, KIND, SAME_TEMPERATURE, IS_NARROWED, CURVE, REFERENCE_CURVE, ACC,
+                        mixture_, KIND, SAME_TEMPERATURE, CURVE, REFERENCE_CURVE, ACC,
                     )  # fmt: skip
                     dtarget = token_gradient(target, logprob, entropy, c, c_h, slope_, CURVE)
                     dtarget_divergence = divergence_gradient(
@@ -243,7 +242,6 @@ def token_divergence(
             reference_rate,
             KIND=int(mixture) if mixture in (0.0, 1.0) else JENSEN_SHANNON.value,
             SAME_TEMPERATURE=comparison.divergence_temperature == comparison.temperature,
-            IS_NARROWED=out is not None and out.element_size() < logits.element_size(),
             CURVE=curve_of(comparison.transform),
             REFERENCE_CURVE=curve_of(comparison.reference_transform),
             ALIGNMENT=Alignment.ALIGNED if is_aligned else Alignment.LOOSE,

@@ -234,7 +234,6 @@ def _token_logprobs_bwd_kernel(
     inner: tl.float64,
     rate: tl.float64,
     slope: tl.float64,
-    IS_NARROWED: tl.constexpr,
     CURVE: tl.constexpr,
     ALIGNMENT: tl.constexpr,
     ACC: tl.constexpr,
@@ -273,7 +272,7 @@ def _token_logprobs_bwd_kernel(
             w, w_t = gradient_weights(log_sum, entropy, c, c_h, slope_, dentropy_ptr is not None)
             row_gradient(
                 row_ptr, drow_ptr, columns, shift, vocab, base, w, w_t, inner_, rate_,
-                dentropy_ptr is not None, IS_NARROWED, CURVE, ALIGNMENT, ACC,
+                dentropy_ptr is not None, CURVE, ALIGNMENT, ACC,
             )  # fmt: skip
             dtarget = token_gradient(target, tl.load(logprobs_ptr + n), entropy, c, c_h, slope_, CURVE)
             tl.debug_barrier()  # then overwrite what another thread wrote there
@@ -297,8 +296,7 @@ def token_logprobs_bwd(logits: Tensor, call: GradientCall, dlogits: Tensor) -> N
     blocks = blocks_of("gradient", vocab, logits.element_size(), logits.device)
     with rounded(dlogits) as out:
         strides, dstrides = row_strides(logits), row_strides(out)
-        is_narrowed = out.element_size() < logits.element_size()
-        alignment = alignment_of(vector, strides, dstrides, is_narrowed)
+        alignment = alignment_of(vector, strides, dstrides)
         is_plain = alignment == Alignment.ALIGNED and vocab % vector == 0
         grid, sizes = blocks.launch(rows, vector, logits.device, is_plain)
         _token_logprobs_bwd_kernel[grid](
@@ -319,7 +317,6 @@ def token_logprobs_bwd(logits: Tensor, call: GradientCall, dlogits: Tensor) -> N
             ids.shape[1],
             vocab,
             *transform_arguments(call.transform),
-            IS_NARROWED=is_narrowed,
             CURVE=curve_of(call.transform),
             ALIGNMENT=alignment,
             ACC=arithmetic(logits.dtype),
