@@ -6,6 +6,7 @@ import pytest
 import torch
 from testing.calls import run
 from testing.cases import Case
+from testing.gpu_heads import peak_bytes
 from testing.inputs import build
 from torch import Tensor
 
@@ -104,6 +105,7 @@ def test_gemms_of_any_dtypes_are_asked_for_what_cuda_has(
 @pytest.mark.parametrize(
     ("chunks", "parameter", "expected"),
     [
+        (0, torch.bfloat16, torch.bfloat16),
         (1, torch.bfloat16, torch.bfloat16),
         (2, torch.bfloat16, torch.float32),
         (1, torch.float32, torch.float32),
@@ -126,3 +128,22 @@ def test_the_weights_gradient_of_one_chunk_is_made_as_the_parameter_has_it(
         sums = dlogits.double().t() @ inputs.double()
         bound = sums.abs() * 2**-8 + (dlogits.double().abs().t() @ inputs.double().abs()) * 8 * 2**-24
         assert ((found.double() - sums).abs() <= bound).all()
+
+
+def test_a_cpu_sums_one_chunks_dweight_in_fp32_some_rows_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No GEMM there rounds fp32 sums to bf16, but no fp32 ``dW`` exists either."""
+    rows, vocab, size, half = 8, 4000, 64, torch.bfloat16
+    monkeypatch.setattr(gemm, "_ROUNDED_BYTES", 100 * size * 4)
+    head = gemm.Head(torch.zeros(vocab, size, dtype=half), None, half, torch.float32, torch.float32)
+    dlogits, inputs = torch.randn(rows, vocab), torch.randn(rows, size)
+
+    def add() -> Tensor:
+        made = HeadGradients(head, inputs.to(half), NeededGradients(False, True, False), 1)
+        made.add(dlogits, inputs, slice(0, rows))
+        return made.results()[1]
+
+    found = add()
+    exact = dlogits.double().t() @ inputs.double()
+    bound = exact.abs() * 2**-8 + (dlogits.double().abs().t() @ inputs.double().abs()) * 8 * 2**-24
+    assert found.dtype == half and ((found.double() - exact).abs() <= bound).all()
+    assert peak_bytes(add) <= found.nbytes + 2 * 100 * size * 4 + rows * size * 2

@@ -36,8 +36,8 @@ class NeededGradients(Call):
 class HeadGradients:
     """``dX``, and the sums of ``dW`` and ``db`` over buffers of gradient rows; each only if it is needed.
 
-    One buffer: ``dW`` is written in the parameter's dtype, summed in fp32 (fp64) and rounded once. Several: the first
-    one writes fp32 (fp64) sums, later ones add to them, and they are rounded at the end.
+    At most one buffer: ``dW`` is written in the parameter's dtype, summed in fp32 (fp64) and rounded once. Several: the
+    first one writes fp32 (fp64) sums, later ones add to them, and they are rounded at the end.
 
     Args:
         head: The projection.
@@ -52,7 +52,7 @@ class HeadGradients:
     ) -> None:
         self.head = head
         self.dtype = accumulation_dtype(head.compute_dtype)
-        dweight_dtype = head.parameter_dtypes[0] if buffers == 1 else self.dtype
+        dweight_dtype = head.parameter_dtypes[0] if buffers <= 1 else self.dtype
         self.dhidden = self.dweight = self.dbias = None
         if needs.need_dhidden:
             self.dhidden = hidden.new_zeros(hidden.shape, dtype=dhidden_dtype or hidden.dtype)
