@@ -143,10 +143,12 @@ loss_on_chip(const __grid_constant__ Loss<Arithmetic<T>> loss) {
   static_assert(sizeof(shared) <= kRowOffset);
   auto* const part = reinterpret_cast<Packet<T, kCount>*>(static_cast<char*>(dynamic_shared()) + kRowOffset);
   const int blocks = cluster_size(), rank = cluster_rank();
-  const int part_size = static_cast<int>(packets_per_block(loss.space.vocab / kCount, blocks));
+  const RowSize<kCount> size(loss.space.vocab);
+  const int part_size = static_cast<int>(packets_per_block(size.packets, blocks));
   const int first = rank * part_size;
-  const int remaining = loss.space.vocab / kCount - first;
+  const int remaining = size.packets - first;
   const int packets = remaining < 0 ? 0 : remaining < part_size ? remaining : part_size;
+  const Tail tail{rank == blocks - 1 ? size.tail.count : 0};
   const bool is_leader = threadIdx.x == 0;
   if (is_leader) init_barrier(&shared.loaded);
   __syncthreads();
@@ -163,11 +165,15 @@ loss_on_chip(const __grid_constant__ Loss<Arithmetic<T>> loss) {
     const Token token(row, loss.space);
     next_mask = MaskPrefetch(loss, row + cluster_count());  // used after this row
     auto* const drow = loss.dlogits.template row<Packet<Out, kCount>>(token.batch, token.position);
+    Packet<T, 1> last[1] = {};  // this thread's element of the tail
     if (is_row) {
       InputReader<kPlain, T> reader;
-      reader.start(loss, loss.logits.template row<T>(token.batch, token.position), token);
+      const auto* const row_in_memory = loss.logits.template row<Packet<T, kCount>>(token.batch, token.position);
+      reader.start(loss, reinterpret_cast<const T*>(row_in_memory), token);
+      if (tail.is_mine()) last[0] = *Tail::of(row_in_memory, size.packets);
       if (packets > 0) wait_barrier(&shared.loaded, loads % 2);
-      const Softmax<R> thread_state = thread_softmax<kPlain>(part, packets, loss.transform);
+      Softmax<R> thread_state = thread_softmax<kPlain>(part, packets, loss.transform);
+      if (tail.is_mine()) add<kPlain>(thread_state, last, loss.transform);
       reader.finish(loss.transform, shared.inputs);
       Softmax<R> state = merge_block_softmax(thread_state, shared.parts, loss.transform.rate);
       if (blocks > 1) {
@@ -197,15 +203,18 @@ loss_on_chip(const __grid_constant__ Loss<Arithmetic<T>> loss) {
     if (is_live) {
       const GradientWeights<R> weights = shared.plan.weights;
       write_gradient_of_shared<kPlain>(part, drow + first, packets, weights, loss.transform);
+      if (tail.is_mine()) *Tail::of(drow, size.packets) = gradient_of<kPlain, Out>(last[0], weights, loss.transform);
     } else {
       write_zeros(drow + first, packets);
+      if (tail.is_mine()) *Tail::of(drow, size.packets) = {};
     }
     __syncthreads();
     is_row = next_mask.is_unmasked();
     if (is_leader) {
       if (is_row) start_load(row + cluster_count());
       const int id = shared.plan.id - first * kCount;
-      if (is_live && id >= 0 && id < packets * kCount) {  // overwrites what another thread wrote there
+      const bool is_in_tail = tail.count > 0 && shared.plan.id >= size.packets * kCount;
+      if (is_live && (is_in_tail || (id >= 0 && id < packets * kCount))) {  // overwrites what another thread wrote there
         reinterpret_cast<Out*>(drow)[shared.plan.id] = rounded<Out>(shared.plan.weights.target_gradient);
       }
     }
@@ -236,7 +245,7 @@ loss_in_two_passes(const __grid_constant__ Loss<Arithmetic<T>> loss) {
   using R = Arithmetic<T>;
   constexpr int kCount = kWidth<T, kAccess>;
   auto& shared = *static_cast<BlockShared<R>*>(dynamic_shared());
-  const int packets = loss.space.vocab / kCount;
+  const RowSize<kCount> size(loss.space.vocab);
   const bool is_leader = threadIdx.x == 0;
   for (int row = static_cast<int>(blockIdx.x); row < loss.space.rows; row += static_cast<int>(gridDim.x)) {
     const Token token(row, loss.space);
@@ -246,7 +255,7 @@ loss_in_two_passes(const __grid_constant__ Loss<Arithmetic<T>> loss) {
     if (is_row) {
       InputReader<kPlain, T> reader;
       reader.start(loss, reinterpret_cast<const T*>(from), token);
-      const Softmax<R> thread_state = thread_softmax<kPlain, kTwoPassThreads<T>>(from, packets, loss.transform);
+      const Softmax<R> thread_state = thread_softmax<kPlain, kTwoPassThreads<T>>(from, size, loss.transform);
       reader.finish(loss.transform, shared.inputs);
       const Softmax<R> state = merge_block_softmax<kTwoPassThreads<T>>(thread_state, shared.parts, loss.transform.rate);
       if (is_leader) {
@@ -261,9 +270,9 @@ loss_in_two_passes(const __grid_constant__ Loss<Arithmetic<T>> loss) {
     const bool is_live = is_row && shared.plan.is_live;
     if (is_live) {
       const GradientWeights<R> weights = shared.plan.weights;
-      write_gradient<kPlain, kTwoPassThreads<T>>(from, to, packets, weights, loss.transform);
+      write_gradient<kPlain, kTwoPassThreads<T>>(from, to, size, weights, loss.transform);
     } else {
-      write_zeros<kTwoPassThreads<T>>(to, packets);
+      write_zeros<kTwoPassThreads<T>>(to, size);
     }
     __syncthreads();
     if (is_leader && is_live) {

@@ -64,16 +64,18 @@ order_kernel(const bool* live, int rows, int64_t* order, int64_t* count, int* ho
 // Moves rows into the first `count` positions, and fills their old positions with 0, like every dead row.
 template <class T, Access kAccess>
 __global__ void __launch_bounds__(kThreads, 3)
-move_kernel(RowMemory values, int rows, int packets, const int64_t* order, const int64_t* count) {
+move_kernel(RowMemory values, RowSpace space, const int64_t* order, const int64_t* count) {
   constexpr int kCount = kWidth<T, kAccess>;
+  const RowSize<kCount> size(space.vocab);
   const int live_count = static_cast<int>(*count);
   for (int row = static_cast<int>(blockIdx.x); row < live_count; row += static_cast<int>(gridDim.x)) {
     const auto from = static_cast<int>(order[row]);
     if (from == row) continue;
     auto* const source = values.row<Packet<T, kCount>>(0, from);
     auto* const target = values.row<Packet<T, kCount>>(0, row);
-    for (int i = static_cast<int>(threadIdx.x); i < packets; i += kThreads) target[i] = source[i];
-    write_zeros(source, packets);
+    for (int i = static_cast<int>(threadIdx.x); i < size.packets; i += kThreads) target[i] = source[i];
+    if (size.tail.is_mine()) *Tail::of(target, size.packets) = *Tail::of(source, size.packets);
+    write_zeros(source, size);
   }
 }
 
@@ -94,12 +96,11 @@ std::tuple<Tensor, Tensor> pack_rows(const Tensor& values,  // [n, V], its last 
     using T = decltype(t);
     const auto move = [&](auto access) {
       const auto kernel = move_kernel<T, access.value>;
-      const int packets = space.vocab / kWidth<T, access.value>;
       launch(device, "moving live rows", {rows.length, rows.width}, row_grid(device, rows.length, 0, kernel), kernel,
-             row_memory(rows), space.rows, packets, mutable_data<int64_t>(order), mutable_data<int64_t>(count));
+             row_memory(rows), space, mutable_data<int64_t>(order), mutable_data<int64_t>(count));
     };
     if constexpr (sizeof(T) < 8) {
-      if (has_vectors(rows, sizeof(T))) return move(std::integral_constant<Access, Access::kVector>{});
+      if (has_vectors(rows)) return move(std::integral_constant<Access, Access::kVector>{});
     }
     move(std::integral_constant<Access, Access::kElement>{});
   });

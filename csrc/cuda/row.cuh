@@ -57,6 +57,31 @@ __device__ __forceinline__ void add(Softmax<Arithmetic<T>>& state, const Packet<
   }
 }
 
+// The elements after a row's last whole packet, one for each of the first `count` threads.
+struct Tail {
+  int count;
+
+  __device__ __forceinline__ bool is_mine() const { return static_cast<int>(threadIdx.x) < count; }
+  // This thread's element.
+  template <class T, int kCount>
+  static __device__ __forceinline__ Packet<T, 1>* of(Packet<T, kCount>* row, int packets) {
+    return reinterpret_cast<Packet<T, 1>*>(row + packets) + threadIdx.x;
+  }
+  template <class T, int kCount>
+  static __device__ __forceinline__ const Packet<T, 1>* of(const Packet<T, kCount>* row, int packets) {
+    return reinterpret_cast<const Packet<T, 1>*>(row + packets) + threadIdx.x;
+  }
+};
+
+// The whole packets of a row, and its tail.
+template <int kCount>
+struct RowSize {
+  int packets;
+  Tail tail;
+
+  explicit __device__ __forceinline__ RowSize(int vocab) : packets(vocab / kCount), tail{vocab % kCount} {}
+};
+
 // The state of this thread's packets of a row, in global or shared memory.
 template <bool kPlain, int kBlock = kThreads, class T, int kCount>
 __device__ __forceinline__ Softmax<Arithmetic<T>> thread_softmax(const Packet<T, kCount>* row, int packets,
@@ -72,6 +97,18 @@ __device__ __forceinline__ Softmax<Arithmetic<T>> thread_softmax(const Packet<T,
   }
   for (; i < packets; i += kBlock) {
     const Packet<T, kCount> last[1] = {row[i]};
+    add<kPlain>(state, last, f);
+  }
+  return state;
+}
+
+// The same of a whole row in global memory.
+template <bool kPlain, int kBlock = kThreads, class T, int kCount>
+__device__ __forceinline__ Softmax<Arithmetic<T>> thread_softmax(const Packet<T, kCount>* row, RowSize<kCount> size,
+                                                                 const RowTransform<Arithmetic<T>>& f) {
+  Softmax<Arithmetic<T>> state = thread_softmax<kPlain, kBlock>(row, size.packets, f);
+  if (size.tail.is_mine()) {
+    const Packet<T, 1> last[1] = {*Tail::of(row, size.packets)};
     add<kPlain>(state, last, f);
   }
   return state;
@@ -217,15 +254,18 @@ __device__ __forceinline__ Packet<Out, kCount> gradient_of(const Packet<T, kCoun
   return packed<Out>(z);
 }
 
-// Writes the gradient of a row, possibly over the row itself. It starts at the end, because what the statistics read
-// last is most likely still in the cache. A narrower gradient lies in the second half of the row's memory, so all
-// threads must load before any stores.
+// Writes the gradient of a row, possibly over the row itself: a thread writes what it has read. It starts at the end,
+// because what the statistics read last is most likely still in the cache.
 template <bool kPlain, int kBlock = kThreads, class T, class Out, int kCount>
-__device__ __forceinline__ void write_gradient(const Packet<T, kCount>* row, Packet<Out, kCount>* drow, int packets,
-                                               const GradientWeights<Arithmetic<T>>& weights,
+__device__ __forceinline__ void write_gradient(const Packet<T, kCount>* row, Packet<Out, kCount>* drow,
+                                               RowSize<kCount> size, const GradientWeights<Arithmetic<T>>& weights,
                                                const RowTransform<Arithmetic<T>>& f) {
   constexpr int kUnroll = kCount > 1 ? 2 : 8;
   constexpr int kStep = kUnroll * kBlock;
+  const int packets = size.packets;
+  if (size.tail.is_mine()) {
+    *Tail::of(drow, packets) = gradient_of<kPlain, Out>(*Tail::of(row, packets), weights, f);
+  }
   for (int begin = (packets - 1) / kStep * kStep; begin >= 0; begin -= kStep) {
     Packet<T, kCount> block[kUnroll];
 #pragma unroll
@@ -233,7 +273,6 @@ __device__ __forceinline__ void write_gradient(const Packet<T, kCount>* row, Pac
       const int i = begin + k * kBlock + static_cast<int>(threadIdx.x);
       if (i < packets) block[k] = row[i];
     }
-    if constexpr (sizeof(Out) < sizeof(T)) __syncthreads();
 #pragma unroll
     for (int k = 0; k < kUnroll; ++k) {
       const int i = begin + k * kBlock + static_cast<int>(threadIdx.x);
@@ -257,6 +296,12 @@ template <int kBlock = kThreads, class Out, int kCount>
 __device__ __forceinline__ void write_zeros(Packet<Out, kCount>* drow, int packets) {
   const Packet<Out, kCount> zeros{};
   for (int i = static_cast<int>(threadIdx.x); i < packets; i += kBlock) drow[i] = zeros;
+}
+
+template <int kBlock = kThreads, class Out, int kCount>
+__device__ __forceinline__ void write_zeros(Packet<Out, kCount>* drow, RowSize<kCount> size) {
+  write_zeros<kBlock>(drow, size.packets);
+  if (size.tail.is_mine()) *Tail::of(drow, size.packets) = {};
 }
 
 // ---- rows of a launch

@@ -30,17 +30,16 @@ inline RowSpace row_space(const Rows& rows, int64_t length) {
           static_cast<int>(rows.width)};
 }
 
-// Whether every row starts at a multiple of `bytes` and its size is one too. `bytes` is 16, or 8 for a gradient of half
-// the width of the logits.
-inline bool has_vectors(const Rows& rows, size_t item, size_t bytes = 16) {
+// Whether every row starts at a multiple of `bytes`: 16, or 8 for a gradient of half the width of the logits.
+inline bool has_vectors(const Rows& rows, int64_t bytes = 16) {
   const int64_t strides = (rows.batch > 1 ? rows.batch_stride : 0) | (rows.length > 1 ? rows.row_stride : 0);
   const auto all = reinterpret_cast<uintptr_t>(rows.base) | static_cast<uintptr_t>(strides);
-  return (all | static_cast<uintptr_t>(rows.width) * item) % bytes == 0;
+  return all % bytes == 0;
 }
 
 template <class T, class Out>
 bool has_gradient_vectors(const Rows& from, const Rows& to) {
-  return sizeof(T) < 8 && has_vectors(from, sizeof(T)) && has_vectors(to, sizeof(Out), 16 * sizeof(Out) / sizeof(T));
+  return sizeof(T) < 8 && has_vectors(from) && has_vectors(to, 16 * sizeof(Out) / sizeof(T));
 }
 
 // Checks the rows of a gradient; its elements may be narrower than those of the logits.
@@ -75,7 +74,7 @@ void with_storages(Dtype from, Dtype to, const Body& body) {
 }
 
 // Calls body(access, plain) with the template parameters of a row kernel. Unaligned or fp64 rows are read one element
-// at a time, and select the curve at run time.
+// at a time, and select the curve at run time. Of aligned rows only the elements after the last whole packet are.
 template <class T, class Body>
 void with_access(bool vectors, Curve curve, const Body& body) {
   if constexpr (sizeof(T) < 8) {

@@ -22,30 +22,40 @@ struct Extras {
   }
 };
 
-template <class T, int kCount>
-__device__ Extras<Arithmetic<T>> thread_extras(const Packet<T, kCount>* row, int packets, int id,
-                                               Arithmetic<T> target, Arithmetic<T> base,
-                                               const RowTransform<Arithmetic<T>>& f) {
-  using R = Arithmetic<T>;
-  Extras<R> extras;
-  for (int k = static_cast<int>(threadIdx.x); k < packets; k += kThreads) {
-    R z[kCount];
-    unpack(row[k], z);
+// The token that the extras of its row are relative to.
+template <class R>
+struct Target {
+  int id;
+  R v, base;
+};
+
+template <class T, int kCount, class R>
+__device__ __forceinline__ void add(Extras<R>& extras, const Packet<T, kCount>& packet, int column,
+                                    const Target<R>& target, const RowTransform<R>& f) {
+  R z[kCount];
+  unpack(packet, z);
 #pragma unroll
-    for (int i = 0; i < kCount; ++i) {
-      const R v = apply_curve<false>(z[i], f);
-      extras.squares += exp2_fast(R(2) * ((v - base) * f.rate));
-      extras.total += v;
-      extras.rank += v > target || (v == target && k * kCount + i < id);
-    }
+  for (int i = 0; i < kCount; ++i) {
+    const R v = apply_curve<false>(z[i], f);
+    extras.squares += exp2_fast(R(2) * ((v - target.base) * f.rate));
+    extras.total += v;
+    extras.rank += v > target.v || (v == target.v && column + i < target.id);
   }
+}
+
+template <class T, int kCount, class R>
+__device__ Extras<R> thread_extras(const Packet<T, kCount>* row, RowSize<kCount> size, const Target<R>& target,
+                                   const RowTransform<R>& f) {
+  Extras<R> extras;
+  const int thread = static_cast<int>(threadIdx.x);
+  for (int k = thread; k < size.packets; k += kThreads) add(extras, row[k], k * kCount, target, f);
+  if (size.tail.is_mine()) add(extras, *Tail::of(row, size.packets), size.packets * kCount + thread, target, f);
   return extras;
 }
 
 template <class R>
 struct BlockShared {
-  int id;
-  R target, base;
+  Target<R> target;
   union {
     Softmax<R> parts[kThreads / kWarp];
     Extras<R> extras[kThreads / kWarp];
@@ -78,7 +88,7 @@ statistics_of_rows(const __grid_constant__ Statistics<Arithmetic<T>> out) {
   using R = Arithmetic<T>;
   constexpr int kCount = kWidth<T, kAccess>;
   auto& shared = *static_cast<BlockShared<R>*>(dynamic_shared());
-  const int packets = out.space.vocab / kCount;
+  const RowSize<kCount> size(out.space.vocab);
   const bool is_leader = threadIdx.x == 0, has_extras = out.log_sum_squares || out.mean_logits || out.is_top1;
   const int tokens = out.space.rows / out.space.rows_per_batch * out.space.length;
   for (int n = static_cast<int>(blockIdx.x); n < tokens; n += static_cast<int>(gridDim.x)) {
@@ -93,7 +103,7 @@ statistics_of_rows(const __grid_constant__ Statistics<Arithmetic<T>> out) {
       id = clamp_id(out.ids[n], n, out.space.vocab, out.first_bad);
       target = apply_curve<false>(element(reinterpret_cast<const T*>(row)[id]), out.transform);
     }
-    const Softmax<R> thread_state = thread_softmax<kPlain>(row, packets, out.transform);
+    const Softmax<R> thread_state = thread_softmax<kPlain>(row, size, out.transform);
     const Softmax<R> state = merge_block_softmax(thread_state, shared.parts, out.transform.rate);
     double log_sum = 0;
     if (is_leader) {
@@ -103,13 +113,11 @@ statistics_of_rows(const __grid_constant__ Statistics<Arithmetic<T>> out) {
       if (out.lse) out.lse[n] = result.lse;
       if (out.live) out.live[n] = false;
       log_sum = log2_of(state.sum);
-      shared.id = id;
-      shared.target = target;
-      shared.base = state.max;
+      shared.target = {id, target, state.max};
     }
     __syncthreads();  // the next row overwrites shared.parts, which the first warp has read by now
     if (!has_extras) continue;
-    Extras<R> extras = thread_extras(row, packets, shared.id, shared.target, shared.base, out.transform);
+    Extras<R> extras = thread_extras(row, size, shared.target, out.transform);
     extras = reduce_block(extras, shared.extras, Merge());
     if (is_leader) write_extras(out, n, extras, log_sum);
     __syncthreads();
@@ -123,7 +131,7 @@ void launch_statistics(const Device& device, const Tensor& logits, const Rows& f
   with_storage(dtype_of(logits), [&](auto t) {
     using T = decltype(t);
     if constexpr (std::is_same_v<Arithmetic<T>, R>) {
-      const bool vectors = sizeof(T) < 8 && has_vectors(from, sizeof(T));
+      const bool vectors = sizeof(T) < 8 && has_vectors(from);
       with_access<T>(vectors, statistics.transform.curve, [&](auto access, auto plain) {
         const auto kernel = statistics_of_rows<T, access.value, plain.value>;
         const Grid grid = row_grid(device, statistics.space.rows, sizeof(BlockShared<R>), kernel);
@@ -213,7 +221,7 @@ gradient_of_rows(const __grid_constant__ Gradient<Arithmetic<T>> gradient) {
   using R = Arithmetic<T>;
   constexpr int kCount = kWidth<T, kAccess>;
   auto& shared = *static_cast<GradientShared<R>*>(dynamic_shared());
-  const int packets = gradient.space.vocab / kCount;
+  const RowSize<kCount> size(gradient.space.vocab);
   const bool is_leader = threadIdx.x == 0;
   for (int row = static_cast<int>(blockIdx.x); row < gradient.space.rows; row += static_cast<int>(gridDim.x)) {
     const Token token(row, gradient.space);
@@ -223,7 +231,7 @@ gradient_of_rows(const __grid_constant__ Gradient<Arithmetic<T>> gradient) {
     const R c = is_row && gradient.dlogprobs ? gradient.dlogprobs[token.n] : R(0);
     const R c_h = is_row && gradient.dentropy ? gradient.dentropy[token.n] : R(0);
     if (c == 0 && c_h == 0) {
-      write_zeros(to, packets);
+      write_zeros(to, size);
       continue;
     }
     if (is_leader) {
@@ -232,7 +240,7 @@ gradient_of_rows(const __grid_constant__ Gradient<Arithmetic<T>> gradient) {
     }
     __syncthreads();
     const GradientWeights<R> weights = shared.weights;
-    write_gradient<kPlain>(from, to, packets, weights, gradient.transform);
+    write_gradient<kPlain>(from, to, size, weights, gradient.transform);
     __syncthreads();
     // overwrites what another thread wrote there
     if (is_leader) reinterpret_cast<Out*>(to)[shared.id] = rounded<Out>(weights.target_gradient);

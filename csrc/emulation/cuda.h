@@ -268,6 +268,7 @@ uint32_t max_of_two(uint32_t a, uint32_t b) {
 // ---- flags and launches
 
 inline int64_t* registered_flags = nullptr;
+inline int64_t last_kernel = 0;  // the address of the kernel that was launched last
 
 inline void flag(int64_t* first_bad, BadValue kind, int64_t index) {
   first_bad[kind] = std::min(first_bad[kind], index);
@@ -301,6 +302,7 @@ template <class... Parameters>
 void launch(const Device&, const char*, std::initializer_list<int64_t>, const Grid& grid, void (*kernel)(Parameters...),
             std::type_identity_t<Parameters>... arguments) {
   const std::function<void()> body = [&] { kernel(arguments...); };
+  last_kernel = reinterpret_cast<int64_t>(kernel);
   emulation::cluster.body = &body;
   emulation::block_dim.x = static_cast<unsigned>(grid.threads);
   emulation::grid_dim.x = static_cast<unsigned>(grid.blocks);
