@@ -16,6 +16,9 @@ from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
 from grpo_kernels import GRPOLossConfig, grpo_loss, linear_grpo_loss, linear_token_logprobs, token_logprobs
+from grpo_kernels.ops.head.buffers import NeededGradients
+from grpo_kernels.ops.head.gemm import Head
+from grpo_kernels.ops.head.inputs import HeadOptions
 
 CASES = {case.name: case for case in (*INPUT_CASES, *LOSS_CASES, *FAMILY_CASES)}
 LINEAR = ("linear_token_logprobs", "linear_grpo_loss")
@@ -215,6 +218,19 @@ def test_a_workspace_that_holds_no_call_keeps_logits_in_one_half(monkeypatch: py
     monkeypatch.setattr("grpo_kernels.ops.head.inputs.WORKSPACE_ROWS", 6)
     assert _logprob_step(upstream, workspace_bytes=12 * row) == 4 * ROWS - 6
     assert _logprob_step(upstream, workspace_bytes=11 * row) == 4 * ROWS
+
+
+def test_a_traced_graph_overwrites_nothing_so_it_saves_logits_in_one_half(monkeypatch: pytest.MonkeyPatch) -> None:
+    head = Head.of("cpu", torch.empty(VOCAB, HIDDEN), None, torch.float32, torch.float32)
+    options = HeadOptions(torch.float32, torch.float32, 12 * head.row_bytes)
+    needs = NeededGradients(True, True, False)
+
+    def saved(*rows: int) -> list[int]:
+        return [options.with_saved_logits(head, needs, count)[1] // head.row_bytes for count in rows]
+
+    assert saved(5, 6, 12, 13) == [12, 12, 12, 0]
+    monkeypatch.setattr("torch.compiler.is_compiling", lambda: True)
+    assert saved(5, 6, 7) == [6, 6, 0]
 
 
 @pytest.mark.parametrize("live", [slice(None), slice(2, 5), slice(0, 6, 2)], ids=["all", "contiguous", "apart"])

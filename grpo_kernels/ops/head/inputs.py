@@ -58,18 +58,19 @@ class HeadOptions(Call):
     def with_saved_logits(self, head: Head, needs: NeededGradients, rows: int) -> tuple[HeadOptions, int]:
         """The default of ``max_logits_bytes``, and the bound of what is left.
 
-        On a CPU logits are saved within the workspace: all of them if they fit; otherwise in one half of it, if chunks
-        do not become so small that their GEMMs are slower. On a GPU none are: memory that is free at the first step
-        may not be at the second.
+        On a CPU logits are saved within the workspace: all of them if they fit, for their gradient is then written over
+        them. Otherwise, and in a traced graph, which overwrites nothing, in one half of it, if chunks do not become so
+        small that their GEMMs are slower. On a GPU none are: memory that is free at the first step may not be at the
+        second.
         """
         if head.device.type != "cpu" or not needs.any:
             return self, 0
         bound = CPU_WORKSPACE_BYTES if self.workspace_bytes is None else self.workspace_bytes
-        if rows * head.row_bytes <= bound:
+        if rows * head.row_bytes <= bound and not torch.compiler.is_compiling():
             return self, bound
         accumulator = RowBytes.of(head, needs).accumulator
         half = (bound if self.workspace_bytes is None else bound - accumulator) // 2
-        if half < WORKSPACE_ROWS * head.row_bytes:
+        if half < min(WORKSPACE_ROWS, rows) * head.row_bytes:
             return self, 0
         return replace(self, workspace_bytes=half + accumulator), half
 
