@@ -175,7 +175,7 @@ class _Memory(NamedTuple):
 
     workspace: Tensor  # [chunk, row_width]
     reference: Tensor | None  # [chunk, row_width]
-    buffer: Tensor  # [buffer, V]; empty if gradients are written over the logits
+    buffer: Tensor | None  # [buffer, V]; None if gradients are written over the logits
 
     @classmethod
     def of(
@@ -187,12 +187,14 @@ class _Memory(NamedTuple):
         live_rows: int,
     ) -> _Memory:
         chunks = [chunk for block in blocks for chunk in block]
-        live_blocks = [] if head.is_in_place else [block for block in blocks if block[0].start < live_rows]
-        buffer_rows = max((block[-1].stop - block[0].start for block in live_blocks), default=0)
+        buffer = None
+        if not head.is_in_place:
+            sizes = (block[-1].stop - block[0].start for block in blocks if block[0].start < live_rows)
+            buffer = head.buffer(max(sizes, default=0))[:, : head.vocab]
         return cls(
             head.workspace(max((_size(chunk) for chunk in chunks if source.uses_workspace(chunk)), default=0)),
             None if reference is None else reference.workspace(max(map(_size, chunks), default=0)),
-            head.buffer(buffer_rows)[:, : head.vocab],
+            buffer,
         )
 
 

@@ -45,14 +45,24 @@ class HeadOptions(Call):
         """The projection."""
         return Head.of(backend, weight, bias, self.compute_dtype, self.logits_dtype)
 
-    def check_bound(self, head: Head, needs: NeededGradients, rows: int, models: int = 1) -> None:
+    def check_bound(
+        self,
+        backend: str,
+        weight: Tensor,
+        needs: NeededGradients,
+        rows: int,
+        models: int = 1,
+    ) -> None:
         """Checks that the memory of at least one row fits the bound, whatever rows turn out to have a gradient.
 
         Raises:
             ValueError: It does not.
         """
+        if self.workspace_bytes is None:
+            return
+        head = self.head(backend, weight, None)
         least = RowBytes.of(head, needs, (models - 1) * head.row_bytes).least(rows)
-        if self.workspace_bytes is not None and self.workspace_bytes < least:
+        if self.workspace_bytes < least:
             raise ValueError(f"workspace_bytes must be None or at least {least} here, got {self.workspace_bytes}")
 
     def with_saved_logits(self, head: Head, needs: NeededGradients, rows: int) -> tuple[HeadOptions, int]:

@@ -159,7 +159,7 @@ def divergence_loss(
         tokens = divergences(*head, ids, inputs.mask, options, reference, comparison, backend)
         return loss_of_tokens(tokens, inputs, config, backend)
     needs, flat_ids = NeededGradients.of(*head), to_kernel_ids(ids).view(-1)
-    options.check_bound(options.head(backend, lm_head_weight, bias), needs, flat_ids.shape[0], models=2)
+    options.check_bound(backend, lm_head_weight, needs, flat_ids.shape[0], models=2)
     call = LinearDivergenceLossCall(
         options, reference, flat_ids, inputs.flat_fields, config.code(), comparison, needs, max_live_rows
     )

@@ -157,7 +157,7 @@ def _one_pass_loss(
     """A token-local loss. The forward forms its gradient."""
     needs = NeededGradients.of(hidden, weight, bias)
     flat_ids = to_kernel_ids(ids).view(-1)
-    options.check_bound(options.head(backend, weight, bias), needs, flat_ids.shape[0])
+    options.check_bound(backend, weight, needs, flat_ids.shape[0])
     call = LinearLossCall(options, flat_ids, inputs.flat_fields, config.code(), transform, needs, max_live_rows)
     policy = PolicyLossCall.of(inputs, config)
     loss, logprobs, entropy, partials = _LinearGRPOLoss.apply(hidden, weight, bias, call, policy, backend)

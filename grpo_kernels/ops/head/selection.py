@@ -12,7 +12,7 @@ from grpo_kernels.device_values import flag_live_rows
 
 #: The least share of dead rows at which a chunk is packed. Below it, moving rows costs more than their GEMMs.
 _MIN_DEAD_SHARE = 1 / 8
-_PACKING_STEPS = 32  # in which rows are moved without scratch memory: its size is this share of theirs
+_PACKING_BYTES = 1 << 24  # of rows that are moved at once without scratch memory
 
 
 @dataclass(frozen=True)
@@ -111,25 +111,28 @@ def pack_live(
     Returns:
         The rows ``[m, V]``, and the index of each, ``[m]``; None if all rows are kept.
     """
-    rows = live.shape[0]
-    count = int(live.sum())
-    if count > (1 - _MIN_DEAD_SHARE) * rows:
-        return values, None
+    most = (1 - _MIN_DEAD_SHARE) * live.shape[0]
     if backend == "cuda":
+        count = int(live.sum())
+        if count > most:
+            return values, None
         order, _ = torch.ops.grpo_kernels.pack_rows_cuda(values, live)
         return values[:count], order[:count]
-    index = live.to(torch.uint8).argsort(descending=True, stable=True)[:count]
-    return pack_rows(values, index, scratch), index
+    index = live.nonzero()[:, 0]
+    return (values, None) if index.shape[0] > most else (pack_rows(values, index, scratch), index)
 
 
 def pack_rows(values: Tensor, index: Tensor, scratch: Tensor | None = None) -> Tensor:  # [n, V], [m] -> [m, V]
     """Moves the rows ``index``, in rising order, to the front of ``values``, as many at a time as ``scratch`` holds."""
     count, vocab = index.shape[0], values.shape[1]
-    held = 0 if scratch is None else scratch.numel() * scratch.itemsize // (vocab * values.itemsize)
-    step = held or max(1, count // _PACKING_STEPS)
-    copies = values.new_empty(step * vocab) if not held else scratch.view(-1).view(values.dtype)[: step * vocab]
-    copies = copies.view(step, vocab)
-    for start in range(0, count, step):
+    row_bytes = vocab * values.itemsize
+    held = 0 if scratch is None else scratch.numel() * scratch.itemsize // row_bytes
+    if held:
+        copies = scratch.view(-1).view(values.dtype)[: held * vocab].view(held, vocab)
+    else:
+        copies = values.new_empty(min(count, max(1, _PACKING_BYTES // row_bytes)), vocab)
+    step = copies.shape[0]
+    for start in range(0, count, max(1, step)):
         stop = min(start + step, count)
         values[start:stop] = torch.index_select(values, 0, index[start:stop], out=copies[: stop - start])
     return values[:count]
