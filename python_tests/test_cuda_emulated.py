@@ -161,10 +161,13 @@ def test_a_gradient_is_scaled_where_it_lies(dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("rows", [1, 63, 64, 200])
 @pytest.mark.parametrize("share", [0.0, 0.1, 0.9, 1.0])
 @pytest.mark.parametrize(("vocab", "width"), [(64, 64), (37, 40), (7, 8), (3, 4), (61, 63)])
-def test_live_rows_are_packed_where_they_lie(rows: int, share: float, vocab: int, width: int) -> None:
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_live_rows_are_packed_where_they_lie(
+    rows: int, share: float, vocab: int, width: int, dtype: torch.dtype
+) -> None:
     generator = torch.Generator().manual_seed(rows)
     live = torch.rand(rows, generator=generator) < share
-    memory = torch.randn(rows, width, generator=generator)
+    memory = torch.randn(rows, width, generator=generator).to(dtype)
     values = memory[:, :vocab].masked_fill_(~live[:, None], 0)
     before, beside = values.clone(), memory[:, vocab:].clone()
     order, count = OPS.pack_rows_cuda(values, live)
