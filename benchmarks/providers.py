@@ -308,10 +308,10 @@ def _ours(name: str, backend: str) -> tuple[Provider, ...]:
 
     return (
         Provider(f"{name}, fresh gradient", {"logits": partial(_ours_loss, backend, inplace=False)}, **needs),
-        Provider(f"{name}, 1/8 workspace", eighth, device="cpu", **needs),
         Provider(f"{name}, logits retained", saved(1), device="cuda", **needs),
         Provider(f"{name}, projected again", saved(0), device="cpu", **needs),
         Provider(f"{name}, token_logprobs", rows, in_place=True, **needs),
         Provider(f"{name}, bf16 logits", half, device="cuda", **needs),
+        *([Provider(f"{name}, 1/8 workspace", eighth, device="cpu")] if backend == "auto" else []),
         Provider(name, every, in_place=True, **needs),
     )

@@ -330,6 +330,6 @@ def test_of_other_models(name: str, folder: Path, tmp_path: Path) -> None:
 def test_retained_logits_and_small_workspaces_change_nothing(folder: Path, tmp_path: Path) -> None:
     options = CONFIGURATIONS["vespo-beta_0.04-iterations_2"]
     stock = _train(trl.GRPOTrainer, folder, tmp_path, **options)
-    for given in ({"max_logits_bytes": 300}, {"workspace_bytes": 100}, {"speculate": False}):
+    for given in ({"max_logits_bytes": 300}, {"workspace_bytes": 3000}, {"speculate": False}):
         with apply(**given):
             _assert_equal(stock, _train(trl.GRPOTrainer, folder, tmp_path, **options))

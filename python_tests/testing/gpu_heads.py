@@ -16,6 +16,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from grpo_kernels import GRPOLossConfig
 from grpo_kernels.ops.head import gemm, memory, reference_model, sources
+from grpo_kernels.ops.head.memory import MemoryPlan, RowBytes
 from testing.calls import rounded_dlogits, run
 from testing.cases import FAMILY_CASES, INPUT_CASES, LOSS_CASES, Case
 from testing.inputs import build
@@ -39,8 +40,13 @@ def _width(vocab: int, dtype: torch.dtype, device: torch.device) -> int:
 
 
 @contextmanager
-def gpu_gemms(workspace_rows: int = 512) -> Iterator[Gemms]:
-    """Within it heads run so; a workspace beside a buffer has at most ``workspace_rows`` rows."""
+def gpu_gemms(workspace_rows: int = 512, multiple: int = 128) -> Iterator[Gemms]:
+    """Within it heads run so; a workspace beside a buffer has at most ``workspace_rows`` rows.
+
+    Args:
+        workspace_rows: The default's rows.
+        multiple: What the rows of chunks and buffers are multiples of, where they can be.
+    """
     done = Gemms()
     real = {"mm": torch.mm, "addmm": torch.addmm}
     memory_of: dict[str, Tensor] = {}  # kept, so that from the second pass on a GEMM allocates nothing
@@ -73,6 +79,7 @@ def gpu_gemms(workspace_rows: int = 512) -> Iterator[Gemms]:
         for target, name, value in (
             (gemm, "writes_fp32", lambda device: True),
             (memory, "WORKSPACE_ROWS", workspace_rows),
+            (gemm.Head, "row_multiple", multiple),
             (torch, "mm", mm),
             (torch, "addmm", addmm),
             *((module, "row_width", _width) for module in (gemm, sources, reference_model)),
@@ -116,9 +123,20 @@ def assert_gpu_head_conforms(op: str, case: Case, backend: str) -> None:
     bounds = (None, sums + 2 * logits_row + rows * gradient_row, sums + logits_row + gradient_row)
     saved = {"max_logits_bytes": rows * logits_row}
     for options in (*({"workspace_bytes": bound} for bound in bounds), saved, {**saved, "workspace_bytes": bounds[1]}):
-        with gpu_gemms(workspace_rows=2):
+        with gpu_gemms(workspace_rows=2, multiple=2):
             got = run(op, inputs, backend, **options)
         assert got.keys() == expected.keys()
         for name, value in expected.items():
             message = functools.partial("{}, {}: {}".format, options, name)
             torch.testing.assert_close(got[name], value, rtol=4e-3, atol=2e-4, msg=message)
+
+
+def planned_bytes(plan: MemoryPlan, sizes: RowBytes, rows: int, live_rows: int) -> int:
+    """What a pass allocates beside its inputs and results: workspace, buffer, and sums over several buffers."""
+    buffers = [
+        block[-1].stop - block[0].start
+        for block in plan.blocks(rows, live_rows, [(0, rows)])
+        if block[0].start < live_rows
+    ]
+    workspace = min(plan.chunk_rows, rows) * sizes.logits
+    return workspace + max(buffers, default=0) * sizes.gradient + (sizes.accumulator if len(buffers) > 1 else 0)

@@ -52,7 +52,7 @@ class HeadGradients:
     ) -> None:
         self.head = head
         self.dtype = accumulation_dtype(head.compute_dtype)
-        dweight_dtype = head.parameter_dtypes[0] if buffers <= 1 else self.dtype
+        dweight_dtype = head.dweight_dtype if buffers <= 1 else self.dtype
         self.dhidden = self.dweight = self.dbias = None
         if needs.need_dhidden:
             self.dhidden = hidden.new_zeros(hidden.shape, dtype=dhidden_dtype or hidden.dtype)

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from grpo_kernels.ops.head.buffers import HeadGradients, NeededGradients
 from grpo_kernels.ops.head.gemm import Head
+from grpo_kernels.ops.head.inputs import HeadOptions
 from grpo_kernels.ops.head.memory import MemoryPlan
 from grpo_kernels.ops.head.reference_model import ReferenceRows
 from grpo_kernels.ops.head.selection import SelectedRows, pack_live
@@ -63,7 +64,7 @@ class HeadPass:
         hidden: Hidden states, ``[N, H]``.
         rows: Which tokens are projected.
         needs: Which gradients are formed, from the rows that may have one.
-        workspace_bytes: As for ``MemoryPlan.of``.
+        options: The bound of its memory.
         source: Where logits come from; None means the projection.
         reference: A reference's logits for the same rows.
         dhidden_dtype: As for ``HeadGradients``.
@@ -74,7 +75,7 @@ class HeadPass:
     hidden: Tensor
     rows: SelectedRows
     needs: NeededGradients
-    workspace_bytes: int | None
+    options: HeadOptions
     source: LogitsSource | None = None
     reference: ReferenceRows | None = None
     dhidden_dtype: torch.dtype | None = None
@@ -95,9 +96,8 @@ class HeadPass:
         """
         rows, source = self.rows, self.source or LogitsSource(self.head)
         live_rows = rows.live_count if self.needs.any else 0
-        row_bytes = 0 if self.reference is None else self.reference.row_bytes
-        plan = MemoryPlan.of(self.head, self.needs, rows.count, live_rows, self.workspace_bytes, row_bytes)
-        blocks = list(plan.blocks(rows.count, live_rows, source.segments(rows.count)))
+        segments = list(source.segments(rows.count))
+        blocks = list(self._plan(segments, live_rows).blocks(rows.count, live_rows, segments))
         memory = _Memory.of(self.head, source, self.reference, blocks, live_rows)
         buffers = sum(block[0].start < live_rows for block in blocks)
         gradients = HeadGradients(self.head, self.hidden, self.needs, buffers, self.dhidden_dtype)
@@ -110,6 +110,18 @@ class HeadPass:
         wanted = [True] * len(dtypes) if wanted is None else wanted
         scattered = (rows.scatter(x, count) if is_wanted else x for x, is_wanted in zip(values, wanted, strict=True))
         return tuple(scattered), gradients.results()
+
+    def _plan(self, segments: list[tuple[int, int]], live_rows: int) -> MemoryPlan:
+        return MemoryPlan.of(
+            self.head,
+            self.needs,
+            self.rows.count,
+            live_rows,
+            self.options.workspace_bytes,
+            0 if self.reference is None else self.reference.row_bytes,
+            self.options.bounds_sums,
+            is_cut=sum(begin < min(end, live_rows) for begin, end in segments) > 1,
+        )
 
     def _run_block(
         self,

@@ -142,6 +142,12 @@ class Head:
         return self._width(self.gradient_dtype) * self.gradient_dtype.itemsize
 
     @property
+    def dweight_dtype(self) -> torch.dtype:
+        """The dtype in which ``dW`` is written if nothing is added to it: the parameter's, if a GEMM can write that."""
+        sums, dtype = accumulation_dtype(self.compute_dtype), self.parameter_dtypes[0]
+        return dtype if dtype in (self.compute_dtype, sums) or not writes_fp32(self.device) else sums
+
+    @property
     def dweight_bytes(self) -> int:
         """Size of the sums of ``dW``, which are fp32 (fp64)."""
         return self.parameter.numel() * accumulation_dtype(self.compute_dtype).itemsize

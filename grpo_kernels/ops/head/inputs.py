@@ -11,17 +11,25 @@ from grpo_kernels.calls import Call
 from grpo_kernels.dtypes import accumulation_dtype
 from grpo_kernels.ops.head.buffers import NeededGradients
 from grpo_kernels.ops.head.gemm import Head, writes_fp32
-from grpo_kernels.ops.head.memory import CPU_WORKSPACE_BYTES, WORKSPACE_ROWS, RowBytes
+from grpo_kernels.ops.head.memory import CPU_WORKSPACE_BYTES, WORKSPACE_ROWS, MemoryPlan, RowBytes
 from grpo_kernels.validation import FLOAT_DTYPES, check_device, check_float, check_ids, check_shape
 
 
 @dataclass(frozen=True)
 class HeadOptions(Call):
-    """The dtypes of a head, and the bound of its memory: see ``MemoryPlan.of``."""
+    """The dtypes of a head, and the bound of its memory.
+
+    Args:
+        compute_dtype: Inputs are rounded to it.
+        logits_dtype: The logits' dtype.
+        workspace_bytes: The bound, as for ``MemoryPlan.of``.
+        bounds_sums: Whether it covers the sums of ``dW`` over several buffers.
+    """
 
     compute_dtype: torch.dtype
     logits_dtype: torch.dtype
     workspace_bytes: int | None
+    bounds_sums: bool = True
 
     @classmethod
     def of(
@@ -58,12 +66,10 @@ class HeadOptions(Call):
         Raises:
             ValueError: It does not.
         """
-        if self.workspace_bytes is None:
+        if self.workspace_bytes is None or backend == "torch":  # which forms all logits
             return
         head = self.head(backend, weight, None)
-        least = RowBytes.of(head, needs, (models - 1) * head.row_bytes).least(rows)
-        if self.workspace_bytes < least:
-            raise ValueError(f"workspace_bytes must be None or at least {least} here, got {self.workspace_bytes}")
+        MemoryPlan.of(head, needs, rows, rows, self.workspace_bytes, (models - 1) * head.row_bytes)
 
     def with_saved_logits(self, head: Head, needs: NeededGradients, rows: int) -> tuple[HeadOptions, int]:
         """The default of ``max_logits_bytes``, and the bound of what is left.
@@ -76,13 +82,13 @@ class HeadOptions(Call):
         if head.device.type != "cpu" or not needs.any:
             return self, 0
         bound = CPU_WORKSPACE_BYTES if self.workspace_bytes is None else self.workspace_bytes
-        if rows * head.row_bytes <= bound and not torch.compiler.is_compiling():
+        if not torch.compiler.is_compiling() and rows * head.row_bytes <= bound:
             return self, bound
-        accumulator = RowBytes.of(head, needs).accumulator
-        half = (bound if self.workspace_bytes is None else bound - accumulator) // 2
+        accumulator = 0 if self.workspace_bytes is None else RowBytes.of(head, needs).accumulator
+        half = (bound - accumulator) // 2
         if half < min(WORKSPACE_ROWS, rows) * head.row_bytes:
             return self, 0
-        return replace(self, workspace_bytes=half + accumulator), half
+        return replace(self, workspace_bytes=half, bounds_sums=False), half
 
 
 def flatten_hidden(hidden: Tensor) -> Tensor:  # [..., H] -> [N, H]

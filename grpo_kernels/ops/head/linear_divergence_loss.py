@@ -93,7 +93,7 @@ def _fwd(
         fields=fields.map_tokens(rows.gather),
     )
     reference = ReferenceRows(call.reference, rows, options.logits_dtype)
-    head_pass = HeadPass(backend, head, hidden, rows, call.needs, options.workspace_bytes, reference=reference)
+    head_pass = HeadPass(backend, head, hidden, rows, call.needs, options, reference=reference)
     dtype = accumulation_dtype(options.logits_dtype)
     values, gradients = head_pass.run(_divergence_loss_rows(backend, selected), (dtype, dtype, dtype))
     return (*values, *gradients)
@@ -159,7 +159,6 @@ def divergence_loss(
         tokens = divergences(*head, ids, inputs.mask, options, reference, comparison, backend)
         return loss_of_tokens(tokens, inputs, config, backend)
     needs, flat_ids = NeededGradients.of(*head), to_kernel_ids(ids).view(-1)
-    options.check_bound(backend, lm_head_weight, needs, flat_ids.shape[0], models=2)
     call = LinearDivergenceLossCall(
         options, reference, flat_ids, inputs.flat_fields, config.code(), comparison, needs, max_live_rows
     )

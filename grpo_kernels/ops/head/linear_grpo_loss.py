@@ -97,7 +97,7 @@ def _fwd(backend: str, hidden: Tensor, weight: Tensor, bias: Tensor | None, call
         fields=fields.map_tokens(rows.gather),
     )
     reports_live = call.max_live_rows is None and may_be_clipped(has_kl, call.code.params, fields)
-    head_pass = HeadPass(backend, head, hidden, rows, call.needs, options.workspace_bytes)
+    head_pass = HeadPass(backend, head, hidden, rows, call.needs, options)
     dtype = accumulation_dtype(options.logits_dtype)
     values, gradients = head_pass.run(_loss_rows(backend, selected, reports_live), (dtype, dtype))
     return (*values, *gradients)
@@ -157,7 +157,6 @@ def _one_pass_loss(
     """A token-local loss. The forward forms its gradient."""
     needs = NeededGradients.of(hidden, weight, bias)
     flat_ids = to_kernel_ids(ids).view(-1)
-    options.check_bound(backend, weight, needs, flat_ids.shape[0])
     call = LinearLossCall(options, flat_ids, inputs.flat_fields, config.code(), transform, needs, max_live_rows)
     policy = PolicyLossCall.of(inputs, config)
     loss, logprobs, entropy, partials = _LinearGRPOLoss.apply(hidden, weight, bias, call, policy, backend)
@@ -245,6 +244,8 @@ def linear_grpo_loss(
     has_reference = any(x is not None for x in reference_tensors)
     op = "linear_token_divergence" if has_reference else "linear_grpo_loss"
     backend = backends.resolve(op, backend, hidden_states.device, partial(RowClass.of_head, lm_head_weight))
+    needs = NeededGradients.of(hidden_states, lm_head_weight, bias)
+    options.check_bound(backend, lm_head_weight, needs, completion_ids.numel(), models=2 if has_reference else 1)
     check_reference(has_reference, ref_logprobs, config, _REFERENCE_ARGUMENTS)
     reference = Reference.of(completion_ids, lm_head_weight.shape[0], *reference_tensors) if has_reference else None
     check_group_rewards(advantages, rewards, num_generations, scale_rewards, completion_ids, cu_seqlens, debug)

@@ -65,7 +65,7 @@ def _run(
     ids = clamp_ids(backend, ids, mask, head.vocab)
     selected = replace(call.rows, ids=ids, mask=None).map(rows.gather)
     selected = selected if mask is None else replace(selected, mask=rows.unmasked())
-    head_pass = HeadPass(backend, head, hidden, rows, call.needs, options.workspace_bytes, reference=reference)
+    head_pass = HeadPass(backend, head, hidden, rows, call.needs, options, reference=reference)
     dtype = accumulation_dtype(options.logits_dtype)
     values, gradients = head_pass.run(_divergence_rows(backend, selected), (dtype, dtype, dtype))
     return (*values, *gradients)

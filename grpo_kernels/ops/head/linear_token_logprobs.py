@@ -104,7 +104,7 @@ def _fwd(
         hidden,
         rows,
         NeededGradients(call.save_projection, False, False),
-        options.workspace_bytes,
+        options,
         source,
         dhidden_dtype=options.arithmetic_dtype,
     )
@@ -139,7 +139,7 @@ def _bwd(
     selected = replace(replace(inputs, ids=ids, mask=None).map(rows.gather), mask=rows.unmasked())
     saved_logits = call.saved_logits if overwritten is None else overwritten
     source = SavedLogitsSource(head, saved_logits, call.saved_ids, rows, ids.shape[0], overwritten is not None)
-    head_pass = HeadPass(backend, head, hidden, rows, call.needs, options.workspace_bytes, source)
+    head_pass = HeadPass(backend, head, hidden, rows, call.needs, options, source)
     _, gradients = head_pass.run(_gradient_rows(backend, selected), ())
     return gradients
 
@@ -340,13 +340,15 @@ def linear_token_logprobs(
             fp32 from half-precision inputs, so either the weight or each chunk's gradient is widened. That takes
             ``4 V H`` bytes, or twice the chunk's, beside the workspace.
         max_logits_bytes: Save as many logits as fit into this many bytes from the forward to the backward, beside the
-            workspace. None saves them within the workspace on a CPU: all if they fit, else in one half of it if the
-            other then holds 512 rows. On a GPU None saves none: memory that is free now may not be at the next step.
-        workspace_bytes: Bound of what a pass takes beside inputs and results: logits; their gradients, if these have
-            another dtype, as bf16 beside fp32 logits on a GPU; and the fp32 sums of ``dW``, ``4 V H`` bytes, if the
-            weight is not fp32 and not all gradients fit at once. If they do, ``dW`` is one GEMM. None means 1 GiB of
-            logits on a CPU; on a GPU 512 rows of logits, ``min(s N V, 4 V H + 1e9)`` bytes of gradients, ``s`` the
-            size of one, and the sums: 2.36 GB for bf16 at N = 8192, H = 4096, V = 128256.
+            workspace. The first backward writes over them; with ``retain_graph`` later ones project again. None saves
+            them within the workspace on a CPU: all if they fit, else in one half of it if the other then holds 512
+            rows. On a GPU None saves none: memory that is free now may not be at the next step.
+        workspace_bytes: Bound of what a pass takes beside inputs, results and what has their size, and up to 16 MB of
+            copies: logits; their gradients, if these have another dtype, as bf16 beside fp32 logits on a GPU; and the
+            fp32 sums of ``dW``, ``4 V H`` bytes, if the weight is not fp32 and not all gradients fit at once. If they
+            do, ``dW`` is one GEMM. None means, with the sums beside it, 1 GiB of logits on a CPU; on a GPU 512 rows of
+            logits and ``min(s N V, 4 V H + 1e9)`` bytes of gradients, ``s`` the size of one, or these bytes for both if
+            they have one dtype. That is 2.36 GB for bf16 at N = 8192, H = 4096, V = 128256. No effect for "torch".
         save_projection: With a frozen head and no saved logits: save ``(onehot - p) f'(z) W`` of every row, ``4 N H``
             bytes, in the forward. The backward of a log-probability is then a product with it: ``4 N H V`` operations
             in all. False is faster if less than half of the rows will have a gradient. A gradient of the entropy

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 from grpo_kernels.ops.head.buffers import NeededGradients
@@ -63,42 +63,52 @@ class MemoryPlan:
 
     @classmethod
     def of(
-        cls, head: Head, needs: NeededGradients, rows: int, live_rows: int, bound: int | None, reference_row: int = 0
+        cls,
+        head: Head,
+        needs: NeededGradients,
+        rows: int,
+        live_rows: int,
+        bound: int | None,
+        reference_row: int = 0,
+        includes_sums: bool = True,
+        is_cut: bool = False,
     ) -> MemoryPlan:
         """The plan for ``rows`` rows, of which the first ``live_rows`` may have a gradient.
 
-        ``bound`` is of the workspace, the buffer and the accumulator together, in bytes. None means ``1 GiB`` of
-        workspace on a CPU; elsewhere a workspace of 512 rows and a buffer of ``min(s N V, 4 V H + 1e9)`` bytes, ``s``
-        the size of an element.
+        Args:
+            head: The projection.
+            needs: Which gradients are needed.
+            rows, live_rows: Numbers of rows.
+            bound: Of workspace, buffer and accumulator together, in bytes. None means 1 GiB of workspace on a CPU;
+                elsewhere a workspace of 512 rows and a buffer of ``min(s N V, 4 V H + 1e9)`` bytes, ``s`` the size of
+                an element; and the accumulator.
+            reference_row: Bytes of a row of a reference's logits.
+            includes_sums: Whether the bound covers the accumulator.
+            is_cut: Whether some rows with a gradient share no chunk with others: their logits were saved.
 
         Raises:
             ValueError: The bound is too small for one row.
         """
         sizes = RowBytes.of(head, needs, reference_row)
         live_rows = live_rows if needs.any else 0
-        is_in_place = head.is_in_place
         if bound is None:
             chunk, buffer = _default_rows(head, sizes, live_rows)
-        elif is_in_place:
-            chunk = buffer = _in_place_rows(sizes, live_rows, bound)
+            return cls(chunk, buffer, head.row_multiple, head.is_in_place)
+        reserved = sizes.accumulator if includes_sums else 0
+        if head.is_in_place:
+            chunk = buffer = _in_place_rows(sizes, live_rows, bound, reserved, is_cut)
         else:
-            chunk, buffer = _rows_within(sizes, live_rows, bound, min(head.row_multiple, rows))
-        if min(chunk, buffer if live_rows else 1) < 1:
-            raise ValueError(f"workspace_bytes must be None or at least {sizes.least(rows)}, got {bound}")
-        return cls(chunk, buffer, head.row_multiple, is_in_place)
+            chunk, buffer = _rows_within(sizes, live_rows, bound, reserved)
+        if rows and min(chunk, buffer if live_rows else 1) < 1:
+            raise ValueError(f"workspace_bytes must be None or at least {sizes.least(rows)} here, got {bound}")
+        return cls(max(chunk, 1), buffer, head.row_multiple, head.is_in_place)
 
-    def bytes(self, sizes: RowBytes, rows: int, buffers: int) -> int:
-        """What a pass over ``rows`` rows allocates beside its results, of which there are sums over ``buffers``."""
-        workspace = min(self.chunk_rows, rows) * sizes.logits
-        return workspace + min(self.buffer_rows, rows) * sizes.gradient + (sizes.accumulator if buffers > 1 else 0)
-
-    def blocks(self, rows: int, live_rows: int, segments: Iterable[tuple[int, int]]) -> Iterator[list[slice]]:
+    def blocks(self, rows: int, live_rows: int, segments: list[tuple[int, int]]) -> Iterator[list[slice]]:
         """The chunks whose gradients are multiplied back together; none crosses the end of a segment.
 
         Rows with a gradient are the first ``live_rows``. They share no chunk with the others unless one chunk holds
         all rows.
         """
-        segments = list(segments)
         if self.is_in_place:
             ranges = [(0, rows)] if rows <= self.chunk_rows else [(0, live_rows), (live_rows, rows)]
             for begin, end in ranges:
@@ -127,19 +137,25 @@ def _default_rows(head: Head, sizes: RowBytes, live_rows: int) -> tuple[int, int
     return (rows, rows) if head.is_in_place else (WORKSPACE_ROWS, buffer)
 
 
-def _in_place_rows(sizes: RowBytes, live_rows: int, bound: int) -> int:
-    """Rows of a chunk that is its own buffer."""
+def _in_place_rows(sizes: RowBytes, live_rows: int, bound: int, reserved: int, is_cut: bool) -> int:
+    """Rows of a chunk that is its own buffer; ``reserved`` bytes are the accumulator's unless one chunk is enough."""
     rows = bound // sizes.logits
-    return rows if live_rows <= rows else (bound - sizes.accumulator) // sizes.logits
+    return rows if live_rows <= rows and not is_cut else (bound - reserved) // sizes.logits
 
 
-def _rows_within(sizes: RowBytes, live_rows: int, bound: int, smallest_chunk: int) -> tuple[int, int]:
-    """Rows of a chunk and of a buffer beside it: one buffer for all rows if they fit, and no accumulator then."""
+def _rows_within(sizes: RowBytes, live_rows: int, bound: int, reserved: int) -> tuple[int, int]:
+    """Rows of a chunk and of a buffer beside it: one buffer for all rows, without an accumulator, or several.
+
+    Several have about three times the rows of a chunk, until that is the default's. A chunk reads ``2 V H`` bytes of
+    the weight, and a buffer reads and writes ``8 V H`` bytes of sums; with logits of twice the size of gradients the
+    sum of both is then the least. The cheaper of the two ways is taken.
+    """
     chunk = min(WORKSPACE_ROWS, (bound - live_rows * sizes.gradient) // sizes.logits)
-    if chunk >= smallest_chunk or live_rows == 0:
+    if live_rows == 0:
+        return chunk, 0
+    room = bound - reserved
+    chunk_of_several = min(WORKSPACE_ROWS, max(room // (sizes.logits + 3 * sizes.gradient), 1))
+    buffer = (room - chunk_of_several * sizes.logits) // sizes.gradient
+    if buffer < 1 or (chunk >= 1 and 2 / chunk <= 2 / chunk_of_several + 8 / buffer):
         return chunk, live_rows
-    room = bound - sizes.accumulator
-    chunk_of_several = min(WORKSPACE_ROWS, room // (sizes.logits + sizes.gradient))
-    if chunk_of_several < 1:
-        return chunk, live_rows
-    return chunk_of_several, (room - chunk_of_several * sizes.logits) // sizes.gradient
+    return chunk_of_several, buffer

@@ -12,7 +12,7 @@ from grpo_kernels.device_values import flag_live_rows
 
 #: The least share of dead rows at which a chunk is packed. Below it, moving rows costs more than their GEMMs.
 _MIN_DEAD_SHARE = 1 / 8
-_PACKING_BYTES = 1 << 24  # of rows that are moved at once without scratch memory
+_PACKING_BYTES = 1 << 24  # of rows that are moved at once without scratch memory, an eighth of them at most
 
 
 @dataclass(frozen=True)
@@ -81,16 +81,16 @@ def is_capturing(device: torch.device) -> bool:
 
 
 def row_chunks(begin: int, end: int, most: int, multiple: int = 1) -> Iterator[slice]:
-    """Slices of about equal size, at most ``most`` rows each, from ``begin`` to ``end``.
+    """Slices from ``begin`` to ``end`` of at most ``most`` rows each: as few as possible, of about equal size.
 
-    All sizes but the last are a multiple of ``multiple``, if ``most`` is at least that.
+    All sizes but the last are a multiple of ``multiple`` where ``most`` allows that.
     """
     if begin >= end:
         return
-    multiple = multiple if most >= multiple else 1
-    most = most // multiple * multiple
     count = -(-(end - begin) // most)
-    size = -(-(end - begin) // (count * multiple)) * multiple
+    size = -(-(end - begin) // count)
+    rounded = -(-size // multiple) * multiple
+    size = rounded if rounded <= most else size
     for start in range(begin, end, size):
         yield slice(start, min(start + size, end))
 
@@ -130,7 +130,7 @@ def pack_rows(values: Tensor, index: Tensor, scratch: Tensor | None = None) -> T
     if held:
         copies = scratch.view(-1).view(values.dtype)[: held * vocab].view(held, vocab)
     else:
-        copies = values.new_empty(min(count, max(1, _PACKING_BYTES // row_bytes)), vocab)
+        copies = values.new_empty(min(-(-count // 8), max(1, _PACKING_BYTES // row_bytes)), vocab)
     step = copies.shape[0]
     for start in range(0, count, max(1, step)):
         stop = min(start + step, count)
