@@ -17,7 +17,6 @@ from grpo_kernels.loss.config import GRPOLossConfig
 from grpo_kernels.loss.inputs import PolicyInputs
 from grpo_kernels.loss.sequences import Sequences
 from grpo_kernels.measured_backends import RowClass
-from grpo_kernels.ops.head.buffers import NeededGradients
 from grpo_kernels.ops.head.inputs import HeadOptions, check_head
 from grpo_kernels.ops.head.linear_divergence_loss import divergence_loss
 from grpo_kernels.ops.head.linear_grpo_loss import linear_grpo_loss
@@ -204,8 +203,7 @@ def distillation_loss(
     backend = backends.resolve(
         "linear_token_divergence", backend, hidden_states.device, partial(RowClass.of_head, lm_head_weight)
     )
-    needs = NeededGradients.of(hidden_states, lm_head_weight, bias)
-    options.check_bound(backend, lm_head_weight, needs, completion_ids.numel(), models=2)
+    options.check_bound(backend, lm_head_weight, bias, hidden_states, models=2)
     config = GRPOLossConfig(
         loss_type="reinforce",
         loss_agg_mode=_SFT_MEANS[reduction],

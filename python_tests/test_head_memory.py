@@ -220,12 +220,14 @@ def test_a_plan_keeps_to_its_bound_and_the_least_is_told(
         sizes = RowBytes.of(head, needs)
         for rows in (1, 2, 37):
             least = sizes.least(rows)
+            hidden = torch.empty(rows, HIDDEN, dtype=HALF).requires_grad_(needs.need_dhidden)
+            tensors = (head.parameter.detach().requires_grad_(needs.need_dweight), None, hidden)
             options = HeadOptions(HALF, head.logits_dtype, least - 1)
             message = f"workspace_bytes must be None or at least {least} here, got {least - 1}"
             with pytest.raises(ValueError, match=message):
-                options.check_bound("triton", head.parameter, needs, rows)
+                options.check_bound("triton", *tensors)
             for bound in (*range(least, least + 12000, 97), 10**6):
-                HeadOptions(HALF, head.logits_dtype, bound).check_bound("triton", head.parameter, needs, rows)
+                HeadOptions(HALF, head.logits_dtype, bound).check_bound("triton", *tensors)
                 for live in range(rows + 1 if needs.any else 1):
                     plan = MemoryPlan.of(head, needs, rows, live, bound)
                     assert planned_bytes(plan, sizes, rows, live) <= bound, (rows, live, bound)

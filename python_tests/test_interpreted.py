@@ -132,7 +132,7 @@ def test_interpreted_ids_of_chunks_are_told_by_their_place_in_the_whole() -> Non
     hidden, weight, ids = torch.randn(6, 4), torch.randn(11, 4), torch.randint(0, 11, (6,))
     mask = torch.tensor([True, False, True, True, True, True])
     ids[1], ids[4] = 99, 99  # the first is masked
-    head_arguments = [hidden, weight, None, torch.float32, torch.float32, 2 * 11 * 4]
+    head_arguments = [hidden, weight, None, torch.float32, torch.float32, 2 * 11 * 4, True]
     OPS.linear_token_logprobs_fwd_triton(*head_arguments, ids, mask, 1.0, 0.0, 1.0, 0, 0, False)
     with pytest.raises(ValueError, match=r"at 4$"):
         check_device_values(CPU)

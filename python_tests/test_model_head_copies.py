@@ -84,6 +84,15 @@ def test_a_second_policy_on_the_same_model_has_a_reference_of_its_own() -> None:
     assert (policy.logprobs(rollout, 4) - second).abs().max() > 0.1
 
 
+def test_a_forward_that_a_class_had_for_a_while_leaves_no_signature(monkeypatch: pytest.MonkeyPatch) -> None:
+    kind = type(model_of())
+    original = kind.forward
+    with monkeypatch.context() as patch:
+        patch.setattr(kind, "forward", lambda self, *args, **kwargs: original(self, *args, **kwargs))
+        assert list(inspect.signature(fused().forward).parameters) == ["args", "kwargs"]
+    assert "input_ids" in inspect.signature(fused().forward).parameters
+
+
 def test_a_model_keeps_its_names_and_its_signature(tmp_path: Path) -> None:
     plain, model = model_of(), fused()
     assert (

@@ -138,9 +138,14 @@ def _kept_name(forward: Callable[..., Any]) -> str:
     return f"_forward_under_{forward.__module__}"
 
 
-@functools.cache
 def _with_forward(base: Any, forward: Callable[..., Any]) -> Any:
-    @functools.wraps(base.forward)
+    """The class with ``forward``, and with the signature of the forward that it has now."""
+    return _subclass(base, forward, base.forward)
+
+
+@functools.cache
+def _subclass(base: Any, forward: Callable[..., Any], under: Callable[..., Any]) -> Any:
+    @functools.wraps(under)
     def own(self: Any, *args: Any, **kwargs: Any) -> Any:
         return forward(self, vars(self).get(_kept_name(forward)) or super(kind, self).forward, *args, **kwargs)
 
@@ -149,7 +154,7 @@ def _with_forward(base: Any, forward: Callable[..., Any]) -> Any:
         return (_with_forwards, (original, *forwards), *reduced[2:]) if type(self) is kind else reduced
 
     del own.__wrapped__  # type: ignore[attr-defined]
-    own.__signature__ = inspect.signature(base.forward)  # type: ignore[attr-defined]
+    own.__signature__ = inspect.signature(under)  # type: ignore[attr-defined]
     own.is_opened = True  # type: ignore[attr-defined]
     original, *before = vars(base).get("_forwards", (base,))
     forwards = (*before, forward)

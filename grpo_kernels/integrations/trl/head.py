@@ -153,7 +153,7 @@ def head_logprobs(
         if expected.loss is not None and _SPECULATED.issuperset(outputs) and not may_underflow:
             loss = expected.loss.to(device, options.arithmetic_dtype)
             settings.counts.add_rows(loss.fields.has_policy_term())
-            options.check_bound(backend, weight, needs, ids.shape[0])
+            options.check_bound(backend, weight, bias, hidden)
             call = LinearLossCall(options, ids, loss.fields, loss.code, transform, needs, None)
             found = _SPECULATION.apply(hidden, weight, bias, call, backend, settings.counts.add)
             return expected.filled(found[0]), found[1] if "entropy" in wanted else None, None, None, None
@@ -193,8 +193,7 @@ def head_divergence(
     reference = Reference(None, teacher_hidden, teacher_weight, teacher_bias, teacher_dtype)
     ids = torch.zeros(student_hidden.shape[0], dtype=torch.int64, device=student_hidden.device)
     rows = DivergenceCall(ids, None, None, None, None, comparison)
-    needs = NeededGradients.of(student_hidden, student_weight, student_bias)
-    options.check_bound(backend, student_weight, needs, ids.shape[0], models=2)
+    options.check_bound(backend, student_weight, student_bias, student_hidden, models=2)
     call = LinearDivergenceCall(options, reference, rows, NeededGradients(False, False, False))
     _, entropy, divergence = _DIVERGENCE.apply(student_hidden, student_weight, student_bias, call, backend)
     return divergence, entropy.detach()

@@ -53,14 +53,7 @@ class HeadOptions(Call):
         """The projection."""
         return Head.of(backend, weight, bias, self.compute_dtype, self.logits_dtype)
 
-    def check_bound(
-        self,
-        backend: str,
-        weight: Tensor,
-        needs: NeededGradients,
-        rows: int,
-        models: int = 1,
-    ) -> None:
+    def check_bound(self, backend: str, weight: Tensor, bias: Tensor | None, hidden: Tensor, models: int = 1) -> None:
         """Checks that the memory of at least one row fits the bound, whatever rows turn out to have a gradient.
 
         Raises:
@@ -68,7 +61,8 @@ class HeadOptions(Call):
         """
         if self.workspace_bytes is None or backend == "torch":  # which forms all logits
             return
-        head = self.head(backend, weight, None)
+        head, needs = self.head(backend, weight, bias), NeededGradients.of(hidden, weight, bias)
+        rows = hidden.shape[:-1].numel()
         MemoryPlan.of(head, needs, rows, rows, self.workspace_bytes, (models - 1) * head.row_bytes)
 
     def with_saved_logits(self, head: Head, needs: NeededGradients, rows: int) -> tuple[HeadOptions, int]:

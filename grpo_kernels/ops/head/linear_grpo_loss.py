@@ -244,8 +244,7 @@ def linear_grpo_loss(
     has_reference = any(x is not None for x in reference_tensors)
     op = "linear_token_divergence" if has_reference else "linear_grpo_loss"
     backend = backends.resolve(op, backend, hidden_states.device, partial(RowClass.of_head, lm_head_weight))
-    needs = NeededGradients.of(hidden_states, lm_head_weight, bias)
-    options.check_bound(backend, lm_head_weight, needs, completion_ids.numel(), models=2 if has_reference else 1)
+    options.check_bound(backend, lm_head_weight, bias, hidden_states, models=2 if has_reference else 1)
     check_reference(has_reference, ref_logprobs, config, _REFERENCE_ARGUMENTS)
     reference = Reference.of(completion_ids, lm_head_weight.shape[0], *reference_tensors) if has_reference else None
     check_group_rewards(advantages, rewards, num_generations, scale_rewards, completion_ids, cu_seqlens, debug)

@@ -135,7 +135,7 @@ def divergences(
         reference_logits = reference.all_logits(flat_mask, options.logits_dtype).view(logits.shape)
         return rows_reference.token_divergence(logits, reference_logits, ids, mask, comparison)
     rows = DivergenceCall(to_kernel_ids(ids).view(-1), flat_mask, None, None, None, comparison)
-    options.check_bound(backend, weight, NeededGradients.of(hidden, weight, bias), rows.ids.shape[0], models=2)
+    options.check_bound(backend, weight, bias, hidden, models=2)
     call = LinearDivergenceCall(options, reference, rows, NeededGradients(False, False, False))
     logprobs, entropy, values = LinearTokenDivergence.apply(hidden, weight, bias, call, backend)
     return TokenDivergence(values, entropy, logprobs)

@@ -274,14 +274,15 @@ def statistics_call(
 ) -> LinearStatisticsCall:
     """The call for these tokens, with what is saved for the backward; checks the bound of its memory."""
     needs = NeededGradients.of(hidden, weight, bias)
-    count = rows.ids.shape[0]
-    options.check_bound(backend, weight, needs, count)
+    options.check_bound(backend, weight, bias, hidden)
     is_head_frozen = needs == NeededGradients(True, False, False)
     save_projection = save_projection and is_head_frozen and not max_logits_bytes
     if not needs.any or save_projection:
         max_logits_bytes = 0
     elif max_logits_bytes is None:
-        options, max_logits_bytes = options.with_saved_logits(options.head(backend, weight, bias), needs, count)
+        options, max_logits_bytes = options.with_saved_logits(
+            options.head(backend, weight, bias), needs, rows.ids.shape[0]
+        )
     return LinearStatisticsCall(options, rows, max_logits_bytes, save_projection)
 
 
