@@ -195,7 +195,7 @@ def test_a_dry_run_goes_through_every_stage(tmp_path: Path) -> None:
     assert stages["alive"]["found"]["checks"].keys() > {"triton, grpo_loss", "triton, gae", "addmm into fp32, in place"}
     assert len(stages["alive"]["found"]["checks"]) == 16
     assert {row.work for row in results.rows} == {
-        "logits", "hidden", "frozen", "calls", "settings", "logprobs", "upstream", "policy"
+        "logits", "hidden", "frozen", "calls", "settings", "logprobs", "upstream", "policy", "workspace"
     }  # fmt: skip
     ours = [row for row in results.rows if row.provider.startswith("grpo_kernels")]
     assert ours and {row.status for row in ours} == {"ok"} and "grpo_kernels" not in {row.provider for row in ours}
