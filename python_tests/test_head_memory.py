@@ -17,6 +17,8 @@ from torch import Tensor
 
 from grpo_kernels import linear_token_logprobs
 from grpo_kernels.ops.head import gemm
+from grpo_kernels.ops.head import inputs as head_inputs
+from grpo_kernels.ops.head import memory as head_memory
 from grpo_kernels.ops.head.buffers import HeadGradients, NeededGradients
 from grpo_kernels.ops.head.driver import Chunk, HeadPass, RowResults
 from grpo_kernels.ops.head.gemm import Head
@@ -264,6 +266,24 @@ def test_saved_logits_leave_the_bound_as_it_is(saved: int | None, monkeypatch: p
     peak = peak_bytes(lambda: torch.autograd.grad(logprobs, (hidden, weight), torch.ones(rows)))
     results, widened = (vocab + rows) * size * 2, (vocab + rows) * size * 4
     assert peak <= bound + results + widened + 2 * rows * size * 4 + (1 << 13)
+
+
+def test_a_default_that_not_all_logits_fit_holds_in_both_passes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Half of it for saved logits, half for a workspace; the sums of a bf16 weight lie beside it, in the backward."""
+    vocab, size, rows, default = 1024, 32, 36, 16 * 1024 * 4
+    for module in (head_inputs, head_memory):
+        monkeypatch.setattr(module, "CPU_WORKSPACE_BYTES", default)
+    monkeypatch.setattr(head_inputs, "WORKSPACE_ROWS", 3)
+    hidden, weight = (torch.randn(n, size).to(HALF).requires_grad_() for n in (rows, vocab))
+    results, widened = (vocab + rows) * size * 2, (vocab + rows) * size * 4
+    found: list[Tensor] = []
+    forward = peak_bytes(
+        lambda: found.append(linear_token_logprobs(hidden, weight, torch.arange(rows), backend="cpu").logprobs)
+    )
+    saved = [x for x in found[0].grad_fn.saved_tensors if x is not None and x.shape[-1:] == (vocab,)]
+    assert [x.nbytes for x in saved] == [default // 2] and forward <= default + widened + (1 << 13)
+    backward = peak_bytes(lambda: torch.autograd.grad(found[0], (hidden, weight), torch.ones(rows)))
+    assert backward <= default // 2 + vocab * size * 4 + results + widened + 2 * rows * size * 4 + (1 << 13)
 
 
 @pytest.mark.parametrize("call", ["linear_token_logprobs", "linear_grpo_loss", "linear_token_divergence"])

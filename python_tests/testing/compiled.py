@@ -21,8 +21,8 @@ from triton.runtime.jit import JITFunction, create_function_from_signature
 
 from grpo_kernels import backends
 from grpo_kernels.ops.head import buffers, gemm, inputs, reference_model, sources
-from grpo_kernels.ops.head.gemm import row_width
 from grpo_kernels.ops.rows.triton import launch as row_launch
+from testing.gpu_heads import gpu_row_width
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
@@ -115,10 +115,10 @@ def launches(function: Callable[[], Any], target: str) -> list[Launch]:
         mock.patch.object(gemm, "matmul", lambda a, b, out, add=False: out),
         mock.patch.object(gemm, "writes_fp32", lambda device: True),
         mock.patch.object(inputs, "writes_fp32", lambda device: True),
-        mock.patch.object(gemm, "row_width", _gpu_row_width),
+        mock.patch.object(gemm, "row_width", gpu_row_width),
         mock.patch.object(buffers, "matmul", lambda a, b, out, add=False: out),
-        mock.patch.object(sources, "row_width", _gpu_row_width),
-        mock.patch.object(reference_model, "row_width", _gpu_row_width),
+        mock.patch.object(sources, "row_width", gpu_row_width),
+        mock.patch.object(reference_model, "row_width", gpu_row_width),
         mock.patch.object(backends, "_IS_INTERPRETED", True),  # for the registry alone: it lets CPU tensors pass
         mock.patch.object(row_launch, "architecture", lambda device: target),
         mock.patch.object(row_launch, "processors_of", lambda device: (1, TARGETS[target].warp_size)),
@@ -135,10 +135,6 @@ def launches(function: Callable[[], Any], target: str) -> list[Launch]:
 def _binder(kernel: JITFunction, target: str) -> Callable[..., Any]:
     """What Triton's launcher takes a kernel's arguments by: written for each, it refuses some of their names."""
     return create_function_from_signature(kernel.signature, kernel.params, make_backend(TARGETS[target]))
-
-
-def _gpu_row_width(vocab: int, dtype: torch.dtype, device: torch.device) -> int:
-    return row_width(vocab, dtype, torch.device("cuda"))
 
 
 @dataclass(frozen=True)

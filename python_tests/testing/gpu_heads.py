@@ -16,6 +16,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from grpo_kernels import GRPOLossConfig
 from grpo_kernels.ops.head import gemm, memory, reference_model, sources
+from grpo_kernels.ops.head.gemm import row_width
 from grpo_kernels.ops.head.memory import MemoryPlan, RowBytes
 from testing.calls import rounded_dlogits, run
 from testing.cases import FAMILY_CASES, INPUT_CASES, LOSS_CASES, Case
@@ -34,9 +35,9 @@ class Gemms:
         self.calls.append((a.shape[0], a.shape[1], b.shape[1], out.dtype, adds))
 
 
-def _width(vocab: int, dtype: torch.dtype, device: torch.device) -> int:
-    multiple = 128 // dtype.itemsize
-    return -(-vocab // multiple) * multiple
+def gpu_row_width(vocab: int, dtype: torch.dtype, device: torch.device) -> int:
+    """``row_width`` as it is on a GPU, whatever the device."""
+    return row_width(vocab, dtype, torch.device("cuda"))
 
 
 @contextmanager
@@ -82,7 +83,7 @@ def gpu_gemms(workspace_rows: int = 512, multiple: int = 128) -> Iterator[Gemms]
             (gemm.Head, "row_multiple", multiple),
             (torch, "mm", mm),
             (torch, "addmm", addmm),
-            *((module, "row_width", _width) for module in (gemm, sources, reference_model)),
+            *((module, "row_width", gpu_row_width) for module in (gemm, sources, reference_model)),
         ):
             stack.enter_context(mock.patch.object(target, name, value))
         yield done

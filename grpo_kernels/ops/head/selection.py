@@ -125,6 +125,8 @@ def pack_live(
 def pack_rows(values: Tensor, index: Tensor, scratch: Tensor | None = None) -> Tensor:  # [n, V], [m] -> [m, V]
     """Moves the rows ``index``, in rising order, to the front of ``values``, as many at a time as ``scratch`` holds."""
     count, vocab = index.shape[0], values.shape[1]
+    if count == 0:
+        return values[:0]
     row_bytes = vocab * values.itemsize
     held = 0 if scratch is None else scratch.numel() * scratch.itemsize // row_bytes
     if held:
@@ -132,7 +134,7 @@ def pack_rows(values: Tensor, index: Tensor, scratch: Tensor | None = None) -> T
     else:
         copies = values.new_empty(min(-(-count // 8), max(1, _PACKING_BYTES // row_bytes)), vocab)
     step = copies.shape[0]
-    for start in range(0, count, max(1, step)):
+    for start in range(0, count, step):
         stop = min(start + step, count)
         values[start:stop] = torch.index_select(values, 0, index[start:stop], out=copies[: stop - start])
     return values[:count]
