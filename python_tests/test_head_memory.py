@@ -161,6 +161,25 @@ def test_the_peak_is_that_of_the_plan(bound: int | None, chunk: int, buffers: li
     assert memory + results <= peak <= memory + results + inputs
 
 
+def test_dhidden_takes_no_memory_beside_the_workspace() -> None:
+    rows, size = 2000, 4
+    hidden, values = torch.randn(rows, size).to(HALF), torch.zeros(rows)
+
+    def copy(chunk: Chunk) -> RowResults:
+        chunk.dlogits.copy_(chunk.logits)
+        return RowResults((values[chunk.rows],))
+
+    def run() -> object:
+        every, options = SelectedRows(None, rows, rows, hidden.device), HeadOptions(HALF, SINGLE, None)
+        return HeadPass("torch", _head(VOCAB, size), hidden, every, DX_ONLY, options).run(copy, (SINGLE,))
+
+    with gpu_gemms():
+        run()
+        peak = peak_bytes(run)
+    sums, head, logprobs = rows * size * 4, VOCAB * size * (4 + 2), rows * 4
+    assert peak < 512 * LOGITS_ROW + rows * GRADIENT_ROW + rows * size * 2 + head + logprobs + sums / 2
+
+
 @pytest.mark.parametrize("bound", [bound for bound, _, _ in BUDGETS])
 def test_rows_known_to_be_dead_never_enter_the_buffer(bound: int | None) -> None:
     rows = Rows(torch.arange(ROWS), (torch.arange(ROWS) < 9).float())
