@@ -174,9 +174,23 @@ def ends(rollout: Rollout, end_ids: Sequence[int]) -> Tensor:  # [B]
     return (is_end & rollout.completion_mask.bool()).any(dim=1)
 
 
-def completion_texts(rollout: Rollout, tokenizer: PreTrainedTokenizerBase) -> list[str]:
-    """The decoded completions without special tokens."""
-    return tokenizer.batch_decode(completion_tokens(rollout), skip_special_tokens=True)
+def completion_texts(
+    rollout: Rollout, tokenizer: PreTrainedTokenizerBase, end_ids: Sequence[int] = ()
+) -> list[str]:
+    """The decoded completions, as reward functions read them.
+
+    Tokens with a role are left out: those that begin, end, pad or mask a text, and the unknown one. Any other stands in
+    the text as the model wrote it, also one that the tokenizer calls special, as ``<think>`` often is.
+
+    Args:
+        rollout: B completions.
+        tokenizer: Theirs.
+        end_ids: Tokens that end a completion beside the tokenizer's own.
+    """
+    names = (name for name in tokenizer.SPECIAL_TOKENS_ATTRIBUTES if name != "additional_special_tokens")
+    roles = {*end_ids, *(getattr(tokenizer, f"{name}_id") for name in names)}
+    ids = [[token for token in tokens if token not in roles] for tokens in completion_tokens(rollout)]
+    return tokenizer.batch_decode(ids)
 
 
 def completion_tokens(rollout: Rollout) -> list[list[int]]:

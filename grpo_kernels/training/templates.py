@@ -1,18 +1,22 @@
 """Prompt templates: how a row's question becomes the text that a completion continues.
 
 A rendered prompt may hold the beginning of the completion, its *opening*: a template that ends in ``<think>``, a chat
-template that adds ``<think>`` to the assistant's turn, or a row that starts in the middle of a solution. What a model
-samples then lacks that beginning. A reward that looks at the whole form of a completion, as the format reward does,
-must be given ``whole_completion(...)``, or it calls every such sample malformed.
+template that adds ``<think>`` to the assistant's turn, a conversation that ends in the assistant's own words, or a row
+that starts in the middle of a solution. What a model samples then lacks that beginning. A reward that looks at the
+whole form of a completion, as the format reward does, must be given ``whole_completion(...)``, or it calls every such
+sample malformed.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
 
 from transformers import PreTrainedTokenizerBase
 
+from grpo_kernels.training.errors import ForeignError, foreign
+from grpo_kernels.training.rewards.completions import completion_text
 from grpo_kernels.training.tasks import Row
 
 # The structure of DeepSeek-R1-Zero's template (arXiv:2501.12948, table 1) in other words. It ends without <think>.
@@ -26,6 +30,14 @@ R1_ZERO = (
 TEXT_TEMPLATES = {"none": "{prompt}", "r1_zero": R1_ZERO}
 TEMPLATES = (*TEXT_TEMPLATES, "chat")
 OPENING_TAG = "<think>"
+
+
+class PromptFormat(NamedTuple):
+    """How prompts are rendered: the keys of a recipe that say so."""
+
+    template: str | None = None
+    system_prompt: str | None = None
+    chat_template_kwargs: Mapping[str, Any] | None = None
 
 
 class ChatText(str):
@@ -42,52 +54,81 @@ def check_template(template: str | None) -> None:
         )
 
 
+def render_prompts(
+    rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase, prompt_format: PromptFormat
+) -> list[str]:
+    """The text that each row's completion continues; arguments and errors are ``render_prompt``'s."""
+    return [render_prompt(row, tokenizer, *prompt_format) for row in rows]
+
+
 def render_prompt(
     row: Row,
     tokenizer: PreTrainedTokenizerBase,
     template: str | None = None,
     system_prompt: str | None = None,
+    chat_template_kwargs: Mapping[str, Any] | None = None,
 ) -> str:
     """The text that a row's completion continues.
+
+    A conversation that ends with the assistant is continued in its last message. A template that takes something out of
+    that message, as reasoning, is not given it: the message then stands, as it is, after the generation prompt.
 
     Args:
         row: Its ``prompt`` is a text or a list of chat messages. A ``completion_prefix`` is taken from the end of the
             prompt, if it stands there, and put after the rendered question: in a chat, into the assistant's turn.
+            A chat template is given its ``tools``, JSON schemas, and its ``chat_template_kwargs``.
         tokenizer: Its chat template renders messages.
         template: "none" (the text as it is), "r1_zero", "chat" (the tokenizer's chat template), or a text in which
             ``{prompt}`` is replaced and other braces stay. None is "chat" for messages and for a text with a system
             prompt, and "none" for a text without one.
-        system_prompt: Put before the messages; a text template has its own words and takes none.
+        system_prompt: Put before messages that do not begin with a system message of their own; a text template has
+            its own words and takes none.
+        chat_template_kwargs: What a chat template is given, as Qwen3's ``{"enable_thinking": False}``. A row's own
+            win over these.
 
     Raises:
         ValueError: The template is unknown, takes no system prompt or no conversation of several messages, or the
             tokenizer has no chat template.
+        ForeignError: The tokenizer's chat template refuses the messages, as one that knows no system role does.
     """
     check_template(template)
-    prompt, prefix = question(row), row.get("completion_prefix") or ""
+    prompt = question(row)
     if template is None:
         template = "none" if isinstance(prompt, str) and system_prompt is None else "chat"
     if template == "chat":
-        rendered = _chat(prompt, tokenizer, system_prompt)
-    else:
-        if system_prompt is not None:
-            raise ValueError(f"system_prompt must be None for the text template {template!r}, got {system_prompt!r}")
-        rendered = TEXT_TEMPLATES.get(template, template).replace("{prompt}", _text(prompt, template))
-    if _opens_reasoning(rendered) and prefix.startswith(OPENING_TAG):
-        prefix = prefix.removeprefix(OPENING_TAG).lstrip()
-    found = joined(rendered, prefix)
-    return ChatText(found) if template == "chat" else found
+        kwargs = {**(chat_template_kwargs or {}), **(_decoded(row, "chat_template_kwargs") or {})}
+        chat = _Chat(tokenizer, kwargs | {"tools": _decoded(row, "tools") or None})
+        return ChatText(chat.rendered(prompt, system_prompt, row.get("completion_prefix") or ""))
+    if system_prompt is not None:
+        raise ValueError(f"system_prompt must be None for the text template {template!r}, got {system_prompt!r}")
+    text, prefix = _text(prompt, template), row.get("completion_prefix") or _prefilled(prompt)
+    return _continued(TEXT_TEMPLATES.get(template, template).replace("{prompt}", text), prefix)
 
 
 def encode_prompts(prompts: Sequence[str], tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
-    """The tokens of rendered prompts; the tokenizer adds its special ones to all but those of a chat template."""
+    """The tokens of rendered prompts.
+
+    The tokenizer adds its special ones to all but those of a chat template. A prompt that begins with the
+    begin-of-text token already, as one that was rendered beforehand does, does not get a second.
+
+    Raises:
+        ForeignError: The tokenizer failed.
+    """
     found: dict[int, list[int]] = {}
     for is_chat in (False, True):
         own = [i for i, prompt in enumerate(prompts) if isinstance(prompt, ChatText) == is_chat]
         if own:
             texts = [str(prompts[i]) for i in own]
-            found |= zip(own, tokenizer(texts, add_special_tokens=not is_chat)["input_ids"], strict=True)
-    return [found[i] for i in range(len(prompts))]
+            try:
+                encoded = tokenizer(texts, add_special_tokens=not is_chat)["input_ids"]
+            except Exception as error:
+                raise foreign(f"the tokenizer {tokenizer.name_or_path!r} failed on {len(texts)} prompts", error) from error
+            found |= zip(own, encoded, strict=True)
+    return [_begun_once(found[i], tokenizer.bos_token_id) for i in range(len(prompts))]
+
+
+def _begun_once(ids: list[int], bos: int | None) -> list[int]:
+    return ids[1:] if bos is not None and ids[:2] == [bos, bos] else ids
 
 
 def question(row: Row) -> str | list[dict[str, Any]]:
@@ -104,10 +145,11 @@ def question(row: Row) -> str | list[dict[str, Any]]:
 def completion_opening(row: Row, rendered_prompt: str) -> str:
     """What of the completion already stands at the end of its rendered prompt; empty if nothing does.
 
-    That is the row's ``completion_prefix``, or else a ``<think>`` that the prompt ends in. A ``<think>`` in the middle
-    of a prompt, as in instructions, opens nothing.
+    That is the row's ``completion_prefix``, the assistant's message that its conversation ends with, or else a
+    ``<think>`` that the prompt ends in. A ``<think>`` in the middle of a prompt, as in instructions, opens nothing.
     """
-    return row.get("completion_prefix") or (OPENING_TAG if _opens_reasoning(rendered_prompt) else "")
+    opening = row.get("completion_prefix") or _prefilled(row["prompt"])
+    return opening or (OPENING_TAG if _opens_reasoning(rendered_prompt) else "")
 
 
 def whole_completion(row: Row, rendered_prompt: str, completion: str) -> str:
@@ -120,10 +162,6 @@ def remaining_completion(row: Row, rendered_prompt: str, completion: str) -> str
     return completion.removeprefix(completion_opening(row, rendered_prompt))
 
 
-def _opens_reasoning(rendered_prompt: str) -> bool:
-    return rendered_prompt.rstrip().endswith(OPENING_TAG)
-
-
 def joined(first: str, second: str) -> str:
     """Both texts, with a space between them where neither brings white space."""
     if not first or not second or first[-1].isspace() or second[0].isspace():
@@ -131,19 +169,77 @@ def joined(first: str, second: str) -> str:
     return f"{first} {second}"
 
 
+def _continued(rendered: str, prefix: str) -> str:
+    """A rendered prompt and the beginning of its completion; a ``<think>`` that both have stands there once."""
+    if _opens_reasoning(rendered) and prefix.startswith(OPENING_TAG):
+        prefix = prefix.removeprefix(OPENING_TAG).lstrip()
+    return joined(rendered, prefix)
+
+
+def _opens_reasoning(rendered_prompt: str) -> bool:
+    return rendered_prompt.rstrip().endswith(OPENING_TAG)
+
+
+def _prefilled(prompt: str | Sequence[dict[str, Any]]) -> str:
+    """The assistant's words that a conversation ends with; empty if it does not."""
+    is_begun = not isinstance(prompt, str) and len(prompt) > 0 and prompt[-1]["role"] == "assistant"
+    return completion_text([prompt[-1]]) if is_begun else ""
+
+
 def _text(prompt: str | list[dict[str, Any]], template: str) -> str:
     if isinstance(prompt, str):
         return prompt
-    if len(prompt) != 1 or prompt[0]["role"] != "user":
+    asked = prompt[:-1] if _prefilled(prompt) else prompt
+    if len(asked) != 1 or asked[0]["role"] != "user":
         roles = ", ".join(message["role"] for message in prompt)
         raise ValueError(f"the template {template!r} takes a text or one user message, got messages of {roles}")
-    return prompt[0]["content"]
+    return asked[0]["content"]
 
 
-def _chat(prompt: str | list[dict[str, Any]], tokenizer: PreTrainedTokenizerBase, system_prompt: str | None) -> str:
-    if tokenizer.chat_template is None:
-        raise ValueError("the tokenizer has no chat template: set prompt_template, and no system_prompt")
-    messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt)
-    if system_prompt is not None:
-        messages = [{"role": "system", "content": system_prompt}, *messages]
-    return tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+def _decoded(row: Row, column: str) -> Any:
+    """What a column holds, where it may be JSON text, and fields that other rows have may be filled up with None."""
+    value = row.get(column)
+    if isinstance(value, str):
+        try:
+            value = json.loads(value)
+        except ValueError as error:
+            raise ValueError(f"column {column} must be JSON, got {value!r:.80}") from error
+    return _without_none(value)
+
+
+def _without_none(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {key: _without_none(item) for key, item in value.items() if item is not None}
+    return [_without_none(item) for item in value] if isinstance(value, (list, tuple)) else value
+
+
+class _Chat(NamedTuple):
+    """A tokenizer's chat template and what it is given beside the messages."""
+
+    tokenizer: PreTrainedTokenizerBase
+    options: dict[str, Any]
+
+    def rendered(self, prompt: str | list[dict[str, Any]], system_prompt: str | None, prefix: str) -> str:
+        """Messages up to where the completion begins."""
+        if self.tokenizer.chat_template is None:
+            raise ValueError("the tokenizer has no chat template: set prompt_template, and no system_prompt")
+        messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else _without_none(prompt)
+        if system_prompt is not None and messages[0]["role"] != "system":
+            messages = [{"role": "system", "content": system_prompt}, *messages]
+        prefilled = _prefilled(messages)
+        if not prefilled:
+            return _continued(self._applied(messages, add_generation_prompt=True), prefix)
+        try:
+            return self._applied(messages, continue_final_message=True)
+        except ForeignError as error:
+            if not isinstance(error.__cause__, ValueError):  # transformers', where the template leaves the message out
+                raise
+        return _continued(self._applied(messages[:-1], add_generation_prompt=True), prefilled)
+
+    def _applied(self, messages: list[dict[str, Any]], **options: Any) -> str:
+        try:
+            return self.tokenizer.apply_chat_template(messages, tokenize=False, **self.options, **options)
+        except Exception as error:
+            roles = ", ".join(str(message.get("role")) for message in messages)
+            name = self.tokenizer.name_or_path or type(self.tokenizer).__name__
+            raise foreign(f"the chat template of {name!r} failed on messages of {roles}", error) from error

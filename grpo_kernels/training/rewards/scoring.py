@@ -5,52 +5,92 @@ from __future__ import annotations
 import asyncio
 import contextvars
 import inspect
+import logging
 import math
 import numbers
-from collections.abc import Awaitable, Callable, Sequence
+from collections import defaultdict
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from transformers import TrainerState
 
 from grpo_kernels.ops.tokens.reference import weighted_sum
+from grpo_kernels.training.errors import ForeignError, foreign
+from grpo_kernels.training.rewards.reward_model import RewardModel
 
 _NOT_COLUMNS = ("prompt", "completion")  # given under names of their own
+#: What a function is given beside a dataset's columns; a column of such a name gives way.
+ARGUMENTS = ("prompts", "completions", "completion_ids", "trainer_state", "log_extra", "log_metric")
+_LOGGER = logging.getLogger(__name__)
 
 RewardFunction = Callable[..., "list[float | None] | Awaitable[list[float | None]]"]
 
 
+class RewardLog:
+    """What reward functions report beside rewards, by TRL's ``log_metric`` and ``log_extra``.
+
+    Args:
+        step: Optimizer steps so far.
+        max_steps: Of the run.
+    """
+
+    def __init__(self, step: int = 0, max_steps: int = 0) -> None:
+        self.state = TrainerState(global_step=step, max_steps=max_steps)
+        self.metrics: dict[str, list[float]] = defaultdict(list)
+        self.columns: dict[str, list[Any]] = defaultdict(list)  # one value per completion
+
+    def log_metric(self, name: str, value: float) -> None:
+        """Adds to the mean that is reported under this name."""
+        self.metrics[name].append(float(value))
+
+    def log_extra(self, column: str, values: Sequence[Any]) -> None:
+        """Adds a column to the samples, one value per completion."""
+        self.columns[column].extend(values)
+
+    def arguments(self) -> dict[str, Any]:
+        """What reward functions are given."""
+        return {"trainer_state": self.state, "log_extra": self.log_extra, "log_metric": self.log_metric}
+
+
 def score(
-    functions: dict[str, RewardFunction],
+    functions: Mapping[str, RewardFunction | nn.Module],
     prompts: Sequence[Any],
     completions: Sequence[str],
-    columns: dict[str, list[Any]],
+    columns: Mapping[str, Sequence[Any]],
+    log: RewardLog | None = None,
 ) -> Tensor:  # [B, K]
     """The rewards of B completions under K functions, NaN where a function abstained with None.
+
+    A function is called as TRL calls it, by keyword: ``f(prompts=..., completions=..., completion_ids=..., **columns)``
+    with ``trainer_state``, ``log_metric`` and ``log_extra``. One that does not take ``**kwargs`` is given what it names.
+    A completion is a string, or ``[{"role": "assistant", "content": ...}]`` where its prompt is a list of messages.
 
     Synchronous functions run in turn, in this thread. Asynchronous ones run after them, together; where an event loop
     already runs in this thread, they get one of their own in another thread.
 
     Args:
-        functions: By the name under which metrics and errors show them.
+        functions: By the name under which metrics and errors show them. A module is a reward model.
         prompts: One per completion, as in the dataset.
         completions: Decoded text.
-        columns: The dataset's other columns, one value per completion.
+        columns: The dataset's other columns, one value per completion, and ``completion_ids``.
+        log: What the functions report; by default it goes nowhere.
 
     Raises:
-        RuntimeError: A function raised; its exception is the cause.
+        ForeignError: A function raised; its exception is the cause.
         TypeError: A function returned something else than a list of numbers and None.
         ValueError: A function returned NaN, an infinite reward or not one reward per completion.
     """
+    texts = zip(prompts, completions, strict=True)
+    messages = [c if isinstance(p, str) else [{"role": "assistant", "content": c}] for p, c in texts]
+    given = {"prompts": list(prompts), "completions": messages, **(log or RewardLog()).arguments(), **columns}
     results: dict[str, Any] = {}
     awaitables: dict[str, Awaitable[Any]] = {}
     try:
         for name, function in functions.items():
-            try:
-                result = function(prompts, completions, **columns)
-            except Exception as error:
-                raise _failure(name, len(completions), error) from error
+            result = _called(name, function, given)
             (awaitables if inspect.isawaitable(result) else results)[name] = result
         if awaitables:
             results |= _await_together(awaitables, len(completions))
@@ -96,8 +136,35 @@ def _loop_runs_here() -> bool:
     return True
 
 
-def _failure(name: str, count: int, error: Exception) -> RuntimeError:
-    return RuntimeError(f"reward function {name!r} failed on {count} completions: {type(error).__name__}: {error}")
+def _called(name: str, function: RewardFunction | nn.Module, given: dict[str, Any]) -> Any:
+    if isinstance(function, nn.Module):
+        function = RewardModel(function)
+    try:
+        signature = inspect.signature(function)
+    except (TypeError, ValueError):  # a builtin may have none
+        signature = None
+    try:
+        if signature is None:
+            return function(**given)
+        kinds = [parameter.kind for parameter in signature.parameters.values()]
+        if inspect.Parameter.VAR_KEYWORD not in kinds:
+            given = {key: value for key, value in given.items() if key in signature.parameters}
+        _check_takes(signature, given)
+        return function(**given)
+    except Exception as error:
+        raise _failure(name, len(given.get("completions", ())), error) from error
+
+
+def _check_takes(signature: inspect.Signature, given: dict[str, Any]) -> None:
+    try:
+        signature.bind(**given)
+    except TypeError as error:
+        names = ", ".join(given)
+        raise TypeError(f"{error}; it is called by keyword, with {names}, and takes {signature}") from None
+
+
+def _failure(name: str, count: int, error: Exception) -> ForeignError:
+    return foreign(f"reward function {name!r} failed on {count} completions", error)
 
 
 def _checked(name: str, values: Any, count: int) -> Tensor:  # [B]
@@ -140,5 +207,5 @@ def columns_of(rows: Sequence[dict[str, Any]], completion_ids: list[list[int]]) 
     A column that one row has is there for all, with None where a row lacks it.
     """
     names = [name for name in dict.fromkeys(name for row in rows for name in row) if name not in _NOT_COLUMNS]
-    columns = {name: [row.get(name) for row in rows] for name in names}
+    columns = {name: [row.get(name) for row in rows] for name in names if name not in ARGUMENTS}
     return columns | {"completion_ids": completion_ids}

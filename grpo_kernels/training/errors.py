@@ -1,0 +1,56 @@
+"""Errors in what a run is given: a reward function, a chat template, a tokenizer, a dataset."""
+
+from __future__ import annotations
+
+import site
+import sysconfig
+import traceback
+from pathlib import Path
+from types import TracebackType
+
+_PACKAGE = str(Path(__file__).parents[1])
+_LIBRARIES = (_PACKAGE, sysconfig.get_path("stdlib"), sysconfig.get_path("purelib"), *site.getsitepackages())
+_LONGEST = 300  # characters of a third party's message
+
+
+class ForeignError(RuntimeError):
+    """Something that a run was given has failed: the message says whose it is and where, the cause is its error."""
+
+
+def foreign(whose: str, error: BaseException) -> ForeignError:
+    """The error to raise from ``error``, in one line: what failed, the error, and the line of code or template.
+
+    Args:
+        whose: What failed, and on what: "reward function 'mine' failed on 8 completions".
+        error: As it was caught.
+    """
+    text = " ".join(str(error).split())
+    message = f"{type(error).__name__}: {text}" if text else type(error).__name__
+    if len(message) > _LONGEST:
+        message = f"{message[:_LONGEST]}..."
+    return ForeignError(f"{whose}: {message}{_where(error)}")
+
+
+def foreign_traceback(error: ForeignError) -> str:
+    """The traceback of what failed, without this package's frames before it."""
+    cause = error.__cause__
+    if cause is None:
+        return "".join(traceback.format_exception(error))
+    return "".join(traceback.format_exception(type(cause), cause, _outside(cause.__traceback__) or cause.__traceback__))
+
+
+def _outside(frames: TracebackType | None) -> TracebackType | None:
+    """The traceback from its first frame on that is not this package's."""
+    while frames is not None and frames.tb_frame.f_code.co_filename.startswith(_PACKAGE):
+        frames = frames.tb_next
+    return frames
+
+
+def _where(error: BaseException) -> str:
+    """The innermost line that is neither this package's nor a library's."""
+    for frame in reversed(traceback.extract_tb(error.__traceback__)):
+        if frame.filename == "<template>":
+            return f" (line {frame.lineno} of the template)"
+        if not frame.filename.startswith(("<", *_LIBRARIES)):
+            return f" ({Path(frame.filename).name}:{frame.lineno}, in {frame.name})"
+    return ""

@@ -1,0 +1,82 @@
+"""A reward model: a sequence classifier with one output, called as a reward function."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer, PreTrainedTokenizerBase
+
+from grpo_kernels.training.rewards.completions import completion_text
+
+
+class RewardModel:
+    """The logit that a sequence classifier gives to each prompt with its completion, as TRL reads it.
+
+    A prompt of messages goes through the tokenizer's chat template with its completion; a text is followed by it. Both
+    are tokenized without further special tokens and padded on the right.
+
+    Args:
+        model: A module whose output has ``logits`` ``[B, 1]``, or the folder or Hub name of one, read from safetensors
+            at the first call and put on a GPU where there is one.
+        tokenizer: The model's; by default the one that was saved with it.
+        batch_size: Completions that go through it at once.
+
+    Raises:
+        ValueError: The name has no configuration of a model, or a module does not say where its tokenizer is.
+
+    Example:
+        >>> RewardModel("Skywork/Skywork-Reward-V2-Qwen3-0.6B", batch_size=8)  # doctest: +SKIP
+    """
+
+    def __init__(
+        self, model: nn.Module | str, tokenizer: PreTrainedTokenizerBase | None = None, *, batch_size: int = 16
+    ) -> None:
+        self.batch_size = batch_size
+        self._name = model if isinstance(model, str) else getattr(getattr(model, "config", None), "_name_or_path", "")
+        if not self._name and tokenizer is None:
+            raise ValueError("tokenizer must be given for a reward model that was not loaded by a name")
+        self._model, self._tokenizer = None if isinstance(model, str) else model, tokenizer
+        if isinstance(model, str):
+            try:
+                AutoConfig.from_pretrained(model)  # before any work
+            except (OSError, ValueError) as error:
+                raise ValueError(f"no reward model {model!r}: {error}") from error
+
+    @torch.inference_mode()
+    def __call__(self, prompts: Sequence[Any], completions: Sequence[Any], **columns: Any) -> list[float]:
+        model = _loaded(self._name) if self._model is None else self._model
+        tokenizer = self._tokenizer or _tokenizer(self._name)
+        if tokenizer.pad_token_id is None:
+            tokenizer.pad_token = tokenizer.eos_token
+        if getattr(model, "config", None) is not None:
+            model.config.get_text_config().pad_token_id = tokenizer.pad_token_id
+        texts = [self._text(tokenizer, *pair) for pair in zip(prompts, completions, strict=True)]
+        device = next(model.parameters()).device
+        rewards: list[float] = []
+        for begin in range(0, len(texts), self.batch_size):
+            batch = texts[begin : begin + self.batch_size]
+            inputs = tokenizer(
+                batch, return_tensors="pt", padding=True, padding_side="right", add_special_tokens=False
+            )
+            rewards += model(**inputs.to(device)).logits[:, 0].float().tolist()
+        return rewards
+
+    def _text(self, tokenizer: PreTrainedTokenizerBase, prompt: Any, completion: Any) -> str:
+        if isinstance(prompt, str):
+            return prompt + completion_text(completion)
+        return tokenizer.apply_chat_template([*prompt, *completion], tokenize=False)
+
+
+@functools.cache
+def _loaded(name: str) -> nn.Module:
+    model = AutoModelForSequenceClassification.from_pretrained(name, num_labels=1, use_safetensors=True)
+    return model.eval().to("cuda" if torch.cuda.is_available() else "cpu")
+
+
+@functools.cache
+def _tokenizer(name: str) -> PreTrainedTokenizerBase:
+    return AutoTokenizer.from_pretrained(name)
