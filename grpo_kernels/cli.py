@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -30,14 +29,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     page.add_argument("run", type=Path, help="its output_dir")
     found.add_parser("info", help="versions, backends and the compiled extension's build")
     arguments, rest = parser.parse_known_args(argv)
-    if os.getcwd() not in sys.path:  # for "module:function" of the folder at hand, which a console script leaves out
-        sys.path.append(os.getcwd())
+    debug = "--debug" in rest  # a traceback with every error
+    rest = [text for text in rest if text != "--debug"]
     if arguments.command == "train":
-        return commands.train(arguments.recipe, rest)
+        return commands.train(arguments.recipe, rest, debug=debug)
     if arguments.command == "recipe":
-        return commands.recipe(arguments.name, rest)
+        return commands.recipe(arguments.name, rest, debug=debug)
     if arguments.command in commands.STAGES:
-        return commands.stage(arguments.command, arguments.recipe, rest)
+        return commands.stage(arguments.command, arguments.recipe, rest, debug=debug)
     if rest:
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
     return _page(arguments.run) if arguments.command == "report" else _info()

@@ -251,9 +251,10 @@ def test_a_module_of_the_working_folder_is_found_and_its_error_says_what_is_left
                  "--max_completion_length", "2", "--reward_funcs"]  # fmt: skip
     assert cli.main([*arguments, "nowhere_to_be_found:f"]) == 2
     assert "error: reward_funcs: 'nowhere_to_be_found:f' cannot be imported" in capsys.readouterr().err
-    with pytest.raises(TypeError, match="must return numbers or None, got str '1'"):
-        cli.main([*arguments, "reward_of_the_folder:typed"])
-    assert "stopped; last complete checkpoint: out/checkpoint-0" in capsys.readouterr().err
+    assert cli.main([*arguments, "reward_of_the_folder:typed"]) == 2
+    errors = capsys.readouterr().err
+    assert "stopped; last complete checkpoint: out/checkpoint-0" in errors
+    assert "must return numbers or None, got str '1'" in errors and "Traceback" not in errors
 
 
 def test_info_needs_no_training_extra():

@@ -151,7 +151,7 @@ def test_another_vocabulary_teaches_by_samples_alone(tmp_path: Path, capsys: pyt
 def test_a_stage_that_names_another_needs_a_recipe_of_several() -> None:
     with pytest.raises(ValueError, match=r"data must be a \.jsonl file, got 'rejection'"):
         load_stage("sft", None, ["--data", "rejection", "--sft_steps", "1"])
-    with pytest.raises(ValueError, match="the nearest known key is"):
+    with pytest.raises(ValueError, match="unknown key 'teacher'"):
         load_stage("eval", None, ["--teacher", "grpo"])
 
 
@@ -174,8 +174,9 @@ def test_an_option_without_effect_is_refused(
     (name, value) = next((name, value) for name, value in options.items() if name in idle)
     path = tmp_path / "stage.yaml"
     path.write_text(f"{name}: {value}\n")
-    assert cli.main([command, "--recipe", str(path)]) == 2
-    assert f"{name} has no effect on kind '{command}'" in capsys.readouterr().err
+    if command != "eval":  # which takes the recipe that trained
+        assert cli.main([command, "--recipe", str(path)]) == 2
+        assert f"{name} has no effect on kind '{command}'" in capsys.readouterr().err
     assert cli.main([command, f"--{name.replace('_', '-')}={value}"]) == 2
     assert f"{name} has no effect on kind '{command}'" in capsys.readouterr().err
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from types import SimpleNamespace
 
 import datasets
 import pytest
@@ -171,31 +172,34 @@ def test_no_question_is_on_both_sides_of_a_cut(tmp_path, model_settings):
         assert len(task.train_rows) == 40 - 4 * len(held_out)
 
 
-def test_a_hub_name_is_loaded_without_its_code(monkeypatch):
+def test_a_hub_dataset_is_read_from_its_files_as_they_are(monkeypatch, tmp_path):
+    """A name on the Hub has a builder that says which files its splits are; none of its code is run."""
+    paths = {split: tmp_path / f"{split}.csv" for split in ("train", "test")}
+    for split, path in paths.items():
+        path.write_text(f"question,answer\n{split}?,007\nmore?,5\nnone?,\n".replace("none?,", "last?,0.5"))
     calls = []
 
-    def load_dataset(name, config=None, **options):
-        calls.append((name, config, options))
-        return datasets.Dataset.from_list(GSM8K_ROWS)
+    def load_dataset_builder(name, config=None):
+        calls.append((name, config))
+        files = {split: [str(path)] for split, path in paths.items()}
+        return SimpleNamespace(config=SimpleNamespace(data_files=files))
 
-    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
-    assert data.load_rows("openai/gsm8k")[0]["answer"] == "72"
-    data.load_rows("openai/gsm8k", config="socratic", split="test")
-    data.load_rows("someone/sums")
-    assert calls == [
-        ("openai/gsm8k", "main", {"split": "train"}),
-        ("openai/gsm8k", "socratic", {"split": "test"}),
-        ("someone/sums", None, {"split": "train"}),
-    ]
+    monkeypatch.setattr(datasets, "load_dataset_builder", load_dataset_builder)
+    assert [row["answer"] for row in data.load_rows("openai/gsm8k")] == ["007", 5, 0.5]
+    assert data.load_rows("openai/gsm8k", config="socratic", split="test")[0]["prompt"] == "test?"
+    assert [row["prompt"] for row in data.load_rows("someone/sums", split="train[1:]")] == ["more?", "last?"]
+    with pytest.raises(ValueError, match="'someone/sums' has no split 'dev'; it has train, test"):
+        data.load_rows("someone/sums", split="dev")
+    assert calls[:3] == [("openai/gsm8k", "main"), ("openai/gsm8k", "socratic"), ("someone/sums", None)]
 
 
 def test_a_dataset_that_is_nowhere_is_named_beside_the_built_in_ones(monkeypatch):
-    def load_dataset(name, config=None, **options):
+    def load_dataset_builder(name, config=None):
         raise datasets.exceptions.DatasetNotFoundError(f"Dataset '{name}' doesn't exist on the Hub")
 
-    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    monkeypatch.setattr(datasets, "load_dataset_builder", load_dataset_builder)
     with pytest.raises(ValueError, match=r"addition, .* subtraction, .* got 'substraction': .* doesn't exist"):
-        data.load_task(Recipe(dataset_name="substraction"))
+        data.load_rows("substraction")
 
 
 def test_a_line_that_is_no_row_is_named_and_an_empty_one_is_none(tmp_path):

@@ -252,7 +252,9 @@ def test_the_recipes_judge_says_what_is_right(task, script, tmp_path, monkeypatc
         return teacher_forced(tokenizer, prompts, ["1"] * len(prompts))
 
     monkeypatch.setattr(evaluation, "generate", sampler)
-    monkeypatch.setattr(evaluation, "completion_texts", lambda rollout, tokenizer: list(said))  # not the task's words
+    monkeypatch.setattr(
+        evaluation, "completion_texts", lambda rollout, tokenizer, end_ids: list(said)
+    )  # not the task's words
     right = [row["answer"] for row in rows]
     script[rows[0]["prompt"]] = [boxed(text) for text in (right[0], "7", "0" + right[0], "8", right[0])]
     script[rows[1]["prompt"]] = [boxed(text) for text in ("7", "8", "8", right[1], "9")]

@@ -82,7 +82,7 @@ def test_lists_become_a_rollout_and_rollouts_one():
 
 def test_groups_are_chosen_with_all_that_belongs_to_them():
     rollout = Rollout(*(torch.arange(8)[:, None] if k % 2 == 0 else torch.ones(8, 1).long() for k in range(4)))
-    scored = Scored(rollout, torch.arange(16.0).view(8, 2), list("abcdefgh"), list("ABCDEFGH"))
+    scored = Scored(rollout, torch.arange(16.0).view(8, 2), list("abcdefgh"), list("ABCDEFGH"), [{}] * 8, {})
     chosen = together([scored, scored]).groups(torch.tensor([3, 1]), 4)
     assert chosen.prompts == list("efghefgh") and chosen.completions == list("EFGHEFGH")
     assert chosen.rewards[:, 0].tolist() == [8, 10, 12, 14] * 2
@@ -240,6 +240,7 @@ def test_pass_rates_are_those_of_the_model(tmp_path):
     path = tmp_path / "sums.jsonl"
     path.write_text("\n".join(json.dumps({"prompt": f"{i} + 1 =", "answer": i + 1}) for i in range(9)))
     settings = {"dataset_name": str(path), "model_name_or_path": _saved_model(tmp_path), "pass_rate_samples": 2}
+    settings |= {"check": "accuracy"}
     with pytest.raises(ValueError, match="at least 4 training problems"):
         train(recipe_of(output_dir=str(tmp_path / "run"), min_pass_rate=0.0, **settings))
     assert json.loads((tmp_path / "run" / "pass_rates.json").read_text()) == [0.0] * 9

@@ -70,10 +70,12 @@ GARBAGE = {
     "an id below 0": (first_choice(token_ids=lambda c: [-1, *c["token_ids"][1:]]), r"from 0 to 21, got \[-1"),
     "too long": (first_choice(token_ids=lambda c: [5] * 13), "expected at most 12 tokens, got 13"),
     "a score missing": (logprobs_of(lambda p: p[1:]), r"a log-probability for each of \d+ tokens, got \d+"),
-    "a score NaN": (logprobs_of(lambda p: [float("nan"), *p[1:]]), "finite log-probabilities of at most 0, got .nan"),
-    "a score null": (logprobs_of(lambda p: [None, *p[1:]]), "finite log-probabilities of at most 0, got .None"),
+    "a score NaN": (
+        logprobs_of(lambda p: [float("nan"), *p[1:]]),
+        "finite log-probabilities of at most 0, or null, got .nan",
+    ),
     "a score infinite": (logprobs_of(lambda p: [-float("inf"), *p[1:]]), "finite log-probabilities"),
-    "a score above 0": (logprobs_of(lambda p: [0.5, *p[1:]]), "of at most 0, got .0.5"),
+    "a score above 0": (logprobs_of(lambda p: [0.5, *p[1:]]), "of at most 0, or null, got .0.5"),
     "no scores": (first_choice(logprobs=lambda c: None), "expected 'logprobs' to be a dict"),
     "aborted": (first_choice(finish_reason=lambda c: "abort"), "'stop' or 'length', got 'abort'"),
     "an end of its own": (

@@ -19,7 +19,8 @@ from grpo_kernels.training.policy import base_model
 from grpo_kernels.training.recipe import Recipe
 from grpo_kernels.training.rollout import Rollout, headed, teacher_forced
 from grpo_kernels.training.sampling import context_length_of
-from grpo_kernels.training.templates import encode_prompts, remaining_completion, render_prompt
+from grpo_kernels.training.templates import encode_prompts, remaining_completion, render_prompts
+from grpo_kernels.training.wrapping import check_trainable
 
 _LOGGER = logging.getLogger(__name__)
 
@@ -114,7 +115,7 @@ def worked_batch(
 
 def _texts(rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase, recipe: Recipe) -> tuple[list[str], list[str]]:
     """The rendered prompts of rows, and what they leave of the completions."""
-    prompts = [render_prompt(row, tokenizer, recipe.prompt_template, recipe.system_prompt) for row in rows]
+    prompts = render_prompts(rows, tokenizer, recipe.prompt_format)
     pairs = zip(rows, prompts, strict=True)
     return prompts, [remaining_completion(row, prompt, row["completion"]) for row, prompt in pairs]
 
@@ -136,7 +137,9 @@ def descend(
 
     Raises:
         RuntimeError: A gradient is not finite.
+        ValueError: The weights have 16 bits, which most updates are too small for.
     """
+    check_trainable(model, "set dtype=float32")
     optimizer = torch.optim.AdamW(model.parameters(), lr=recipe.sft_learning_rate, weight_decay=0.0)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 - step / recipe.sft_steps)
     size = math.ceil(recipe.sft_batch_size / recipe.gradient_accumulation_steps)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -20,51 +21,58 @@ STAGES = {
 }
 
 
-def train(name: str | None, overrides: Sequence[str]) -> int:
-    """``grpo-kernels train``: one run of GRPO by a recipe; returns the exit status."""
+def train(name: str | None, overrides: Sequence[str], *, debug: bool = False) -> int:
+    """``grpo-kernels train``: one run of GRPO by a recipe; returns the exit status.
+
+    Without a recipe, a dataset and a model it is the recipe "addition".
+    """
     output_dir: list[Path] = []
 
     def run() -> None:
         from grpo_kernels.training.recipe import load_recipe
 
-        recipe = load_recipe(name, overrides)
+        chosen = name or _recipe_of(overrides)
+        _look_beside(chosen)
+        recipe = load_recipe(chosen, overrides)
         check_runs_here(recipe)
         output_dir.append(Path(recipe.output_dir))
         from grpo_kernels.training.run import train
 
         train(recipe)
 
-    return _guarded(run, lambda: _left(output_dir))
+    return _guarded(run, lambda: _left(output_dir), debug)
 
 
-def recipe(name: str, overrides: Sequence[str]) -> int:
+def recipe(name: str, overrides: Sequence[str], *, debug: bool = False) -> int:
     """``grpo-kernels recipe``: the stages of a YAML file; returns the exit status."""
 
     def run() -> None:
         from grpo_kernels.training.stage_config import load_stages
         from grpo_kernels.training.stages import run_stages
 
+        _look_beside(name)
         root, stages = load_stages(name, overrides)
         for stage in stages:
             check_runs_here(stage.recipe)
         run_stages(root, stages)
 
-    return _guarded(run, lambda: "the same command goes on from here")
+    return _guarded(run, lambda: "the same command goes on from here", debug)
 
 
-def stage(kind: str, name: str | None, overrides: Sequence[str]) -> int:
+def stage(kind: str, name: str | None, overrides: Sequence[str], *, debug: bool = False) -> int:
     """``grpo-kernels sft`` and the like: one stage by itself; returns the exit status."""
 
     def run() -> None:
         from grpo_kernels.training.stage_config import load_stage
         from grpo_kernels.training.stages import run_stage
 
+        _look_beside(name)
         found = load_stage(kind, name, overrides)
         check_runs_here(found.recipe)
         line = run_stage(found)
         print(f"{found.folder}: done in {line['seconds']} s")
 
-    return _guarded(run, lambda: "the same command begins again")
+    return _guarded(run, lambda: "the same command begins again", debug)
 
 
 def check_runs_here(recipe: Any) -> None:
@@ -80,25 +88,57 @@ def check_runs_here(recipe: Any) -> None:
         raise ValueError(str(error)) from error
 
 
-def fail(message: str) -> int:
-    """Prints what is wrong; returns the status of bad arguments."""
+def fail(message: str, debug: bool = False) -> int:
+    """Prints what is wrong, with ``debug`` after its traceback; returns the status of bad arguments."""
+    if debug:
+        traceback.print_exc()
     print(f"error: {message}", file=sys.stderr)
     return 2
 
 
-def _guarded(run: Callable[[], None], left: Callable[[], str]) -> int:
-    """Runs a command. What a person can put right is one line; any other error keeps its traceback."""
+def _recipe_of(overrides: Sequence[str]) -> str | None:
+    """The recipe of a command that names none: "addition", unless it names a dataset or a model."""
+    from grpo_kernels.training.arguments import given_keys
+
+    if {"dataset_name", "model_name_or_path", "help"} & set(given_keys(overrides)) or "-h" in overrides:
+        return None
+    print("no --recipe, --dataset_name or --model_name_or_path: training by --recipe addition")
+    return "addition"
+
+
+def _look_beside(name: str | None) -> None:
+    """Has ``module:function`` looked for in the folder at hand, which a console script leaves out, and the recipe's."""
+    from grpo_kernels.training.rewards import look_in
+
+    look_in(Path.cwd())
+    if name is not None and Path(name).is_file():
+        look_in(Path(name).parent)
+
+
+def _guarded(run: Callable[[], None], left: Callable[[], str], debug: bool) -> int:
+    """Runs a command. What a person can put right is one line; any other error keeps its traceback.
+
+    With ``debug`` that line comes after a traceback, too.
+    """
     try:
         run()
         end_process_group()
     except ImportError as error:
-        return fail(f"training needs the extra grpo-kernels[train]: {error}")
+        return fail(f"training needs the extra grpo-kernels[train]: {error}", debug)
     except (ValueError, OSError) as error:
-        return fail(str(error))
+        return fail(str(error), debug)
     except KeyboardInterrupt:
         print(f"\ninterrupted; {left()}", file=sys.stderr)
         return INTERRUPTED
-    except Exception:  # of a gradient, a reward function or the device: where it came from matters
+    except Exception as error:
+        from grpo_kernels.training.errors import ForeignError, foreign_traceback
+
+        if isinstance(error, ForeignError):
+            print(f"\nstopped; {left()}", file=sys.stderr)
+            if debug:
+                print(foreign_traceback(error), file=sys.stderr)
+            return fail(f"{error}{'' if debug else '; --debug shows the traceback'}")
+        # of a gradient, a reward function or the device: where it came from matters
         print(f"\nstopped; {left()}", file=sys.stderr)
         raise
     return 0

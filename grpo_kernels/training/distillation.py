@@ -18,7 +18,7 @@ from grpo_kernels.training.cold_start import SupervisedStep, descend, traces_tha
 from grpo_kernels.training.recipe import Recipe
 from grpo_kernels.training.rollout import Rollout, generate, headed
 from grpo_kernels.training.tasks import Row
-from grpo_kernels.training.templates import render_prompt
+from grpo_kernels.training.templates import render_prompts
 
 
 def distill(
@@ -137,7 +137,7 @@ def teaching_loss(
 def _own_samples(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, rows: Sequence[Row], recipe: Recipe
 ) -> Rollout:
-    prompts = [render_prompt(row, tokenizer, recipe.prompt_template, recipe.system_prompt) for row in rows]
+    prompts = render_prompts(rows, tokenizer, recipe.prompt_format)
     return generate(
         model,
         tokenizer,

@@ -17,6 +17,10 @@ class ForeignError(RuntimeError):
     """Something that a run was given has failed: the message says whose it is and where, the cause is its error."""
 
 
+class ForeignTypeError(ForeignError, TypeError):
+    """What a run was given has returned something else than it must."""
+
+
 def foreign(whose: str, error: BaseException) -> ForeignError:
     """The error to raise from ``error``, in one line: what failed, the error, and the line of code or template.
 
@@ -24,11 +28,16 @@ def foreign(whose: str, error: BaseException) -> ForeignError:
         whose: What failed, and on what: "reward function 'mine' failed on 8 completions".
         error: As it was caught.
     """
+    return ForeignError(f"{whose}: {described(error)}")
+
+
+def described(error: BaseException) -> str:
+    """An error in one line: its type, its message, and the line of code or template where there is one to mend."""
     text = " ".join(str(error).split())
     message = f"{type(error).__name__}: {text}" if text else type(error).__name__
     if len(message) > _LONGEST:
         message = f"{message[:_LONGEST]}..."
-    return ForeignError(f"{whose}: {message}{_where(error)}")
+    return message + _where(error)
 
 
 def foreign_traceback(error: ForeignError) -> str:

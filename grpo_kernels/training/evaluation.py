@@ -12,12 +12,12 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from grpo_kernels.training.data import Row, Task
 from grpo_kernels.training.recipe import Recipe
-from grpo_kernels.training.rewards import RewardFunction, columns_of, resolve, score
-from grpo_kernels.training.rewards.answers import extract_of, judge_name
-from grpo_kernels.training.rollout import completion_texts, completion_tokens, generate
+from grpo_kernels.training.rewards import RewardFunction, check_name, columns_of, resolve, score
+from grpo_kernels.training.rewards.answers import extract_of
+from grpo_kernels.training.rollout import completion_texts, completion_tokens, end_token_ids, generate
 from grpo_kernels.training.sampling import context_length_of, rows_that_fit
 from grpo_kernels.training.scores import Score, cons_at_k, pass_at_k, pass_rates
-from grpo_kernels.training.templates import render_prompt, whole_completion
+from grpo_kernels.training.templates import render_prompts, whole_completion
 
 
 class EvalSample(NamedTuple):
@@ -124,9 +124,10 @@ def evaluate_samples(
     for k in ks:
         if not 1 <= k <= samples:
             raise ValueError(f"ks must be at least 1 and at most eval_samples ({samples}), got {k}")
+    name = judge_name(recipe) if check is None else getattr(check, "__name__", "check")
     check = check or judge(recipe)
     extract = extract or extract_of(check)
-    sampler = _Sampler(model, tokenizer, recipe, check, extract, synced)
+    sampler = _Sampler(model, tokenizer, recipe, check, name, extract, synced)
     with torch.random.fork_rng():
         torch.manual_seed(recipe.seed + 1)
         drawn, drawn_ids = sampler.sample(list(rows) * samples, temperature=1.0)
@@ -143,7 +144,12 @@ def evaluate_samples(
 
 def judge(recipe: Recipe) -> RewardFunction:
     """The reward function that says which answers are right; raises ValueError where the recipe names none there is."""
-    return resolve(recipe.check or judge_name(recipe.reward_funcs))
+    return resolve(judge_name(recipe))
+
+
+def judge_name(recipe: Recipe) -> str:
+    """Its name, to be said wherever accuracy is."""
+    return check_name(recipe.check, recipe.reward_funcs)
 
 
 def held_out(task: Task, recipe: Recipe) -> list[Row]:
@@ -161,6 +167,7 @@ class _Sampler(NamedTuple):
     tokenizer: PreTrainedTokenizerBase
     recipe: Recipe
     check: RewardFunction
+    judge: str  # its name
     extract: Callable[[str], str | None] | None
     synced: bool
 
@@ -172,9 +179,7 @@ class _Sampler(NamedTuple):
         return samples, ids
 
     def _batch(self, rows: Sequence[Row], temperature: float) -> tuple[list[EvalSample], list[list[int]]]:
-        prompts = [
-            render_prompt(row, self.tokenizer, self.recipe.prompt_template, self.recipe.system_prompt) for row in rows
-        ]
+        prompts = render_prompts(rows, self.tokenizer, self.recipe.prompt_format)
         rollout = generate(
             self.model,
             self.tokenizer,
@@ -183,11 +188,11 @@ class _Sampler(NamedTuple):
             temperature=temperature,
             synced=self.synced,
         )
-        sampled = completion_texts(rollout, self.tokenizer)
+        sampled = completion_texts(rollout, self.tokenizer, end_token_ids(self.model, self.tokenizer))
         completions = [whole_completion(*found) for found in zip(rows, prompts, sampled, strict=True)]
         ids = completion_tokens(rollout)
         columns = columns_of(rows, ids)
-        rewards = score({"check": self.check}, [row["prompt"] for row in rows], completions, columns)
+        rewards = score({self.judge: self.check}, [row["prompt"] for row in rows], completions, columns)
         right = (rewards[:, 0] == 1).tolist()
         answers = [None if self.extract is None else self.extract(completion) for completion in completions]
         return [EvalSample(*found) for found in zip(prompts, completions, answers, right, strict=True)], ids

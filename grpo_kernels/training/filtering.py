@@ -9,7 +9,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from accelerate import Accelerator
@@ -36,22 +36,27 @@ class Scored(NamedTuple):
     rewards: Tensor  # [B, K], on the host
     prompts: list[str]  # as the model saw them
     completions: list[str]  # as the rewards did
+    extras: list[dict[str, Any]]  # what reward functions logged of each
+    metrics: dict[str, list[float]]  # and of them all
 
     def groups(self, indices: Tensor, num_generations: int) -> Scored:
         """The groups at ``indices``."""
         rows = (indices[:, None] * num_generations + torch.arange(num_generations)).flatten()
-        prompts, completions = ([texts[i] for i in rows.tolist()] for texts in (self.prompts, self.completions))
+        lists = (self.prompts, self.completions, self.extras)
+        prompts, completions, extras = ([values[i] for i in rows.tolist()] for values in lists)
         rollout = self.rollout.select(rows.to(self.rollout.completion_ids.device))
-        return Scored(rollout, self.rewards[rows], prompts, completions)
+        return Scored(rollout, self.rewards[rows], prompts, completions, extras, self.metrics)
 
 
 def together(parts: Sequence[Scored]) -> Scored:
     """All of them in one."""
     if len(parts) == 1:
         return parts[0]
-    prompts, completions = ([text for part in parts for text in part[k]] for k in (2, 3))
+    prompts, completions, extras = ([value for part in parts for value in part[k]] for k in (2, 3, 4))
+    names = dict.fromkeys(name for part in parts for name in part.metrics)
+    metrics = {name: [value for part in parts for value in part.metrics.get(name, ())] for name in names}
     rewards = torch.cat([part.rewards for part in parts])
-    return Scored(joined([part.rollout for part in parts]), rewards, prompts, completions)
+    return Scored(joined([part.rollout for part in parts]), rewards, prompts, completions, extras, metrics)
 
 
 def filtered_task(task: Task, recipe: Recipe, accelerator: Accelerator, folder: Path, *, known: bool) -> Task:

@@ -82,7 +82,7 @@ def with_solutions(rows: Sequence[Row], where: str) -> list[Row]:
             )
         solution, answer = parts
         completion = row.get("completion") or worked_completion(solution, answer)
-        found.append({**row, "answer": answer, "solution": solution, "completion": completion})
+        found.append({**row, "answer": answer, "solution": row.get("solution") or solution, "completion": completion})
     return found
 
 

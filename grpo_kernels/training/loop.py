@@ -16,7 +16,7 @@ import math
 import random
 import time
 from collections.abc import Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from accelerate import Accelerator
@@ -27,11 +27,11 @@ from transformers import get_scheduler
 from grpo_kernels import PolicyMetrics, check_device_values, group_advantages
 from grpo_kernels.training.data import Row, Task
 from grpo_kernels.training.filtering import Scored, differing_groups, together
-from grpo_kernels.training.metrics import length_metrics, reward_metrics
+from grpo_kernels.training.metrics import SilentRewards, length_metrics, reward_metrics
 from grpo_kernels.training.optimizer import build_optimizer
 from grpo_kernels.training.policy import Policy, has_adapters, training_mode
 from grpo_kernels.training.recipe import Recipe
-from grpo_kernels.training.rewards import columns_of, score, total
+from grpo_kernels.training.rewards import RewardLog, columns_of, score, total
 from grpo_kernels.training.rollout import (
     Rollout,
     completion_texts,
@@ -40,7 +40,7 @@ from grpo_kernels.training.rollout import (
     ends,
 )
 from grpo_kernels.training.sampling import build_sampler, correction_metrics, correction_statistics, rows_that_fit
-from grpo_kernels.training.templates import render_prompt, whole_completion
+from grpo_kernels.training.templates import render_prompts, whole_completion
 from grpo_kernels.training.wrapping import accelerator_for, backward, wrap_policy, wrap_reference
 
 _LOGGER = logging.getLogger(__name__)
@@ -70,6 +70,7 @@ class Sample(NamedTuple):
     completion: str
     reward: float
     advantage: float | None = None  # None where nothing was trained on it
+    extra: dict[str, Any] | None = None  # what reward functions logged of it
 
 
 class Step(NamedTuple):
@@ -132,6 +133,7 @@ class GRPOLoop:
         self.row_order = RowOrder(self.rows, recipe.seed)
         self.number = 0  # of the last optimizer step
         self.num_tokens = 0  # of prompts and completions, of all processes, so far
+        self._silent = SilentRewards(list(self.reward_functions))
 
     def run(self) -> Iterator[Step]:
         """Generations and their optimizer steps, until ``max_steps``."""
@@ -144,9 +146,10 @@ class GRPOLoop:
                 metrics = {**generation_metrics, **self.optimizer_step(micro_batches)}
                 metrics["step_time"] = time.perf_counter() - start
                 yield Step(self.number, metrics, samples, is_whole=k == len(steps))
-                if self.number == self.recipe.max_steps:
-                    return
                 start = time.perf_counter()
+                if self.number == self.recipe.max_steps:
+                    break
+        self._silent.check_end()
 
     def collect(self) -> tuple[Batch, dict[str, float], list[Sample]]:
         """Samples ``num_generations`` completions of each of the next prompts and scores them.
@@ -159,7 +162,8 @@ class GRPOLoop:
         if self.recipe.dynamic_sampling:
             sampled, chosen, missing = self._informative(rounds)
         every = self._gathered(sampled.rewards)
-        metrics = self._reward_metrics(every) | self._length_metrics(sampled.rollout)
+        self._silent.note(every, self.number + 1)
+        metrics = self._reward_metrics(every) | self._length_metrics(sampled.rollout) | self._reported(sampled)
         if self.recipe.dynamic_sampling:
             every = self._gathered(chosen.rewards)
             metrics |= self._sampling_metrics(len(rounds), missing)
@@ -168,7 +172,8 @@ class GRPOLoop:
             metrics |= self._correction_metrics(chosen.rollout, batch)
         own = total(chosen.rewards, self.recipe.reward_weights).tolist()
         advantages = batch.advantages.tolist()
-        samples = [Sample(*s) for s in zip(chosen.prompts, chosen.completions, own, advantages, strict=True)]
+        shown = (chosen.prompts, chosen.completions, own, advantages, chosen.extras)
+        samples = [Sample(*sample) for sample in zip(*shown, strict=True)]
         return batch, metrics, self._samples_of_all(samples) if self._will_show() else samples
 
     def optimizer_batches(self, batch: Batch) -> Iterator[list[Batch]]:
@@ -241,16 +246,17 @@ class GRPOLoop:
         """Completions of the next prompts, with their rewards."""
         recipe = self.recipe
         rows = [row for row in self._next_rows() for _ in range(recipe.num_generations)]
-        texts = [render_prompt(row, self.tokenizer, recipe.prompt_template, recipe.system_prompt) for row in rows]
+        texts = render_prompts(rows, self.tokenizer, recipe.prompt_format)
         with self.accelerator.autocast():  # as the loss will see the model
             rollout = self.sampler(texts, self.number)
-        sampled = completion_texts(rollout, self.tokenizer)
+        sampled = completion_texts(rollout, self.tokenizer, end_token_ids(self.model, self.tokenizer))
         completions = [whole_completion(*found) for found in zip(rows, texts, sampled, strict=True)]
         columns = columns_of(rows, completion_tokens(rollout))
-        rewards = score(self.reward_functions, [row["prompt"] for row in rows], completions, columns)
+        log = RewardLog(self.number, recipe.max_steps)
+        rewards = score(self.reward_functions, [row["prompt"] for row in rows], completions, columns, log)
         if recipe.shuffle_rewards:
             rewards = rewards[torch.randperm(len(rewards))]
-        return Scored(rollout, rewards, texts, completions)
+        return Scored(rollout, rewards, texts, completions, log.rows(len(rows)), log.metrics)
 
     def _informative(self, rounds: list[Scored]) -> tuple[Scored, Scored, int]:
         """Adds rounds until every process has a batch of groups whose rewards differ, or they are as many as may be.
@@ -339,6 +345,14 @@ class GRPOLoop:
         recipe = self.recipe
         ways = (recipe.num_generations, recipe.reward_weights, recipe.multi_objective_aggregation)
         return reward_metrics(rewards, list(self.reward_functions), *ways)
+
+    def _reported(self, scored: Scored) -> dict[str, float]:
+        """The means of what reward functions logged, over all processes."""
+        parts = [dict(scored.metrics)]
+        parts = parts if self.accelerator.num_processes == 1 else gather_object(parts)
+        names = dict.fromkeys(name for part in parts for name in part)
+        values = {name: [value for part in parts for value in part.get(name, ())] for name in names}
+        return {name: sum(found) / len(found) for name, found in values.items()}
 
     def _length_metrics(self, rollout: Rollout) -> dict[str, float]:
         """Of all completions; adds up the tokens."""

@@ -16,6 +16,7 @@ Departures from TRL's trainer, which takes means of fp32 and of means:
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Sequence
 
@@ -25,6 +26,9 @@ from torch import Tensor
 from grpo_kernels.ops.tokens.reference import nanstd
 from grpo_kernels.training.filtering import differing_groups
 from grpo_kernels.training.rewards import total
+
+_LOGGER = logging.getLogger(__name__)
+_SILENT_GENERATIONS = 10  # of a run, after which it ends if nothing was scored
 
 
 def reward_metrics(
@@ -72,3 +76,41 @@ def _mean(values: Tensor) -> float:
 
 def _deviation(values: Tensor) -> float:
     return nanstd(values.double()[None]).item() if (~values.isnan()).sum() > 1 else math.nan
+
+
+class SilentRewards:
+    """Tells of reward functions that return nothing but None.
+
+    Args:
+        names: Of the functions.
+    """
+
+    def __init__(self, names: Sequence[str]) -> None:
+        self.names = names
+        self._told: set[str] = set()
+        self._generations, self._has_scored = 0, False
+
+    def note(self, rewards: Tensor, step: int) -> None:  # [B, K]
+        """Warns of each function that scored no completion of a generation, once.
+
+        Raises:
+            ValueError: None of them has scored anything in the first generations of the run.
+        """
+        self._generations += 1
+        is_silent = rewards.isnan().all(dim=0)
+        self._has_scored |= not bool(is_silent.all())
+        for name in (name for name, silent in zip(self.names, is_silent.tolist(), strict=True) if silent):
+            if name not in self._told:
+                self._told.add(name)
+                _LOGGER.warning("step %d: reward function %r returned None for all %d completions",
+                                step, name, len(rewards))  # fmt: skip
+        if self._generations == _SILENT_GENERATIONS:
+            self.check_end()
+
+    def check_end(self) -> None:
+        """Raises ValueError where nothing was scored: there was nothing to learn from."""
+        if self._generations and not self._has_scored:
+            raise ValueError(
+                f"no completion of {self._generations} generations has a reward: {', '.join(self.names)} returned None "
+                "for all of them"
+            )

@@ -8,9 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub import constants
 from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
     AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -21,6 +23,7 @@ from transformers import (
 from transformers.models.auto.tokenization_auto import get_tokenizer_config
 from transformers.utils import is_flash_attn_2_available
 
+from grpo_kernels.training.hub import check_folder, use_cache_if_unreachable
 from grpo_kernels.training.recipe import Recipe
 
 ADAPTERS, ADAPTERS_CONFIG = "adapter_model.safetensors", "adapter_config.json"  # peft's names
@@ -38,12 +41,15 @@ def load_pretrained(recipe: Recipe) -> tuple[PreTrainedModel, PreTrainedTokenize
         ValueError: The model cannot be found or read, lacks weights, or its tokenizer has no token that ends a text.
     """
     name = recipe.model_name_or_path
+    check_folder("model_name_or_path", name)
+    if not Path(name).is_dir():
+        use_cache_if_unreachable()
     try:
         tokenizer = load_tokenizer(name, trust_remote_code=recipe.trust_remote_code)
         has_adapters = (Path(name) / ADAPTERS_CONFIG).is_file()
         model = _merged(Path(name), recipe) if has_adapters else _whole(name, recipe)
     except (OSError, RuntimeError, SafetensorError, StrictDataclassError, ValueError) as error:
-        raise ValueError(f"model_name_or_path {name!r} cannot be loaded: {error}") from error
+        raise ValueError(f"model_name_or_path {name!r} cannot be loaded: {_reason(name, error)}") from error
     if tokenizer.eos_token_id is None:
         raise ValueError(f"the tokenizer of {name!r} must have an end-of-sequence token")
     if tokenizer.pad_token_id is None:
@@ -51,13 +57,20 @@ def load_pretrained(recipe: Recipe) -> tuple[PreTrainedModel, PreTrainedTokenize
     return model.eval(), tokenizer
 
 
+def _reason(name: str, error: Exception) -> str:
+    if Path(name).is_dir() or not constants.is_offline_mode():
+        return str(error)
+    return "there is no such folder, the Hub cannot be reached, and its cache has no model of this name"
+
+
 def _whole(name: str, recipe: Recipe) -> PreTrainedModel:
     trusted = {"trust_remote_code": recipe.trust_remote_code}
+    config = without_dropout(AutoConfig.from_pretrained(name, **trusted))
     model, found = AutoModelForCausalLM.from_pretrained(
         name,
-        config=without_dropout(AutoConfig.from_pretrained(name, **trusted)),
+        config=config,
         dtype=getattr(torch, recipe.dtype),
-        attn_implementation=_attention(recipe),
+        attn_implementation=_attention(recipe, config),
         use_safetensors=True,
         output_loading_info=True,
         **trusted,
@@ -150,9 +163,10 @@ def without_dropout(config: Any) -> Any:
     return config
 
 
-def _attention(recipe: Recipe) -> str:
-    """The recipe's, or flash-attention 2 where it is installed and can run, else sdpa."""
+def _attention(recipe: Recipe, config: Any) -> str | None:
+    """The recipe's, or flash-attention 2 where it can run; None for what the model's class takes by itself."""
     if recipe.attn_implementation is not None:
         return recipe.attn_implementation
     can_flash = torch.cuda.is_available() and recipe.dtype != "float32" and is_flash_attn_2_available()
-    return "flash_attention_2" if can_flash else "sdpa"
+    known = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)  # None: its code comes with it
+    return "flash_attention_2" if can_flash and getattr(known, "_supports_flash_attn", False) else None

@@ -16,7 +16,8 @@ import yaml
 from transformers import HfArgumentParser
 
 from grpo_kernels import BACKENDS, GRPOLossConfig
-from grpo_kernels.training.templates import check_template
+from grpo_kernels.training.arguments import NEGATIVE, given_keys, mapping, with_yaml_lists
+from grpo_kernels.training.templates import PromptFormat, check_template
 
 
 def _option(default: Any, help_text: str) -> Any:
@@ -44,7 +45,9 @@ class Recipe:
     dataset_config: str | None = _option(None, "the configuration of a dataset that has several")
     dataset_split: str = _option("train", "the split to train on")
     eval_dataset_split: str | None = _option(None, "the held-out split; by default rows taken out of dataset_split")
-    num_eval_prompts: int = _option(200, "held-out problems; 0 turns the evaluation off")
+    num_eval_prompts: int | None = _option(
+        None, "held-out problems; 0: none; by default 200, of a dataset's training rows a fifth at most"
+    )
     prompt_column: str | None = _option(None, "what the dataset calls prompt; by default that, or question")
     answer_column: str | None = _option(None, "what it calls answer")
     hidden_size: int = _option(96, "of a built-in task's own model")
@@ -52,7 +55,9 @@ class Recipe:
     dtype: Literal["float32", "bfloat16", "float16"] = _option("float32", "the dtype to load the model in")
     bf16: bool = _option(False, "compute in bfloat16 by autocast; the weights and their updates stay in dtype")
     trust_remote_code: bool = _option(False, "run the code that comes with the model: code of whoever uploaded it")
-    attn_implementation: str | None = _option(None, "sdpa, eager, flash_attention_2; by default the last if it can run")
+    attn_implementation: str | None = _option(
+        None, "sdpa, eager, flash_attention_2; by default the last if it can run, else what the model's class takes"
+    )
     gradient_checkpointing: bool = _option(False, "recompute activations in the backward: less memory, more time")
     use_peft: bool = _option(False, "train LoRA adapters; the model without them is the reference")
     lora_r: int = _option(16, "rank of the adapters")
@@ -60,8 +65,13 @@ class Recipe:
     lora_target_modules: list[str] = _option(["all-linear"], "modules to adapt, the head never")
     prompt_template: str | None = _option(None, 'none, r1_zero, chat, or a text with "{prompt}" in it')
     system_prompt: str | None = _option(None, "put before every prompt of a model that has a chat template")
+    chat_template_kwargs: dict[str, Any] | str | None = _option(
+        None, "what its chat template is given: '{enable_thinking: false}'; a row's column of that name wins"
+    )
     reward_funcs: list[str] = _option(["accuracy", "format"], 'reward functions: built-in names, or "module:function"')
-    check: str | None = _option(None, "the one that is 1 where an answer is right; by default the first that judges")
+    check: str | None = _option(
+        None, "the one that is 1 where an answer is right; by default the first that judges, or the first of one's own"
+    )
     reward_weights: list[float] | None = _option(None, "one weight per reward function; by default 1")
     shuffle_rewards: bool = _option(False, "control experiment: permute the rewards over the generation")
 
@@ -108,7 +118,7 @@ class Recipe:
     beta: float = _option(0.0, "weight of the KL penalty; 0 needs no reference model")
     use_bias_correction_kl: bool = _option(True, "multiply the KL estimate by the importance ratio")
     entropy_coef: float = _option(0.0, "weight of the entropy bonus")
-    scale_rewards: Literal["group", "batch", "none"] = _option("group", "the standard deviation to divide by")
+    scale_rewards: str = _option("group", "the standard deviation to divide by: group (true), batch, or none (false)")
     multi_objective_aggregation: Literal["sum_then_normalize", "normalize_then_sum"] = _option(
         "sum_then_normalize", "how several reward functions become one advantage"
     )
@@ -160,7 +170,8 @@ class Recipe:
         for name in _AT_LEAST_ONE:
             _at_least(name, getattr(self, name), 1)
         for name in _AT_LEAST_ZERO:
-            _at_least(name, getattr(self, name), 0)
+            if getattr(self, name) is not None:
+                _at_least(name, getattr(self, name), 0)
         _divides("gradient_accumulation_steps", self.gradient_accumulation_steps,
                  "steps_per_generation", self.steps_per_generation)  # fmt: skip
         _divides("num_generations", self.num_generations,
@@ -174,6 +185,11 @@ class Recipe:
         if self.backend not in ("auto", *BACKENDS):
             raise ValueError(f"backend must be one of auto, {', '.join(BACKENDS)}, got {self.backend!r}")
         self._check_sampling()
+        self.scale_rewards = _SCALES.get(str(self.scale_rewards).lower(), self.scale_rewards)
+        if self.scale_rewards not in _SCALES.values():
+            raise ValueError(f"scale_rewards must be group, batch, none, true or false, got {self.scale_rewards!r}")
+        if self.chat_template_kwargs is not None:
+            self.chat_template_kwargs = mapping("chat_template_kwargs", self.chat_template_kwargs)
         check_template(self.prompt_template)
         self.loss_config()
 
@@ -201,6 +217,11 @@ class Recipe:
     def prompts_per_generation(self) -> int:
         """Groups sampled at once."""
         return self.generation_batch_size // self.num_generations
+
+    @property
+    def prompt_format(self) -> PromptFormat:
+        """How prompts are rendered."""
+        return PromptFormat(self.prompt_template, self.system_prompt, self.chat_template_kwargs)
 
     @property
     def is_on_policy(self) -> bool:
@@ -237,6 +258,10 @@ class Recipe:
         )
 
 
+_LISTS = frozenset(key.name for key in fields(Recipe) if "list[" in str(key.type))
+_MAPPINGS = ("chat_template_kwargs",)
+_NEAR = 0.75  # how alike a key must be to be what was meant, from 0 to 1
+
 _AT_LEAST_ONE = (
     "max_steps", "per_device_train_batch_size", "gradient_accumulation_steps", "steps_per_generation", "num_iterations",
     "max_completion_length", "sft_batch_size", "logging_steps", "save_steps", "save_total_limit", "eval_samples",
@@ -246,6 +271,10 @@ _AT_LEAST_ZERO = (
     "learning_rate", "sft_learning_rate", "sft_steps", "warmup_steps", "weight_decay", "max_grad_norm",
     "num_eval_prompts", "num_completions_to_print", "completions_steps", "vllm_group_port",
 )  # fmt: skip
+
+
+#: What scale_rewards may be called; a YAML file's false, as Dr. GRPO's recipes have it, is "none".
+_SCALES = {"group": "group", "true": "group", "batch": "batch", "none": "none", "false": "none"}
 
 
 def _at_least(name: str, value: float, minimum: int) -> None:
@@ -295,11 +324,19 @@ def load_recipe(name: str | None, overrides: Sequence[str] = ()) -> Recipe:
         FileNotFoundError: There is no such recipe.
         ValueError: A key is unknown (the message names the nearest known one) or a value does not fit.
     """
-    return _parsed([] if name is None else _file_arguments(recipe_path(name)), overrides)
+    if name is None:
+        return _parsed([], overrides)
+    path = recipe_path(name)
+    content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    if not isinstance(content, dict):
+        raise ValueError(f"{path}: expected a mapping of keys to values, got {type(content).__name__}")
+    return with_overrides(str(path), content, overrides)
 
 
 def with_overrides(where: str, content: dict[str, Any], overrides: Sequence[str] = ()) -> Recipe:
     """A recipe of keys and values, and command-line overrides; ``where`` names it in errors, as for ``load_recipe``."""
+    if "reward_funcs" in given_keys(overrides):  # the weights of the file's functions are not theirs
+        content = {key: value for key, value in content.items() if key != "reward_weights"}
     return _parsed(_arguments(where, content), overrides)
 
 
@@ -310,9 +347,10 @@ def _parsed(arguments: list[str], overrides: Sequence[str]) -> Recipe:
         allow_abbrev=False,
         exit_on_error=False,
     )
+    parser._negative_number_matcher = NEGATIVE
     try:
         recipe, unknown = parser.parse_args_into_dataclasses(
-            [*arguments, *overrides], return_remaining_strings=True, look_for_args_file=False
+            [*arguments, *with_yaml_lists(overrides, _LISTS)], return_remaining_strings=True, look_for_args_file=False
         )
     except argparse.ArgumentError as error:
         raise ValueError(f"recipe: {error}") from error
@@ -322,20 +360,16 @@ def _parsed(arguments: list[str], overrides: Sequence[str]) -> Recipe:
     return recipe
 
 
-def _file_arguments(path: Path) -> list[str]:
-    """The file as command-line arguments, so that argparse checks and converts its values (YAML reads 1e-4 as text)."""
-    content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    if not isinstance(content, dict):
-        raise ValueError(f"{path}: expected a mapping of keys to values, got {type(content).__name__}")
-    return _arguments(str(path), content)
-
-
 def _arguments(where: str, content: dict[str, Any]) -> list[str]:
+    """A file's keys as command-line arguments, for argparse to check and convert (YAML reads 1e-4 as text)."""
     known = {f.name for f in fields(Recipe)}
     arguments: list[str] = []
     for key, value in content.items():
         if key not in known:
             raise ValueError(f"{where}: {_unknown_key(str(key))}")
+        if isinstance(value, dict) and key in _MAPPINGS:
+            arguments.append(f"--{key}={json.dumps(value)}")
+            continue
         if isinstance(value, dict):
             raise ValueError(f"{where}: {key} must be a single value or a list, got a mapping")
         if isinstance(value, list):
@@ -346,5 +380,6 @@ def _arguments(where: str, content: dict[str, Any]) -> list[str]:
 
 
 def _unknown_key(key: str) -> str:
-    nearest = difflib.get_close_matches(key, [f.name for f in fields(Recipe)], n=1, cutoff=0.0)[0]
-    return f"unknown key {key!r}; the nearest known key is {nearest!r}"
+    near = difflib.get_close_matches(key, [f.name for f in fields(Recipe)], n=1, cutoff=_NEAR)
+    hint = f"the nearest known key is {near[0]!r}" if near else "grpo-kernels train --help lists the keys"
+    return f"unknown key {key!r}; {hint}"

@@ -70,8 +70,9 @@ class SamplesFile(_LinesFile):
     """``samples.jsonl``: a record of each completion kept, with its step and all that a sample has."""
 
     def write(self, step: int, samples: Sequence[Sample]) -> None:
-        """Appends the samples of a step by one system call, each with all its fields."""
-        self._append([{"step": step, **sample._asdict()} for sample in samples])
+        """Appends the samples of a step by one system call, each with all its fields, and those that rewards logged."""
+        fields = [sample._asdict() for sample in samples]
+        self._append([{"step": step, **(found.pop("extra", None) or {}), **found} for found in fields])
 
 
 class Lines(NamedTuple):
@@ -79,6 +80,11 @@ class Lines(NamedTuple):
 
     records: list[dict[str, Any]]
     note: str | None  # on a last line that was cut; None where every line is whole
+
+
+def has_records(path: Path) -> bool:
+    """Whether a file of lines is there and has any."""
+    return path.is_file() and path.stat().st_size > 0
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:

@@ -174,9 +174,7 @@ def ends(rollout: Rollout, end_ids: Sequence[int]) -> Tensor:  # [B]
     return (is_end & rollout.completion_mask.bool()).any(dim=1)
 
 
-def completion_texts(
-    rollout: Rollout, tokenizer: PreTrainedTokenizerBase, end_ids: Sequence[int] = ()
-) -> list[str]:
+def completion_texts(rollout: Rollout, tokenizer: PreTrainedTokenizerBase, end_ids: Sequence[int] = ()) -> list[str]:
     """The decoded completions, as reward functions read them.
 
     Tokens with a role are left out: those that begin, end, pad or mask a text, and the unknown one. Any other stands in

@@ -30,7 +30,7 @@ from grpo_kernels.training.checkpoint import (
 )
 from grpo_kernels.training.cold_start import cold_start
 from grpo_kernels.training.data import Task, load_task
-from grpo_kernels.training.evaluation import evaluate, held_out
+from grpo_kernels.training.evaluation import evaluate, held_out, judge_name
 from grpo_kernels.training.filtering import filtered_task
 from grpo_kernels.training.html_report import versions, write_report
 from grpo_kernels.training.loop import GRPOLoop, Step
@@ -41,6 +41,7 @@ from grpo_kernels.training.reporting import (
     Progress,
     SamplesFile,
     Table,
+    has_records,
     plot_curves,
     read_lines,
     read_metrics,
@@ -116,7 +117,7 @@ def train(recipe: Recipe, accelerator: Accelerator | None = None, rows: Sequence
     except OSError as error:
         raise OSError(f"{error}; stopped after step {run.number}; {standing(output_dir)}") from error
     if accelerator.is_main_process:
-        _print_summary(before, after, time.perf_counter() - start, checkpoint, output_dir)
+        _print_summary(before, after, time.perf_counter() - start, checkpoint, recipe)
     return Result(checkpoint, before, after)
 
 
@@ -218,7 +219,8 @@ class _Run:
         self.metrics.write(step, accuracies)
         self.accelerator.print(
             f"held-out accuracy at step {step}: {accuracies['eval_accuracy']:.3f} at temperature 1, "
-            f"{accuracies['eval_accuracy_greedy']:.3f} greedy ({len(task.eval_rows)} problems)"
+            f"{accuracies['eval_accuracy_greedy']:.3f} greedy ({len(task.eval_rows)} problems, judged by "
+            f"{judge_name(self.recipe)})"
         )
         return accuracies
 
@@ -233,7 +235,7 @@ def _cut(path: Path, step: int) -> None:
 def _prepare(output_dir: Path, overwrite: bool) -> None:
     if overwrite:
         clear_run(output_dir)
-    elif (output_dir / "metrics.jsonl").exists() or list_checkpoints(output_dir):
+    elif has_records(output_dir / METRICS) or list_checkpoints(output_dir):
         raise FileExistsError(f"output_dir {output_dir} holds another run; name another or set overwrite_output_dir")
     output_dir.mkdir(parents=True, exist_ok=True)
 
@@ -254,12 +256,15 @@ def _run_cold_start(task: Task, recipe: Recipe) -> None:
 
 
 def _print_summary(
-    before: dict[str, float], after: dict[str, float], seconds: float, checkpoint: Path, output_dir: Path
+    before: dict[str, float], after: dict[str, float], seconds: float, checkpoint: Path, recipe: Recipe
 ) -> None:
+    output_dir = Path(recipe.output_dir)
     print(f"\ntrained in {seconds:.0f} s")
     for key, name in (("eval_accuracy", "at temperature 1"), ("eval_accuracy_greedy", "greedy")):
         if key in before:
             rise = after[key] - before[key]
             print(f"held-out accuracy {name}: {before[key]:.3f} -> {after[key]:.3f} ({rise:+.3f})")
+    if before:
+        print(f"right answers judged by: {judge_name(recipe)}")
     print(f"model: {checkpoint}\nmetrics: {output_dir / 'metrics.jsonl'}\ncurves: {output_dir / 'curves.png'}")
     print(f"report: {output_dir / 'report.html'}")

@@ -20,7 +20,7 @@ from grpo_kernels.training.policy import base_model
 from grpo_kernels.training.recipe import Recipe
 from grpo_kernels.training.rollout import Rollout, end_token_ids, generate, generation_config, padded
 from grpo_kernels.training.tasks import Row
-from grpo_kernels.training.templates import encode_prompts, render_prompt
+from grpo_kernels.training.templates import encode_prompts, render_prompts
 from grpo_kernels.training.vllm_client import Sampled, Served, ServerError, VLLMServer
 from grpo_kernels.training.weight_transfer import Transfer, connected, describe, whole_weights
 from grpo_kernels.training.wrapping import is_deepspeed
@@ -284,7 +284,7 @@ def rows_that_fit(
             )
         limits.append(room)
     limit = min(limits, default=math.inf)
-    texts = [render_prompt(row, tokenizer, recipe.prompt_template, recipe.system_prompt) for row in rows]
+    texts = render_prompts(rows, tokenizer, recipe.prompt_format)
     lengths = [len(ids) for ids in encode_prompts(texts, tokenizer)]
     empty, long = lengths.count(0), sum(length > limit for length in lengths)
     if empty:

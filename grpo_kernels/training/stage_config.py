@@ -13,6 +13,7 @@ from typing import Any
 
 import yaml
 
+from grpo_kernels.training.arguments import given_keys
 from grpo_kernels.training.augmentation import WAYS
 from grpo_kernels.training.recipe import Recipe, recipe_path, with_overrides
 from grpo_kernels.training.rewards import resolve
@@ -31,7 +32,7 @@ _RUN = ("output_dir", "overwrite_output_dir", "seed", "num_threads", "device", "
         "run_name", "dataset_name", "dataset_config", "dataset_split", "eval_dataset_split", "num_eval_prompts",
         "prompt_column", "answer_column")  # fmt: skip
 _SAMPLED = (*_RUN, "hidden_size", "model_name_or_path", "dtype", "attn_implementation", "trust_remote_code",
-            "prompt_template", "system_prompt", "max_prompt_length", "max_completion_length",
+            "prompt_template", "system_prompt", "chat_template_kwargs", "max_prompt_length", "max_completion_length",
             "eval_batch_size")  # fmt: skip
 _MEASURED = (*_SAMPLED, "reward_funcs", "check", "eval_samples")
 _SUPERVISED = ("sft_steps", "sft_batch_size", "sft_learning_rate")
@@ -95,8 +96,8 @@ class Stage:
         for name, (is_good, expected) in _CHECKS.items():
             if name in KEYS[self.kind] and not is_good(getattr(self, name)):
                 self._refuse(f"{name} must be {expected}, got {getattr(self, name)!r}")
-        for name in (*(self.keep or {}), *filter(None, [self.recipe.check])):
-            resolve(name)
+        for name in (*(self.keep or {}), *filter(None, [self.recipe.check]), *self._rewards()):
+            resolve(name)  # which imports what it names, before anything is written
         if self.kind == "sample" and not self.keep:
             self._refuse("keep must say what a completion must earn")
         if self.kind in ("sft", "distill") and not self.recipe.sft_steps:
@@ -104,10 +105,13 @@ class Stage:
         if self.kind == "distill":
             self._check_distillation()
         if self.kind == "eval":
-            if not self.recipe.num_eval_prompts:
+            if self.recipe.num_eval_prompts == 0:
                 self._refuse("num_eval_prompts must be at least 1 for kind 'eval'")
             if self.ks is not None and max(self.ks) > self.recipe.eval_samples:
                 self._refuse(f"ks must be at most eval_samples ({self.recipe.eval_samples}), got {max(self.ks)}")
+
+    def _rewards(self) -> list[str]:
+        return self.recipe.reward_funcs if "reward_funcs" in RECIPE_KEYS[self.kind] else []
 
     def _check_distillation(self) -> None:
         if (self.teacher is None) == (self.teacher_model_name_or_path is None):
@@ -169,6 +173,8 @@ def load_stages(name: str, overrides: Sequence[str] = ()) -> tuple[Path, list[St
 def load_stage(kind: str, name: str | None, overrides: Sequence[str] = ()) -> Stage:
     """One stage by itself, as ``grpo-kernels sft`` and the like run it.
 
+    "eval" takes the file that trained: keys of training are passed over, and it writes to ``eval`` in the run's folder.
+
     Args:
         kind: One of ``KEYS``.
         name: A YAML file of keys and values; None for the defaults alone.
@@ -182,7 +188,8 @@ def load_stage(kind: str, name: str | None, overrides: Sequence[str] = ()) -> St
         given, rest = stage_parser(kind).parse_known_args(list(overrides))
     except argparse.ArgumentError as error:
         raise ValueError(f"command line: {error}") from error
-    content = {"output_dir": f"runs/{kind}"} | ({} if name is None else _mapping(recipe_path(name)))
+    content = {} if name is None else _mapping(recipe_path(name))
+    content = {"output_dir": f"runs/{kind}"} | (_measuring(content) if kind == "eval" else content)
     _check_keys(name or "command line", kind, content)
     _check_keys("command line", kind, given_keys(rest))
     stage = _stage(name or "command line", kind, content | vars(given) | {"kind": kind}, {}, rest)
@@ -193,6 +200,15 @@ def load_stage(kind: str, name: str | None, overrides: Sequence[str] = ()) -> St
     if stage.data is not None and not is_file(stage.data):
         raise ValueError(f"data must be a .jsonl file, got {stage.data!r}")
     return stage
+
+
+def _measuring(content: dict[str, Any]) -> dict[str, Any]:
+    """What an evaluation reads of a recipe that trains."""
+    training = {key.name for key in fields(Recipe)} - set(RECIPE_KEYS["eval"])
+    kept = {key: value for key, value in content.items() if key not in training}
+    if len(kept) < len(content):
+        kept["output_dir"] = str(Path(kept.get("output_dir", Recipe().output_dir)) / "eval")
+    return kept
 
 
 def stage_parser(kind: str) -> argparse.ArgumentParser:
@@ -210,11 +226,6 @@ def stage_parser(kind: str) -> argparse.ArgumentParser:
             names = dict.fromkeys((f"--{key.name}", f"--{key.name.replace('_', '-')}"))
             parser.add_argument(*names, type=_value, metavar="VALUE", help=key.metadata["help"])
     return parser
-
-
-def given_keys(overrides: Sequence[str]) -> list[str]:
-    """The keys of ``["--key", "value", "--key=value", ...]``."""
-    return [text[2:].partition("=")[0].replace("-", "_") for text in overrides if text.startswith("--")]
 
 
 def _check_keys(where: str, kind: str, keys: Iterable[str]) -> None:

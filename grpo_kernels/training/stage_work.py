@@ -21,17 +21,17 @@ from grpo_kernels.training.checkpoint import save_checkpoint
 from grpo_kernels.training.cold_start import SupervisedStep, cold_start
 from grpo_kernels.training.data import Task, columns_needed, load_model, load_task, load_task_rows, read_rows
 from grpo_kernels.training.distillation import check_vocabularies, distill
-from grpo_kernels.training.evaluation import EvalReport, evaluate_samples, held_out
+from grpo_kernels.training.evaluation import EvalReport, evaluate_samples, held_out, judge_name
 from grpo_kernels.training.loop import Sample
 from grpo_kernels.training.recipe import Recipe
 from grpo_kernels.training.reporting import Progress, SamplesFile
 from grpo_kernels.training.rewards import RewardFunction, columns_of, resolve, score, total
-from grpo_kernels.training.rollout import completion_texts, completion_tokens, generate
+from grpo_kernels.training.rollout import completion_texts, completion_tokens, end_token_ids, generate
 from grpo_kernels.training.run import SAMPLES, train
 from grpo_kernels.training.sampling import context_length_of, rows_that_fit
 from grpo_kernels.training.stage_config import Stage
 from grpo_kernels.training.tasks import TASKS, Row
-from grpo_kernels.training.templates import render_prompt, whole_completion
+from grpo_kernels.training.templates import render_prompts, whole_completion
 from grpo_kernels.training.trackers import MetricsLog, tracked
 
 ROWS = "rows.jsonl"
@@ -126,6 +126,8 @@ def distilled(stage: Stage, recipe: Recipe, config: Config) -> Outcome:
 def measured(stage: Stage, recipe: Recipe, config: Config) -> Outcome:
     """pass@1, pass@k and cons@k of the held-out problems, each with its 95% confidence interval, and greedy."""
     task = _measurable(recipe, least=0)
+    print(f"  {recipe.model_name_or_path or 'a fresh model'}, {len(task.eval_rows)} held-out problems, right answers "
+          f"judged by: {judge_name(recipe)}")  # fmt: skip
     found, report = _scores(task, recipe, ks=stage.ks)
     for name, value in report.scores.items():
         print(f"  {value}")
@@ -217,11 +219,11 @@ def _scored(
     task: Task, recipe: Recipe, rows: list[Row], functions: dict[str, RewardFunction]
 ) -> tuple[list[str], Tensor]:
     """A completion of each row at temperature 1, and its rewards ``[B, K]``."""
-    prompts = [render_prompt(row, task.tokenizer, recipe.prompt_template, recipe.system_prompt) for row in rows]
+    prompts = render_prompts(rows, task.tokenizer, recipe.prompt_format)
     rollout = generate(
         task.model, task.tokenizer, prompts, max_completion_length=recipe.max_completion_length, temperature=1.0
     )
-    sampled = completion_texts(rollout, task.tokenizer)
+    sampled = completion_texts(rollout, task.tokenizer, end_token_ids(task.model, task.tokenizer))
     completions = [whole_completion(*found) for found in zip(rows, prompts, sampled, strict=True)]
     columns = columns_of(rows, completion_tokens(rollout))
     return completions, score(functions, [row["prompt"] for row in rows], completions, columns)

@@ -37,6 +37,7 @@ from grpo_kernels.files import replace_text
 from grpo_kernels.training.checkpoint import clear_run, list_checkpoints
 from grpo_kernels.training.html_report import versions
 from grpo_kernels.training.recipe import Recipe
+from grpo_kernels.training.reporting import has_records
 from grpo_kernels.training.run import SAMPLES
 from grpo_kernels.training.stage_config import Stage, is_file
 from grpo_kernels.training.stage_work import ROWS, WORK, Outcome
@@ -185,7 +186,7 @@ def _begin(stage: Stage, recipe: Recipe, config: dict[str, Any], used: dict[str,
     folder = stage.folder
     if recipe.overwrite_output_dir:
         clear_run(folder)
-    elif (folder / CONFIG).exists():
+    elif _is_begun(folder) and (folder / CONFIG).exists():
         try:
             found = yaml.safe_load((folder / CONFIG).read_text(encoding="utf-8"))
             differing = [name for name in _differing(found, config) if name in found]  # a run of GRPO has no stage's
@@ -197,7 +198,7 @@ def _begin(stage: Stage, recipe: Recipe, config: dict[str, Any], used: dict[str,
         redone = _redone(folder, used) if stage.kind == "grpo" else ""  # any other begins again
         if redone:
             raise FileExistsError(f"{folder} holds a stage on a {redone} that was made anew since; delete it")
-    elif (folder / METRICS).exists() or list_checkpoints(folder):
+    elif _is_begun(folder):
         raise FileExistsError(f"{folder} holds another run; name another output_dir or set overwrite_output_dir")
     (folder / DONE).unlink(missing_ok=True)
     folder.mkdir(parents=True, exist_ok=True)
@@ -209,6 +210,12 @@ def _begin(stage: Stage, recipe: Recipe, config: dict[str, Any], used: dict[str,
         (folder / name).unlink(missing_ok=True)
     replace_text(folder / CONFIG, yaml.safe_dump(config, sort_keys=False))
     replace_text(folder / "versions.json", json.dumps(versions(), indent=1))
+
+
+def _is_begun(folder: Path) -> bool:
+    """Whether a folder has more than what a stage writes before its first row."""
+    files = (folder / METRICS, folder / SAMPLES, folder / ROWS)
+    return any(map(has_records, files)) or bool(list_checkpoints(folder))
 
 
 def summary_table(lines: Sequence[dict[str, Any]]) -> str:

@@ -38,7 +38,7 @@ MAY_DIFFER = frozenset({
     "output_dir", "overwrite_output_dir", "resume", "logging_steps", "num_completions_to_print", "completions_steps",
     "save_steps", "save_total_limit", "disable_tqdm", "device", "num_threads", "report_to", "project", "run_name",
     "vllm_server_base_url", "vllm_server_host", "vllm_server_port", "vllm_server_timeout", "vllm_generation_timeout",
-    "vllm_group_port",
+    "vllm_group_port", "max_steps", "eval_batch_size",
 })  # fmt: skip
 _SEPARATOR = "|"  # in no name of a parameter
 _STATE = {"step": int, "rows_drawn": int, "schedule": dict, "param_groups": list, "recipe": dict, "processes": int,

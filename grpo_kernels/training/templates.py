@@ -54,9 +54,7 @@ def check_template(template: str | None) -> None:
         )
 
 
-def render_prompts(
-    rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase, prompt_format: PromptFormat
-) -> list[str]:
+def render_prompts(rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase, prompt_format: PromptFormat) -> list[str]:
     """The text that each row's completion continues; arguments and errors are ``render_prompt``'s."""
     return [render_prompt(row, tokenizer, *prompt_format) for row in rows]
 
@@ -122,7 +120,8 @@ def encode_prompts(prompts: Sequence[str], tokenizer: PreTrainedTokenizerBase) -
             try:
                 encoded = tokenizer(texts, add_special_tokens=not is_chat)["input_ids"]
             except Exception as error:
-                raise foreign(f"the tokenizer {tokenizer.name_or_path!r} failed on {len(texts)} prompts", error) from error
+                whose = f"the tokenizer {tokenizer.name_or_path!r} failed on {len(texts)} prompts"
+                raise foreign(whose, error) from error
             found |= zip(own, encoded, strict=True)
     return [_begun_once(found[i], tokenizer.bos_token_id) for i in range(len(prompts))]
 

@@ -260,8 +260,8 @@ class VLLMServer:
             expected = f"at most {max_tokens} tokens, got {len(ids)}"
         elif len(logprobs) != len(ids):
             expected = f"a log-probability for each of {len(ids)} tokens, got {len(logprobs)}"
-        elif not all(_is_logprob(value) for value in logprobs):
-            expected = f"finite log-probabilities of at most 0, got {_shown(logprobs)}"
+        elif not all(value is None or _is_logprob(value) for value in logprobs):
+            expected = f"finite log-probabilities of at most 0, or null, got {_shown(logprobs)}"
         elif reason not in ("stop", "length"):
             expected = f"finish_reason to be 'stop' or 'length', got {reason!r}"
         elif reason == "stop" and ids and ids[-1] not in end_ids:
@@ -270,7 +270,7 @@ class VLLMServer:
             expected = f"the prompt {_shown(prompt)}, got {_shown(choice['prompt_token_ids'])}"
         if expected is not None:
             raise ServerError(f"{self.base_url}{path}: expected {expected}")
-        return Sampled(ids, [float(value) for value in logprobs])
+        return Sampled(ids, [math.nan if value is None else float(value) for value in logprobs])
 
     def _field(self, path: str, answer: Any, name: str, kind: type) -> Any:
         value = answer.get(name) if isinstance(answer, dict) else None

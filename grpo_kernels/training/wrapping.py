@@ -60,6 +60,13 @@ def load_models_whole(accelerator: Accelerator) -> None:
         unset_hf_deepspeed_config()
 
 
+def check_trainable(model: Any, hint: str) -> None:
+    """Raises ValueError, with what to do, where weights that are to be trained have 16 bits."""
+    narrow = {p.dtype for p in model.parameters() if p.requires_grad} & {torch.bfloat16, torch.float16}
+    if narrow:
+        raise ValueError(f"weights of {narrow.pop()} cannot be trained: most updates would be rounded away; {hint}")
+
+
 def wrap_policy(
     model: Any, optimizer: torch.optim.Optimizer, recipe: Recipe, accelerator: Accelerator
 ) -> tuple[Any, Any]:
@@ -76,13 +83,9 @@ def wrap_policy(
         )
     if recipe.bf16 and accelerator.mixed_precision != "bf16":
         raise ValueError(f"bf16 needs an accelerator with mixed_precision='bf16', got {accelerator.mixed_precision!r}")
-    narrow = {p.dtype for p in model.parameters() if p.requires_grad} & {torch.bfloat16, torch.float16}
-    if narrow and not is_deepspeed(accelerator):  # its engine keeps weights of 32 bits beside them
-        raise ValueError(
-            f"weights of {narrow.pop()} cannot be trained: most updates would be rounded away; set dtype=float32, with "
-            "bf16=True to compute in bfloat16, or use_peft=True"
-        )
-    if is_deepspeed(accelerator):
+    if not is_deepspeed(accelerator):  # its engine keeps weights of 32 bits beside them
+        check_trainable(model, "set dtype=float32, with bf16=True to compute in bfloat16, or use_peft=True")
+    else:
         accelerator.deepspeed_plugin.deepspeed_config.update(
             train_micro_batch_size_per_gpu=recipe.per_device_train_batch_size,
             gradient_accumulation_steps=1,  # the loss is divided already

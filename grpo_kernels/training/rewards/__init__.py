@@ -1,6 +1,10 @@
-"""Reward functions, ``f(prompts, completions, **columns) -> list[float | None]``, and how the loop calls them.
+"""Reward functions, and how the loop calls them: as TRL does, by keyword.
 
-One may also be asynchronous. A None abstains: the completion has no reward of this function.
+    f(prompts=..., completions=..., completion_ids=..., **columns) -> list[float | None]
+
+``columns`` are the dataset's other columns and ``trainer_state``, ``log_metric`` and ``log_extra``. A completion is a
+string, or a list of one message where the prompt is a chat. A function may be asynchronous. A None abstains: the
+completion has no reward of this function. A sequence classifier is a reward model.
 """
 
 from grpo_kernels.training.rewards.answers import (
@@ -10,10 +14,12 @@ from grpo_kernels.training.rewards.answers import (
     math_accuracy_reward,
 )
 from grpo_kernels.training.rewards.code import CodeReward, extract_program
+from grpo_kernels.training.rewards.completions import completion_text
 from grpo_kernels.training.rewards.language import LanguageConsistencyReward, reasoning_of
 from grpo_kernels.training.rewards.length import CosineLengthReward, LengthReward, OverlongReward
-from grpo_kernels.training.rewards.registry import BUILT_IN, resolve, reward_factory
-from grpo_kernels.training.rewards.scoring import RewardFunction, columns_of, score, total
+from grpo_kernels.training.rewards.registry import BUILT_IN, check_name, look_in, resolve, reward_factory
+from grpo_kernels.training.rewards.reward_model import RewardModel
+from grpo_kernels.training.rewards.scoring import RewardFunction, RewardLog, columns_of, score, total
 from grpo_kernels.training.rewards.text import RepetitionReward, format_reward, tag_count_reward
 
 __all__ = [
@@ -25,12 +31,17 @@ __all__ = [
     "OverlongReward",
     "RepetitionReward",
     "RewardFunction",
+    "RewardLog",
+    "RewardModel",
     "accuracy_reward",
+    "check_name",
     "columns_of",
+    "completion_text",
     "exact_match_reward",
     "extract_answer",
     "extract_program",
     "format_reward",
+    "look_in",
     "math_accuracy_reward",
     "reasoning_of",
     "resolve",

@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import ast
+import difflib
 import importlib
 import inspect
 import re
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any, TypeVar
 
-from grpo_kernels.training.rewards.answers import accuracy_reward, exact_match_reward, math_accuracy_reward
+from grpo_kernels.training.errors import foreign
+from grpo_kernels.training.rewards.answers import JUDGES, accuracy_reward, exact_match_reward, math_accuracy_reward
 from grpo_kernels.training.rewards.code import CodeReward
 from grpo_kernels.training.rewards.language import LanguageConsistencyReward
 from grpo_kernels.training.rewards.length import CosineLengthReward, LengthReward, OverlongReward
+from grpo_kernels.training.rewards.reward_model import RewardModel
 from grpo_kernels.training.rewards.scoring import RewardFunction
 from grpo_kernels.training.rewards.text import RepetitionReward, format_reward, tag_count_reward
 
@@ -33,6 +38,7 @@ BUILT_IN: dict[str, RewardFunction] = {
 
 _CALL = re.compile(r"([\w.:]+)\((.*)\)", re.DOTALL)
 _FACTORIES: list[Callable[..., Any]] = [made for made in BUILT_IN.values() if isinstance(made, type)]
+_FOLDERS: list[Path] = []  # where modules are looked for beside the installed packages
 _Factory = TypeVar("_Factory", bound=Callable[..., Any])
 
 
@@ -42,18 +48,44 @@ def reward_factory(factory: _Factory) -> _Factory:
     return factory
 
 
-def resolve(name: str) -> RewardFunction:
-    """A reward function by its built-in name or as ``module:function``.
+def look_in(folder: Path) -> None:
+    """Has ``module:function`` looked for in a folder, after the installed packages and folders before it."""
+    folder = folder.resolve()
+    if folder not in _FOLDERS:
+        _FOLDERS.append(folder)
+    if str(folder) not in sys.path:
+        sys.path.append(str(folder))
 
-    Both may be followed by parameters, ``repetition(n=3, max_penalty=-1.0)``, whose values are Python literals; of a
-    module, what is called with them is a class or function that makes the reward function, marked by
+
+def check_name(check: str | None, reward_funcs: Sequence[str]) -> str:
+    """The name of the reward function that says which answers are right.
+
+    That is ``check``, or else the first of ``reward_funcs`` that judges answers or programs, else the first that is
+    one's own, else "accuracy".
+    """
+    if check is not None:
+        return check
+    bases = {name: name.partition("(")[0].strip() for name in reward_funcs}
+    judging = [name for name, base in bases.items() if base in (*JUDGES, "code")]
+    own = [name for name, base in bases.items() if ":" in base]
+    return (judging + own + ["accuracy"])[0]
+
+
+def resolve(name: str) -> RewardFunction:
+    """A reward function by its built-in name, as ``module:function``, or a reward model by its folder or Hub name.
+
+    The first two may be followed by parameters, ``repetition(n=3, max_penalty=-1.0)``, whose values are Python
+    literals; of a module, what is called with them is a class or function that makes the reward function, marked by
     ``reward_factory``. Nothing else is called here, but a module that is named is imported: it is code that runs.
 
     Raises:
         ValueError: There is no such module or function, what has parameters is not marked, it has no such parameter,
             or a value is no literal or out of range.
+        ForeignError: The module was found and raised when it was imported.
     """
     base, arguments = _split(name)
+    if base not in BUILT_IN and ":" not in base and arguments is None and ("/" in base or Path(base).is_dir()):
+        return RewardModel(base)
     if base in BUILT_IN:
         function = BUILT_IN[base]
         if arguments is not None and not isinstance(function, type):
@@ -92,14 +124,25 @@ def _split(name: str) -> tuple[str, dict[str, Any] | None]:
 def _imported(name: str) -> Callable[..., Any]:
     module_name, _, function_name = name.partition(":")
     if not function_name:
-        raise ValueError(f'reward_funcs: expected one of {", ".join(BUILT_IN)} or "module:function", got {name!r}')
+        near = difflib.get_close_matches(name, BUILT_IN, n=1)
+        hint = f"; did you mean {near[0]!r}?" if near else ""
+        raise ValueError(
+            f'reward_funcs: expected one of {", ".join(BUILT_IN)} or "module:function", got {name!r}{hint} (a reward '
+            "model is named by its folder or as owner/model)"
+        )
     try:
         module = importlib.import_module(module_name)
-    except ImportError as error:
-        raise ValueError(f"reward_funcs: {name!r} cannot be imported: {error}") from error
+    except Exception as error:
+        is_missing = isinstance(error, ModuleNotFoundError) and f"{module_name}.".startswith(f"{error.name}.")
+        if not is_missing:
+            raise foreign(f"reward_funcs: {name!r} cannot be imported", error) from error
+        places = "".join(f" or in {folder}" for folder in _FOLDERS)
+        raise ValueError(
+            f"reward_funcs: {name!r} cannot be imported: {error} among the installed packages{places}"
+        ) from error
     function = getattr(module, function_name, None)
     if not callable(function):
-        raise ValueError(f"reward_funcs: module {module_name!r} has no function {function_name!r}")
+        raise ValueError(f"reward_funcs: module {module_name!r} ({module.__file__}) has no function {function_name!r}")
     return function
 
 

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer, PreTrainedTokenizerBase
 
+from grpo_kernels.training.hub import check_folder, use_cache_if_unreachable
 from grpo_kernels.training.rewards.completions import completion_text
 
 
@@ -41,6 +43,9 @@ class RewardModel:
             raise ValueError("tokenizer must be given for a reward model that was not loaded by a name")
         self._model, self._tokenizer = None if isinstance(model, str) else model, tokenizer
         if isinstance(model, str):
+            check_folder("reward_funcs", model)
+            if not Path(model).is_dir():
+                use_cache_if_unreachable()
             try:
                 AutoConfig.from_pretrained(model)  # before any work
             except (OSError, ValueError) as error:
@@ -59,9 +64,7 @@ class RewardModel:
         rewards: list[float] = []
         for begin in range(0, len(texts), self.batch_size):
             batch = texts[begin : begin + self.batch_size]
-            inputs = tokenizer(
-                batch, return_tensors="pt", padding=True, padding_side="right", add_special_tokens=False
-            )
+            inputs = tokenizer(batch, return_tensors="pt", padding=True, padding_side="right", add_special_tokens=False)
             rewards += model(**inputs.to(device)).logits[:, 0].float().tolist()
         return rewards
 

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from transformers import TrainerState
 
 from grpo_kernels.ops.tokens.reference import weighted_sum
-from grpo_kernels.training.errors import ForeignError, foreign
+from grpo_kernels.training.errors import ForeignError, ForeignTypeError, foreign
 from grpo_kernels.training.rewards.reward_model import RewardModel
 
 _NOT_COLUMNS = ("prompt", "completion")  # given under names of their own
@@ -50,6 +50,17 @@ class RewardLog:
         """Adds a column to the samples, one value per completion."""
         self.columns[column].extend(values)
 
+    def rows(self, count: int) -> list[dict[str, Any]]:
+        """The extra columns of each of ``count`` completions.
+
+        Raises:
+            ValueError: A column has not one value per completion.
+        """
+        for name, values in self.columns.items():
+            if len(values) != count:
+                raise ValueError(f"log_extra({name!r}, ...) must have {count} values, got {len(values)}")
+        return [{name: values[i] for name, values in self.columns.items()} for i in range(count)]
+
     def arguments(self) -> dict[str, Any]:
         """What reward functions are given."""
         return {"trainer_state": self.state, "log_extra": self.log_extra, "log_metric": self.log_metric}
@@ -65,8 +76,8 @@ def score(
     """The rewards of B completions under K functions, NaN where a function abstained with None.
 
     A function is called as TRL calls it, by keyword: ``f(prompts=..., completions=..., completion_ids=..., **columns)``
-    with ``trainer_state``, ``log_metric`` and ``log_extra``. One that does not take ``**kwargs`` is given what it names.
-    A completion is a string, or ``[{"role": "assistant", "content": ...}]`` where its prompt is a list of messages.
+    with ``trainer_state``, ``log_metric`` and ``log_extra``. One that takes no ``**kwargs`` is given what it names. A
+    completion is a string, or ``[{"role": "assistant", "content": ...}]`` where its prompt is a list of messages.
 
     Synchronous functions run in turn, in this thread. Asynchronous ones run after them, together; where an event loop
     already runs in this thread, they get one of their own in another thread.
@@ -171,7 +182,7 @@ def _checked(name: str, values: Any, count: int) -> Tensor:  # [B]
     if hasattr(values, "tolist"):  # a tensor or an array
         values = values.tolist()
     if not isinstance(values, Sequence) or isinstance(values, (str, bytes)):
-        raise TypeError(f"reward function {name!r} must return a list of rewards, got {type(values).__name__}")
+        raise ForeignTypeError(f"reward function {name!r} must return a list of rewards, got {type(values).__name__}")
     if len(values) != count:
         raise ValueError(f"reward function {name!r} must return {count} rewards, got {len(values)}")
     rewards = torch.tensor([_number(name, i, value) for i, value in enumerate(values)], dtype=torch.float32)
@@ -186,7 +197,7 @@ def _number(name: str, index: int, value: Any) -> float:
     if hasattr(value, "tolist"):  # a scalar of numpy or torch
         value = value.tolist()
     if not isinstance(value, numbers.Real):
-        raise TypeError(
+        raise ForeignTypeError(
             f"reward function {name!r} must return numbers or None, got {type(value).__name__} {value!r} "
             f"for completion {index}"
         )

@@ -1,0 +1,63 @@
+"""Values as text: lists, mappings and negative numbers on a command line and in a recipe's file."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Collection, Sequence
+from typing import Any
+
+import yaml
+
+#: argparse's own takes -1e-05, as Python writes it, for an option.
+NEGATIVE = re.compile(r"^-(\d+\.?\d*|\.\d+)([eE][-+]?\d+)?$")
+
+
+def with_yaml_lists(overrides: Sequence[str], lists: Collection[str]) -> list[str]:
+    """Command-line arguments in which ``--key '[a, b]'`` of a list is ``--key a b``.
+
+    Args:
+        overrides: ``["--key", "value", "--key=value", ...]``.
+        lists: The keys whose values are lists.
+
+    Raises:
+        ValueError: A list is cut short, or has other lists or mappings in it.
+    """
+    found: list[str] = []
+    key = ""  # of the last option
+    for text in overrides:
+        value = text
+        if text.startswith("--"):
+            option, equals, value = text.partition("=")
+            key = option[2:].replace("-", "_")
+            if not equals or key not in lists:
+                found.append(text)
+                continue
+            found.append(option)
+        found += _listed(key, value) if key in lists and value.startswith("[") else [value]
+    return found
+
+
+def given_keys(overrides: Sequence[str]) -> list[str]:
+    """The keys of ``["--key", "value", "--key=value", ...]``."""
+    return [text[2:].partition("=")[0].replace("-", "_") for text in overrides if text.startswith("--")]
+
+
+def mapping(name: str, value: Any) -> dict[str, Any]:
+    """A mapping, or the one that a text in YAML or JSON says; raises ValueError, with the name, for anything else."""
+    try:
+        found = yaml.safe_load(value) if isinstance(value, str) else value
+    except yaml.YAMLError:
+        found = None
+    if not isinstance(found, dict):
+        raise ValueError(f"{name} must be a mapping, got {value!r}")
+    return found
+
+
+def _listed(key: str, text: str) -> list[str]:
+    try:
+        values = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ValueError(f"command line: {key} must be a list in YAML, got {text!r}") from error
+    if not isinstance(values, list) or any(isinstance(value, (list, dict)) for value in values):
+        raise ValueError(f"command line: {key} must be a list of single values, got {text!r}")
+    return [str(value) for value in values]
