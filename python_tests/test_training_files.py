@@ -1,0 +1,231 @@
+"""The same rows, whatever file they stand in."""
+
+from __future__ import annotations
+
+import csv
+import datetime
+import decimal
+import json
+import logging
+from pathlib import Path
+from typing import Any
+
+import datasets
+import pyarrow as arrow
+import pytest
+from pyarrow import parquet
+
+from grpo_kernels.training import rewards
+from grpo_kernels.training.data import load_rows
+
+#: What every kind of file must give back. Numbers, texts and nulls stand in one column; what a table fills up is gone.
+ROWS: list[dict[str, Any]] = [
+    {"prompt": "2 + 3 =", "answer": 5, "level": 1, "note": None, "tests": ["assert f(1) == 2"]},
+    {"prompt": "1 / 2 =", "answer": 0.5, "level": 2, "note": "a, b", "tests": [{"input": "1\n", "output": "2"}]},
+    {"prompt": "the agent?", "answer": "007", "level": None, "note": '"quoted"', "tests": []},
+    {"prompt": "two\nlines, ü", "answer": "(1, 2]", "level": -3, "note": None, "tests": ["x", "y"]},
+    {"prompt": [{"role": "user", "content": "[1]"}], "answer": "[1, 2]", "level": 0.25, "note": "1e5", "tests": None},
+]
+#: Without a column of several types, which a table has not.
+TABLE: list[dict[str, Any]] = [
+    {"prompt": "2 + 3 =", "answer": 5, "messages": [{"role": "user", "content": "a"}]},
+    {"prompt": "1 / 2 =", "answer": 0.5, "messages": [{"role": "tool", "content": "b", "name": "calculator"}]},
+    {"prompt": "4 + 4 =", "answer": 8, "messages": []},
+]
+
+
+def write(path: Path, rows: list[dict[str, Any]], *, newline: str = "\n", mark: str = "") -> Path:
+    """Rows in a file of the path's kind."""
+    if path.suffix == ".parquet":
+        parquet.write_table(arrow.Table.from_pylist(rows), path)
+        return path
+    if path.suffix == ".csv":
+        names = list(rows[0])
+        with path.open("w", encoding="utf-8", newline="") as file:
+            file.write(mark)
+            writer = csv.DictWriter(file, names, lineterminator=newline)
+            writer.writeheader()
+            writer.writerows([{name: cell(row[name]) for name in names} for row in rows])
+        return path
+    lines = (
+        [json.dumps(rows, indent=1)] if path.suffix == ".json" else [json.dumps(r, ensure_ascii=False) for r in rows]
+    )
+    path.write_bytes((mark + "".join(f"{line}{newline}" for line in lines)).encode())
+    return path
+
+
+def cell(value: Any) -> Any:
+    return json.dumps(value) if isinstance(value, (list, dict)) else value
+
+
+@pytest.mark.parametrize("mark", ["", "\ufeff"])
+@pytest.mark.parametrize("newline", ["\n", "\r\n"])
+@pytest.mark.parametrize("suffix", [".jsonl", ".json", ".csv"])
+def test_text_files_give_the_same_rows(tmp_path: Path, suffix: str, newline: str, mark: str) -> None:
+    path = write(tmp_path / f"rows{suffix}", ROWS, newline=newline, mark=mark)
+    found = load_rows(str(path))
+    assert found == ROWS
+    assert [type(row["answer"]) for row in found] == [int, float, str, str, str]
+
+
+@pytest.mark.parametrize("kind", [".jsonl", ".json", ".parquet", "folder of csv", "folder of json", "saved", "splits"])
+def test_tables_and_folders_give_the_same_rows(tmp_path: Path, kind: str) -> None:
+    """An int beside a decimal stays one, and an object has the fields that its own row has."""
+    if kind == "saved":
+        datasets.Dataset.from_list(floats(TABLE)).save_to_disk(str(tmp_path / "rows"))
+    elif kind == "splits":
+        found = datasets.Dataset.from_list(floats(TABLE))
+        datasets.DatasetDict({"train": found, "test": found.select([0])}).save_to_disk(str(tmp_path / "rows"))
+    elif kind.startswith("folder"):
+        (tmp_path / "rows").mkdir()
+        write(tmp_path / "rows" / f"train.{kind.rpartition(' ')[2]}", TABLE)
+    name = tmp_path / "rows" if not kind.startswith(".") else write(tmp_path / f"rows{kind}", floats(TABLE))
+    found = load_rows(str(name))
+    assert found == TABLE
+    assert [type(row["answer"]) for row in found] == [int, float, int]
+
+
+def floats(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The column of numbers as a table has it."""
+    return [row | {"answer": float(row["answer"])} for row in rows]
+
+
+@pytest.mark.parametrize("name", ["rows.csv", "rows.json", "rows.jsonl", "folder"])
+def test_an_answer_is_right_whatever_stands_beside_it(tmp_path: Path, name: str) -> None:
+    """A decimal, an empty cell or a text in its column makes no 5 a 5.0 and no 007 a 7."""
+    for others in ([0.5], [None], ["x"], [0.5, None, "y"]):
+        rows = [
+            {"prompt": str(i), "answer": a, "hint": h} for i, (a, h) in enumerate([(5, 1), ("007", None), (8, "x")])
+        ]
+        rows += [{"prompt": f"o{i}", "answer": "z", "hint": other} for i, other in enumerate(others)]
+        path = tmp_path / name
+        if name == "folder":
+            path.mkdir(exist_ok=True)
+            write(path / "train.csv", rows)
+        else:
+            write(path, rows)
+        answers = [row["answer"] for row in load_rows(str(path))][:3]
+        given = [f"<answer>{text}</answer>" for text in ("5", "007", "8")]
+        assert rewards.accuracy_reward([""] * 3, given, answer=answers) == [1.0] * 3
+
+
+def test_values_that_only_tables_have(tmp_path: Path) -> None:
+    table = arrow.table({
+        "prompt": ["a", "b", "c"],
+        "answer": arrow.array([decimal.Decimal("5.00"), decimal.Decimal("0.50"), None], arrow.decimal128(20, 2)),
+        "long": arrow.array([decimal.Decimal("0.12345678901234567890"), None, None], arrow.decimal128(30, 20)),
+        "day": [datetime.date(2026, 11, 28), None, datetime.date(2026, 1, 2)],
+        "at": [datetime.datetime(2026, 11, 28, 9, 30), None, None],
+        "raw": [b"x = 1", None, b"\xff"],
+        "score": [1.0, float("nan"), 2.5],
+        "big": [2.0**60, 3.0, -4.0],
+    })  # fmt: skip
+    parquet.write_table(table, tmp_path / "rows.parquet")
+    first, second, third = load_rows(str(tmp_path / "rows.parquet"), needs_answer=False)
+    assert first == {
+        "prompt": "a", "answer": 5, "long": "0.12345678901234567890", "day": "2026-11-28", "at": "2026-11-28T09:30:00",
+        "raw": "x = 1", "score": 1, "big": 2.0**60,
+    }  # fmt: skip
+    assert (second["answer"], second["score"], second["big"]) == (0.5, None, 3)
+    assert (third["answer"], third["day"], third["score"]) == (None, "2026-01-02", 2.5)
+    json.dumps([first, second, third])  # a stage can write them
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("5", 5), ("-5", -5), ("0", 0), ("0.5", 0.5), ("5.0", 5), ("007", "007"), ("+5", "+5"), ("5.00", "5.00"),
+        ("1e5", "1e5"), ("1_000", "1_000"), ("-0", "-0"), (" 5", " 5"), ("nan", "nan"), ("inf", "inf"), ("NA", "NA"),
+        ("null", "null"), ("True", "True"), ("１２", "１２"), ("", None), ("[1, 2", "[1, 2"), ("{1, 2}", "{1, 2}"),
+        ("[1, 2]", [1, 2]), ('{"a": null, "b": 1.0}', {"b": 1}), ("12345678901234567890", 12345678901234567890),
+    ],
+)  # fmt: skip
+def test_a_cell_of_a_csv_file(tmp_path: Path, text: str, expected: Any) -> None:
+    write(tmp_path / "rows.csv", [{"prompt": "p", "answer": "a", "value": text}])
+    assert load_rows(str(tmp_path / "rows.csv"))[0]["value"] == expected
+
+
+def test_prompts_and_answers_in_brackets_are_texts_in_a_csv_file(tmp_path: Path) -> None:
+    write(
+        tmp_path / "rows.csv",
+        [{"question": "[3, 1, 2]", "result": "[1, 2, 3]"}, {"question": "7", "result": '{"a": 1}'}],
+    )
+    found = load_rows(str(tmp_path / "rows.csv"), prompt_column="question", answer_column="result")
+    assert [(row["prompt"], row["answer"]) for row in found] == [("[3, 1, 2]", "[1, 2, 3]"), ("7", '{"a": 1}')]
+
+
+@pytest.mark.parametrize(
+    ("content", "rows"),
+    [
+        ('{"data": [{"prompt": "a", "answer": 1}]}', 1),
+        ('{"train": [{"prompt": "a", "answer": 1}], "test": [{"prompt": "b", "answer": 2}]}', 1),
+        ('{"prompt": ["a", "b"], "answer": [1, "2"]}', 2),
+        ('{"prompt": "a", "answer": 1}\n{"prompt": "b", "answer": 2}\n', 2),
+        ('{"prompt": "a", "answer": 1}', 1),
+        ('[{"prompt": "a", "answer": NaN, "other": 1}]', 0),
+    ],
+)
+def test_the_shapes_of_a_json_file(tmp_path: Path, content: str, rows: int) -> None:
+    (tmp_path / "rows.json").write_text(content)
+    if not rows:
+        with pytest.raises(ValueError, match="row 0 must have a value in column answer, got None"):
+            load_rows(str(tmp_path / "rows.json"))
+    else:
+        found = load_rows(str(tmp_path / "rows.json"))
+        assert len(found) == rows and found[0] == {"prompt": "a", "answer": 1}
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("a.jsonl", b'{"prompt": "a"}\n[1]\n', r"a\.jsonl:2: expected a JSON object, got list"),
+        ("a.json", b'[{"prompt": "a"}, 3]', r"a\.json: row 1: expected a JSON object, got int"),
+        ("a.json", b"[1, 2", r"a\.json cannot be read: Expecting"),
+        ("a.json", b'"text"', r"a\.json: expected a list of objects, got str"),
+        ("a.json", b'{"dev": [{"a": 1}], "test": [{"a": 1}]}', r"has no split 'train'; it has dev, test"),
+        ("a.csv", b"prompt,answer\na,1,2\n", r"a\.csv:2: expected 2 cells, got 3"),
+        ("a.csv", b"prompt,prompt\na,1\n", r"its columns must have different names, got prompt, prompt"),
+        ("a.csv", b'prompt,answer\n"a,1\n', r"a\.csv:2: unexpected end of data"),
+        ("a.csv", "prompt,answer\nä,1\n".encode("latin-1"), r"a\.csv cannot be read: .*utf-8"),
+        ("a.csv", b"prompt,answer\n[],1\n", None),
+        ("a.parquet", b"PAR1", r"a\.parquet cannot be read"),
+        ("a.jsonl", b'{"prompt": {"a": 1}, "answer": 1}', "row 0 must have a text or chat messages as its prompt, got"),
+    ],
+)
+def test_a_file_that_cannot_be_read_is_named_with_its_line(
+    tmp_path: Path, name: str, content: bytes, message: str | None
+) -> None:
+    (tmp_path / name).write_bytes(content)
+    if message is None:
+        assert load_rows(str(tmp_path / name))[0]["prompt"] == "[]"
+    else:
+        with pytest.raises(ValueError, match=message):
+            load_rows(str(tmp_path / name))
+
+
+def test_a_column_with_the_name_of_one_of_ours_gives_way(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Reward functions are given ``prompts``, ``completions`` and the like by keyword: no column can have the name."""
+    row = {
+        "prompt": "old",
+        "question": "new",
+        "answer": "1",
+        "completions": "x",
+        "completion_ids": [1],
+        "solution": "s",
+    }
+    path = write(tmp_path / "rows.jsonl", [row])
+    with caplog.at_level(logging.WARNING):
+        (found,) = load_rows(str(path), prompt_column="question")
+    assert found == {"prompt": "new", "answer": "1", "solution": "s"}
+    assert "column prompt and completions and completion_ids is left out: its name is taken" in caplog.text
+
+
+def test_a_worked_solution_of_the_datasets_own_stays(tmp_path: Path) -> None:
+    path = write(tmp_path / "rows.jsonl", [{"prompt": "p", "answer": "work\n#### 5", "solution": "its own"}])
+    (found,) = load_rows(str(path))
+    assert (found["answer"], found["solution"]) == ("5", "its own")
+
+
+def test_a_prompt_longer_than_a_csv_modules_default_is_read(tmp_path: Path) -> None:
+    path = write(tmp_path / "rows.csv", [{"prompt": "x" * 300_000, "answer": "1"}])
+    assert len(load_rows(str(path))[0]["prompt"]) == 300_000
