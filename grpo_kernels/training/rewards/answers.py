@@ -11,10 +11,11 @@ from typing import Any
 from grpo_kernels.training.rewards.completions import completion_text
 
 _ANSWER = re.compile(r"<answer\s*>((?:(?!</?answer\s*>).)*)</answer\s*>", re.DOTALL | re.IGNORECASE)
-_FORMULA = r"(?:\$\$.+?\$\$|(?<![\\\d])\$(?:\\\$|[^$\n])+\$|\\\(.+?\\\)|\\\[.+?\\\])(?:\s*\\?%)?"
+_FORMULA = r"(?:\$\$.+?\$\$|(?<![\\\d])\$(?:\\\$|[^$\n])+\$(?!\d)|\\\(.+?\\\)|\\\[.+?\\\])(?:\s*\\?%)?"
 _FORMULAS = rf"{_FORMULA}(?:\s*(?:,|,?\s*(?:and|or)\b)\s*{_FORMULA})*"
 _ANNOUNCED = re.compile(rf"answer[^$]{{0,50}}?({_FORMULAS})", re.DOTALL | re.IGNORECASE)
 _ANY_FORMULA = re.compile(_FORMULAS, re.DOTALL)
+_HEADING = re.compile(r"\W*(?:the )?(?:final )?(?:answer|result|solution)\W*", re.IGNORECASE)
 _BOX = re.compile(r"\\(?:boxed|fbox)\s*\{")
 _NUMBER = re.compile(r"[+-]?(?:\d{1,3}(?:,\d{3})+|\d+)?(?:\.\d*)?(?:[eE][+-]?\d{1,6})?", re.ASCII)
 _TEXT_COMMAND = re.compile(r"[\s$]*\\(?:text\w*|mathrm|mathbf|mbox)\s*\{([^{}]*)\}[\s$.]*")
@@ -221,6 +222,12 @@ def _boxed(text: str) -> str | None:
 
 
 def _after_hashes(text: str) -> str:
-    """What stands between the last ``####`` and the end of its line; the whole text if there is none."""
+    """What stands between the last ``####`` and the end of its line; the whole text if there is none.
+
+    Below a heading as "#### Final Answer" it is the next line.
+    """
     _, hashes, answer = text.rpartition("####")
-    return answer.strip().partition("\n")[0] if hashes else text
+    if not hashes:
+        return text
+    line, _, rest = answer.strip().partition("\n")
+    return rest.strip().partition("\n")[0] if rest.strip() and _HEADING.fullmatch(line) else line

@@ -1,48 +1,29 @@
-"""Answers as mathematics: parsed to the last character by latex2sympy2, which math-verify brings, and compared exactly.
-
-math-verify's own ``parse`` takes the first part of a text that it understands, and its ``verify`` rounds numbers to six
-decimals; either would pay for wrong answers.
-"""
+"""Answers as mathematics: read in full, and compared exactly, where math-verify's ``verify`` rounds to six decimals."""
 
 from __future__ import annotations
 
 import re
 from functools import lru_cache
-from itertools import pairwise
 from typing import Any, NamedTuple
 
 import sympy
 from latex2sympy2_extended import is_expr_of_only_symbols
-from latex2sympy2_extended.latex2sympy2 import ConversionConfig, _Latex2Sympy
 from latex2sympy2_extended.logic import And
 from sympy.core.relational import Relational
 
+from grpo_kernels.training.rewards.math_formula import UNEVALUATED, parse_formula
 from grpo_kernels.training.rewards.math_text import split_answer
 
-_MAX_LENGTH = 1000  # characters of a formula
-_MAX_DEPTH = 12  # of its brackets: the parser tries ways to read each
-_MAX_BITS = 100_000  # of a number: 2004! has 19,000
 _DIGITS = 50  # to which irrational values have to agree, besides those of the integers in them
 _POINTS = ["0.3713", "-0.8329", "5.3117", "-17.7139", "1234.5671", "-98765.4321"]  # where formulas have to agree
 
-_PLAIN = re.compile(r"([+-]?)\s*(\d{1,4000}(?:\.\d{0,4000})?|\.\d{1,4000})(?:\s*/\s*(\d{1,4000}))?")
-_FRACTION = re.compile(r"\\frac\{(\d+)\}\{(\d+)\}")
 _SPACE = re.compile(r"(?<!\w)\s+|\s+(?!\w)")  # which says nothing: 3 4 is not 34
 _PUNCTUATION = re.compile(r"[().,:;!?\"'*`\[\]{}]+")
 _ANNOUNCEMENT = re.compile(
     r"\A(?:so |thus |therefore )?(?:the )?(?:final |correct |right )?(?:answer|option|choice)(?: is)? "
 )
 _CHOICE = re.compile("[A-J]|[(][A-J][)]")
-_TOO_LARGE = re.compile(r"\^\{?-?\d{6}|\d{5,}\s*\)?!|!\s*\)*!|\\binom\s*\{\d{5}|\^\{?\d+\^\{?\d+\^|\^\{\d+\^\{?\d{2,}")
-_UNEVALUATED = (
-    sympy.Integral,
-    sympy.Sum,
-    sympy.Product,
-    sympy.Limit,
-    sympy.Derivative,
-    sympy.core.function.AppliedUndef,
-)
-_STEPS = (sympy.floor, sympy.ceiling, sympy.Mod, sympy.factorial, sympy.gamma, sympy.binomial)  # points do not tell
+_STEPS = (sympy.floor, sympy.ceiling, sympy.Mod)  # points do not tell them apart
 
 
 class MathAnswer(NamedTuple):
@@ -59,34 +40,6 @@ class MathAnswer(NamedTuple):
     @property
     def value(self) -> Any:
         return self.whole if self.bare is None else self.bare
-
-
-class _Reader(_Latex2Sympy):
-    """latex2sympy2 with exact decimals, which takes nothing for a product or a mixed number that is none."""
-
-    def parse_number(self, text: str) -> sympy.Rational:
-        return sympy.Rational(text.replace(",", ""))
-
-    def convert_atom(self, atom: Any) -> Any:
-        if atom.number_subexpr() and atom.number_subexpr().subexpr():
-            raise ValueError("the base of a number would go unread")
-        return super().convert_atom(atom)
-
-    def convert_postfix_list(self, arr: list[Any], i: int = 0) -> Any:
-        texts = [postfix.getText() for postfix in arr]
-        mixed = _FRACTION.fullmatch(texts[1]) if len(arr) == 2 and texts[0].isdigit() else None
-        if any(right[0] in ".0123456789" for _, right in pairwise(texts)):
-            raise ValueError("two numbers side by side are no number")
-        if mixed:
-            if int(mixed[1]) >= int(mixed[2]):
-                raise ValueError("a mixed number has a proper fraction")
-            return sympy.Integer(texts[0]) + sympy.Rational(int(mixed[1]), int(mixed[2]))
-        product = self.convert_postfix(arr[0])
-        for postfix in arr[1:]:
-            factor = self.convert_postfix(postfix)
-            matrices = getattr(product, "is_Matrix", False) or getattr(factor, "is_Matrix", False)
-            product = (self.mat_mul_flat if matrices else self.mul_flat)(product, factor)
-        return product
 
 
 @lru_cache(maxsize=4096)
@@ -132,24 +85,6 @@ def spelling_of_answer(answer: MathAnswer) -> str | None:
     if answer.is_words or re.fullmatch("[a-j]", answer.words):
         return answer.words
     return None if answer.value is None else spelling(answer.value)
-
-
-def parse_formula(text: str) -> Any:
-    """A formula by sympy, evaluated; None where it cannot be parsed to its end or a number in it is too large."""
-    plain = _PLAIN.fullmatch(text)
-    if plain and (plain[3] is None or int(plain[3])):
-        value = sympy.Rational(plain[2]) / sympy.Integer(plain[3] or 1)
-        return -value if plain[1] == "-" else value
-    if len(text) > _MAX_LENGTH or _depth(text) > _MAX_DEPTH or _TOO_LARGE.search(text):
-        return None
-    exact, approx, rounded = text.partition(r"\approx")
-    try:
-        if approx:
-            return _approximated(parse_formula(exact.strip()), parse_formula(rounded.strip()))
-        reader = _Reader(is_real=True, convert_degrees=True, config=ConversionConfig(lowercase_symbols=False))
-        return _evaluated(reader.parse(text))
-    except Exception:  # ANTLR and sympy raise whatever they like on what is no formula
-        return None
 
 
 def equal(a: Any, b: Any) -> bool:
@@ -200,77 +135,17 @@ def spelling(a: Any) -> str:
 
 
 def _spelled_relation(a: Any) -> str:
-    try:
-        return str(a.as_set())
-    except (AttributeError, NotImplementedError, TypeError, ValueError):
-        pass
+    solutions = _solutions(a)
+    if solutions is not None:
+        return str(solutions)
     if isinstance(a, And):
         return " and ".join(sorted(map(_spelled_relation, a._unsorted_args)))
     a = a.reversed if isinstance(a, (sympy.Gt, sympy.Ge)) else a
     return f"{type(a).__name__}({spelling(a.lhs)}; {spelling(a.rhs)})"
 
 
-def _depth(text: str) -> int:
-    depth = deepest = 0
-    for character in text:
-        depth += (character in "([{") - (character in ")]}")
-        deepest = max(deepest, depth)
-    return deepest
-
-
-def _approximated(exact: Any, rounded: Any) -> Any:
-    """What stands before an "approximately equal", if what stands after it is within a hundredth."""
-    if exact is None or rounded is None:
-        return None
-    if is_expr_of_only_symbols(exact):
-        return rounded
-    return exact if bool(sympy.Abs(sympy.N(exact - rounded)) <= sympy.Abs(sympy.N(exact)) / 100) else None
-
-
 def _scaled(percent: Any) -> Any:
     return percent / 100 if isinstance(percent, sympy.Expr) else percent
-
-
-def _evaluated(a: Any) -> Any:
-    """A parsed formula with its numbers worked out; sums, integrals and limits stay as they are."""
-    if isinstance(a, And):
-        return And(*map(_evaluated, a._unsorted_args), evaluate=False)
-    if isinstance(a, Relational):
-        return a.func(_evaluated(a.lhs), _evaluated(a.rhs), evaluate=False)
-    if isinstance(a, sympy.FiniteSet):
-        return sympy.FiniteSet(*map(_evaluated, a.args))
-    if isinstance(a, sympy.Interval):
-        return sympy.Interval(_evaluated(a.start), _evaluated(a.end), a.left_open, a.right_open)
-    if isinstance(a, sympy.MatrixBase):
-        return sympy.ImmutableMatrix(a.applyfunc(_evaluated))
-    if isinstance(a, (sympy.Tuple, sympy.Union, sympy.Intersection, sympy.Complement)):
-        return a.func(*map(_evaluated, a.args))
-    if not isinstance(a, sympy.Expr) or a.has(*_UNEVALUATED):
-        return a
-    _bits(a)
-    value = a.xreplace({sympy.Symbol("i", real=True): sympy.I}).doit()
-    if value.has(sympy.nan, sympy.zoo):
-        raise ValueError("no number")
-    return value
-
-
-def _bits(a: Any) -> int:
-    """How long the integers of a constant may get when it is worked out; raises OverflowError beyond ``_MAX_BITS``."""
-    if a.is_Rational:
-        bits = int(a.p).bit_length() + int(a.q).bit_length()
-    elif isinstance(a, (sympy.Pow, sympy.exp)) and not a.exp.free_symbols:
-        _bits(a.exp)
-        exponent = abs(sympy.N(a.exp))
-        bits = max(_bits(a.base), 2) * (int(exponent) + 1) if exponent < _MAX_BITS else _MAX_BITS + 1
-    elif isinstance(a, sympy.factorial) and not a.free_symbols:
-        _bits(a.args[0])
-        argument = abs(sympy.N(a.args[0]))
-        bits = int(argument) * 16 if argument < 3000 else _MAX_BITS + 1
-    else:
-        bits = sum(map(_bits, a.args))
-    if bits > _MAX_BITS:
-        raise OverflowError(f"a number has more than {_MAX_BITS} bits")
-    return bits
 
 
 def _is_statement(a: Any) -> bool:
@@ -308,24 +183,40 @@ def _equal_relations(a: Any, b: Any) -> bool:
     if isinstance(a, And) and isinstance(b, And):
         return len(a._unsorted_args) == len(b._unsorted_args) and _match(a._unsorted_args, b._unsorted_args)
     if isinstance(a, sympy.Set) or isinstance(b, sympy.Set):
-        try:
-            a, b = (x if isinstance(x, sympy.Set) else x.as_set() for x in (a, b))
-        except (AttributeError, NotImplementedError, TypeError, ValueError):
-            return False
-        return _equal_sets(a, b)
+        a, b = (x if isinstance(x, sympy.Set) else _solutions(x) for x in (a, b))
+        return a is not None and b is not None and _equal_sets(a, b)
     if not (isinstance(a, Relational) and isinstance(b, Relational)):
         return False
-    if type(a) is not type(b) and type(a) is type(b.reversed):
-        b = b.reversed
+    b = b.reversed if type(a) is not type(b) else b
     if type(a) is not type(b):
         return False
-    try:
-        if equal(a.lhs, b.lhs) and equal(a.rhs, b.rhs):
-            return True
-        ratio = sympy.cancel((a.lhs - a.rhs) / (b.lhs - b.rhs))
-    except Exception:  # sides that are no expressions, as of x = {1, 2}
+    if equal(a.lhs, b.lhs) and equal(a.rhs, b.rhs):
+        return True
+    if not all(isinstance(side, sympy.Expr) for side in (a.lhs, a.rhs, b.lhs, b.rhs)):
         return False
-    return bool(ratio.is_number and (ratio.is_positive or (ratio.is_nonzero and isinstance(a, (sympy.Eq, sympy.Ne)))))
+    return _is_multiple(a.lhs - a.rhs, b.lhs - b.rhs, any_sign=isinstance(a, (sympy.Eq, sympy.Ne)))
+
+
+def _is_multiple(a: Any, b: Any, any_sign: bool) -> bool:
+    """Whether one expression is a constant other than zero times the other; a positive one unless of any sign."""
+    symbols = a.free_symbols | b.free_symbols
+    left, right = _values(a, symbols, _DIGITS), _values(b, symbols, _DIGITS)
+    if left is None or right is None or _zero(left[0]) == 0 or _zero(right[0]) == 0:
+        return False
+    ratio = left[0] / right[0]
+    products = [_agree(x, ratio * y, _DIGITS - 10) for x, y in zip(left, right, strict=True)]
+    return all(products) and bool(any_sign or ratio > 0)
+
+
+def _solutions(a: Any) -> Any:
+    """The set of x of ``1 < x``, or of ``1 < x < 2``; None for any other relation."""
+    parts = a._unsorted_args if isinstance(a, And) else [a]
+    is_bound = all(isinstance(x, Relational) and not isinstance(x, (sympy.Eq, sympy.Ne)) for x in parts)
+    sides = [side for x in parts for side in (x.lhs, x.rhs)] if is_bound else []
+    names = {side for side in sides if side.is_Symbol}
+    if len(names) != 1 or not all(side.is_Symbol or (side.is_number and side.is_real) for side in sides):
+        return None
+    return sympy.Intersection(*(x.as_set() for x in parts)) if all(x.free_symbols for x in parts) else None
 
 
 def _equal_sets(a: Any, b: Any) -> bool:
@@ -351,7 +242,7 @@ def _match(left: Any, right: Any) -> bool:
 def _equal_expressions(a: Any, b: Any) -> bool:
     if a == b:
         return True
-    if a.is_infinite or b.is_infinite or a.has(*_UNEVALUATED) or b.has(*_UNEVALUATED):
+    if a.is_infinite or b.is_infinite or a.has(*UNEVALUATED) or b.has(*UNEVALUATED):
         return False
     symbols = a.free_symbols | b.free_symbols
     if symbols and (a.has(*_STEPS) or b.has(*_STEPS)):

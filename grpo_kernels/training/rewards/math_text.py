@@ -21,11 +21,11 @@ class AnswerText(NamedTuple):
 _SUPERSCRIPTS = str.maketrans("⁰¹²³⁴⁵⁶⁷⁸⁹⁺⁻ⁿ", "0123456789+-n")
 _SUBSCRIPTS = str.maketrans("₀₁₂₃₄₅₆₇₈₉", "0123456789")
 _CHARACTERS = str.maketrans(
-    {"−": "-", "–": "-", "·": r"\cdot ", "∞": r"\infty ", "°": r"^\circ ", "≈": r"\approx ", "⁄": "/", "²": "^2"}
-    | dict.fromkeys("\u200b\u200c\u200d\u2060\ufeff\ufe0f\u200e\u200f")
+    {"−": "-", "∈": r"\in ", "·": r"\cdot ", "∞": r"\infty ", "°": r"^\circ ", "≈": r"\approx ", "⁄": "/", "²": "^2"}
+    | dict.fromkeys("✓✔✅☑🎉\u200b\u200c\u200d\u2060\ufeff\ufe0f\u200e\u200f")
 )
 _UNICODE_ROOT = re.compile(r"√\s*(?:(\d+(?:\.\d+)?|[a-zA-Z])|\(([^()]*)\)|(?=\{))")
-_BOXED = re.compile(r"\\(?:boxed|fbox)\s*(\{)")
+_BOXED = re.compile(r"\\(?:boxed|fbox|underline|mathbf|boldsymbol|bm)\s*(\{)")
 _CURRENCIES = {r"\$": "dollar", "€": "euro", "£": "pound", "¥": "yen", "₹": "rupee"}
 
 # In order: what stands for a form, what replaces it. Emphasis is none inside a formula, as in 2**3**4 or 2*3*4.
@@ -35,6 +35,8 @@ _MARKUP = [
     (r"(?<![\w)}*])(\*{1,3})(?=[^\s*])([^*]*[^\s*])\1(?![\w({*])", r"\2"),
     (r"(?<!\w)(?<!\\)(_{1,3})(?=[^\s_])([^_]*[^\s_])\1(?!\w)", r"\2"),
     (r"\A\s*#+\s", ""),
+    (r"</?(?:b|i|u|em|strong|code|p|br)\s*/?>", " "),
+    (r"\A\s*–", "-"),
     (r"\*\*", "^"),
 ]
 _FORMS = [
@@ -51,6 +53,8 @@ _FORMS = [
     (r"\\leqslant", r"\\le "),
     (r"\\geqslant", r"\\ge "),
     (r"\\(?:dots|cdots)(?![a-z])|\.\.\.", r"\\ldots "),
+    (r"\\(?:begin|end)\{(?:align|aligned|gathered|equation|split)\*?\}", " "),
+    (r"&(?!.*\\end\{)", " "),
     (r"\{,\}", ","),
     (r"\\frac\s*(\d)\s*(\d)(?!\d)", r"\\frac{\1}{\2}"),
     (r"\\frac\s*(\{[^{}]*\})\s*(\d)", r"\\frac\1{\2}"),
@@ -62,6 +66,12 @@ _FORMS = [
     # thousands: 1,234,567 and 1 234 567, but not [1,234), which is an interval, and 0,234
     (r"(?<![\w.,(\[])(?<!\\\{)([1-9]\d{0,2}(?:,\d{3})+)(?![\w,])", lambda m: m[1].replace(",", "")),
     (r"(?<![\w.,])(?<![\d.,] )([1-9]\d{0,2}(?: \d{3})+)(?!\w|[,.]\d| \d)", lambda m: m[1].replace(" ", "")),
+    (
+        r"(?<![\w.,])([1-9]\d{0,2}(?:['’]\d{3})+|[1-9]\d{0,2}(?:\.\d{3}){2,})(?![\w,])",
+        lambda m: re.sub("\\D", "", m[1]),
+    ),
+    (r"(?<![\w.])(\d*)\.(\d*)\\(?:overline|bar)\{(\d+)\}", lambda m: _repeating(*m.groups())),
+    (r"(?<=\d)(?:st|nd|rd|th)\b", ""),
     (r",(?=\S)", ", "),
     (r"(?<![\w.])(\d+)\s+(\d+)\s*/\s*(\d+)(?![\w.])", r"\1\\frac{\2}{\3}"),
     (r"(?<=\d)[eE]([+-]?)(\d+)(?!\w)", r" \\cdot 10^{\1\2}"),
@@ -176,7 +186,15 @@ def clean(text: str) -> str:
     for rule, new in _FORM_RULES:
         text = rule.sub(new, text)
     text = re.sub(r"[^\S\n]+", " ", text).strip().strip("\"'").rstrip(" .,;:")
+    text = re.sub(rf"(?<=[\d}}]) *\\frac\{{\s*({_UNIT})\s*\}}\{{\s*({_UNIT})\s*\}}\Z", r" \1/\2", text)
+    text = re.sub(rf"(?<=[\d}}]) +[(\[]({_UNITS_AT_END})[)\]]\Z", r" \1", text)
     return re.sub(r"\A(?:=|\\approx)\s*", "", text)
+
+
+def _repeating(whole: str, start: str, period: str) -> str:
+    """A decimal without end as a fraction: 0.1\\overline{6} as (16 - 1)/90."""
+    top = int(whole + start + period) - int(whole + start or 0)
+    return rf"\frac{{{top}}}{{{'9' * len(period)}{'0' * len(start)}}}"
 
 
 def _without_boxes(text: str) -> str:
