@@ -1,70 +1,107 @@
-"""Rewards for the right answer: equal text, or equal as mathematics."""
+"""Rewards for the right answer: equal text, equal as a number, or equal as mathematics."""
 
 from __future__ import annotations
 
 import re
 import threading
 from collections.abc import Callable, Sequence
+from decimal import Context, Decimal
 from typing import Any
 
-_ANSWER = re.compile(r"<answer>(.*?)</answer>", re.DOTALL)
-_DELIMITED = re.compile(r"\$|\\\(|\\\[|\\boxed")
-_COMMAND = re.compile(r"\\(?:text|mathrm|mbox)\s*\{[^{}]*\}|\\[A-Za-z]+")
-_WORD = re.compile(r"[^\W\d_]{3,}")
-_SECONDS = 5  # what math-verify may take for one text or one comparison
+from grpo_kernels.training.rewards.completions import completion_text
+
+_ANSWER = re.compile(r"<answer\s*>((?:(?!</?answer\s*>).)*)</answer\s*>", re.DOTALL | re.IGNORECASE)
+_FORMULA = r"(?:\$\$.+?\$\$|(?<![\\\d])\$(?:\\\$|[^$\n])+\$(?!\d)|\\\(.+?\\\)|\\\[.+?\\\])(?:\s*\\?%)?"
+_FORMULAS = rf"{_FORMULA}(?:\s*(?:,|,?\s*(?:and|or)\b)\s*{_FORMULA})*"
+_ANNOUNCED = re.compile(rf"answer[^$]{{0,50}}?({_FORMULAS})", re.DOTALL | re.IGNORECASE)
+_ANY_FORMULA = re.compile(_FORMULAS, re.DOTALL)
+_HEADING = re.compile(r"\W*(?:the )?(?:final )?(?:answer|result|solution)\W*", re.IGNORECASE)
+_BOX = re.compile(r"\\(?:boxed|fbox)\s*\{")
+_NUMBER = re.compile(r"[+-]?(?:\d{1,3}(?:,\d{3})+|\d+)?(?:\.\d*)?(?:[eE][+-]?\d{1,6})?", re.ASCII)
+_TEXT_COMMAND = re.compile(r"[\s$]*\\(?:text\w*|mathrm|mathbf|mbox)\s*\{([^{}]*)\}[\s$.]*")
+_EXACT = Context(prec=100_000)  # digits
+_SECONDS = 5  # what one answer may take to read, and one comparison
 
 
 def extract_answer(completion: str) -> str | None:
-    """The text of the last ``<answer>`` element without its white space, or None if there is none."""
-    answers = _ANSWER.findall(completion)
+    """The text of the last complete ``<answer>`` element without its white space, or None if there is none.
+
+    Elements in the reasoning, before the last ``</think>``, count only where nothing stands after it. Of tags without a
+    partner, as where the reasoning mentions them, none counts.
+
+    Example:
+        >>> extract_answer("I will use <answer> tags.</think><answer>4</answer> or rather <answer>4 2</answer>")
+        '42'
+    """
+    answers = _ANSWER.findall(_after_thinking(completion_text(completion)))
     return "".join(answers[-1].split()) if answers else None
 
 
 def accuracy_reward(
-    prompts: Sequence[Any], completions: Sequence[str], *, answer: Sequence[Any], **columns: Any
+    prompts: Sequence[Any], completions: Sequence[Any], *, answer: Sequence[Any], **columns: Any
 ) -> list[float]:
-    """1 where the completion's answer equals the ``answer`` column up to white space, else 0."""
-    expected = ["".join(str(a).split()) for a in answer]
-    return [float(extract_answer(c) == e) for c, e in zip(completions, expected, strict=True)]
+    """1 where the completion's ``<answer>`` equals the ``answer`` column, else 0.
+
+    Numbers are compared by value: 5, 5.0, 05, +5 and 5e0 are equal, and so are 1,000 and 1000; 1,00 is no number. Other
+    text is equal up to white space. A formula, a fraction such as 1/2, and a unit are text: see ``math_accuracy``.
+    """
+    expected = [_spell_number("".join(str(a).split())) for a in answer]
+    return [float(_spelled_answer(c) == e) for c, e in zip(completions, expected, strict=True)]
 
 
 def exact_match_reward(
-    prompts: Sequence[Any], completions: Sequence[str], *, answer: Sequence[Any], **columns: Any
+    prompts: Sequence[Any], completions: Sequence[Any], *, answer: Sequence[Any], **columns: Any
 ) -> list[float]:
     """1 where the whole completion equals the ``answer`` column up to white space around it, else 0."""
-    return [float(c.strip() == str(a).strip()) for c, a in zip(completions, answer, strict=True)]
+    return [float(completion_text(c).strip() == str(a).strip()) for c, a in zip(completions, answer, strict=True)]
+
+
+def _spelled_answer(completion: Any) -> str | None:
+    """The answer that ``accuracy_reward`` compares: a number in one spelling."""
+    found = extract_answer(completion)
+    return None if found is None else _spell_number(found)
 
 
 def math_accuracy_reward(
-    prompts: Sequence[Any], completions: Sequence[str], *, answer: Sequence[Any], **columns: Any
+    prompts: Sequence[Any], completions: Sequence[Any], *, answer: Sequence[Any], **columns: Any
 ) -> list[float | None]:
-    """1 where the completion's answer equals the ``answer`` column as mathematics, else 0; by math-verify.
+    """1 where the completion's answer equals the ``answer`` column as mathematics, else 0; parsed by math-verify.
 
-    The column holds LaTeX, with or without dollars or a ``\\boxed``, a plain number, or a solution that ends in
-    ``#### 42``, as GSM8K's do. Where nothing in it can be parsed (a word, an empty text, None) the reward abstains.
+    The column holds LaTeX, with or without dollars or a ``\\boxed``, a number, or a solution that ends in ``#### 42``,
+    as GSM8K's do; or one word, a ``\\text{...}`` or a choice such as (B), which are compared as text. Where it holds
+    several plain words, an empty text or None, the reward abstains.
 
-    The completion's answer is its last ``<answer>`` element, else what follows its last ``####``, both read as the
-    column is; else the last formula in LaTeX after ``</think>``, a ``\\boxed`` before one that the word answer
-    announces, and that before others. A plain number in running text is no answer.
+    The completion's answer is its last complete ``<answer>`` element; else what follows its last ``####``; else its
+    last ``\\boxed``; else its last formula in LaTeX, one that the word answer announces before others. Reasoning,
+    before the last ``</think>``, counts only where nothing stands after it. A plain number in running text is no
+    answer.
 
-    Parsing and comparing may take 5 seconds each, after which an answer is wrong and a column unparsable. math-verify
-    measures that by a signal, which Python delivers to the main thread alone: in another thread there is no limit.
+    An answer is right only if all of it was read, from its first character to its last:
+
+    - Markdown, delimiters, thousands separators, a unit, a currency and words around the mathematics do not matter. A
+      word that changes the number does ("not 3", "3 or more"), and so does a unit other than the column's.
+    - Numbers are compared exactly. A decimal of six or more places is also equal to a number without end that it is the
+      correct rounding of, as 0.333333 to 1/3.
+    - A percent sign on one side only may be a unit or a hundredth: 73% equals 73 and 0.73.
+    - Sets and lists are equal in any order, pairs and intervals in one. ``x = 5`` equals 5. Several candidates, as "3
+      or 4", equal only the set of them.
+    - What cannot be parsed, such as a sequence with dots, is equal to the same text only.
+
+    Reading and comparing may take 5 seconds each, after which an answer is wrong. That limit is a signal, which Python
+    delivers to the main thread alone; numbers too large to work out are refused in any thread.
 
     Raises:
         ImportError: math-verify is not installed.
     """
-    try:
-        import math_verify  # seconds of import that only this reward needs
-    except ImportError as error:
-        raise ImportError("the reward math_accuracy needs math-verify: pip install math-verify") from error
-    seconds = _SECONDS if threading.current_thread() is threading.main_thread() else None
+    math_answers = _import_math_answers()
     rewards: list[float | None] = []
     for completion, expected in zip(completions, answer, strict=True):
-        gold = _parse_formula(_after_hashes("" if expected is None else str(expected)), seconds)
-        if not gold:
+        gold = _limited(_read_gold, "" if expected is None else str(expected))
+        if gold is None:
             rewards.append(None)
             continue
-        rewards.append(float(math_verify.verify(gold, _parse_completion(completion, seconds), timeout_seconds=seconds)))
+        given = _limited(_read_completion, completion)
+        rewards.append(float(given is not None and bool(_limited(math_answers.same_answer, gold, given))))
     return rewards
 
 
@@ -75,16 +112,19 @@ JUDGES = {
 }
 
 
-def math_answer(completion: str) -> str | None:
-    """A completion's answer as ``math_accuracy_reward`` reads it, in one spelling of the formula; None without one."""
-    seconds = _SECONDS if threading.current_thread() is threading.main_thread() else None
-    found = _parse_completion(completion, seconds)
-    return str(found[0]) if found else None
+def math_answer(completion: Any) -> str | None:
+    """A completion's answer as ``math_accuracy_reward`` reads it: equal answers have one spelling.
+
+    None where there is none, or where not all of it was read.
+    """
+    math_answers = _import_math_answers()
+    given = _limited(_read_completion, completion)
+    return None if given is None else _limited(math_answers.spelling_of_answer, given)
 
 
 #: By judge, what reads a completion's answer, for votes. A judge of one's own has it as its attribute ``extract``.
 EXTRACTS: dict[Callable[..., Any], Callable[[str], str | None]] = {
-    accuracy_reward: extract_answer,
+    accuracy_reward: _spelled_answer,
     exact_match_reward: str.strip,
     math_accuracy_reward: math_answer,
 }
@@ -101,38 +141,93 @@ def judge_name(reward_funcs: Sequence[str]) -> str:
     return next((name for name in reward_funcs if name.partition("(")[0].strip() in (*JUDGES, "code")), "accuracy")
 
 
-def _after_hashes(text: str) -> str:
-    """What stands between the last ``####`` and the end of its line; the whole text if there is none."""
-    _, hashes, answer = text.rpartition("####")
-    return answer.strip().partition("\n")[0] if hashes else text
+def _after_thinking(text: str) -> str:
+    """What stands after the last ``</think>``; the whole text if nothing does."""
+    said = text.rpartition("</think>")[2]
+    return said if said.strip() else text
 
 
-def _parse_completion(completion: str, seconds: int | None) -> list[Any]:
-    import math_verify
+def _spell_number(text: str) -> str:
+    """A number in one spelling, the text itself if it is none."""
+    if not _NUMBER.fullmatch(text) or not any(map(str.isdigit, text)):
+        return text
+    value = Decimal(text.replace(",", ""))
+    return str(value.normalize(_EXACT)) if value else "0"
 
-    answers = _ANSWER.findall(completion)
+
+def _import_math_answers() -> Any:
+    try:
+        import math_verify  # noqa: F401 - seconds of import that only this reward needs
+    except ImportError as error:
+        raise ImportError("the reward math_accuracy needs math-verify: pip install math-verify") from error
+    from grpo_kernels.training.rewards import math_answers
+
+    return math_answers
+
+
+def _limited(function: Callable[..., Any], *arguments: Any) -> Any:
+    """What a function returns; None where it takes more than ``_SECONDS`` in the main thread."""
+    from math_verify.errors import TimeoutException
+    from math_verify.utils import timeout
+
+    seconds = _SECONDS if threading.current_thread() is threading.main_thread() else None
+    try:
+        return timeout(seconds)(function)(*arguments)
+    except (TimeoutException, RecursionError):
+        return None
+
+
+def _read_gold(text: str) -> Any:
+    """The ``answer`` column's answer; None where there is nothing to compare."""
+    text = _after_hashes(text) if "####" in text else text
+    gold = _read(_boxed(text) or text)
+    is_one_text = len(gold.words.split()) == 1 or _TEXT_COMMAND.fullmatch(text)
+    return gold if gold.text and (not gold.is_words or is_one_text) else None
+
+
+def _read_completion(completion: Any) -> Any:
+    """A completion's answer; None where it gives none."""
+    text = _after_thinking(completion_text(completion))
+    answers = _ANSWER.findall(text)
     if answers:
-        return _parse_formula(_after_hashes(answers[-1]), seconds)
-    if "####" in completion:
-        return _parse_formula(_after_hashes(completion), seconds)
-    config = math_verify.LatexExtractionConfig(boxed_match_priority=0)
-    return math_verify.parse(
-        completion.rpartition("</think>")[2],
-        extraction_config=[config],
-        extraction_mode="first_match",
-        fallback_mode="no_fallback",
-        parsing_timeout=seconds,
-    )
+        return _read(_after_hashes(answers[-1]))
+    hashes = text.rfind("####")
+    boxed = _boxed(text)
+    if hashes >= 0 and not (boxed and _BOX.search(text, text.find("\n", hashes) % (len(text) + 1))):
+        return _read(_after_hashes(text))
+    if boxed:
+        return _read(boxed)
+    formulas = _ANNOUNCED.findall(text) or _ANY_FORMULA.findall(text)
+    return _read(formulas[-1]) if formulas else None
 
 
-def _parse_formula(text: str, seconds: int | None) -> list[Any]:
-    """A text that is an answer, parsed; empty if it cannot be.
+def _read(text: str) -> Any:
+    """A text that is an answer, or else its last ``\\boxed`` if nothing but words follows that."""
+    from grpo_kernels.training.rewards.math_answers import read_answer
 
-    Without delimiters it is a formula as a whole, unless it has words outside LaTeX commands: then the last formula or
-    number in it counts, as in "42 apples".
+    answer = read_answer(text)
+    if answer.value is None and _BOX.search(text) and not re.search(r"[\d\\$]", text[text.rfind("}") :]):
+        return read_answer(_boxed(text))
+    return answer
+
+
+def _boxed(text: str) -> str | None:
+    """What stands in the last ``\\boxed``, and in those just before it that it is joined to; None without one."""
+    from latex2sympy2_extended.math_normalization import extract_boxed_content
+
+    if not _BOX.search(text):
+        return None
+    percent = re.match(r"\}[\s$]*(\\?%)", text[text.rfind("}") :])
+    return extract_boxed_content(text, mode="last") + (percent[1] if percent else "")
+
+
+def _after_hashes(text: str) -> str:
+    """What stands between the last ``####`` and the end of its line; the whole text if there is none.
+
+    Below a heading as "#### Final Answer" it is the next line.
     """
-    import math_verify
-
-    text = text.strip()
-    is_formula = text and not _DELIMITED.search(text) and not _WORD.search(_COMMAND.sub(" ", text))
-    return math_verify.parse(f"${text}$" if is_formula else text, fallback_mode="no_fallback", parsing_timeout=seconds)
+    _, hashes, answer = text.rpartition("####")
+    if not hashes:
+        return text
+    line, _, rest = answer.strip().partition("\n")
+    return rest.strip().partition("\n")[0] if rest.strip() and _HEADING.fullmatch(line) else line

@@ -1,0 +1,296 @@
+"""Answers as mathematics: read in full, and compared exactly, where math-verify's ``verify`` rounds to six decimals."""
+
+from __future__ import annotations
+
+import re
+from functools import lru_cache
+from typing import Any, NamedTuple
+
+import sympy
+from latex2sympy2_extended import is_expr_of_only_symbols
+from latex2sympy2_extended.logic import And
+from sympy.core.relational import Relational
+
+from grpo_kernels.training.rewards.math_formula import UNEVALUATED, parse_formula
+from grpo_kernels.training.rewards.math_text import split_answer
+
+_DIGITS = 50  # to which irrational values have to agree, besides those of the integers in them
+_POINTS = ["0.3713", "-0.8329", "5.3117", "-17.7139", "1234.5671", "-98765.4321"]  # where formulas have to agree
+
+_SPACE = re.compile(r"(?<!\w)\s+|\s+(?!\w)")  # which says nothing: 3 4 is not 34
+_PUNCTUATION = re.compile(r"[().,:;!?\"'*`\[\]{}]+")
+_ANNOUNCEMENT = re.compile(
+    r"\A(?:so |thus |therefore )?(?:the )?(?:final |correct |right )?(?:answer|option|choice)(?: is)? "
+)
+_CHOICE = re.compile("[A-J]|[(][A-J][)]")
+_STEPS = (sympy.floor, sympy.ceiling, sympy.Mod)  # points do not tell them apart
+
+
+class MathAnswer(NamedTuple):
+    """An answer as it was read, in full."""
+
+    text: str  # without white space and markup
+    whole: Any  # the text as a formula, letters of units and words as factors; None where that cannot be parsed
+    bare: Any  # without a unit and words around it; None as above, or where these are no mere words
+    unit: str
+    is_letter_unit: bool
+    words: str  # the text in lower case, without punctuation
+    is_words: bool  # it is nothing but words
+
+    @property
+    def value(self) -> Any:
+        return self.whole if self.bare is None else self.bare
+
+
+@lru_cache(maxsize=4096)
+def read_answer(text: str) -> MathAnswer:
+    """Reads a text that is an answer. What is not mathematics from its first character to its last stays None."""
+    parts = split_answer(text)
+    words = " ".join(_PUNCTUATION.sub(" ", parts.whole).split()).casefold()
+    bare = None if parts.formula is None else parse_formula(parts.formula)
+    whole = None
+    if parts.is_formula:
+        whole = bare if parts.formula == parts.whole else parse_formula(parts.whole)
+    return MathAnswer(
+        text=_SPACE.sub("", parts.whole),
+        whole=whole,
+        bare=bare,
+        unit=parts.unit,
+        is_letter_unit=parts.is_letter_unit,
+        words=_ANNOUNCEMENT.sub("", words) or words,
+        is_words=parts.is_words,
+    )
+
+
+def same_answer(gold: MathAnswer, given: MathAnswer) -> bool:
+    """Whether two answers are the same text or equal as mathematics, and have no different units."""
+    if gold.text and gold.text == given.text:
+        return True
+    if gold.is_words or _CHOICE.fullmatch(gold.text):
+        return gold.words == given.words
+    if gold.whole is not None and given.whole is not None and equal(gold.whole, given.whole):
+        return True
+    if gold.is_letter_unit or gold.value is None or given.bare is None:
+        return False
+    if "%" in (gold.unit, given.unit) and gold.unit != given.unit and {gold.unit, given.unit} == {"%", ""}:
+        percent, other = (gold, given) if gold.unit else (given, gold)
+        return equal(percent.value, other.value) or equal(_scaled(percent.value), other.value)
+    if gold.unit and given.unit and gold.unit != given.unit:
+        return False
+    return equal(gold.value, given.bare)
+
+
+def spelling_of_answer(answer: MathAnswer) -> str | None:
+    """One text for answers that are the same; None where not all of an answer was read."""
+    if answer.is_words or re.fullmatch("[a-j]", answer.words):
+        return answer.words
+    return None if answer.value is None else spelling(answer.value)
+
+
+def equal(a: Any, b: Any) -> bool:
+    """Whether two formulas are equal: sets in any order, equations up to a factor, numbers exactly.
+
+    A decimal also equals a number that it is the correct rounding of, to six or more decimals and significant digits.
+    """
+    a, b = _without_steps(a), _without_steps(b)
+    if _is_statement(a) != _is_statement(b):  # x = 5 and 5, but not x = 5 and y = 5
+        a, b = (x if _assigned(x) is None else _assigned(x) for x in (a, b))
+    if isinstance(a, (Relational, And)) or isinstance(b, (Relational, And)):
+        return _equal_relations(a, b)
+    if isinstance(a, sympy.FiniteSet) or isinstance(b, sympy.FiniteSet):
+        a, b = (x if isinstance(x, (sympy.Set, sympy.Tuple)) else sympy.FiniteSet(x) for x in (a, b))
+    if isinstance(a, sympy.MatrixBase) and isinstance(b, sympy.MatrixBase):
+        return a.shape == b.shape and all(map(equal, a.flat(), b.flat()))
+    if isinstance(a, sympy.Set) and isinstance(b, sympy.Set):
+        return _equal_sets(a, b)
+    if isinstance(a, sympy.Tuple) and isinstance(b, sympy.Tuple):
+        return len(a) == len(b) and all(map(equal, a, b))
+    if isinstance(a, sympy.Expr) and isinstance(b, sympy.Expr):
+        return _equal_expressions(a, b)
+    return a == b
+
+
+def spelling(a: Any) -> str:
+    """One text for all formulas that are equal: exact for rationals, 30 digits for other numbers and at ``_POINTS``."""
+    assigned = _assigned(a)
+    if assigned is not None:
+        return spelling(assigned)
+    if isinstance(a, (Relational, And)):
+        return _spelled_relation(a)
+    if isinstance(a, sympy.FiniteSet) and len(a) > 1:
+        return "{" + ", ".join(sorted(map(spelling, a.args))) + "}"
+    if isinstance(a, sympy.FiniteSet) and len(a) == 1:
+        return spelling(a.args[0])
+    if isinstance(a, sympy.Tuple):
+        return "(" + ", ".join(map(spelling, a)) + ")"
+    if isinstance(a, sympy.MatrixBase):
+        return f"{a.shape}" + ", ".join(map(spelling, a.flat()))
+    if a.is_Rational and max(abs(a.p), a.q) > 10**4000:  # Python's limit for decimal digits is 4300
+        return f"{int(a.p):#x}/{int(a.q):#x}"
+    if isinstance(a, sympy.Expr) and not a.is_Rational and not a.is_Symbol:
+        names = ", ".join(sorted(map(str, a.free_symbols)))
+        values = [str(sympy.N(_zero(value), 30)) for value in _values(a, a.free_symbols, _DIGITS) or []]
+        return f"{names}: {', '.join(values)}" if names and values else (values or [str(a)])[0]
+    return str(a)
+
+
+def _spelled_relation(a: Any) -> str:
+    solutions = _solutions(a)
+    if solutions is not None:
+        return str(solutions)
+    if isinstance(a, And):
+        return " and ".join(sorted(map(_spelled_relation, a._unsorted_args)))
+    a = a.reversed if isinstance(a, (sympy.Gt, sympy.Ge)) else a
+    return f"{type(a).__name__}({spelling(a.lhs)}; {spelling(a.rhs)})"
+
+
+def _scaled(percent: Any) -> Any:
+    return percent / 100 if isinstance(percent, sympy.Expr) else percent
+
+
+def _is_statement(a: Any) -> bool:
+    return isinstance(a, (Relational, And)) or (isinstance(a, sympy.FiniteSet) and any(map(_is_statement, a.args)))
+
+
+def _without_steps(a: Any) -> Any:
+    """``x = 5`` of ``x = 2 + 3 = 5``, and 5 of ``2 + 3 = 5``."""
+    if _assigned(a) is None or isinstance(a, sympy.FiniteSet):
+        return a
+    first = a._unsorted_args[0].lhs if isinstance(a, And) else a.lhs
+    return sympy.Eq(first, _assigned(a), evaluate=False) if is_expr_of_only_symbols(first) else _assigned(a)
+
+
+def _assigned(a: Any) -> Any:
+    """5 of ``x = 5``, ``f(x) = 5`` and ``2 + 3 = 5``; None where a is no such equation."""
+    if isinstance(a, And) and all(isinstance(x, sympy.Eq) for x in a._unsorted_args):
+        last = a._unsorted_args[-1].rhs
+        steps = [x.rhs for x in a._unsorted_args[:-1]]
+        first = _assigned(sympy.Eq(a._unsorted_args[0].lhs, last, evaluate=False))
+        return last if first is not None and all(equal(x, last) for x in steps) else None
+    if isinstance(a, sympy.FiniteSet) and a.args and all(isinstance(x, sympy.Eq) for x in a.args):
+        values = [_assigned(x) for x in a.args]
+        one_name = len({x.lhs for x in a.args}) == 1
+        return sympy.FiniteSet(*values) if one_name and None not in values else None
+    if not isinstance(a, sympy.Eq):
+        return None
+    if is_expr_of_only_symbols(a.lhs):
+        return a.rhs
+    is_worked_out = isinstance(a.lhs, sympy.Expr) and isinstance(a.rhs, sympy.Expr) and not a.lhs.free_symbols
+    return a.rhs if is_worked_out and _equal_expressions(a.lhs, a.rhs) else None
+
+
+def _equal_relations(a: Any, b: Any) -> bool:
+    if isinstance(a, And) and isinstance(b, And):
+        return len(a._unsorted_args) == len(b._unsorted_args) and _match(a._unsorted_args, b._unsorted_args)
+    if isinstance(a, sympy.Set) or isinstance(b, sympy.Set):
+        a, b = (x if isinstance(x, sympy.Set) else _solutions(x) for x in (a, b))
+        return a is not None and b is not None and _equal_sets(a, b)
+    if not (isinstance(a, Relational) and isinstance(b, Relational)):
+        return False
+    b = b.reversed if type(a) is not type(b) else b
+    if type(a) is not type(b):
+        return False
+    if equal(a.lhs, b.lhs) and equal(a.rhs, b.rhs):
+        return True
+    if not all(isinstance(side, sympy.Expr) for side in (a.lhs, a.rhs, b.lhs, b.rhs)):
+        return False
+    return _is_multiple(a.lhs - a.rhs, b.lhs - b.rhs, any_sign=isinstance(a, (sympy.Eq, sympy.Ne)))
+
+
+def _is_multiple(a: Any, b: Any, any_sign: bool) -> bool:
+    """Whether one expression is a constant other than zero times the other; a positive one unless of any sign."""
+    symbols = a.free_symbols | b.free_symbols
+    left, right = _values(a, symbols, _DIGITS), _values(b, symbols, _DIGITS)
+    if left is None or right is None or _zero(left[0]) == 0 or _zero(right[0]) == 0:
+        return False
+    ratio = left[0] / right[0]
+    products = [_agree(x, ratio * y, _DIGITS - 10) for x, y in zip(left, right, strict=True)]
+    return all(products) and bool(any_sign or ratio > 0)
+
+
+def _solutions(a: Any) -> Any:
+    """The set of x of ``1 < x``, or of ``1 < x < 2``; None for any other relation."""
+    parts = a._unsorted_args if isinstance(a, And) else [a]
+    is_bound = all(isinstance(x, Relational) and not isinstance(x, (sympy.Eq, sympy.Ne)) for x in parts)
+    sides = [side for x in parts for side in (x.lhs, x.rhs)] if is_bound else []
+    names = {side for side in sides if side.is_Symbol}
+    if len(names) != 1 or not all(side.is_Symbol or (side.is_number and side.is_real) for side in sides):
+        return None
+    return sympy.Intersection(*(x.as_set() for x in parts)) if all(x.free_symbols for x in parts) else None
+
+
+def _equal_sets(a: Any, b: Any) -> bool:
+    if isinstance(a, sympy.Interval) and isinstance(b, sympy.Interval):
+        ends = (a.left_open, a.right_open) == (b.left_open, b.right_open)
+        return bool(ends and equal(a.start, b.start) and equal(a.end, b.end))
+    if type(a) is type(b) and isinstance(a, (sympy.FiniteSet, sympy.Union)):
+        return len(a.args) == len(b.args) and _match(a.args, b.args)
+    return a == b
+
+
+def _match(left: Any, right: Any) -> bool:
+    """Whether each of left equals one of right that no other equals."""
+    rest = list(right)
+    for a in left:
+        found = next((i for i, b in enumerate(rest) if equal(a, b)), None)
+        if found is None:
+            return False
+        rest.pop(found)
+    return True
+
+
+def _equal_expressions(a: Any, b: Any) -> bool:
+    if a == b:
+        return True
+    if a.is_infinite or b.is_infinite or a.has(*UNEVALUATED) or b.has(*UNEVALUATED):
+        return False
+    symbols = a.free_symbols | b.free_symbols
+    if symbols and (a.has(*_STEPS) or b.has(*_STEPS)):
+        return False
+    if not symbols and (_is_rounding(a, b) or _is_rounding(b, a)):
+        return True
+    if a.is_Rational and b.is_Rational:
+        return False
+    digits = _DIGITS + sum(int(n).bit_length() // 3 for x in (a, b) for n in x.atoms(sympy.Integer))
+    left, right = _values(a, symbols, digits), _values(b, symbols, digits)
+    return (
+        left is not None
+        and right is not None
+        and all(_agree(*pair, digits - 10) for pair in zip(left, right, strict=True))
+    )
+
+
+def _is_rounding(decimal: Any, exact: Any) -> bool:
+    """Whether a decimal of six or more places and significant digits rounds a number that has no end."""
+    places = next((n for n in range(6, 60) if decimal.is_Rational and (10**n) % decimal.q == 0), None)
+    if places is None or decimal.q == 1 or abs(decimal) * 10**places < 10**5 or not exact.is_real:
+        return False
+    has_end = exact.is_Rational and 10**300 % exact.q == 0
+    return not has_end and bool(abs(sympy.N(exact - decimal, 30)) * 2 * 10**places <= 1)
+
+
+def _values(a: Any, symbols: set[Any], digits: int) -> list[Any] | None:
+    """An expression's values at ``_POINTS``, or the value of a constant; None where there are none."""
+    powers = [power for power in a.atoms(sympy.Pow, sympy.exp) if power.exp.free_symbols]
+    if any(inner in powers for power in powers for inner in power.exp.atoms(sympy.Pow, sympy.exp)):
+        return None  # of x^(x^x), which fill the memory
+    names = sorted(symbols, key=str)
+    values = []
+    for i in range(len(_POINTS) if names else 1):
+        point = {name: sympy.Rational(_POINTS[(i + k) % len(_POINTS)]) + k for k, name in enumerate(names)}
+        value = a.evalf(digits, subs=point)
+        if not value.is_number or value.has(sympy.nan, sympy.zoo):
+            return None
+        values.append(value)
+    return values
+
+
+def _agree(a: Any, b: Any, digits: int) -> bool:
+    """Whether two values agree to so many digits."""
+    a, b = _zero(a), _zero(b)
+    return a == b or bool(abs(a - b) * 10**digits < abs(a) + abs(b))
+
+
+def _zero(value: Any) -> Any:
+    """0 for a value of one bit, which evalf gives what cancels out."""
+    return sympy.S.Zero if getattr(value, "_prec", 53) == 1 else value

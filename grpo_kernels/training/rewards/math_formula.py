@@ -1,0 +1,139 @@
+"""A formula in LaTeX by sympy: parsed to its last character by latex2sympy2, which math-verify brings.
+
+math-verify's own ``parse`` takes the first part of a text that it understands for the whole.
+"""
+
+from __future__ import annotations
+
+import re
+from itertools import pairwise
+from typing import Any
+
+import sympy
+from latex2sympy2_extended import is_expr_of_only_symbols
+from latex2sympy2_extended.latex2sympy2 import ConversionConfig, _Latex2Sympy
+from latex2sympy2_extended.logic import And
+from sympy.core.relational import Relational
+
+_MAX_LENGTH = 1000  # characters of a formula
+_MAX_DEPTH = 12  # of its brackets: the parser tries ways to read each
+_MAX_BITS = 100_000  # of a number: 2004! has 19,000
+_PLAIN = re.compile(r"([+-]?)\s*(\d{1,4000}(?:\.\d{0,4000})?|\.\d{1,4000})(?:\s*/\s*(\d{1,4000}))?")
+_FRACTION = re.compile(r"\\frac\{(\d+)\}\{(\d+)\}")
+_TOO_LARGE = re.compile(r"\^\{?-?\d{6}|\d{5,}\s*\)?!|!\s*\)*!|\\binom\s*\{\d{5}|\^\{?\d+\^\{?\d+\^|\^\{\d+\^\{?\d{2,}")
+UNEVALUATED = (
+    sympy.Integral,
+    sympy.Sum,
+    sympy.Product,
+    sympy.Limit,
+    sympy.Derivative,
+    sympy.core.function.AppliedUndef,
+)
+
+
+class _Reader(_Latex2Sympy):
+    """latex2sympy2 with exact decimals, which takes nothing for a product or a mixed number that is none."""
+
+    def parse_number(self, text: str) -> sympy.Rational:
+        return sympy.Rational(text.replace(",", ""))
+
+    def convert_atom(self, atom: Any) -> Any:
+        if atom.number_subexpr() and atom.number_subexpr().subexpr():
+            raise ValueError("the base of a number would go unread")
+        return super().convert_atom(atom)
+
+    def convert_postfix_list(self, arr: list[Any], i: int = 0) -> Any:
+        texts = [postfix.getText() for postfix in arr]
+        mixed = _FRACTION.fullmatch(texts[1]) if len(arr) == 2 and texts[0].isdigit() else None
+        if any(right[0] in ".0123456789" for _, right in pairwise(texts)):
+            raise ValueError("two numbers side by side are no number")
+        if mixed:
+            if int(mixed[1]) >= int(mixed[2]):
+                raise ValueError("a mixed number has a proper fraction")
+            return sympy.Integer(texts[0]) + sympy.Rational(int(mixed[1]), int(mixed[2]))
+        product = self.convert_postfix(arr[0])
+        for postfix in arr[1:]:
+            factor = self.convert_postfix(postfix)
+            matrices = getattr(product, "is_Matrix", False) or getattr(factor, "is_Matrix", False)
+            product = (self.mat_mul_flat if matrices else self.mul_flat)(product, factor)
+        return product
+
+
+def parse_formula(text: str) -> Any:
+    """A formula by sympy, evaluated; None where it cannot be parsed to its end or a number in it is too large."""
+    plain = _PLAIN.fullmatch(text)
+    if plain and (plain[3] is None or int(plain[3])):
+        value = sympy.Rational(plain[2]) / sympy.Integer(plain[3] or 1)
+        return -value if plain[1] == "-" else value
+    if len(text) > _MAX_LENGTH or _depth(text) > _MAX_DEPTH or _TOO_LARGE.search(text):
+        return None
+    exact, approx, rounded = text.partition(r"\approx")
+    try:
+        if approx:
+            return _approximated(parse_formula(exact.strip()), parse_formula(rounded.strip()))
+        if text.count(r"\pm") == 1 and r"{\pm" not in text.replace(" ", ""):
+            both = [parse_formula(text.replace(r"\pm", sign)) for sign in "+-"]
+            return None if None in both else sympy.FiniteSet(*both)
+        reader = _Reader(is_real=True, convert_degrees=True, config=ConversionConfig(lowercase_symbols=False))
+        return _evaluated(reader.parse(text))
+    except Exception:  # ANTLR and sympy raise whatever they like on what is no formula
+        return None
+
+
+def _depth(text: str) -> int:
+    depth = deepest = 0
+    for character in text:
+        depth += (character in "([{") - (character in ")]}")
+        deepest = max(deepest, depth)
+    return deepest
+
+
+def _approximated(exact: Any, rounded: Any) -> Any:
+    """What stands before an "approximately equal", if what stands after it is within a hundredth."""
+    if exact is None or rounded is None:
+        return None
+    if is_expr_of_only_symbols(exact):
+        return rounded
+    return exact if bool(sympy.Abs(sympy.N(exact - rounded)) <= sympy.Abs(sympy.N(exact)) / 100) else None
+
+
+def _evaluated(a: Any) -> Any:
+    """A parsed formula with its numbers worked out; sums, integrals and limits stay as they are."""
+    if isinstance(a, And):
+        return And(*map(_evaluated, a._unsorted_args), evaluate=False)
+    if isinstance(a, Relational):
+        return a.func(_evaluated(a.lhs), _evaluated(a.rhs), evaluate=False)
+    if isinstance(a, sympy.FiniteSet):
+        return sympy.FiniteSet(*map(_evaluated, a.args))
+    if isinstance(a, sympy.Interval):
+        return sympy.Interval(_evaluated(a.start), _evaluated(a.end), a.left_open, a.right_open)
+    if isinstance(a, sympy.MatrixBase):
+        return sympy.ImmutableMatrix(a.applyfunc(_evaluated))
+    if isinstance(a, (sympy.Tuple, sympy.Union, sympy.Intersection, sympy.Complement)):
+        return a.func(*map(_evaluated, a.args))
+    if not isinstance(a, sympy.Expr) or a.has(*UNEVALUATED):
+        return a
+    _bits(a)
+    value = a.xreplace({sympy.Symbol("i", real=True): sympy.I}).doit()
+    if value.has(sympy.nan, sympy.zoo):
+        raise ValueError("no number")
+    return value
+
+
+def _bits(a: Any) -> int:
+    """How long the integers of a constant may get when it is worked out; raises OverflowError beyond ``_MAX_BITS``."""
+    if a.is_Rational:
+        bits = int(a.p).bit_length() + int(a.q).bit_length()
+    elif isinstance(a, (sympy.Pow, sympy.exp)) and not a.exp.free_symbols:
+        _bits(a.exp)
+        exponent = abs(sympy.N(a.exp))
+        bits = max(_bits(a.base), 2) * (int(exponent) + 1) if exponent < _MAX_BITS else _MAX_BITS + 1
+    elif isinstance(a, sympy.factorial) and not a.free_symbols:
+        _bits(a.args[0])
+        argument = abs(sympy.N(a.args[0]))
+        bits = int(argument) * 16 if argument < 3000 else _MAX_BITS + 1
+    else:
+        bits = sum(map(_bits, a.args))
+    if bits > _MAX_BITS:
+        raise OverflowError(f"a number has more than {_MAX_BITS} bits")
+    return bits

@@ -1,0 +1,226 @@
+"""Cleans the text of an answer for a parser of LaTeX, and parts it into mathematics, a unit and words around them."""
+
+from __future__ import annotations
+
+import re
+import unicodedata
+from typing import NamedTuple
+
+
+class AnswerText(NamedTuple):
+    """An answer in parts."""
+
+    whole: str  # LaTeX, without Markdown, dollars, boxes and commands that only format
+    formula: str | None  # without unit and words around it; None where these are more than that
+    unit: str = ""  # in one spelling, as "km/h" or "%"; empty without one
+    is_letter_unit: bool = False  # the unit is a single letter, which may be a factor as well
+    is_formula: bool = False  # the whole may be one
+    is_words: bool = False  # there is nothing but words
+
+
+_SUPERSCRIPTS = str.maketrans("⁰¹²³⁴⁵⁶⁷⁸⁹⁺⁻ⁿ", "0123456789+-n")
+_SUBSCRIPTS = str.maketrans("₀₁₂₃₄₅₆₇₈₉", "0123456789")
+_CHARACTERS = str.maketrans(
+    {"−": "-", "∈": r"\in ", "·": r"\cdot ", "∞": r"\infty ", "°": r"^\circ ", "≈": r"\approx ", "⁄": "/", "²": "^2"}
+    | dict.fromkeys("✓✔✅☑🎉\u200b\u200c\u200d\u2060\ufeff\ufe0f\u200e\u200f")
+)
+_UNICODE_ROOT = re.compile(r"√\s*(?:(\d+(?:\.\d+)?|[a-zA-Z])|\(([^()]*)\)|(?=\{))")
+_BOXED = re.compile(r"\\(?:boxed|fbox|underline|mathbf|boldsymbol|bm)\s*(\{)")
+_CURRENCIES = {r"\$": "dollar", "€": "euro", "£": "pound", "¥": "yen", "₹": "rupee"}
+
+# In order: what stands for a form, what replaces it. Emphasis is none inside a formula, as in 2**3**4 or 2*3*4.
+_MARKUP = [
+    (r"```\w*\s*(.*?)\s*```", r"\1"),
+    (r"`([^`]*)`", r"\1"),
+    (r"(?<![\w)}*])(\*{1,3})(?=[^\s*])([^*]*[^\s*])\1(?![\w({*])", r"\2"),
+    (r"(?<!\w)(?<!\\)(_{1,3})(?=[^\s_])([^_]*[^\s_])\1(?!\w)", r"\2"),
+    (r"\A\s*#+\s", ""),
+    (r"</?(?:b|i|u|em|strong|code|p|br)\s*/?>", " "),
+    (r"\A\s*–", "-"),
+    (r"\*\*", "^"),
+]
+_FORMS = [
+    (r"\\left(?![a-z])\.?|\\right(?![a-z])\.?|\\[Bb]ig+[lr]?(?![a-z])|\\displaystyle|\\limits|\\!", ""),
+    (r"(?<!\\)\\[,;: ]|~|\\q?quad(?![a-z])", " "),
+    (r"\\\[|\\\]|\\\(|\\\)|\\?\$", " "),
+    (r"\\(?:d|t|c)frac", r"\\frac"),
+    (r"\\(?:text|mbox|textbf|textit|textrm|textnormal|textsf|texttt)\s*\{([^{}]*)\}", r" \1 "),
+    (r"\\(?:mathrm|mathbf|mathit|mathsf|bm|boldsymbol|rm)\s*\{([^{}]*)\}", r"\1"),
+    (r"\\lbrace(?![a-z])", r"\\{"),
+    (r"\\rbrace(?![a-z])", r"\\}"),
+    (r"\^\s*\{\s*\\(?:circ|degree)\s*\}|\^\s*\\(?:circ|degree)(?![a-z])|\\degree(?![a-z])", r"^\\circ "),
+    (r"\^\\circ\s+([CF])(?![a-zA-Z])", r"^\\circ\1"),
+    (r"\\leqslant", r"\\le "),
+    (r"\\geqslant", r"\\ge "),
+    (r"\\(?:dots|cdots)(?![a-z])|\.\.\.", r"\\ldots "),
+    (r"\\(?:begin|end)\{(?:align|aligned|gathered|equation|split)\*?\}", " "),
+    (r"&(?!.*\\end\{)", " "),
+    (r"\{,\}", ","),
+    (r"\\frac\s*(\d)\s*(\d)(?!\d)", r"\\frac{\1}{\2}"),
+    (r"\\frac\s*(\{[^{}]*\})\s*(\d)", r"\\frac\1{\2}"),
+    (r"\\frac\s*(\d)\s*\{", r"\\frac{\1}{"),
+    (r"\\sqrt\s*(\d|[a-zA-Z](?![a-zA-Z]))", r"\\sqrt{\1}"),
+    (r"(?<![\\a-zA-Z])(sqrt|sin|cos|tan|log|ln|pi|infinity|infty|exp)(?![a-zA-Z])", r"\\\1"),
+    (r"\\infinity", r"\\infty"),
+    (r"\\sqrt\s*\(([^()]*)\)", r"\\sqrt{\1}"),
+    # thousands: 1,234,567 and 1 234 567, but not [1,234), which is an interval, and 0,234
+    (r"(?<![\w.,(\[])(?<!\\\{)([1-9]\d{0,2}(?:,\d{3})+)(?![\w,])", lambda m: m[1].replace(",", "")),
+    (r"(?<![\w.,])(?<![\d.,] )([1-9]\d{0,2}(?: \d{3})+)(?!\w|[,.]\d| \d)", lambda m: m[1].replace(" ", "")),
+    (
+        r"(?<![\w.,])([1-9]\d{0,2}(?:['’]\d{3})+|[1-9]\d{0,2}(?:\.\d{3}){2,})(?![\w,])",
+        lambda m: re.sub("\\D", "", m[1]),
+    ),
+    (r"(?<![\w.])(\d*)\.(\d*)\\(?:overline|bar)\{(\d+)\}", lambda m: _repeating(*m.groups())),
+    (r"(?<=\d)(?:st|nd|rd|th)\b", ""),
+    (r",(?=\S)", ", "),
+    (r"(?<![\w.])(\d+)\s+(\d+)\s*/\s*(\d+)(?![\w.])", r"\1\\frac{\2}{\3}"),
+    (r"(?<=\d)[eE]([+-]?)(\d+)(?!\w)", r" \\cdot 10^{\1\2}"),
+    (r"\^\s*\(([^()]*)\)", r"^{\1}"),
+    (r"\^\s*(-?\d+)", r"^{\1}"),
+    # a product, not a function: x(x + 1), but f(x)
+    (r"(?<![\\a-zA-Z])(?![fghFGHPQ]\()([a-zA-Z]|\\pi\s*)\(", r"\1 \\cdot ("),
+    (r",?\s+(?:and|or)\s+(?=[^a-zA-Z\s]|[a-zA-Z]\b)", ", "),
+    (r"\b(?:either|both)\s+", ""),
+    (r"(?<=[\d}])\s+(hundred|thousand|million|billion|trillion)\b", lambda m: rf"\cdot 10^{{{_POWERS[m[1]]}}}"),
+]
+_POWERS = {"hundred": 2, "thousand": 3, "million": 6, "billion": 9, "trillion": 12}
+_MARKUP_RULES = [(re.compile(pattern, re.DOTALL), new) for pattern, new in _MARKUP]
+_FORM_RULES = [(re.compile(pattern), new) for pattern, new in _FORMS]
+
+# A line: one unit, first the spelling that stands for all.
+_UNITS = """
+km kilometer kilometers kilometre kilometres|cm centimeter centimeters centimetre centimetres|mm millimeter millimeters
+m meter meters metre metres|mile miles mi|foot feet ft|inch inches|yard yards yd|acre acres|hectare hectares
+kg kilogram kilograms|gram grams g|mg milligram milligrams|pound pounds lb lbs|ounce ounces oz|ton tons tonne tonnes
+L l liter liters litre litres|mL ml milliliter milliliters|gallon gallons gal|cup cups|unit units
+s second seconds sec secs|min minute minutes mins|h hour hours hr hrs|day days|week weeks|month months|year years yr yrs
+ms millisecond milliseconds|mph|kmph kph|Hz hertz|kHz|N newton newtons|J joule joules|kJ|W watt watts|kW|V volt volts
+A amp amps ampere amperes|Pa pascal pascals|mol moles|K kelvin|degree degrees deg ^\\circ|^\\circC|^\\circF
+rad radian radians|dollar dollars USD bucks|cent cents|euro euros EUR|GBP|yen JPY|rupee rupees INR Rs|% \\% percent pct
+"""
+_UNIT_NAMES = {
+    spelling: names[0]
+    for names in (line.split() for line in _UNITS.replace("\n", "|").split("|") if line)
+    for spelling in names
+}
+_UNIT = "(?:" + "|".join(re.escape(name) for name in sorted(_UNIT_NAMES, key=len, reverse=True)) + ")(?![a-zA-Z])"
+_UNITS_AT_END = (
+    rf"(?:(?:/|per\s|an?\s)\s*)?(?:(?:sq|square|cu|cubic)\.?\s+)?{_UNIT}\.?(?:\s*\^\{{?[23]\}}?)?"
+    rf"(?:\s*(?:/|per\s|a\s|\\cdot)\s*{_UNIT}(?:\s*\^\{{?[23]\}}?)?)*"
+)
+_SHORT_WORDS = (
+    "[iI]s|[oO]f|[iI]n|[tT]o|[aA]t|[iI]t|[wW]e|[sS]o|[aA]n|[bB]y|[oO]n|[hH]e|[mM]y|[aA]s|[iI]f|[oO]r|[nN]o|be|up"
+)
+_PROSE_WORD = (
+    rf"(?<![\\a-zA-Z])(?:(?:{_SHORT_WORDS})(?![a-zA-Z])|[a-zA-Zß-ÿ]{{3,}}(?:['’-][a-zA-Z]+)*|[^\W\d_a-zA-Zµ-ÿΑ-ω]+)"
+)
+_NEXT_WORD = rf"(?:[aAI](?=\s+[a-zA-Z]{{2,}})|{_PROSE_WORD})"
+_HEAD = re.compile(rf"\s*(?:{_NEXT_WORD}(?:[\s,;:]|\.(?!\d))*)+")
+_TAIL = re.compile(
+    rf"(?P<unit>(?:(?<=\d)|(?<=[\s}})!])|(?=\\|%|\^))\s*{_UNITS_AT_END})?"
+    rf"(?P<words>(?:[\s,.;:]+(?:{_NEXT_WORD}|\((?:{_PROSE_WORD}[\s,.]*)+\)))*)[\s.,;:]*\Z"
+)
+_HEAD_ENDS_IN_IS = re.compile(r"(?:\b(?:is|are|equals|be)|[:=])\s*\Z")
+_CHANGES_THE_NUMBER = re.compile(
+    r"\b(?:not?|none|nor|neither|never|without|cannot|unless|except|but|wrong|incorrect|than|least|most|more|less|fewer|"
+    r"above|below|under|over|between|maybe|perhaps|unknown|guess|instead|initially|minus|negative|plus|times|twice|half|"
+    r"thirds?|quarters?|dozens?|squared|cubed|factorial|hundreds?|thousands?|millions?|billions?|one|two|three|four|five|"
+    r"six|seven|eight|nine|ten|base|mod|modulo|remainder|or|\w+n['’]t)\b",
+    re.IGNORECASE,
+)
+_OPERATION = re.compile(
+    r"\b(?:square|cube|roots?|powers?|sum|product|difference|quotient|inverse|reciprocal|opposite|double|triple|divided|"
+    r"multipl\w*|divisible|factors?|multiples?|log\w*|sine?|cosine?|tangent|absolute|every|each|up|to|from|until|percent)\b",
+    re.IGNORECASE,
+)
+_OPERATOR = re.compile(r"\s*(?:[+*/^_<>!)]|-\s|\\(?:cdot|times|div|le|ge|pm)(?![a-z]))")
+_INNER_WORD = re.compile(rf"(?<!\S){_PROSE_WORD}")
+_TRIGONOMETRY = re.compile(r"\\(?:sin|cos|tan|cot|sec|csc)")
+_BASE = re.compile(r"(\w+)_\{?(\d+)\}?")
+
+
+def split_answer(text: str) -> AnswerText:
+    """An answer's text in parts. A word that changes a number ("not 3", "3 or more", "half of 3") is no mere word.
+
+    Example:
+        >>> split_answer("The speed is **1,200 km/h**.")[:3]
+        ('The speed is 1200 km/h', '1200', 'km/h')
+    """
+    currency = _currency(text)
+    whole = clean(text)
+    base = _BASE.fullmatch(whole)
+    if base and base[1][0].isdigit():
+        return AnswerText(whole, base[1], unit=f"base {base[2]}")
+    head = _HEAD.match(whole)
+    rest = whole[head.end() :] if head else whole
+    if head and not rest.strip(" .,;:!?"):
+        return AnswerText(whole, None, is_words=True)
+    if head and _OPERATOR.match(rest):
+        head, rest = None, whole  # of abc + 3 nothing is a word
+    tail = _TAIL.search(rest)
+    formula = re.sub(r"\A\s*(?:=|\\approx)\s*", "", rest[: tail.start()] if tail else rest)
+    formula = formula.lstrip(" ,;:").rstrip(" .,;:")
+    unit, is_letter = _unit_of(tail["unit"] or "" if tail else "")
+    before, after = head[0] if head else "", tail["words"] if tail else ""
+    is_more = not formula or _CHANGES_THE_NUMBER.search(before + " " + after) or _INNER_WORD.search(formula)
+    if not _HEAD_ENDS_IN_IS.search(before) and not rest.lstrip().startswith("="):
+        is_more = is_more or _OPERATION.search(before)
+    if unit == "degree" and _TRIGONOMETRY.search(formula):
+        return AnswerText(whole, None, is_formula=not is_more and not after)  # there it is no unit, but pi/180
+    is_formula = not before and not after and (is_letter or not unit + currency) and not _INNER_WORD.search(formula)
+    return AnswerText(whole, None if is_more else formula, unit or currency, is_letter, is_formula)
+
+
+def clean(text: str) -> str:
+    """A text as LaTeX for the parser: no Markdown, delimiters, boxes, thousands separators or signs of Unicode."""
+    text = re.sub(r"[⁰¹²³⁴⁵⁶⁷⁸⁹⁺⁻ⁿ]+", lambda m: f"^{{{m[0].translate(_SUPERSCRIPTS)}}}", text)
+    text = re.sub(r"[₀₁₂₃₄₅₆₇₈₉]+", lambda m: f"_{{{m[0].translate(_SUBSCRIPTS)}}}", text)
+    text = re.sub(r"[¼-¾⅐-⅞]", lambda m: " {}/{}".format(*unicodedata.normalize("NFKC", m[0]).split("⁄")), text)
+    text = unicodedata.normalize("NFKC", text).translate(_CHARACTERS)
+    text = _UNICODE_ROOT.sub(lambda m: rf"\sqrt{{{m[1] or m[2]}}}" if m[1] or m[2] else r"\sqrt", text)
+    for rule, new in _MARKUP_RULES:
+        text = rule.sub(new, text)
+    text = _without_boxes(text)
+    for currency in "€£¥₹":
+        text = text.replace(currency, " ")
+    for rule, new in _FORM_RULES:
+        text = rule.sub(new, text)
+    text = re.sub(r"[^\S\n]+", " ", text).strip().strip("\"'").rstrip(" .,;:")
+    text = re.sub(rf"(?<=[\d}}]) *\\frac\{{\s*({_UNIT})\s*\}}\{{\s*({_UNIT})\s*\}}\Z", r" \1/\2", text)
+    text = re.sub(rf"(?<=[\d}}]) +[(\[]({_UNITS_AT_END})[)\]]\Z", r" \1", text)
+    return re.sub(r"\A(?:=|\\approx)\s*", "", text)
+
+
+def _repeating(whole: str, start: str, period: str) -> str:
+    """A decimal without end as a fraction: 0.1\\overline{6} as (16 - 1)/90."""
+    top = int(whole + start + period) - int(whole + start or 0)
+    return rf"\frac{{{top}}}{{{'9' * len(period)}{'0' * len(start)}}}"
+
+
+def _without_boxes(text: str) -> str:
+    """Each ``\\boxed{...}`` as what stands in it; as it is where a brace is missing."""
+    while box := _BOXED.search(text):
+        depth = 0
+        for end in range(box.start(1), len(text)):
+            depth += {"{": 1, "}": -1}.get(text[end], 0)
+            if depth == 0:
+                break
+        else:
+            return text
+        text = f"{text[: box.start()]} {text[box.end() : end]} {text[end + 1 :]}"
+    return text
+
+
+def _currency(text: str) -> str:
+    for sign, name in _CURRENCIES.items():
+        if sign in text:
+            return name
+    return "dollar" if text.count("$") % 2 else ""  # a pair of dollars delimits a formula
+
+
+def _unit_of(text: str) -> tuple[str, bool]:
+    """A unit in one spelling, and whether it is a single letter."""
+    text = text.strip().rstrip(".")
+    text = re.sub(r"^(sq|square)\.?\s+(.*)", r"\2^2", re.sub(r"^(cu|cubic)\.?\s+(.*)", r"\2^3", text))
+    spelled = re.sub(_UNIT, lambda m: _UNIT_NAMES[m[0]], re.sub(r"\s*(?:per|a)\s+", "/", text))
+    return re.sub(r"[\s{}]", "", spelled), len(text) == 1 and text.isalpha()
