@@ -136,11 +136,6 @@ def extract_of(judge: Callable[..., Any]) -> Callable[[str], str | None] | None:
     return getattr(judge, "extract", known)
 
 
-def judge_name(reward_funcs: Sequence[str]) -> str:
-    """The first of them that judges answers or programs, else "accuracy"."""
-    return next((name for name in reward_funcs if name.partition("(")[0].strip() in (*JUDGES, "code")), "accuracy")
-
-
 def _after_thinking(text: str) -> str:
     """What stands after the last ``</think>``; the whole text if nothing does."""
     said = text.rpartition("</think>")[2]
