@@ -58,8 +58,8 @@ def load_task(recipe: Recipe, rows: Sequence[Row] | None = None, *, least: int |
         raise ValueError(
             f"dataset {recipe.dataset_name!r} must have at least "
             f"{needed if least is None else f'{least} training rows'}, got {len(train_rows)} beside "
-            f"{len(eval_rows)} that are held out: give more rows, or a smaller num_eval_prompts, now "
-            f"{recipe.num_eval_prompts}"
+            f"{len(eval_rows)} that are held out, with all rows that ask the same: give more rows, or set a smaller "
+            "num_eval_prompts"
         )
     reward_functions = {name: resolve(name) for name in recipe.reward_funcs}
     if recipe.check is not None:

@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 
 from transformers import PreTrainedTokenizerBase
 
+from grpo_kernels.training.arguments import mapping
 from grpo_kernels.training.errors import ForeignError, foreign
 from grpo_kernels.training.rewards.completions import completion_text
 from grpo_kernels.training.tasks import Row
@@ -94,7 +95,8 @@ def render_prompt(
     if template is None:
         template = "none" if isinstance(prompt, str) and system_prompt is None else "chat"
     if template == "chat":
-        kwargs = {**(chat_template_kwargs or {}), **(_decoded(row, "chat_template_kwargs") or {})}
+        own = mapping("column chat_template_kwargs", _decoded(row, "chat_template_kwargs") or {})
+        kwargs = {**(chat_template_kwargs or {}), **own}
         chat = _Chat(tokenizer, kwargs | {"tools": _decoded(row, "tools") or None})
         return ChatText(chat.rendered(prompt, system_prompt, row.get("completion_prefix") or ""))
     if system_prompt is not None:
