@@ -12,7 +12,6 @@ from grpo_kernels.training import rewards, sandbox
 from grpo_kernels.training.rewards import (
     CodeReward,
     CosineLengthReward,
-    LanguageConsistencyReward,
     LengthReward,
     OverlongReward,
     RepetitionReward,
@@ -119,6 +118,48 @@ def test_repetition_counts_what_recurs():
     assert math.copysign(1, called(RepetitionReward(), "a b c d")[0]) == 1
 
 
+@pytest.mark.parametrize(
+    ("text", "units"),
+    [
+        ("我们知道", 4),
+        ("我们 知道。", 5),
+        ("それはカー", 5),
+        ("ที่นี่", 2),  # two letters, each with two marks
+        ("ພາສາລາວ", 7),
+        ("ភាសា", 2),
+        ("မြန်မာ", 3),
+        ("用Python写3行", 5),
+        ("We say 你好, then go.", 7),
+        ("그는 학교에 간다", 3),
+        ("мы don't знаем", 3),
+    ],
+)
+def test_repetition_has_letters_for_words_where_no_spaces_are(text, units):
+    # u units and the same again have u + 1 u-grams, of which the first and the last are the same
+    assert called(RepetitionReward(n=units), f"{text} {text}") == pytest.approx([-1 / (units + 1)])
+
+
+def test_repetition_counts_what_its_unit_says():
+    # "abab" has 3 pairs, 2 different; white space counts as one character, whatever it is
+    assert called(RepetitionReward(n=2, unit="characters"), "aBAb", "a  \n b a b") == pytest.approx([-1 / 3, -2 / 6])
+    tokens = RepetitionReward(n=2, unit="tokens")
+    assert called(tokens, "no", "matter", completion_ids=[[5, 6, 5, 6], [1, 2, 3]]) == pytest.approx([-1 / 3, 0.0])
+    with pytest.raises(ValueError, match="repetition needs the column completion_ids"):
+        called(tokens, "a")
+
+
+def test_form_and_length_are_those_of_the_assistants_messages():
+    chat = [
+        {"role": "assistant", "content": "<think>a</think><answer>4</answer>"},
+        {"role": "tool", "content": "b " * 9},
+    ]
+    assert called(rewards.format_reward, chat) == called(rewards.tag_count_reward, chat) == [1.0]
+    assert called(RepetitionReward(n=1), chat) == [0.0]
+    judge = lambda prompts, completions, **columns: [1.0] * len(completions)  # noqa: E731
+    [by_text] = called(CosineLengthReward(judge=judge), chat[0]["content"])
+    assert called(CosineLengthReward(judge=judge), chat) == [by_text]
+
+
 # Length
 
 
@@ -190,7 +231,7 @@ def test_overlong_is_daposs_equation_13():
 def test_a_reward_on_tokens_needs_them():
     with pytest.raises(ValueError, match=r"overlong needs the column completion_ids, .*; it has answer"):
         called(OverlongReward(10, 2), "c", answer="4")
-    with pytest.raises(ValueError, match="CosineLengthReward needs the column completion_ids"):
+    with pytest.raises(ValueError, match="cosine_length needs the column completion_ids"):
         called(CosineLengthReward(unit="tokens"), "c", answer="4")
     with pytest.raises(ValueError, match="it has none"):
         token_counts("mine", {})
@@ -209,11 +250,8 @@ def test_a_reward_on_tokens_needs_them():
         (lambda: CosineLengthReward(max_value_correct=math.nan), "max_value_correct must be a finite number, got nan"),
         (lambda: OverlongReward(0, 0), "max_completion_len must be an integer of at least 1, got 0"),
         (lambda: OverlongReward(4, 5), r"soft_punish_cache must be at most max_completion_len \(4\), got 5"),
-        (lambda: LanguageConsistencyReward("tlh"), "language must be one of ar, de, .* or have words, got 'tlh'"),
-        (lambda: LanguageConsistencyReward(words="the of"), "words must be a list of words, got 'the of'"),
-        (lambda: LanguageConsistencyReward(vocabulary=[]), r"vocabulary must be a list of words, got \[\]"),
-        (lambda: LanguageConsistencyReward(vocabulary=3), "vocabulary must be a list of words, got 3"),
-        (lambda: LanguageConsistencyReward(words=["a"], vocabulary=["a"]), "exclude each other"),
+        (lambda: RepetitionReward(unit="letters"), "unit must be one of words, characters, tokens, got 'letters'"),
+        (lambda: RepetitionReward(n=0), "n must be an integer of at least 1, got 0"),
         (lambda: CodeReward(seconds=0), r"seconds must be in \[0.1, inf\], got 0"),
         (lambda: CodeReward(workers=0), "workers must be an integer of at least 1, got 0"),
     ],
@@ -223,81 +261,10 @@ def test_parameters_out_of_range_are_named(make, message):
         make()
 
 
-# Language
-
-SENTENCES = {
-    "en": "We know that there are two cases, so the answer must be smaller than this one.",
-    "de": "Wir wissen, dass es zwei Fälle gibt, und die Antwort ist nicht größer als das.",
-    "fr": "Nous savons que les deux cas sont possibles, donc la réponse est dans cette liste.",
-    "es": "Sabemos que hay dos casos, entonces la respuesta está en los números, pero no es todo.",
-    "it": "Sappiamo che ci sono due casi, quindi la risposta è nella lista, ma non è questo.",
-    "pt": "Sabemos que são dois casos, então a resposta não está na lista, mas isso também é muito.",
-    "ru": "Мы знаем, что есть два случая, поэтому ответ не так прост.",
-    "uk": "Ми знаємо, що є два випадки, тому відповідь не така проста, якщо це так.",
-    "el": "Ξέρουμε ότι υπάρχουν δύο περιπτώσεις.",
-    "ar": "نعلم أن هناك حالتين",
-    "he": "אנחנו יודעים שיש שני מקרים",
-    "hi": "हम जानते हैं कि दो मामले हैं",
-    "ko": "우리는 두 가지 경우가 있음을 압니다",
-    "th": "เรารู้ว่ามีสองกรณี",
-    "zh": "我们知道有两种情况，所以答案更小。",
-    "ja": "二つの場合があることを知っています。",
-}
-
-
-@pytest.mark.parametrize("language", SENTENCES)
-def test_a_sentence_is_in_its_own_language_and_in_no_other(language):
-    for spoken, sentence in SENTENCES.items():
-        share = called(LanguageConsistencyReward(language), f"<think>{sentence}</think><answer>7</answer>")[0]
-        if spoken == language:
-            assert share == 1.0
-        elif (language, spoken) == ("zh", "ja"):  # Japanese has Chinese characters: here 4 of 17
-            assert share == pytest.approx(4 / 17)
-        else:
-            assert share == 0.0
-
-
-def test_language_is_counted_in_words():
-    reward = LanguageConsistencyReward("en")
-    # 3 of 4 words are Latin; then, of the words that are in lists, "then" is English alone and "donc", "alors" French
-    assert called(reward, "check then равно seven") == [0.75]
-    assert called(reward, "then donc alors seven") == pytest.approx([1 / 3])
-    assert called(reward, "then donc alors это") == pytest.approx([3 / 4 * 1 / 3])
-    assert called(reward, "x = 5, y = π, 12 34", "", "<think></think><answer>yes</answer>") == [0.0, 0.0, 0.0]
-    # each Chinese character is a word, a run of Latin letters one, wherever they meet
-    assert called(LanguageConsistencyReward("zh"), "用Python写") == pytest.approx([2 / 3])
-
-
-def test_only_the_reasoning_is_looked_at_and_only_its_prose():
-    reward = LanguageConsistencyReward("en")
-    assert called(reward, "это <think>seven words</think> это <answer>это</answer>") == [1.0]
-    assert called(reward, "seven words</think> это", "seven words <answer>это") == [1.0, 1.0]
-    assert called(reward, "<think>seven $это$ words \\(это\\) \\[это\\] $$это$$\n```\nэто\n``` here") == [1.0]
-    assert called(reward, "ｓｅｖｅｎ ﬁne café cafe\u0301") == [1.0]  # other ways to write Latin letters
-    assert rewards.reasoning_of("a<think>b<think>c</think>d</think>") == "b<think>c"
-
-
-def test_a_vocabulary_or_words_of_ones_own_say_what_the_language_is():
-    assert called(LanguageConsistencyReward(vocabulary={"1", "+", "="}), "1 + 1 = two .", "") == [
-        pytest.approx(4 / 6),
-        0.0,
-    ]
-    latin = LanguageConsistencyReward("la", words=["et", "est", "non"])
-    assert called(latin, "Gallia est omnis divisa", "это слово", "we know that") == [1.0, 0.0, 0.0]
-
-
 # Code
 
 FENCE = "Here:\n```python\n{}\n```\nDone."
 DOUBLE = FENCE.format("def double(x):\n    return 2 * x")
-
-
-def test_the_program_is_the_last_fence_or_answer():
-    assert rewards.extract_program("```python\na\n``` ```python\nb = 1\n\nc\n```") == "b = 1\n\nc"
-    assert rewards.extract_program("<answer>a</answer><answer>\n  b\n</answer>") == "  b"
-    assert rewards.extract_program("<answer>```py\nx\n```</answer>") == "x"
-    assert rewards.extract_program("```\nx\n```") is None
-    assert rewards.extract_program("<answer> </answer>") is None
 
 
 def test_code_earns_the_share_of_assertions_that_hold(isolated):

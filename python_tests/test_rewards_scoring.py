@@ -215,7 +215,8 @@ def test_every_shipped_reward_scores_an_empty_completion_and_can_be_pickled():
     for name in rewards.BUILT_IN:
         reward = pickle.loads(pickle.dumps(rewards.resolve(name + parameters.get(name, ""))))
         scores[name] = rewards.score({name: reward}, ["p"], [""], columns).item()
-    assert scores == dict.fromkeys(scores, 0.0) | {"cosine_length": -1.0}
+    assert math.isnan(scores["language_consistency"])  # no words, no evidence
+    assert scores | {"language_consistency": 0.0} == dict.fromkeys(scores, 0.0) | {"cosine_length": -1.0}
     assert set(scores) == {
         "accuracy", "math_accuracy", "exact_match", "format", "tag_count", "language_consistency", "length",
         "cosine_length", "overlong", "repetition", "code",

@@ -7,9 +7,10 @@ from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import Any, ClassVar
 
 from grpo_kernels.training.rewards.answers import JUDGES
+from grpo_kernels.training.rewards.completions import completion_text
 from grpo_kernels.training.rewards.parameters import check_integer, check_number
 from grpo_kernels.training.rewards.scoring import RewardFunction, score
 
@@ -19,6 +20,8 @@ _UNITS = ("characters", "tokens")
 @dataclass(frozen=True)
 class _Judged:
     """A reward that asks another whether a completion is right, and how long it is."""
+
+    _name: ClassVar[str]  # as in a recipe
 
     judge: str | RewardFunction = "accuracy"
     unit: str = "characters"
@@ -31,19 +34,20 @@ class _Judged:
             raise ValueError(f"unit must be one of {', '.join(_UNITS)}, got {self.unit!r}")
 
     def _right(
-        self, prompts: Sequence[Any], completions: Sequence[str], columns: dict[str, Any]
+        self, prompts: Sequence[Any], completions: Sequence[Any], columns: dict[str, Any]
     ) -> list[bool | None]:  # [B]
         """Whether each completion earns the judge's whole 1; None where the judge abstains."""
         judge = self.judge if callable(self.judge) else JUDGES[self.judge]
         values = score({"judge": judge}, prompts, completions, columns)[:, 0].tolist()
         return [None if math.isnan(value) else value >= 1.0 for value in values]
 
-    def _lengths(self, completions: Sequence[str], columns: dict[str, Any]) -> list[int]:  # [B]
-        if self.tokenizer is not None:
-            return [len(self._encode(c, add_special_tokens=False)["input_ids"]) for c in completions]
-        if self.unit == "tokens":
-            return token_counts(type(self).__name__, columns)
-        return [len(c) for c in completions]
+    def _lengths(self, completions: Sequence[Any], columns: dict[str, Any]) -> list[int]:  # [B]
+        if self.tokenizer is None and self.unit == "tokens":
+            return token_counts(self._name, columns)
+        texts = [completion_text(c) for c in completions]
+        if self.tokenizer is None:
+            return [len(text) for text in texts]
+        return [len(self._encode(text, add_special_tokens=False)["input_ids"]) for text in texts]
 
     @cached_property
     def _encode(self) -> Callable[..., Any]:
@@ -64,14 +68,16 @@ class LengthReward(_Judged):
     Args:
         judge: Who says what is right: "accuracy", "exact_match", "math_accuracy" or a reward function, whose reward is
             then 1 or more. Where it abstains, so does this reward.
-        unit: "characters", or "tokens" from the column ``completion_ids``.
-        tokenizer: A tokenizer or the name of one, to count its tokens instead.
+        unit: What is counted: "characters" of the text, or "tokens" by the column ``completion_ids``.
+        tokenizer: A tokenizer or the name of one. The text's tokens by it are then counted, whatever ``unit`` says.
 
     Raises:
         ValueError: A parameter is unknown; when called, the column is not there.
     """
 
-    def __call__(self, prompts: Sequence[Any], completions: Sequence[str], **columns: Any) -> list[float | None]:
+    _name = "length"
+
+    def __call__(self, prompts: Sequence[Any], completions: Sequence[Any], **columns: Any) -> list[float | None]:
         lengths = self._lengths(completions, columns)
         groups: dict[str, list[int]] = defaultdict(list)
         for prompt, length in zip(prompts, lengths, strict=True):
@@ -100,11 +106,13 @@ class CosineLengthReward(_Judged):
         max_value_wrong: For a wrong answer of ``max_len`` or longer.
         min_value_correct: For a right answer of ``max_len`` or longer.
         max_value_correct: For the shortest right answer.
-        max_len: In the unit of lengths.
+        max_len: The length at which a reward has gone all the way, in what ``unit`` or ``tokenizer`` counts.
 
     Raises:
         ValueError: A parameter is unknown or out of range; when called, the column is not there.
     """
+
+    _name = "cosine_length"
 
     min_value_wrong: float = -1.0
     max_value_wrong: float = -0.5
@@ -120,7 +128,7 @@ class CosineLengthReward(_Judged):
             check_number(low, getattr(self, low))
             check_number(high, getattr(self, high), low=getattr(self, low))
 
-    def __call__(self, prompts: Sequence[Any], completions: Sequence[str], **columns: Any) -> list[float | None]:
+    def __call__(self, prompts: Sequence[Any], completions: Sequence[Any], **columns: Any) -> list[float | None]:
         right = self._right(prompts, completions, columns)
         lengths = self._lengths(completions, columns)
         return [None if r is None else self._scaled(r, n) for r, n in zip(right, lengths, strict=True)]
@@ -135,7 +143,7 @@ class CosineLengthReward(_Judged):
 
 @dataclass(frozen=True)
 class OverlongReward:
-    """DAPO's soft overlong punishment (arXiv:2503.14476, eq. 13), over tokens.
+    """DAPO's soft overlong punishment (arXiv:2503.14476, eq. 13), over tokens and nothing else.
 
     0 up to ``max_completion_len - soft_punish_cache``, then falling in a line to -1 at ``max_completion_len``, and -1
     beyond. The lengths are those of the column ``completion_ids``, one list of tokens per completion.
@@ -160,7 +168,7 @@ class OverlongReward:
                 f"got {self.soft_punish_cache}"
             )
 
-    def __call__(self, prompts: Sequence[Any], completions: Sequence[str], **columns: Any) -> list[float]:
+    def __call__(self, prompts: Sequence[Any], completions: Sequence[Any], **columns: Any) -> list[float]:
         return [self._punishment(length) for length in token_counts("overlong", columns)]
 
     def _punishment(self, length: int) -> float:
@@ -170,9 +178,14 @@ class OverlongReward:
         return -min(1.0, over / self.soft_punish_cache) if self.soft_punish_cache else -1.0
 
 
-def token_counts(reward: str, columns: dict[str, Any]) -> list[int]:  # [B]
-    """The number of tokens of each completion; raises ValueError, naming the reward, without ``completion_ids``."""
-    if "completion_ids" not in columns:
+def token_lists(reward: str, columns: dict[str, Any]) -> list[list[int]]:  # [B]
+    """The tokens of each completion; raises ValueError, naming the reward, without ``completion_ids``."""
+    if columns.get("completion_ids") is None:
         known = ", ".join(sorted(columns)) or "none"
         raise ValueError(f"{reward} needs the column completion_ids, one list of tokens per completion; it has {known}")
-    return [len(ids) for ids in columns["completion_ids"]]
+    return columns["completion_ids"]
+
+
+def token_counts(reward: str, columns: dict[str, Any]) -> list[int]:  # [B]
+    """The number of tokens of each completion; raises ValueError, naming the reward, without ``completion_ids``."""
+    return [len(ids) for ids in token_lists(reward, columns)]
