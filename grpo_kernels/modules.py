@@ -48,7 +48,7 @@ class LinearGRPOLoss(GRPOLoss):
 
     def forward(  # type: ignore[override]
         self,
-        hidden_states: Tensor,  # [B, T, H]; packed [N, H]
+        hidden_states: Tensor,  # [B, T, H] or [B, T + 1, H]; packed [N, H]
         lm_head_weight: Tensor,  # [V, H]
         completion_ids: Tensor,  # [B, T]; packed [N]
         advantages: Tensor | None,  # [B] or [B, T]; packed [S] or [N]

@@ -44,7 +44,7 @@ class PreferenceOutput(NamedTuple):
 
 
 def sft_loss(
-    hidden_states: Tensor,  # [B, T, H]; packed [N, H]
+    hidden_states: Tensor,  # [B, T, H] or [B, T + 1, H]; packed [N, H]
     lm_head_weight: Tensor,  # [V, H]
     completion_ids: Tensor,  # [B, T]; packed [N]
     completion_mask: Tensor,  # like completion_ids
@@ -68,7 +68,7 @@ def sft_loss(
     projected once: ``6 N H V`` operations with both gradients.
 
     Args:
-        hidden_states: Position ``t`` predicts token ``t``.
+        hidden_states: Position ``t`` predicts token ``t``. A ``T + 1``-th position is ignored, and its gradient is 0.
         lm_head_weight: The head, of the same dtype.
         completion_ids: The tokens to be learnt.
         completion_mask: 0 excludes a token.
@@ -115,13 +115,13 @@ def sft_loss(
 
 
 def distillation_loss(
-    hidden_states: Tensor,  # [B, T, H]; packed [N, H]
+    hidden_states: Tensor,  # [B, T, H] or [B, T + 1, H]; packed [N, H]
     lm_head_weight: Tensor,  # [V, H]
     completion_ids: Tensor,  # [B, T]; packed [N]
     completion_mask: Tensor,  # like completion_ids
     *,
-    teacher_logits: Tensor | None = None,  # [B, T, V]; packed [N, V]
-    teacher_hidden_states: Tensor | None = None,  # [B, T, H']; packed [N, H']
+    teacher_logits: Tensor | None = None,  # [B, T, V] or [B, T + 1, V]; packed [N, V]
+    teacher_hidden_states: Tensor | None = None,  # [B, T, H'] or [B, T + 1, H']; packed [N, H']
     teacher_lm_head_weight: Tensor | None = None,  # [V, H']
     teacher_bias: Tensor | None = None,  # [V]
     divergence: str = "forward_kl",
@@ -151,7 +151,8 @@ def distillation_loss(
     hidden sizes that is ``8 N H V`` operations; neither model's logits exist as a whole.
 
     Args:
-        hidden_states, lm_head_weight, bias: The student's. Position ``t`` predicts token ``t``.
+        hidden_states, lm_head_weight, bias: The student's. Position ``t`` predicts token ``t``. A ``T + 1``-th
+            position, also of the teacher, is ignored, and its gradient is 0.
         completion_ids: The hard targets; the student's own samples (arXiv:2306.13649) or the teacher's.
         completion_mask: 0 excludes a token.
         teacher_logits: The teacher's logits, if they exist. No gradient flows to the teacher.

@@ -52,6 +52,14 @@ def check_device(device: torch.device, tensors: Iterable[tuple[str, Tensor | Non
             raise ValueError(f"{name} must be on {device}, like the first argument, got {tensor.device}")
 
 
+def position_shapes(ids: Tensor, size: int) -> list[tuple[int, ...]]:
+    """The shapes of values that predict ids: ``[B, T, size]`` or ``[B, T + 1, size]``; packed ``[N, size]``."""
+    shapes = [(*ids.shape, size)]
+    if ids.dim() == 2:
+        shapes.append((ids.shape[0], ids.shape[1] + 1, size))
+    return shapes
+
+
 def check_logits(logits: Tensor, ids: Tensor, ids_name: str = "ids") -> None:
     """Raises unless ``logits`` is ``[B, T, V]`` or ``[B, T + 1, V]`` for ids ``[B, T]``, or ``[N, V]`` for ``[N]``."""
     check_float("logits", logits)
@@ -61,12 +69,8 @@ def check_logits(logits: Tensor, ids: Tensor, ids_name: str = "ids") -> None:
     vocab = logits.shape[-1] if logits.dim() else 0
     if vocab == 0:
         raise ValueError(f"logits must have a vocabulary of at least 1, got shape {list(logits.shape)}")
-    if logits.shape[:-1] == ids.shape:
-        return
-    shapes = [(*ids.shape, vocab)]
-    if ids.dim() == 2:
-        shapes.append((ids.shape[0], ids.shape[1] + 1, vocab))
-    check_shape("logits", logits, *shapes)
+    if logits.shape[:-1] != ids.shape:
+        check_shape("logits", logits, *position_shapes(ids, vocab))
 
 
 def check_transform(temperature: float, softcap: float | None, logit_scale: float, prefix: str = "") -> None:

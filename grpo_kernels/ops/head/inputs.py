@@ -12,7 +12,7 @@ from grpo_kernels.dtypes import accumulation_dtype
 from grpo_kernels.ops.head.buffers import NeededGradients
 from grpo_kernels.ops.head.gemm import Head, writes_fp32
 from grpo_kernels.ops.head.memory import CPU_WORKSPACE_BYTES, WORKSPACE_ROWS, MemoryPlan, RowBytes
-from grpo_kernels.validation import FLOAT_DTYPES, check_device, check_float, check_ids, check_shape
+from grpo_kernels.validation import FLOAT_DTYPES, check_device, check_float, check_ids, check_shape, position_shapes
 
 
 @dataclass(frozen=True)
@@ -86,8 +86,19 @@ class HeadOptions(Call):
 
 
 def flatten_hidden(hidden: Tensor) -> Tensor:  # [..., H] -> [N, H]
-    """Detached hidden states, one row a token."""
+    """Detached hidden states, one row a position."""
     return hidden.detach().reshape(-1, hidden.shape[-1])
+
+
+def predicting(hidden: Tensor, ids: Tensor) -> Tensor:  # [B, T or T + 1, H], [B, T] -> [B, T, H]
+    """The hidden states of the positions that predict a token; packed ones are all of them."""
+    return hidden if ids.dim() == 1 else hidden[:, : ids.shape[1]]
+
+
+def shape_of_tokens(hidden: Tensor, tokens: int) -> tuple[int, ...]:  # [N, H], [B, T, H] or [B, T + 1, H]
+    """The shape of as many tokens as these hidden states predict: ``(N,)`` or ``(B, T)``."""
+    shape = hidden.shape[:-1]
+    return shape if shape.numel() == tokens else (shape[0], shape[1] - 1)
 
 
 def head_dtypes(
@@ -129,7 +140,8 @@ def check_head(
     size = hidden.shape[-1] if hidden.dim() else 0
     if size == 0:
         raise ValueError(f"{hidden_name} must have a last dimension of at least 1, got {list(hidden.shape)}")
-    check_shape(hidden_name, hidden, (*ids.shape, size))
+    if hidden.shape[:-1] != ids.shape:
+        check_shape(hidden_name, hidden, *position_shapes(ids, size))
     if weight.dim() != 2 or weight.shape[0] == 0:
         raise ValueError(f"{weight_name} must have shape [V, H] with V at least 1, got {list(weight.shape)}")
     check_shape(weight_name, weight, (weight.shape[0], size))

@@ -21,7 +21,7 @@ from grpo_kernels.ops.gradients import named_gradients
 from grpo_kernels.ops.head import reference as head_reference
 from grpo_kernels.ops.head.buffers import NeededGradients
 from grpo_kernels.ops.head.driver import Chunk, HeadPass, RowOp, RowResults, clamp_ids
-from grpo_kernels.ops.head.inputs import HeadOptions, check_head, flatten_hidden
+from grpo_kernels.ops.head.inputs import HeadOptions, check_head, flatten_hidden, predicting, shape_of_tokens
 from grpo_kernels.ops.head.linear_divergence_loss import divergence_loss
 from grpo_kernels.ops.head.linear_token_divergence import divergences
 from grpo_kernels.ops.head.linear_token_logprobs import (
@@ -105,7 +105,7 @@ def _fwd(backend: str, hidden: Tensor, weight: Tensor, bias: Tensor | None, call
 
 def _fake(hidden: Tensor, weight: Tensor, bias: Tensor | None, call: LinearLossCall) -> tuple[Tensor, ...]:
     dtype = accumulation_dtype(call.options.logits_dtype)
-    statistics = (hidden.new_empty(hidden.shape[0], dtype=dtype) for _ in range(2))
+    statistics = (hidden.new_empty(call.ids.shape, dtype=dtype) for _ in range(2))
     return (*statistics, *gradient_fakes(hidden, weight, bias, call.needs))
 
 
@@ -134,7 +134,7 @@ class _LinearGRPOLoss(torch.autograd.Function):
         loss, _, partials = policy_loss_fwd[backend](logprobs, entropy, policy)
         ctx.save_for_backward(*head_gradients(gradients, call.needs, hidden.shape).values())
         ctx.backend = backend
-        logprobs, entropy = (x.view(hidden.shape[:-1]) for x in (logprobs, entropy))
+        logprobs, entropy = (x.view(shape_of_tokens(hidden, x.shape[0])) for x in (logprobs, entropy))
         ctx.mark_non_differentiable(logprobs, entropy, partials)
         ctx.set_materialize_grads(False)
         return loss, logprobs, entropy, partials
@@ -164,7 +164,7 @@ def _one_pass_loss(
 
 
 def linear_grpo_loss(
-    hidden_states: Tensor,  # [B, T, H]; packed [N, H]
+    hidden_states: Tensor,  # [B, T, H] or [B, T + 1, H]; packed [N, H]
     lm_head_weight: Tensor,  # [V, H]
     completion_ids: Tensor,  # [B, T]; packed [N]
     advantages: Tensor | None,  # [B] or [B, T]; packed [S] or [N]
@@ -176,8 +176,8 @@ def linear_grpo_loss(
     scale_rewards: str = "group",
     old_logprobs: Tensor | None = None,  # like completion_ids
     ref_logprobs: Tensor | None = None,  # like completion_ids
-    reference_logits: Tensor | None = None,  # [B, T, V]; packed [N, V]
-    reference_hidden_states: Tensor | None = None,  # [B, T, H']; packed [N, H']
+    reference_logits: Tensor | None = None,  # [B, T, V] or [B, T + 1, V]; packed [N, V]
+    reference_hidden_states: Tensor | None = None,  # [B, T, H'] or [B, T + 1, H']; packed [N, H']
     reference_lm_head_weight: Tensor | None = None,  # [V, H']
     reference_bias: Tensor | None = None,  # [V]
     sampling_logprobs: Tensor | None = None,  # like completion_ids
@@ -205,7 +205,7 @@ def linear_grpo_loss(
     by policy), are computed as ``linear_token_logprobs`` followed by ``policy_loss``.
 
     Args:
-        hidden_states: Position ``t`` predicts token ``t``.
+        hidden_states: Position ``t`` predicts token ``t``. A ``T + 1``-th position is ignored, and its gradient is 0.
         lm_head_weight: The head, tied or not, of the same dtype; under autocast both are rounded to its dtype.
         completion_ids, advantages, completion_mask, rewards, num_generations, scale_rewards, old_logprobs,
             ref_logprobs, sampling_logprobs, rollout_is_weights, entropy_threshold, num_items_in_batch,
@@ -279,7 +279,8 @@ def linear_grpo_loss(
         if config.is_token_local:
             return divergence_loss(*head, ids, options, reference, comparison, inputs, config, backend, max_live_rows)
     elif backend == "torch":
-        logits = head_reference.project(*head, inputs.mask, options.compute_dtype, options.logits_dtype)
+        dtypes = (options.compute_dtype, options.logits_dtype)
+        logits = head_reference.project(predicting(hidden_states, ids), *head[1:], inputs.mask, *dtypes)
         return reference_loss(logits, ids, inputs, softcap, logit_scale, config)
     elif config.is_token_local:
         return _one_pass_loss(*head, ids, options, transform, inputs, config, backend, max_live_rows)

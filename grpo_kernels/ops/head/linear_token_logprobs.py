@@ -22,8 +22,8 @@ from grpo_kernels.ops.gradients import (
 from grpo_kernels.ops.head import reference
 from grpo_kernels.ops.head.buffers import NeededGradients
 from grpo_kernels.ops.head.driver import Chunk, HeadPass, RowOp, RowResults, clamp_ids
-from grpo_kernels.ops.head.inputs import HeadOptions, check_head, flatten_hidden
-from grpo_kernels.ops.head.selection import SelectedRows
+from grpo_kernels.ops.head.inputs import HeadOptions, check_head, flatten_hidden, predicting, shape_of_tokens
+from grpo_kernels.ops.head.selection import SelectedRows, token_positions
 from grpo_kernels.ops.head.sources import SavedLogitsSource, SavingLogitsSource, saved_logits_shape
 from grpo_kernels.ops.registration import KERNEL_BACKENDS, define
 from grpo_kernels.ops.rows import reference as rows_reference
@@ -38,7 +38,6 @@ from grpo_kernels.ops.rows.reference import TokenLogprobs
 from grpo_kernels.ops.rows.token_logprobs import (
     outputs_code,
     pack_outputs,
-    reshape_like_ids,
     to_kernel_gradient,
     to_kernel_ids,
     token_logprobs_bwd,
@@ -199,8 +198,9 @@ class LinearTokenLogprobs(torch.autograd.Function):
         )  # fmt: skip
         ctx.options = (call.options, rows.transform, backend)
         ctx.set_materialize_grads(False)
-        ids = hidden[..., 0]  # for the shape
-        shaped = [reshape_like_ids(x, ids) for x in (logprobs, entropy, *extras)]
+        shape = shape_of_tokens(hidden, rows.ids.shape[0])
+        results = (logprobs, entropy, *extras)  # empty where not wanted
+        shaped = [x.view(shape) if len(shape) > 1 and x.shape == rows.ids.shape else x for x in results]
         ctx.mark_non_differentiable(*shaped[2:])
         return tuple(shaped)
 
@@ -211,9 +211,11 @@ class LinearTokenLogprobs(torch.autograd.Function):
             return {}
         hidden, weight, bias, ids, mask, projection, *statistics, saved_logits, saved_ids = ctx.saved_tensors
         if projection is not None and dentropy is None:
-            c = dlogprobs.reshape(-1, 1)  # type: ignore[union-attr]
-            live = c != 0 if mask is None else (c != 0) & mask[:, None]
-            dhidden = torch.where(live, c * projection, 0).to(hidden.dtype).view(hidden.shape)
+            c = dlogprobs.reshape(-1)  # type: ignore[union-attr]
+            c = c if mask is None else torch.where(mask, c, 0)
+            positions = token_positions(projection, ids.shape[0])
+            c = (c if positions is None else c.new_zeros(len(projection)).index_copy(0, positions, c))[:, None]
+            dhidden = torch.where(c != 0, c * projection, 0).to(hidden.dtype).view(hidden.shape)
             return {"hidden": dhidden}
         options, transform, backend = ctx.options
         upstream = (to_kernel_gradient(dlogprobs, ids), to_kernel_gradient(dentropy, ids))
@@ -306,7 +308,7 @@ def logprobs_and_entropy(
 
 
 def linear_token_logprobs(
-    hidden_states: Tensor,  # [B, T, H]; packed [N, H]
+    hidden_states: Tensor,  # [B, T, H] or [B, T + 1, H]; packed [N, H]
     lm_head_weight: Tensor,  # [V, H]
     ids: Tensor,  # [B, T]; packed [N]
     *,
@@ -331,7 +333,7 @@ def linear_token_logprobs(
     Gradients accumulate in fp32 (fp64) and are rounded once, to their parameter's dtype.
 
     Args:
-        hidden_states: Position ``t`` predicts token ``t``.
+        hidden_states: Position ``t`` predicts token ``t``. A ``T + 1``-th position is ignored, and its gradient is 0.
         lm_head_weight: The head, tied or not, of the same dtype; under autocast both are rounded to its dtype.
         ids: Token ids.
         bias: The head's bias.
@@ -384,7 +386,7 @@ def linear_token_logprobs(
     )
     if backend == "torch":
         dtypes = (options.compute_dtype, options.logits_dtype)
-        logits = reference.project(hidden_states, lm_head_weight, bias, mask, *dtypes)
+        logits = reference.project(predicting(hidden_states, ids), lm_head_weight, bias, mask, *dtypes)
         return rows_reference.token_logprobs(logits, ids, mask, temperature, softcap, logit_scale, tuple(outputs))
     head = (hidden_states, lm_head_weight, bias)
     statistics = _statistics(*head, ids, mask, options, transform, code, max_logits_bytes, save_projection, backend)
