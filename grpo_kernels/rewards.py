@@ -17,6 +17,7 @@ from grpo_kernels.validation import (
     check_float,
     check_ids,
     check_mask,
+    check_real,
     check_shape,
 )
 
@@ -59,7 +60,7 @@ def kl_penalized_rewards(
         >>> kl_penalized_rewards(torch.tensor([1.0]), logprobs, reference, torch.ones(1, 2), beta=0.1)
         tensor([0.9000])
     """
-    check_float("rewards", rewards)
+    check_real("rewards", rewards)
     check_float("logprobs", logprobs)
     check_float("ref_logprobs", ref_logprobs)
     check_mask("completion_mask", completion_mask)

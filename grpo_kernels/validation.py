@@ -16,7 +16,16 @@ def check_float(name: str, tensor: Tensor) -> None:
     if not isinstance(tensor, Tensor):
         raise TypeError(f"{name} must be a tensor, got {type(tensor).__name__}")
     if tensor.dtype not in FLOAT_DTYPES:
-        raise TypeError(f"{name} must be float32, bfloat16, float16 or float64, got {tensor.dtype}")
+        way_out = "" if tensor.is_complex() else f": pass {name}.float()"
+        raise TypeError(f"{name} must be float32, bfloat16, float16 or float64, got {tensor.dtype}{way_out}")
+
+
+def check_real(name: str, tensor: Tensor) -> None:
+    """Raises TypeError unless ``tensor`` holds real numbers: floating point, or integers, which are taken as such."""
+    if not isinstance(tensor, Tensor):
+        raise TypeError(f"{name} must be a tensor, got {type(tensor).__name__}")
+    if tensor.is_complex():
+        raise TypeError(f"{name} must be floating point or integer, got {tensor.dtype}")
 
 
 def check_ids(name: str, tensor: Tensor) -> None:
@@ -126,7 +135,8 @@ def check_cu_seqlens(cu_seqlens: Tensor | None, ids: Tensor, debug: bool) -> Non
         return
     check_ids("cu_seqlens", cu_seqlens)
     if ids.dim() != 1:
-        raise ValueError(f"cu_seqlens must be None for tokens of shape {list(ids.shape)}, got a tensor")
+        way_out = ": packed tokens are [N], drop the first dimension of all inputs" if ids.shape[0] == 1 else ""
+        raise ValueError(f"cu_seqlens must be None for tokens of shape {list(ids.shape)}, got a tensor{way_out}")
     if cu_seqlens.dim() != 1 or cu_seqlens.shape[0] < 2:
         raise ValueError(f"cu_seqlens must have shape [S + 1] with S at least 1, got {list(cu_seqlens.shape)}")
     if may_read(cu_seqlens, debug):

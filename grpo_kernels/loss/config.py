@@ -287,6 +287,12 @@ class GRPOLossConfig:
 _DERIVED = tuple(name for name, value in vars(GRPOLossConfig).items() if isinstance(value, computed_once))
 
 
+def check_is_config(config: GRPOLossConfig) -> None:
+    """Raises TypeError unless ``config`` is one."""
+    if not isinstance(config, GRPOLossConfig):
+        raise TypeError(f"config must be a GRPOLossConfig, got {type(config).__name__}")
+
+
 def reference_share(divergence: str, mixture: float = 0.5) -> float:
     """The share of the reference in a divergence's mixture: 0 for "forward_kl", 1 for "reverse_kl".
 

@@ -87,18 +87,23 @@ def _refusal(
 
 def check_preset(caller: str, preset: Preset, options: Mapping[str, Any]) -> None:
     """Raises TypeError, naming the option, unless the translation of another framework's options takes all of them."""
-    known = tuple(inspect.signature(preset).parameters)
+    refuse_unknown(caller, options, tuple(inspect.signature(preset).parameters))
+
+
+def refuse_unknown(owner: str, options: Iterable[str], known: tuple[str, ...], what: str | None = None) -> None:
+    """Raises TypeError for the first option that is not among those that are known, or ``what`` names in a message."""
     for name in options:
         if name not in known:
-            raise TypeError(f"{caller} has no option {name!r}{_meant(name, known, [])}")
+            hints = [f"{_SYNONYMS[name]}=..."] if _SYNONYMS.get(name) in known else []
+            raise TypeError(f"{owner} has no option {name!r}{_meant(name, known, hints, what)}")
 
 
-def _meant(unknown: str, known: tuple[str, ...], hints: list[str]) -> str:
+def _meant(unknown: str, known: tuple[str, ...], hints: list[str], what: str | None = None) -> str:
     """What somebody who writes an unknown name likely means: ``hints``, or else what is found here."""
     if not hints and unknown in _ELSEWHERE:
         return f", which is {_ELSEWHERE[unknown]}"
     hints = hints or [f"{name}=..." for name in difflib.get_close_matches(unknown, known, n=1, cutoff=0.6)]
-    return f": did you mean {' or '.join(hints)}?" if hints else f": it has {', '.join(known)}"
+    return f": did you mean {' or '.join(hints)}?" if hints else f": it has {what or ', '.join(known)}"
 
 
 def check_config(config: Any) -> None:

@@ -12,7 +12,7 @@ from grpo_kernels.loss.fields import TokenFields
 from grpo_kernels.loss.options import Level, Surrogate
 from grpo_kernels.loss.sequences import Sequences
 from grpo_kernels.loss.weights import loss_weights, rollout_weights, token_mean
-from grpo_kernels.validation import check_cu_seqlens, check_device, check_float, check_mask, check_shape
+from grpo_kernels.validation import check_cu_seqlens, check_device, check_float, check_mask, check_real, check_shape
 
 
 @dataclass(frozen=True)
@@ -229,7 +229,7 @@ def _check(
     check_cu_seqlens(cu_seqlens, tokens, debug)
     count = tokens.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
     if advantages is not None:
-        check_float("advantages", advantages)
+        check_real("advantages", advantages)
         check_shape("advantages", advantages, (count,), tokens.shape)
         if config.loss_type in ("vespo", "gmpo") and advantages.shape != (count,):
             raise ValueError(

@@ -144,7 +144,12 @@ def check_head(
         check_shape(hidden_name, hidden, *position_shapes(ids, size))
     if weight.dim() != 2 or weight.shape[0] == 0:
         raise ValueError(f"{weight_name} must have shape [V, H] with V at least 1, got {list(weight.shape)}")
-    check_shape(weight_name, weight, (weight.shape[0], size))
+    if weight.shape[1] != size:
+        way_out = f": transpose it, {weight_name}.T" if weight.shape[0] == size else ""
+        raise ValueError(
+            f"{weight_name} must have shape [V, {size}], as {hidden_name} have {size} columns, "
+            f"got {list(weight.shape)}{way_out}"
+        )
     if bias is not None:
         check_float(bias_name, bias)
         check_shape(bias_name, bias, (weight.shape[0],))

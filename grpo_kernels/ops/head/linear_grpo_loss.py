@@ -13,7 +13,7 @@ from grpo_kernels import backends
 from grpo_kernels.calls import Call
 from grpo_kernels.device_values import check_device_values
 from grpo_kernels.dtypes import accumulation_dtype
-from grpo_kernels.loss.config import GRPOLossConfig, LossCode
+from grpo_kernels.loss.config import GRPOLossConfig, LossCode, check_is_config
 from grpo_kernels.loss.fields import TokenFields
 from grpo_kernels.loss.inputs import PolicyInputs
 from grpo_kernels.measured_backends import RowClass
@@ -238,6 +238,7 @@ def linear_grpo_loss(
         >>> linear_grpo_loss(hidden, head, ids, torch.tensor([1.0, -1.0]), mask).loss.backward()
     """
     check_head(hidden_states, lm_head_weight, bias, completion_ids, "completion_ids")
+    check_is_config(config)
     transform = Transform.of(config.temperature, softcap, logit_scale)
     options = HeadOptions.of(hidden_states, lm_head_weight, logits_dtype, workspace_bytes, max_logits_bytes)
     reference_tensors = (reference_logits, reference_hidden_states, reference_lm_head_weight, reference_bias)

@@ -29,7 +29,7 @@ from grpo_kernels.ops.rows.reference import TokenDivergence
 from grpo_kernels.ops.rows.token_divergence import token_divergence_rows
 from grpo_kernels.ops.rows.token_logprobs import to_kernel_gradient, to_kernel_ids, token_mask
 from grpo_kernels.ops.rows.transform import Comparison, Transform
-from grpo_kernels.validation import check_device, check_id_range
+from grpo_kernels.validation import check_device, check_float, check_id_range
 
 
 @dataclass(frozen=True)
@@ -198,6 +198,7 @@ def linear_token_divergence(
         >>> linear_token_divergence(hidden, head, reference_logits=torch.tensor([[[1.0, 3.0]]])).divergence
         tensor([[0.4338]])
     """
+    check_float("hidden_states", hidden_states)
     wants_logprobs = ids is not None
     if ids is None:
         ids = torch.zeros(hidden_states.shape[:-1], dtype=torch.int64, device=hidden_states.device)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -36,6 +37,7 @@ from grpo_kernels.ops.rows.calls import (
 )
 from grpo_kernels.ops.rows.reference import TokenLogprobs
 from grpo_kernels.ops.rows.token_logprobs import (
+    output_names,
     outputs_code,
     pack_outputs,
     to_kernel_gradient,
@@ -317,7 +319,7 @@ def linear_token_logprobs(
     softcap: float | None = None,
     logit_scale: float = 1.0,
     mask: Tensor | None = None,  # like ids
-    outputs: tuple[str, ...] = (),
+    outputs: str | Sequence[str] = (),
     logits_dtype: torch.dtype | None = None,
     max_logits_bytes: int | None = None,
     workspace_bytes: int | None = None,
@@ -375,6 +377,7 @@ def linear_token_logprobs(
     check_head(hidden_states, lm_head_weight, bias, ids)
     check_device(hidden_states.device, [("mask", mask)])
     transform = Transform.of(temperature, softcap, logit_scale)
+    outputs = output_names(outputs)
     code = outputs_code(outputs)
     mask = token_mask(mask, ids)
     check_id_range("ids", ids, mask, lm_head_weight.shape[0], debug)
@@ -387,7 +390,7 @@ def linear_token_logprobs(
     if backend == "torch":
         dtypes = (options.compute_dtype, options.logits_dtype)
         logits = reference.project(predicting(hidden_states, ids), lm_head_weight, bias, mask, *dtypes)
-        return rows_reference.token_logprobs(logits, ids, mask, temperature, softcap, logit_scale, tuple(outputs))
+        return rows_reference.token_logprobs(logits, ids, mask, temperature, softcap, logit_scale, outputs)
     head = (hidden_states, lm_head_weight, bias)
     statistics = _statistics(*head, ids, mask, options, transform, code, max_logits_bytes, save_projection, backend)
-    return pack_outputs(*statistics, tuple(outputs))
+    return pack_outputs(*statistics, outputs)

@@ -12,7 +12,7 @@ from torch import Tensor
 from grpo_kernels import backends
 from grpo_kernels.device_values import check_device_values
 from grpo_kernels.dtypes import accumulation_dtype
-from grpo_kernels.loss.config import GRPOLossConfig
+from grpo_kernels.loss.config import GRPOLossConfig, check_is_config
 from grpo_kernels.loss.inputs import PolicyInputs
 from grpo_kernels.loss.metrics import PolicyMetrics
 from grpo_kernels.measured_backends import RowClass
@@ -164,6 +164,7 @@ def grpo_loss(
         >>> out.loss.backward()
     """
     check_logits(logits, completion_ids, "completion_ids")
+    check_is_config(config)
     check_device(logits.device, [("completion_ids", completion_ids)])
     transform = Transform.of(config.temperature, softcap, logit_scale)
     if inplace:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
@@ -42,6 +43,11 @@ token_logprobs_bwd = define(
     lambda logits, call, dlogits: None,
     {"triton": lazy_import("grpo_kernels.ops.rows.triton.token_logprobs", "token_logprobs_bwd")},
 )
+
+
+def output_names(outputs: str | Sequence[str]) -> tuple[str, ...]:
+    """The wanted outputs, of which a single one may stand alone."""
+    return (outputs,) if isinstance(outputs, str) else tuple(outputs)
 
 
 def outputs_code(outputs: tuple[str, ...]) -> int:
@@ -141,7 +147,7 @@ def token_logprobs(
     softcap: float | None = None,
     logit_scale: float = 1.0,
     mask: Tensor | None = None,  # like ids
-    outputs: tuple[str, ...] = (),
+    outputs: str | Sequence[str] = (),
     inplace_backward: bool = False,
     debug: bool = False,
     backend: str = "auto",
@@ -162,7 +168,7 @@ def token_logprobs(
         softcap: Bound of a tanh soft cap (Gemma); a Hugging Face model's logits already include it.
         logit_scale: Multiplies the logits, first (Cohere, Granite); a Hugging Face model's logits already include it.
         mask: 0 excludes a token, whatever the logits and the id hold there: its statistics are 0.
-        outputs: Any of "entropy", "log_sum_sq_probs", "mean_logits", "is_top1".
+        outputs: One or more of "entropy", "log_sum_sq_probs", "mean_logits", "is_top1".
         inplace_backward: Overwrite the logits with their gradient in the backward; their last dimension must be dense.
             A second backward is then refused. The "torch" backend does not overwrite them.
         debug: Check values on a GPU too, and the flags of earlier kernels (``check_device_values``): syncs.
@@ -186,6 +192,7 @@ def token_logprobs(
     transform = Transform.of(temperature, softcap, logit_scale)
     if inplace_backward:
         check_writable("logits", logits, "inplace_backward=True")
+    outputs = output_names(outputs)
     code = outputs_code(outputs)
     mask = token_mask(mask, ids)
     check_id_range("ids", ids, mask, logits.shape[-1], debug)
@@ -194,8 +201,8 @@ def token_logprobs(
     backend = backends.resolve("token_logprobs", backend, logits.device, partial(RowClass.of_logits, logits))
     if backend == "torch":
         rows = logits if ids.dim() == 1 else logits[:, : ids.shape[1]]
-        return reference.token_logprobs(rows, ids, mask, temperature, softcap, logit_scale, tuple(outputs))
+        return reference.token_logprobs(rows, ids, mask, temperature, softcap, logit_scale, outputs)
     kernel_ids = to_kernel_ids(ids)
     call = StatisticsCall(kernel_ids, None if mask is None else mask.view(kernel_ids.shape), transform, code)
     logprobs, entropy, *extras = _TokenLogprobs.apply(logits, ids, call, inplace_backward, backend)
-    return pack_outputs(logprobs, entropy, tuple(extras), tuple(outputs))
+    return pack_outputs(logprobs, entropy, tuple(extras), outputs)

@@ -11,7 +11,7 @@ from grpo_kernels import backends
 from grpo_kernels.loss.sequences import Sequences
 from grpo_kernels.ops.registration import define, lazy_import
 from grpo_kernels.ops.tokens import reference
-from grpo_kernels.validation import check_cu_seqlens, check_device, check_float, check_mask, check_shape
+from grpo_kernels.validation import check_cu_seqlens, check_device, check_float, check_mask, check_real, check_shape
 
 
 class GAEOutput(NamedTuple):
@@ -69,7 +69,7 @@ def gae(
         >>> gae(rewards, values, torch.ones(1, 2), lam=1.0).advantages
         tensor([[0.5000, 0.5000]])
     """
-    check_float("rewards", rewards)
+    check_real("rewards", rewards)
     if rewards.dim() not in (1, 2):
         raise ValueError(f"rewards must have shape [B, T] or, packed, [N], got {list(rewards.shape)}")
     check_float("values", values)

@@ -10,7 +10,7 @@ from grpo_kernels.device_values import check_device_values
 from grpo_kernels.ops.registration import define, lazy_import
 from grpo_kernels.ops.tokens import reference
 from grpo_kernels.ops.tokens.advantage_estimators import ESTIMATORS, NEED_LENGTHS, NEED_TWO, Groups
-from grpo_kernels.validation import check_device, check_float, check_shape, may_read
+from grpo_kernels.validation import check_device, check_real, check_shape, may_read
 
 SCALE_REWARDS = ("group", "batch", "none")
 AGGREGATIONS = ("sum_then_normalize", "normalize_then_sum")
@@ -78,7 +78,7 @@ def group_advantages(
         Advantages ``[B]``, fp32 or fp64. Exactly 0 for a group whose rewards are all equal.
 
     Raises:
-        TypeError: ``rewards`` is not floating point.
+        TypeError: ``rewards`` is not a tensor of real numbers.
         ValueError: Shapes do not fit, ``num_generations`` does not divide ``B``, an option is unknown, or a reward is
             infinite (read on the CPU, elsewhere with ``debug``).
         RuntimeError: The named backend cannot run here.
@@ -130,7 +130,7 @@ def group_advantages(
 
 def check_rewards(rewards: Tensor, num_generations: int, debug: bool) -> None:
     """Raises TypeError or ValueError unless rewards are whole groups of ``num_generations``, finite or NaN."""
-    check_float("rewards", rewards)
+    check_real("rewards", rewards)
     if rewards.dim() not in (1, 2) or rewards.numel() == 0:
         raise ValueError(f"rewards must have shape [B] or [B, K], none of them 0, got {list(rewards.shape)}")
     if num_generations < 1 or rewards.shape[0] % num_generations:

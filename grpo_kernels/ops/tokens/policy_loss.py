@@ -11,7 +11,7 @@ from grpo_kernels import backends
 from grpo_kernels.device_values import check_device_values, first_bad
 from grpo_kernels.loss import reference
 from grpo_kernels.loss.aggregation import CLIPPED_LOSSES
-from grpo_kernels.loss.config import GRPOLossConfig, LossCode
+from grpo_kernels.loss.config import GRPOLossConfig, LossCode, check_is_config
 from grpo_kernels.loss.fields import TokenFields
 from grpo_kernels.loss.finish_weights import finish_weights
 from grpo_kernels.loss.inputs import PolicyInputs
@@ -19,7 +19,7 @@ from grpo_kernels.loss.metrics import CLIP_METRICS, KERNEL_PARTIALS, Partial, Po
 from grpo_kernels.ops.gradients import named_gradients, refuse_double_backward
 from grpo_kernels.ops.registration import define, lazy_import
 from grpo_kernels.ops.tokens.calls import PolicyLossCall
-from grpo_kernels.validation import check_device, check_float, check_shape
+from grpo_kernels.validation import check_device, check_float, check_real, check_shape
 
 # at import: memory made at first use might be a fake tensor's, under tracing
 if backends.supports("policy_loss", "cpu", _CPU := torch.device("cpu")):
@@ -188,7 +188,8 @@ def policy_loss(
         tensor([[-0.5000, -0.5000]])
     """
     check_float("logprobs", logprobs)
-    check_float("advantages", advantages)
+    check_is_config(config)
+    check_real("advantages", advantages)
     if logprobs.dim() not in (1, 2):
         raise ValueError(f"logprobs must have shape [B, T] or, packed, [N], got {list(logprobs.shape)}")
     if entropy is not None:
