@@ -66,6 +66,14 @@ __all__ = [
 def apply_grpo_kernels_to_trl(**options: Any) -> Any:
     """Runs TRL's heads through these kernels from now on: ``grpo_kernels.integrations.trl.apply``.
 
+    Example:
+        >>> with apply_grpo_kernels_to_trl(backend="auto") as applied:
+        ...     applied.counts
+        Counts(hits=0, misses=0, rows=0, live=0)
+
+    Args:
+        **options: ``speculate``, ``max_logits_bytes``, ``workspace_bytes``, ``backend``: see there.
+
     Raises:
         ImportError: TRL is not installed, or has no fused head.
         RuntimeError: TRL's head is not as expected.

@@ -12,6 +12,12 @@ from grpo_kernels.loss.config import GRPOLossConfig
 class AdaptiveEntropy:
     """Raises the coefficient of the entropy bonus while the entropy is at or below a target, and lowers it otherwise.
 
+    Example:
+        >>> bonus = AdaptiveEntropy(coef=0.01, target=0.5)
+        >>> bonus.update(0.4)
+        >>> bonus.config(GRPOLossConfig()).entropy_coef
+        0.015
+
     The bonus is applied only if the last step's entropy was at or below the target: Skywork Open Reasoner 1
     (arXiv:2505.22312), with the names and defaults of TRL 1.16's ``use_adaptive_entropy``.
 
@@ -24,12 +30,6 @@ class AdaptiveEntropy:
 
     Raises:
         ValueError: A number is negative or not finite, or ``least`` is above ``most``.
-
-    Example:
-        >>> bonus = AdaptiveEntropy(coef=0.01, target=0.5)
-        >>> bonus.update(0.4)
-        >>> bonus.config(GRPOLossConfig()).entropy_coef
-        0.015
     """
 
     coef: float = 0.0

@@ -51,6 +51,11 @@ def sft_loss(
 ) -> Tensor:
     """Cross-entropy of the unmasked tokens, from hidden states, in chunks: the logits never exist as a whole.
 
+    Example:
+        >>> hidden, head = torch.randn(2, 3, 4, requires_grad=True), torch.randn(8, 4, requires_grad=True)
+        >>> sft_loss(hidden, head, torch.zeros(2, 3, dtype=torch.long), torch.ones(2, 3)).backward()
+        >>> loss = sft_loss(hidden, head, labels=torch.tensor([[-100, 2, 5], [-100, -100, 7]]))
+
     It is the policy gradient at advantage 1. Every row's coefficient is known before its logits, so the head is
     projected once: ``6 N H V`` operations with both gradients.
 
@@ -65,8 +70,10 @@ def sft_loss(
         num_items_in_batch: Tokens that "token_mean" divides by, over all micro-batches and processes of one step. None
             means the unmasked tokens given here.
         temperature: Divides the logits.
-        bias, softcap, logit_scale, cu_seqlens, loss_scale, logits_dtype, workspace_bytes, debug, backend: As for
-            ``linear_grpo_loss``.
+        softcap, logit_scale: As for ``token_logprobs``.
+        cu_seqlens: Where each packed completion begins, and the end.
+        loss_scale: Multiplies the loss and the gradient, before the gradient is rounded.
+        bias, logits_dtype, workspace_bytes, debug, backend: As for ``linear_token_logprobs``.
 
     Returns:
         A scalar, differentiable once. Zero, with zero gradient, if nothing is unmasked.
@@ -75,10 +82,6 @@ def sft_loss(
         TypeError: As for ``linear_grpo_loss``.
         ValueError: ``reduction`` is unknown, ``num_items_in_batch`` is given for a mean over sequences, neither or both
             of ``labels`` and ``completion_ids`` with their mask are given, or as for ``linear_grpo_loss``.
-
-    Example:
-        >>> hidden, head = torch.randn(2, 3, 4, requires_grad=True), torch.randn(8, 4, requires_grad=True)
-        >>> sft_loss(hidden, head, torch.zeros(2, 3, dtype=torch.long), torch.ones(2, 3)).backward()
     """
     check_reduction(reduction, num_items_in_batch)
     check_float("hidden_states", hidden_states)
@@ -89,9 +92,7 @@ def sft_loss(
         check_id_range("labels", labels, labels != _IGNORED, lm_head_weight.shape[0], debug)
     elif completion_ids is None or completion_mask is None:
         missing = "completion_ids" if completion_ids is None else "completion_mask"
-        raise ValueError(
-            f"{missing} must be given, got None; Hugging Face's labels stand for ids and mask as labels=..."
-        )
+        raise ValueError(f"{missing} must be given, got None; Hugging Face's labels are given as labels=... instead")
     config = GRPOLossConfig(loss_type="reinforce", loss_agg_mode=_SFT_MEANS[reduction], temperature=temperature)
     count = _count_completions(completion_ids, cu_seqlens)
     return linear_grpo_loss(
@@ -146,6 +147,11 @@ def distillation_loss(
 
         loss = mean ((1 - hard_weight) T^2 D(p_T, q_T) - hard_weight log p_1)
 
+    Example:
+        >>> hidden, head = torch.zeros(2, 3, 4, requires_grad=True), torch.zeros(8, 4)
+        >>> ids, mask, teacher = torch.zeros(2, 3, dtype=torch.long), torch.ones(2, 3), torch.randn(2, 3, 8)
+        >>> distillation_loss(hidden, head, ids, mask, teacher_logits=teacher, temperature=2.0).loss.backward()
+
     with ``D`` a divergence of student and teacher at temperature ``T`` (arXiv:1503.02531, section 2). It works from
     hidden states in chunks: the gradient of a chunk is formed from both models' logits while they exist. With equal
     hidden sizes that is ``8 N H V`` operations; neither model's logits exist as a whole.
@@ -163,7 +169,9 @@ def distillation_loss(
         hard_weight: Share of the hard targets, in [0, 1).
         reduction, num_items_in_batch: As for ``sft_loss``.
         softcap, logit_scale, teacher_softcap, teacher_logit_scale: As for ``token_logprobs``.
-        cu_seqlens, loss_scale, logits_dtype, workspace_bytes, debug, backend: As for ``linear_grpo_loss``.
+        cu_seqlens: Where each packed completion begins, and the end.
+        loss_scale: Multiplies the loss and the gradient, before the gradient is rounded.
+        logits_dtype, workspace_bytes, debug, backend: As for ``linear_token_logprobs``.
 
     Returns:
         The loss, differentiable once, and metrics: "kl" is the mean divergence, without its weight, and "entropy" the
@@ -172,11 +180,6 @@ def distillation_loss(
     Raises:
         TypeError: As for ``linear_token_divergence``.
         ValueError: As for ``linear_token_divergence`` and ``sft_loss``, or ``hard_weight`` is not in [0, 1).
-
-    Example:
-        >>> hidden, head = torch.zeros(2, 3, 4, requires_grad=True), torch.zeros(8, 4)
-        >>> ids, mask, teacher = torch.zeros(2, 3, dtype=torch.long), torch.ones(2, 3), torch.randn(2, 3, 8)
-        >>> distillation_loss(hidden, head, ids, mask, teacher_logits=teacher, temperature=2.0).loss.backward()
     """
     if not 0 <= hard_weight < 1:
         raise ValueError(f"hard_weight must be in [0, 1), got {hard_weight!r}; sft_loss has hard targets alone")

@@ -44,6 +44,15 @@ def dpo_loss(
 ) -> PreferenceOutput:
     """Direct preference optimisation of pairs of completions.
 
+    Example:
+        >>> logprobs = torch.full((2, 3), -1.0, requires_grad=True)
+        >>> dpo_loss(logprobs, torch.full((2, 3), -1.0), torch.ones(2, 3)).loss.item()
+        0.6931471824645996
+        >>> chosen, rejected = torch.tensor([-3.0, -4.0]), torch.tensor([-5.0, -4.0])  # summed over tokens
+        >>> references = {"ref_chosen_logprobs": chosen, "ref_rejected_logprobs": rejected}
+        >>> dpo_loss(chosen_logprobs=chosen, rejected_logprobs=rejected, **references).loss.item()
+        0.6931471824645996
+
     With ``h = beta (sum_t log pi/pi_ref of the chosen - of the rejected)``,
 
         loss = -mean ((1 - eps) log sigmoid(h) + eps log sigmoid(-h))
@@ -73,11 +82,6 @@ def dpo_loss(
         TypeError: A tensor has a dtype that does not fit.
         ValueError: Shapes or devices do not fit, completions are not pairs, pairs are given in both ways or in neither,
             or a number is out of its range.
-
-    Example:
-        >>> logprobs = torch.full((2, 3), -1.0, requires_grad=True)
-        >>> dpo_loss(logprobs, torch.full((2, 3), -1.0), torch.ones(2, 3)).loss.item()
-        0.6931471824645996
     """
     if not beta > 0:
         raise ValueError(f"beta must be greater than 0, got {beta!r}")
@@ -163,6 +167,10 @@ def reward_model_loss(
 
         loss = mean (-log sigmoid(r_chosen - r_rejected - margin) + center_coef (r_chosen + r_rejected)^2)
 
+    Example:
+        >>> reward_model_loss(torch.tensor([1.0]), torch.tensor([1.0])).item()
+        0.6931471824645996
+
     InstructGPT eq. 1 (arXiv:2203.02155), margins of Llama 2 (arXiv:2307.09288), centring of arXiv:2312.09244.
     Arithmetic is fp32, or fp64 for fp64 input.
 
@@ -174,10 +182,6 @@ def reward_model_loss(
     Raises:
         TypeError: A tensor is not floating point.
         ValueError: Shapes or devices do not fit.
-
-    Example:
-        >>> reward_model_loss(torch.tensor([1.0]), torch.tensor([1.0])).item()
-        0.6931471824645996
     """
     check_float("chosen_rewards", chosen_rewards)
     if chosen_rewards.dim() != 1:

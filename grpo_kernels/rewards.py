@@ -36,6 +36,11 @@ def kl_penalized_rewards(
 ) -> Tensor:
     """Rewards minus a KL penalty to the reference policy: ``r - beta sum_t k_t``, or ``r_t - beta k_t`` per token.
 
+    Example:
+        >>> logprobs, reference = torch.tensor([[-1.0, -2.0]]), torch.tensor([[-1.5, -2.5]])
+        >>> kl_penalized_rewards(torch.tensor([1.0]), logprobs, reference, torch.ones(1, 2), beta=0.1)
+        tensor([0.9000])
+
     InstructGPT eq. 2 (arXiv:2203.02155), as in RLOO, REINFORCE++ and PPO. GRPO has its penalty in the loss instead.
 
     Args:
@@ -54,11 +59,6 @@ def kl_penalized_rewards(
     Raises:
         TypeError: A tensor has a dtype that does not fit.
         ValueError: Shapes or devices do not fit, the estimator is unknown, or a number is out of its range.
-
-    Example:
-        >>> logprobs, reference = torch.tensor([[-1.0, -2.0]]), torch.tensor([[-1.5, -2.5]])
-        >>> kl_penalized_rewards(torch.tensor([1.0]), logprobs, reference, torch.ones(1, 2), beta=0.1)
-        tensor([0.9000])
     """
     check_real("rewards", rewards)
     check_float("logprobs", logprobs)
@@ -97,6 +97,11 @@ def mask_truncated(
 ) -> Tensor:  # like completion_mask
     """The mask without truncated completions, whose last unmasked token is not an end-of-text token.
 
+    Example:
+        >>> mask_truncated(torch.tensor([[5, 2, 0], [5, 6, 7]]), torch.tensor([[1, 1, 0], [1, 1, 1]]), 2)
+        tensor([[1, 1, 0],
+                [0, 0, 0]])
+
     DAPO's overlong filtering (arXiv:2503.14476), TRL's ``mask_truncated_completions``.
 
     Args:
@@ -111,11 +116,6 @@ def mask_truncated(
     Raises:
         TypeError: A tensor has a dtype that does not fit.
         ValueError: Shapes or devices do not fit, or there is no id.
-
-    Example:
-        >>> mask_truncated(torch.tensor([[5, 2, 0], [5, 6, 7]]), torch.tensor([[1, 1, 0], [1, 1, 1]]), 2)
-        tensor([[1, 1, 0],
-                [0, 0, 0]])
     """
     check_ids("completion_ids", completion_ids)
     check_mask("completion_mask", completion_mask)

@@ -71,6 +71,12 @@ class Penalty(NamedTuple):
 class GRPOLossConfig:
     """What the GRPO family of losses computes. Names and defaults are TRL 1.16's.
 
+    Example:
+        >>> GRPOLossConfig(loss_type="dr_grpo", max_completion_length=512, epsilon_high=0.28, beta=0.0)
+        GRPOLossConfig(loss_type='dr_grpo', epsilon_high=0.28, max_completion_length=512)
+        >>> GRPOLossConfig.trl(loss_type="grpo", epsilon=0.1, max_completion_length=None)
+        GRPOLossConfig(loss_type='grpo', epsilon_low=0.1)
+
     The loss types, with the objective of a token of advantage ``A``, and the mean over tokens:
 
     - "grpo", "bnpo", "dr_grpo", "dapo", "luspo", "ppo": the clipped ratio times ``A``. They differ in the mean. "grpo":

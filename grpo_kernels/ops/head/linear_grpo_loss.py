@@ -198,6 +198,11 @@ def linear_grpo_loss(
 ) -> GRPOLossOutput:
     """The GRPO loss from hidden states, in chunks of tokens: the logits never exist as a whole.
 
+    Example:
+        >>> hidden, head = torch.randn(2, 3, 4, requires_grad=True), torch.randn(8, 4, requires_grad=True)
+        >>> ids, mask = torch.zeros(2, 3, dtype=torch.long), torch.ones(2, 3)
+        >>> linear_grpo_loss(hidden, head, ids, torch.tensor([1.0, -1.0]), mask).loss.backward()
+
     ``grpo_loss`` of ``h W^T + b``. At token level each chunk is projected once, and its gradient is computed while its
     logits exist. ``dX`` and ``dW`` are formed from the live rows, those whose coefficient is not 0. That is
     ``2 N H V (1 + 2 f)`` operations at a live share ``f``, or ``2 N H V (1 + f)`` with a frozen head. Masked rows are
@@ -207,10 +212,11 @@ def linear_grpo_loss(
     Args:
         hidden_states: Position ``t`` predicts token ``t``. A ``T + 1``-th position is ignored, and its gradient is 0.
         lm_head_weight: The head, tied or not, of the same dtype; under autocast both are rounded to its dtype.
-        completion_ids, advantages, completion_mask, rewards, num_generations, scale_rewards, old_logprobs,
-            ref_logprobs, sampling_logprobs, rollout_is_weights, entropy_threshold, num_items_in_batch,
-            cu_seqlens, loss_scale, config, softcap,
-            logit_scale, debug: As for ``grpo_loss``.
+        completion_ids, advantages, completion_mask, rewards, num_generations, scale_rewards, loss_scale, config,
+            debug: As for ``grpo_loss``.
+        old_logprobs, ref_logprobs, sampling_logprobs, rollout_is_weights, entropy_threshold, num_items_in_batch,
+            cu_seqlens: As for ``policy_loss``.
+        softcap, logit_scale: As for ``token_logprobs``.
         reference_logits, reference_hidden_states, reference_lm_head_weight, reference_bias: As for
             ``linear_token_divergence``, of the frozen reference policy, transformed as the policy's; for an exact
             ``kl_estimator``, instead of ``ref_logprobs``. The reference is projected as often as the policy: once in a
@@ -231,11 +237,6 @@ def linear_grpo_loss(
         TypeError: A dtype does not fit.
         ValueError: As for ``grpo_loss`` and ``linear_token_logprobs``.
         RuntimeError: The named backend cannot run here.
-
-    Example:
-        >>> hidden, head = torch.randn(2, 3, 4, requires_grad=True), torch.randn(8, 4, requires_grad=True)
-        >>> ids, mask = torch.zeros(2, 3, dtype=torch.long), torch.ones(2, 3)
-        >>> linear_grpo_loss(hidden, head, ids, torch.tensor([1.0, -1.0]), mask).loss.backward()
     """
     check_head(hidden_states, lm_head_weight, bias, completion_ids, "completion_ids")
     check_is_config(config)

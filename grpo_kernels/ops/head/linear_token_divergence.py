@@ -168,6 +168,11 @@ def linear_token_divergence(
 ) -> TokenDivergence:
     """``token_divergence`` of ``h W^T + b``, in chunks of tokens: neither model's logits exist as a whole.
 
+    Example:
+        >>> hidden, head = torch.zeros(1, 1, 2), torch.zeros(2, 2)
+        >>> linear_token_divergence(hidden, head, reference_logits=torch.tensor([[[1.0, 3.0]]])).divergence
+        tensor([[0.4338]])
+
     Masked rows are never projected. The backward projects both models again, in the same chunks, for the rows whose
     upstream gradient is not 0. With equal hidden sizes that is ``4 N H V`` operations forward and ``8 N H V f``
     backward at a live share ``f``, for every divergence.
@@ -180,8 +185,9 @@ def linear_token_divergence(
         reference_logits: The reference's logits, if they exist. No gradient flows to the reference.
         reference_hidden_states, reference_lm_head_weight, reference_bias: Otherwise its last hidden states and head,
             which may have another hidden size and dtype.
-        divergence, mixture, ids, mask, temperature, divergence_temperature, softcap, logit_scale, reference_softcap,
-            reference_logit_scale, debug: As for ``token_divergence``.
+        divergence, mixture, ids, mask, temperature, divergence_temperature, debug: As for ``token_divergence``.
+        softcap, logit_scale: As for ``token_logprobs``.
+        reference_softcap, reference_logit_scale: The same for the reference.
         backend: "auto", or one of ``grpo_kernels.BACKENDS``. "torch" forms the whole logits.
 
     Returns:
@@ -192,11 +198,6 @@ def linear_token_divergence(
         ValueError: As for ``linear_token_logprobs`` and ``token_divergence``, or the reference is not given in exactly
             one of the two ways.
         RuntimeError: The named backend cannot run here.
-
-    Example:
-        >>> hidden, head = torch.zeros(1, 1, 2), torch.zeros(2, 2)
-        >>> linear_token_divergence(hidden, head, reference_logits=torch.tensor([[[1.0, 3.0]]])).divergence
-        tensor([[0.4338]])
     """
     check_float("hidden_states", hidden_states)
     wants_logprobs = ids is not None

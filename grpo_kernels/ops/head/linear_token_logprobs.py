@@ -329,6 +329,10 @@ def linear_token_logprobs(
 ) -> TokenLogprobs:
     """``token_logprobs`` of ``h W^T + b``, in chunks of tokens: the logits never exist as a whole.
 
+    Example:
+        >>> linear_token_logprobs(torch.zeros(1, 1, 2), torch.zeros(4, 2), torch.tensor([[2]])).logprobs
+        tensor([[-1.3863]])
+
     Masked rows are never projected. The backward forms the gradient and multiplies it, only for the rows whose upstream
     gradient is not 0, and projects those again whose logits were not saved. That is ``2 N H V (1 + 2 f)`` operations at
     a live share ``f``, ``2 N H V (1 + 3 f)`` without saved logits, and ``2 N H V f`` less if the head is frozen.
@@ -369,10 +373,6 @@ def linear_token_logprobs(
         ValueError: Shapes or devices do not fit, a bound is negative or too small for one row, or an unmasked id is
             outside the vocabulary (read on the CPU, elsewhere with ``debug``).
         RuntimeError: The named backend cannot run here.
-
-    Example:
-        >>> linear_token_logprobs(torch.zeros(1, 1, 2), torch.zeros(4, 2), torch.tensor([[2]])).logprobs
-        tensor([[-1.3863]])
     """
     check_head(hidden_states, lm_head_weight, bias, ids)
     check_device(hidden_states.device, [("mask", mask)])

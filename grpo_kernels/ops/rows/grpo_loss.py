@@ -121,6 +121,12 @@ def grpo_loss(
 ) -> GRPOLossOutput:
     """The GRPO loss from logits, its gradient formed in the same pass.
 
+    Example:
+        >>> logits = torch.zeros(2, 3, 8, requires_grad=True)
+        >>> ids, mask = torch.zeros(2, 3, dtype=torch.long), torch.ones(2, 3)
+        >>> out = grpo_loss(logits, ids, None, mask, rewards=torch.tensor([0.0, 1.0]), num_generations=2)
+        >>> out.loss.backward()
+
     ``token_logprobs`` at the configuration's temperature, then ``policy_loss``; see there for the equations. At token
     level the forward reads the logits once and writes their gradient once. The backward multiplies it by the upstream
     scalar, unless that is 1. A sequence-level ratio first needs a pass for the statistics.
@@ -156,12 +162,6 @@ def grpo_loss(
             ``advantages`` and ``rewards`` are given, or an unmasked id is outside the vocabulary (read on the CPU,
             elsewhere with ``debug``).
         RuntimeError: The named backend cannot run here.
-
-    Example:
-        >>> logits = torch.zeros(2, 3, 8, requires_grad=True)
-        >>> ids, mask = torch.zeros(2, 3, dtype=torch.long), torch.ones(2, 3)
-        >>> out = grpo_loss(logits, ids, None, mask, rewards=torch.tensor([0.0, 1.0]), num_generations=2)
-        >>> out.loss.backward()
     """
     check_logits(logits, completion_ids, "completion_ids")
     check_is_config(config)

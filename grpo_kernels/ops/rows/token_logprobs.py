@@ -157,6 +157,10 @@ def token_logprobs(
         y = softcap tanh(logit_scale z / softcap) / temperature
         logprobs = log_softmax(y)[id],  p = softmax(y),  entropy = -sum p log p
 
+    Example:
+        >>> token_logprobs(torch.zeros(1, 1, 4), torch.tensor([[2]])).logprobs
+        tensor([[-1.3863]])
+
     One read of the logits forward; one read and one write backward. Arithmetic is fp32, or fp64 for fp64 logits, and
     so are the results.
 
@@ -182,10 +186,6 @@ def token_logprobs(
         ValueError: Shapes or devices do not fit, the vocabulary is empty, or an unmasked id is outside it (read on
             the CPU, elsewhere with ``debug``).
         RuntimeError: The named backend cannot run here.
-
-    Example:
-        >>> token_logprobs(torch.zeros(1, 1, 4), torch.tensor([[2]])).logprobs
-        tensor([[-1.3863]])
     """
     check_logits(logits, ids)
     check_device(logits.device, [("ids", ids), ("mask", mask)])

@@ -45,6 +45,11 @@ def gae(
 
         delta_t = r_t + gamma V_(t+1) - V_t        A_t = delta_t + gamma lam A_(t+1)        R_t = A_t + V_t
 
+    Example:
+        >>> rewards, values = torch.tensor([[0.0, 1.0]]), torch.tensor([[0.5, 0.5]])
+        >>> gae(rewards, values, torch.ones(1, 2), lam=1.0).advantages
+        tensor([[0.5000, 0.5000]])
+
     arXiv:1506.02438 eq. 16. Arithmetic is fp64 in a completion, and results are fp32, or fp64 for fp64 input. Not
     differentiable; whitening over the batch, which PPO adds, is the caller's.
 
@@ -63,11 +68,6 @@ def gae(
         TypeError: A tensor has a dtype that does not fit.
         ValueError: Shapes or devices do not fit, or ``gamma`` or ``lam`` is not between 0 and 1.
         RuntimeError: The named backend cannot run here.
-
-    Example:
-        >>> rewards, values = torch.tensor([[0.0, 1.0]]), torch.tensor([[0.5, 0.5]])
-        >>> gae(rewards, values, torch.ones(1, 2), lam=1.0).advantages
-        tensor([[0.5000, 0.5000]])
     """
     check_real("rewards", rewards)
     if rewards.dim() not in (1, 2):

@@ -51,6 +51,10 @@ def group_advantages(
 
         A_i = (r_i - mean_group r) / (std_group r + eps)
 
+    Example:
+        >>> group_advantages(torch.tensor([0.0, 1.0, 1.0, 1.0]), num_generations=2, scale_rewards="none")
+        tensor([-0.5000,  0.5000,  0.0000,  0.0000])
+
     DeepSeekMath section 4.1.2 (arXiv:2402.03300); the deviation is unbiased, as in TRL. Arithmetic is fp32, or fp64 for
     fp64 input; weighted sums are fp64 and rounded once. Not differentiable.
 
@@ -82,10 +86,6 @@ def group_advantages(
         ValueError: Shapes do not fit, ``num_generations`` does not divide ``B``, an option is unknown, or a reward is
             infinite (read on the CPU, elsewhere with ``debug``).
         RuntimeError: The named backend cannot run here.
-
-    Example:
-        >>> group_advantages(torch.tensor([0.0, 1.0, 1.0, 1.0]), num_generations=2, scale_rewards="none")
-        tensor([-0.5000,  0.5000,  0.0000,  0.0000])
     """
     _check_choice("scale_rewards", scale_rewards, SCALE_REWARDS)
     _check_choice("aggregation", aggregation, AGGREGATIONS)

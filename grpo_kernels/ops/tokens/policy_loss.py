@@ -137,6 +137,13 @@ def policy_loss(
 ) -> PolicyLossOutput:
     """Policy-gradient loss with a KL penalty and an entropy bonus, weighted and summed over tokens.
 
+    Example:
+        >>> logprobs = torch.tensor([[-1.0, -2.0]], requires_grad=True)
+        >>> loss, metrics = policy_loss(logprobs, torch.tensor([1.0]), torch.tensor([[1, 1]]))
+        >>> loss.backward()
+        >>> logprobs.grad
+        tensor([[-0.5000, -0.5000]])
+
     With ``rho = exp(logprobs - old_logprobs)``, or its geometric mean over a sequence,
 
         loss = sum_it w_it (-min(rho_it A_i, clip(rho_it, 1 - eps_low, 1 + eps_high) A_i) + beta k_it) - coef mean H
@@ -179,13 +186,6 @@ def policy_loss(
         TypeError: A tensor has a dtype that does not fit.
         ValueError: Shapes or devices do not fit, or an input that the configuration needs is missing.
         RuntimeError: The named backend cannot run here.
-
-    Example:
-        >>> logprobs = torch.tensor([[-1.0, -2.0]], requires_grad=True)
-        >>> loss, metrics = policy_loss(logprobs, torch.tensor([1.0]), torch.tensor([[1, 1]]))
-        >>> loss.backward()
-        >>> logprobs.grad
-        tensor([[-0.5000, -0.5000]])
     """
     check_float("logprobs", logprobs)
     check_is_config(config)
