@@ -6,6 +6,7 @@ import math
 from dataclasses import dataclass, replace
 
 from grpo_kernels.loss.config import GRPOLossConfig
+from grpo_kernels.validation import check_number
 
 
 @dataclass
@@ -42,6 +43,7 @@ class AdaptiveEntropy:
     def __post_init__(self) -> None:
         for name in ("coef", "target", "delta", "least", "most"):
             value = getattr(self, name)
+            check_number(name, value)
             if not (math.isfinite(value) and value >= 0):
                 raise ValueError(f"{name} must be finite and at least 0, got {value!r}")
         if self.least > self.most:

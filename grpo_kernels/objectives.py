@@ -23,6 +23,7 @@ from grpo_kernels.validation import (
     check_float,
     check_id_range,
     check_ids,
+    check_number,
 )
 
 _IGNORED = -100  # a label that Hugging Face's losses leave out
@@ -181,8 +182,7 @@ def distillation_loss(
         TypeError: As for ``linear_token_divergence``.
         ValueError: As for ``linear_token_divergence`` and ``sft_loss``, or ``hard_weight`` is not in [0, 1).
     """
-    if not 0 <= hard_weight < 1:
-        raise ValueError(f"hard_weight must be in [0, 1), got {hard_weight!r}; sft_loss has hard targets alone")
+    _check_hard_weight(hard_weight)
     check_reduction(reduction, num_items_in_batch)
     check_head(hidden_states, lm_head_weight, bias, completion_ids, "completion_ids")
     comparison = Comparison.of(
@@ -240,6 +240,12 @@ def distillation_loss(
         backend,
     )
     return PolicyLossOutput(output.loss, output.metrics)
+
+
+def _check_hard_weight(hard_weight: float) -> None:
+    check_number("hard_weight", hard_weight)
+    if not 0 <= hard_weight < 1:
+        raise ValueError(f"hard_weight must be in [0, 1), got {hard_weight!r}; sft_loss has hard targets alone")
 
 
 def _count_completions(ids: Tensor, cu_seqlens: Tensor | None) -> int:

@@ -13,6 +13,7 @@ from grpo_kernels.validation import (
     check_device,
     check_float,
     check_mask,
+    check_number,
     check_real,
     check_shape,
 )
@@ -83,6 +84,8 @@ def dpo_loss(
         ValueError: Shapes or devices do not fit, completions are not pairs, pairs are given in both ways or in neither,
             or a number is out of its range.
     """
+    check_number("beta", beta)
+    check_number("label_smoothing", label_smoothing)
     if not beta > 0:
         raise ValueError(f"beta must be greater than 0, got {beta!r}")
     if not 0 <= label_smoothing < 0.5:
@@ -100,6 +103,8 @@ def dpo_loss(
     }
     in_parts = [name for name, values in (of_chosen | of_rejected).items() if values is not None]
     if not in_parts:
+        if logprobs is None:
+            raise ValueError("logprobs must be given, or else chosen_logprobs and rejected_logprobs, got neither")
         chosen, rejected = _log_ratios(batch, cu_seqlens, length_normalized, False).chunk(2)
     elif any(values is not None for values in batch.values()) or cu_seqlens is not None:
         raise ValueError(f"{in_parts[0]} must be None beside one batch of pairs, got both")
@@ -145,8 +150,10 @@ def _log_ratios(
         if length_normalized:
             raise ValueError(f"length_normalized must be False with {name} summed over tokens, got True")
         return log_ratio
-    check_mask(mask_name, mask)  # type: ignore[arg-type]
-    check_shape(mask_name, mask, logprobs.shape)  # type: ignore[arg-type]
+    if mask is None:
+        raise ValueError(f"{mask_name} must be given with {name} of each token, got None")
+    check_mask(mask_name, mask)
+    check_shape(mask_name, mask, logprobs.shape)
     check_cu_seqlens(cu_seqlens, logprobs, False)
     sequences = Sequences.of(logprobs, cu_seqlens)
     if not may_be_sums and sequences.count % 2:
@@ -180,13 +187,14 @@ def reward_model_loss(
         center_coef: Weight of the square of their sum, which keeps rewards around 0.
 
     Raises:
-        TypeError: A tensor is not floating point.
+        TypeError: A tensor does not hold real numbers.
         ValueError: Shapes or devices do not fit.
     """
-    check_float("chosen_rewards", chosen_rewards)
+    check_number("center_coef", center_coef)
+    check_real("chosen_rewards", chosen_rewards)
     if chosen_rewards.dim() != 1:
         raise ValueError(f"chosen_rewards must have shape [B], got {list(chosen_rewards.shape)}")
-    check_float("rejected_rewards", rejected_rewards)
+    check_real("rejected_rewards", rejected_rewards)
     check_shape("rejected_rewards", rejected_rewards, chosen_rewards.shape)
     if margins is not None:
         check_real("margins", margins)

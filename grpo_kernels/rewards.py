@@ -17,6 +17,7 @@ from grpo_kernels.validation import (
     check_float,
     check_ids,
     check_mask,
+    check_number,
     check_real,
     check_shape,
 )
@@ -75,10 +76,13 @@ def kl_penalized_rewards(
     check_shape("rewards", rewards, (sequences.count,), logprobs.shape)
     if kl_estimator not in KL_ESTIMATORS:
         raise ValueError(f"kl_estimator must be one of {', '.join(map(repr, KL_ESTIMATORS))}, got {kl_estimator!r}")
+    check_number("beta", beta)
     if not (beta >= 0 and math.isfinite(beta)):
         raise ValueError(f"beta must be finite and at least 0, got {beta!r}")
-    if kl_clamp is not None and not kl_clamp > 0:
-        raise ValueError(f"kl_clamp must be None or greater than 0, got {kl_clamp!r}")
+    if kl_clamp is not None:
+        check_number("kl_clamp", kl_clamp)
+        if not kl_clamp > 0:
+            raise ValueError(f"kl_clamp must be None or greater than 0, got {kl_clamp!r}")
     dtype = torch.float64 if logprobs.dtype == torch.float64 else torch.float32
     kl = kl_estimate(logprobs.to(dtype) - ref_logprobs.to(dtype), kl_estimator)
     kl = torch.where(completion_mask != 0, kl if kl_clamp is None else kl.clamp(-kl_clamp, kl_clamp), 0)
@@ -91,7 +95,7 @@ def kl_penalized_rewards(
 def mask_truncated(
     completion_ids: Tensor,  # [B, T]; packed [N]
     completion_mask: Tensor,  # like completion_ids
-    eos_token_id: int | Sequence[int],
+    eos_token_id: int | Sequence[int] | Tensor,
     *,
     cu_seqlens: Tensor | None = None,  # [S + 1]
 ) -> Tensor:  # like completion_mask
@@ -122,7 +126,8 @@ def mask_truncated(
     check_shape("completion_mask", completion_mask, completion_ids.shape)
     check_device(completion_ids.device, [("completion_mask", completion_mask)])
     check_cu_seqlens(cu_seqlens, completion_ids, False)
-    eos_ids = [eos_token_id] if isinstance(eos_token_id, int) else list(eos_token_id or ())
+    eos_ids = eos_token_id.flatten().tolist() if isinstance(eos_token_id, Tensor) else eos_token_id
+    eos_ids = list(eos_ids) if isinstance(eos_ids, (list, tuple, set)) else [eos_ids]
     if not eos_ids or not all(isinstance(token, int) for token in eos_ids):
         raise ValueError(f"eos_token_id must be an id, or several, got {eos_token_id!r}")
     ends = torch.tensor(eos_ids, device=completion_ids.device)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,8 +17,7 @@ def check_float(name: str, tensor: Tensor) -> None:
     if not isinstance(tensor, Tensor):
         raise TypeError(f"{name} must be a tensor, got {type(tensor).__name__}")
     if tensor.dtype not in FLOAT_DTYPES:
-        way_out = "" if tensor.is_complex() else f": pass {name}.float()"
-        raise TypeError(f"{name} must be float32, bfloat16, float16 or float64, got {tensor.dtype}{way_out}")
+        raise TypeError(f"{name} must be float32, bfloat16, float16 or float64, got {tensor.dtype}")
 
 
 def check_real(name: str, tensor: Tensor) -> None:
@@ -26,6 +26,18 @@ def check_real(name: str, tensor: Tensor) -> None:
         raise TypeError(f"{name} must be a tensor, got {type(tensor).__name__}")
     if tensor.is_complex():
         raise TypeError(f"{name} must be floating point or integer, got {tensor.dtype}")
+
+
+def check_number(name: str, value: Any) -> None:
+    """Raises TypeError unless ``value`` is a number, or what turns into one, as a 0-dim tensor."""
+    if not isinstance(value, (int, float)) and not hasattr(value, "__float__"):
+        raise TypeError(f"{name} must be a number, got {value!r}")
+
+
+def check_integer(name: str, value: Any) -> None:
+    """Raises TypeError unless ``value`` is an integer."""
+    if not isinstance(value, int) and not hasattr(value, "__index__"):
+        raise TypeError(f"{name} must be an integer, got {value!r}")
 
 
 def check_ids(name: str, tensor: Tensor) -> None:
@@ -84,6 +96,10 @@ def check_logits(logits: Tensor, ids: Tensor, ids_name: str = "ids") -> None:
 
 def check_transform(temperature: float, softcap: float | None, logit_scale: float, prefix: str = "") -> None:
     """Raises ValueError unless temperature, scale and the softcap, if there is one, are positive and finite."""
+    check_number(f"{prefix}temperature", temperature)
+    check_number(f"{prefix}logit_scale", logit_scale)
+    if softcap is not None:
+        check_number(f"{prefix}softcap", softcap)
     if not (temperature > 0 and math.isfinite(temperature)):
         raise ValueError(f"{prefix}temperature must be finite and greater than 0, got {temperature!r}")
     if softcap is not None and not (softcap > 0 and math.isfinite(softcap)):

@@ -13,8 +13,8 @@ from grpo_kernels.loss.aggregation import CLIPPED_LOSSES
 from grpo_kernels.loss.config_checks import (
     check_choice,
     check_config,
-    check_number,
     check_preset,
+    check_range,
     refuse_unknown_fields,
 )
 from grpo_kernels.loss.options import (
@@ -308,5 +308,5 @@ def reference_share(divergence: str, mixture: float = 0.5) -> float:
     check_choice("divergence", divergence, tuple(DIVERGENCES))
     if divergence != "js":
         return DIVERGENCES[divergence]
-    check_number("mixture", mixture, "in (0, 1)", lambda value: 0 < value < 1)
+    check_range("mixture", mixture, "in (0, 1)", lambda value: 0 < value < 1)
     return float(mixture)

@@ -22,8 +22,10 @@ from grpo_kernels.loss.options import (
     Level,
     Surrogate,
 )
+from grpo_kernels.validation import check_number
 
 Config = TypeVar("Config", bound=type)
+Function = TypeVar("Function", bound=Callable[..., Any])
 Preset = Callable[..., dict[str, Any]]
 #: What a field is called elsewhere.
 _SYNONYMS = {
@@ -88,6 +90,37 @@ def _refusal(
 def check_preset(caller: str, preset: Preset, options: Mapping[str, Any]) -> None:
     """Raises TypeError, naming the option, unless the translation of another framework's options takes all of them."""
     refuse_unknown(caller, options, tuple(inspect.signature(preset).parameters))
+
+
+def takes_config(fields_of: type) -> Callable[[Function], Function]:
+    """Lets a function that has ``config`` say of an unknown keyword that it is a field of the configuration.
+
+    Args:
+        fields_of: The configuration's class.
+    """
+
+    def decorate(function: Function) -> Function:
+        known = frozenset(inspect.signature(function).parameters)
+
+        @functools.wraps(function)
+        def call(*positional: Any, **named: Any) -> Any:
+            if not named.keys() <= known:
+                _refuse_argument(function.__name__, named, known, fields_of)
+            return function(*positional, **named)
+
+        return call  # type: ignore[return-value]
+
+    return decorate
+
+
+def _refuse_argument(owner: str, named: Mapping[str, Any], known: frozenset[str], fields_of: type) -> None:
+    for name in named:
+        field = _SYNONYMS.get(name, name)
+        if name not in known and any(x.name == field for x in fields(fields_of)):
+            where = f"config={fields_of.__name__}({field}=...)"
+            raise TypeError(f"{owner} has no argument {name!r}, which is a field of its configuration: {where}")
+    unknown = next(name for name in named if name not in known)
+    raise TypeError(f"{owner} has no argument {unknown!r}{_meant(unknown, tuple(sorted(known)), [])}")
 
 
 def refuse_unknown(owner: str, options: Iterable[str], known: tuple[str, ...], what: str | None = None) -> None:
@@ -207,7 +240,7 @@ def _check_all_apply(config: Any) -> None:
 def _check_field(config: Any, name: str, what: str, is_within: Callable[[float], bool]) -> None:
     value = getattr(config, name)
     if value is not None or config.__dataclass_fields__[name].default is not None:
-        check_number(name, value, what, is_within)
+        check_range(name, value, what, is_within)
 
 
 def check_choice(name: str, value: object, allowed: tuple[object, ...]) -> None:
@@ -216,9 +249,8 @@ def check_choice(name: str, value: object, allowed: tuple[object, ...]) -> None:
         raise ValueError(f"{name} must be one of {', '.join(map(repr, allowed))}, got {value!r}")
 
 
-def check_number(name: str, value: Any, what: str, is_within: Callable[[float], bool]) -> None:
+def check_range(name: str, value: Any, what: str, is_within: Callable[[float], bool]) -> None:
     """Raises TypeError or ValueError unless ``value`` is a finite number for which ``is_within`` holds."""
-    if not isinstance(value, (int, float)) and not hasattr(value, "__float__"):
-        raise TypeError(f"{name} must be a number, got {value!r}")
+    check_number(name, value)
     if not (math.isfinite(value) and is_within(value)):
         raise ValueError(f"{name} must be finite{f' and {what}' if what else ''}, got {value!r}")

@@ -59,7 +59,8 @@ class PolicyMetrics(Mapping[str, Tensor]):
 
     def __getitem__(self, name: str) -> Tensor:
         if name not in self.names:
-            raise KeyError(name)
+            names = ", ".join(map(repr, self.names)) or "none"
+            raise KeyError(f"{name!r} is no metric of this loss, which has {names}")
         if name in _EXTREMA:
             value = self.partials[_EXTREMA[name]]
             return torch.where(value.isfinite(), value, 0)

@@ -65,6 +65,7 @@ def rollout_weights(
     "geometric_mask" masks each token's ratio by the geometric mean of its sequence. A token that the sampler did not
     score (NaN) is not corrected.
     """
+    mask = mask if mask.dtype == torch.bool else mask != 0
     correction = config.rollout_correction or ""
     log_ratio = torch.where(mask, old_logprobs - sampling_logprobs, 0).nan_to_num(nan=0.0)
     if correction.startswith("sequence"):

@@ -12,7 +12,15 @@ from grpo_kernels.dtypes import accumulation_dtype
 from grpo_kernels.ops.head.buffers import NeededGradients
 from grpo_kernels.ops.head.gemm import Head, writes_fp32
 from grpo_kernels.ops.head.memory import CPU_WORKSPACE_BYTES, WORKSPACE_ROWS, MemoryPlan, RowBytes
-from grpo_kernels.validation import FLOAT_DTYPES, check_device, check_float, check_ids, check_shape, position_shapes
+from grpo_kernels.validation import (
+    FLOAT_DTYPES,
+    check_device,
+    check_float,
+    check_ids,
+    check_integer,
+    check_shape,
+    position_shapes,
+)
 
 
 @dataclass(frozen=True)
@@ -123,7 +131,8 @@ def head_dtypes(
     if logits_dtype is None:
         return compute_dtype, wide if device == "cpu" or writes_fp32(hidden.device) else compute_dtype
     if logits_dtype not in FLOAT_DTYPES or logits_dtype not in (compute_dtype, wide):
-        raise TypeError(f"logits_dtype must be None, {compute_dtype} or {wide}, got {logits_dtype}")
+        wanted = " or ".join(dict.fromkeys((str(compute_dtype), str(wide))))
+        raise TypeError(f"logits_dtype must be None or {wanted}, got {logits_dtype!r}")
     return compute_dtype, logits_dtype
 
 
@@ -158,7 +167,8 @@ def check_head(
 
 def check_bounds(workspace_bytes: int | None, max_logits_bytes: int | None) -> None:
     """Raises ValueError if a bound is negative, or that of the workspace is 0."""
-    if max_logits_bytes is not None and max_logits_bytes < 0:
-        raise ValueError(f"max_logits_bytes must be None or at least 0, got {max_logits_bytes}")
-    if workspace_bytes is not None and workspace_bytes < 1:
-        raise ValueError(f"workspace_bytes must be None or at least 1, got {workspace_bytes}")
+    for name, value, least in (("max_logits_bytes", max_logits_bytes, 0), ("workspace_bytes", workspace_bytes, 1)):
+        if value is not None:
+            check_integer(name, value)
+            if value < least:
+                raise ValueError(f"{name} must be None or at least {least}, got {value}")

@@ -14,6 +14,7 @@ from grpo_kernels.calls import Call
 from grpo_kernels.device_values import check_device_values
 from grpo_kernels.dtypes import accumulation_dtype
 from grpo_kernels.loss.config import GRPOLossConfig, LossCode, check_is_config
+from grpo_kernels.loss.config_checks import takes_config
 from grpo_kernels.loss.fields import TokenFields
 from grpo_kernels.loss.inputs import PolicyInputs
 from grpo_kernels.measured_backends import RowClass
@@ -49,7 +50,7 @@ from grpo_kernels.ops.tokens.calls import PolicyLossCall
 from grpo_kernels.ops.tokens.group_advantages import group_advantages
 from grpo_kernels.ops.tokens.policy_loss import policy_loss_fwd, policy_metrics
 from grpo_kernels.ops.tokens.scale import backward_of
-from grpo_kernels.validation import check_id_range
+from grpo_kernels.validation import check_id_range, check_integer
 
 _REFERENCE_ARGUMENTS = "reference_logits, or reference_hidden_states with their head,"  # in messages
 
@@ -163,6 +164,7 @@ def _one_pass_loss(
     return GRPOLossOutput(loss, logprobs, entropy, policy_metrics(partials, config, True))
 
 
+@takes_config(GRPOLossConfig)
 def linear_grpo_loss(
     hidden_states: Tensor,  # [B, T, H] or [B, T + 1, H]; packed [N, H]
     lm_head_weight: Tensor,  # [V, H]
@@ -269,8 +271,10 @@ def linear_grpo_loss(
         debug=debug,
     )
     check_id_range("completion_ids", completion_ids, inputs.mask, lm_head_weight.shape[0], debug)
-    if max_live_rows is not None and max_live_rows < 0:
-        raise ValueError(f"max_live_rows must be at least 0, got {max_live_rows}")
+    if max_live_rows is not None:
+        check_integer("max_live_rows", max_live_rows)
+        if max_live_rows < 0:
+            raise ValueError(f"max_live_rows must be at least 0, got {max_live_rows}")
     if debug:
         check_device_values(hidden_states.device)
     if backend != "torch":

@@ -13,6 +13,7 @@ from grpo_kernels import backends
 from grpo_kernels.device_values import check_device_values
 from grpo_kernels.dtypes import accumulation_dtype
 from grpo_kernels.loss.config import GRPOLossConfig, check_is_config
+from grpo_kernels.loss.config_checks import takes_config
 from grpo_kernels.loss.inputs import PolicyInputs
 from grpo_kernels.loss.metrics import PolicyMetrics
 from grpo_kernels.measured_backends import RowClass
@@ -94,6 +95,7 @@ class _GRPOLoss(torch.autograd.Function):
     backward = staticmethod(backward_of("logits"))
 
 
+@takes_config(GRPOLossConfig)
 def grpo_loss(
     logits: Tensor,  # [B, T, V] or [B, T + 1, V]; packed [N, V]
     completion_ids: Tensor,  # [B, T]; packed [N]

@@ -46,8 +46,16 @@ token_logprobs_bwd = define(
 
 
 def output_names(outputs: str | Sequence[str]) -> tuple[str, ...]:
-    """The wanted outputs, of which a single one may stand alone."""
-    return (outputs,) if isinstance(outputs, str) else tuple(outputs)
+    """The wanted outputs, of which a single one may stand alone.
+
+    Raises:
+        TypeError: They are no names.
+    """
+    if isinstance(outputs, str):
+        return (outputs,)
+    if not isinstance(outputs, (tuple, list, set, frozenset)):
+        raise TypeError(f"outputs must be a name or a sequence of names, got {outputs!r}")
+    return tuple(outputs)
 
 
 def outputs_code(outputs: tuple[str, ...]) -> int:

@@ -11,7 +11,15 @@ from grpo_kernels import backends
 from grpo_kernels.loss.sequences import Sequences
 from grpo_kernels.ops.registration import define, lazy_import
 from grpo_kernels.ops.tokens import reference
-from grpo_kernels.validation import check_cu_seqlens, check_device, check_float, check_mask, check_real, check_shape
+from grpo_kernels.validation import (
+    check_cu_seqlens,
+    check_device,
+    check_float,
+    check_mask,
+    check_number,
+    check_real,
+    check_shape,
+)
 
 
 class GAEOutput(NamedTuple):
@@ -79,6 +87,7 @@ def gae(
     check_device(rewards.device, [("values", values), ("completion_mask", completion_mask), ("cu_seqlens", cu_seqlens)])
     check_cu_seqlens(cu_seqlens, rewards, debug)
     for name, value in (("gamma", gamma), ("lam", lam)):
+        check_number(name, value)
         if not 0 <= value <= 1:
             raise ValueError(f"{name} must be between 0 and 1, got {value!r}")
     backend = backends.resolve("gae", backend, rewards.device)

@@ -10,7 +10,7 @@ from grpo_kernels.device_values import check_device_values
 from grpo_kernels.ops.registration import define, lazy_import
 from grpo_kernels.ops.tokens import reference
 from grpo_kernels.ops.tokens.advantage_estimators import ESTIMATORS, NEED_LENGTHS, NEED_TWO, Groups
-from grpo_kernels.validation import check_device, check_real, check_shape, may_read
+from grpo_kernels.validation import check_device, check_integer, check_number, check_real, check_shape, may_read
 
 SCALE_REWARDS = ("group", "batch", "none")
 AGGREGATIONS = ("sum_then_normalize", "normalize_then_sum")
@@ -90,6 +90,7 @@ def group_advantages(
     _check_choice("scale_rewards", scale_rewards, SCALE_REWARDS)
     _check_choice("aggregation", aggregation, AGGREGATIONS)
     _check_choice("estimator", estimator, ("grpo", *ESTIMATORS))
+    check_number("eps", eps)
     check_rewards(rewards, num_generations, debug)
     _check_estimator(estimator, num_generations, scale_rewards, aggregation)
     _check_optional("completion_lengths", completion_lengths, estimator, NEED_LENGTHS, rewards, rewards.shape[0])
@@ -133,6 +134,7 @@ def check_rewards(rewards: Tensor, num_generations: int, debug: bool) -> None:
     check_real("rewards", rewards)
     if rewards.dim() not in (1, 2) or rewards.numel() == 0:
         raise ValueError(f"rewards must have shape [B] or [B, K], none of them 0, got {list(rewards.shape)}")
+    check_integer("num_generations", num_generations)
     if num_generations < 1 or rewards.shape[0] % num_generations:
         raise ValueError(
             f"num_generations must be at least 1 and divide the batch of {rewards.shape[0]} rewards, "
@@ -164,8 +166,8 @@ def _check_optional(
         verb, got = ("must be given", "None") if values is None else ("must be None", "a tensor")
         raise ValueError(f'{name} {verb} with estimator="{estimator}", got {got}')
     if values is not None:
-        check_shape(name, values, (count,))
         check_device(rewards.device, [(name, values)])
+        check_shape(name, values, (count,))
 
 
 def _check_choice(name: str, value: str, allowed: tuple[str, ...]) -> None:

@@ -12,6 +12,7 @@ from grpo_kernels.device_values import check_device_values, first_bad
 from grpo_kernels.loss import reference
 from grpo_kernels.loss.aggregation import CLIPPED_LOSSES
 from grpo_kernels.loss.config import GRPOLossConfig, LossCode, check_is_config
+from grpo_kernels.loss.config_checks import takes_config
 from grpo_kernels.loss.fields import TokenFields
 from grpo_kernels.loss.finish_weights import finish_weights
 from grpo_kernels.loss.inputs import PolicyInputs
@@ -116,6 +117,7 @@ class _PolicyLoss(torch.autograd.Function):
         return {"logprobs": (dlogprobs * dloss).to(logprobs_dtype), "entropy": dentropy}
 
 
+@takes_config(GRPOLossConfig)
 def policy_loss(
     logprobs: Tensor,  # [B, T], or packed [N]
     advantages: Tensor,  # [B] or [B, T]; packed [S] or [N]
