@@ -12,10 +12,15 @@ from torch import Tensor
 FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
+def _no_tensor(name: str, value: Any) -> TypeError:
+    way_out = ": pass its weight" if isinstance(getattr(value, "weight", None), Tensor) else ""
+    return TypeError(f"{name} must be a tensor, got {type(value).__name__}{way_out}")
+
+
 def check_float(name: str, tensor: Tensor) -> None:
     """Raises TypeError unless ``tensor`` is a tensor of a supported floating-point dtype."""
     if not isinstance(tensor, Tensor):
-        raise TypeError(f"{name} must be a tensor, got {type(tensor).__name__}")
+        raise _no_tensor(name, tensor)
     if tensor.dtype not in FLOAT_DTYPES:
         raise TypeError(f"{name} must be float32, bfloat16, float16 or float64, got {tensor.dtype}")
 
@@ -23,7 +28,7 @@ def check_float(name: str, tensor: Tensor) -> None:
 def check_real(name: str, tensor: Tensor) -> None:
     """Raises TypeError unless ``tensor`` holds real numbers: floating point, or integers, which are taken as such."""
     if not isinstance(tensor, Tensor):
-        raise TypeError(f"{name} must be a tensor, got {type(tensor).__name__}")
+        raise _no_tensor(name, tensor)
     if tensor.is_complex():
         raise TypeError(f"{name} must be floating point or integer, got {tensor.dtype}")
 
@@ -43,7 +48,7 @@ def check_integer(name: str, value: Any) -> None:
 def check_ids(name: str, tensor: Tensor) -> None:
     """Raises TypeError unless ``tensor`` holds int32 or int64 token ids."""
     if not isinstance(tensor, Tensor):
-        raise TypeError(f"{name} must be a tensor, got {type(tensor).__name__}")
+        raise _no_tensor(name, tensor)
     if tensor.dtype not in (torch.int64, torch.int32):
         raise TypeError(f"{name} must be int64 or int32, got {tensor.dtype}")
 
@@ -51,7 +56,7 @@ def check_ids(name: str, tensor: Tensor) -> None:
 def check_mask(name: str, tensor: Tensor) -> None:
     """Raises TypeError unless ``tensor`` is a tensor that can be a mask: bool, integer or floating point."""
     if not isinstance(tensor, Tensor):
-        raise TypeError(f"{name} must be a tensor, got {type(tensor).__name__}")
+        raise _no_tensor(name, tensor)
     if tensor.is_complex():
         raise TypeError(f"{name} must be bool, integer or floating point, got {tensor.dtype}")
 
@@ -68,7 +73,7 @@ def check_device(device: torch.device, tensors: Iterable[tuple[str, Tensor | Non
     """Raises unless every given argument is a tensor on ``device``."""
     for name, tensor in tensors:
         if tensor is not None and not isinstance(tensor, Tensor):
-            raise TypeError(f"{name} must be a tensor, got {type(tensor).__name__}")
+            raise _no_tensor(name, tensor)
         if tensor is not None and tensor.device != device:
             raise ValueError(f"{name} must be on {device}, like the first argument, got {tensor.device}")
 

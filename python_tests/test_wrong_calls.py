@@ -98,7 +98,7 @@ WRONG_CALLS = [
      "lm_head_weight must have shape [V, 4], as hidden_states have 4 columns, got [4, 7]: transpose it, "
      "lm_head_weight.T"),
     ("linear_token_logprobs(hidden, linear, ids)",
-     TypeError, "lm_head_weight must be a tensor, got Linear"),
+     TypeError, "lm_head_weight must be a tensor, got Linear: pass its weight"),
     ("linear_token_logprobs(hidden, head.half(), ids)",
      TypeError, "lm_head_weight must have the dtype of hidden_states, torch.float32, got torch.float16"),
     ("linear_token_logprobs(hidden, head, ids, bias=torch.zeros(3))",
