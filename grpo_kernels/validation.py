@@ -29,7 +29,7 @@ def check_real(name: str, tensor: Tensor) -> None:
     """Raises TypeError unless ``tensor`` holds real numbers: floating point, or integers, which are taken as such."""
     if not isinstance(tensor, Tensor):
         raise _no_tensor(name, tensor)
-    if tensor.is_complex():
+    if tensor.dtype not in FLOAT_DTYPES and tensor.is_complex():
         raise TypeError(f"{name} must be floating point or integer, got {tensor.dtype}")
 
 
@@ -101,10 +101,12 @@ def check_logits(logits: Tensor, ids: Tensor, ids_name: str = "ids") -> None:
 
 def check_transform(temperature: float, softcap: float | None, logit_scale: float, prefix: str = "") -> None:
     """Raises ValueError unless temperature, scale and the softcap, if there is one, are positive and finite."""
-    check_number(f"{prefix}temperature", temperature)
-    check_number(f"{prefix}logit_scale", logit_scale)
-    if softcap is not None:
+    if not isinstance(temperature, (int, float)):
+        check_number(f"{prefix}temperature", temperature)
+    if softcap is not None and not isinstance(softcap, (int, float)):
         check_number(f"{prefix}softcap", softcap)
+    if not isinstance(logit_scale, (int, float)):
+        check_number(f"{prefix}logit_scale", logit_scale)
     if not (temperature > 0 and math.isfinite(temperature)):
         raise ValueError(f"{prefix}temperature must be finite and greater than 0, got {temperature!r}")
     if softcap is not None and not (softcap > 0 and math.isfinite(softcap)):
