@@ -9,6 +9,7 @@ import pytest
 import torch
 from testing.calls import BACKENDS
 from torch import Tensor
+from torch._dynamo.testing import CompileCounterWithBackend
 
 from grpo_kernels import (
     GRPOLossConfig,
@@ -123,6 +124,19 @@ def test_packed_tokens_have_no_further_position() -> None:
     assert padded.logprobs.shape == (B * T,)
     with pytest.raises(ValueError, match=r"hidden_states must have shape \[15, 8\], got \[18, 8\]"):
         linear_grpo_loss(HIDDEN.view(-1, H), *arguments, **packed)
+
+
+def test_another_length_is_no_recompilation() -> None:
+    torch._dynamo.reset()
+    counter = CompileCounterWithBackend("eager")
+    compiled = torch.compile(
+        lambda hidden, ids, mask: linear_grpo_loss(hidden, HEAD, ids, ADVANTAGES, mask, backend="cpu").loss,
+        backend=counter,
+        fullgraph=True,
+    )
+    for length in (4, 7, 9, 12):
+        compiled(torch.randn(B, length + 1, H), torch.zeros(B, length, dtype=torch.int64), torch.ones(B, length))
+    assert counter.frame_count == 2  # the second call makes the length a symbol
 
 
 @pytest.mark.parametrize("name", ["loss", "logprobs_of_frozen_head", "divergence"])

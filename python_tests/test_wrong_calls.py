@@ -178,6 +178,12 @@ WRONG_CALLS = [
      TypeError,
      "grpo_loss has no argument 'epsilon', which is a field of its configuration: "
      "config=GRPOLossConfig(epsilon_low=...)"),
+    ("group_advantages(torch.zeros(3, 4), 4)",
+     ValueError,
+     "num_generations must be at least 1 and divide the batch of 3 rewards, got 4: flatten a table of prompts "
+     "and their completions, rewards.flatten()"),
+    ("grpo_loss(logits, ids, advantages, mask=mask)",
+     TypeError, "grpo_loss has no argument 'mask': did you mean completion_mask=...?"),
     ("grpo_loss(logits, ids, advantages, mask, old_logprob=logprobs)",
      TypeError, "grpo_loss has no argument 'old_logprob': did you mean old_logprobs=...?"),
     ("grpo_loss(logits, ids, advantages, mask, config=js, reference_logits=logits[:, :2])",

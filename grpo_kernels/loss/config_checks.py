@@ -135,7 +135,10 @@ def _meant(unknown: str, known: tuple[str, ...], hints: list[str], what: str | N
     """What somebody who writes an unknown name likely means: ``hints``, or else what is found here."""
     if not hints and unknown in _ELSEWHERE:
         return f", which is {_ELSEWHERE[unknown]}"
-    hints = hints or [f"{name}=..." for name in difflib.get_close_matches(unknown, known, n=1, cutoff=0.6)]
+    near = [name for name in known if name.endswith(f"_{unknown}") or name == unknown.replace("ref_", "reference_")]
+    if len(near) != 1:
+        near = difflib.get_close_matches(unknown, known, n=1, cutoff=0.6)
+    hints = hints or [f"{name}=..." for name in near]
     return f": did you mean {' or '.join(hints)}?" if hints else f": it has {what or ', '.join(known)}"
 
 

@@ -60,8 +60,8 @@ def group_advantages(
 
     Args:
         rewards: Unitless; ``num_generations`` consecutive completions are a group. With ``K`` reward functions, one
-            column each. NaN marks a missing reward: such a completion does not enter the group's mean and deviation,
-            and its advantage is 0.
+            column each; a table of prompts and their completions is to be flattened. NaN marks a missing reward: such
+            a completion does not enter the group's mean and deviation, and its advantage is 0.
         num_generations: Completions per prompt; divides ``B``.
         scale_rewards: Divide by the deviation of the "group", of the whole "batch", or by nothing ("none",
             Dr. GRPO, arXiv:2503.20783).
@@ -136,9 +136,11 @@ def check_rewards(rewards: Tensor, num_generations: int, debug: bool) -> None:
         raise ValueError(f"rewards must have shape [B] or [B, K], none of them 0, got {list(rewards.shape)}")
     check_integer("num_generations", num_generations)
     if num_generations < 1 or rewards.shape[0] % num_generations:
+        is_table = rewards.dim() == 2 and rewards.shape[1] == num_generations
+        way_out = ": flatten a table of prompts and their completions, rewards.flatten()" if is_table else ""
         raise ValueError(
             f"num_generations must be at least 1 and divide the batch of {rewards.shape[0]} rewards, "
-            f"got {num_generations}"
+            f"got {num_generations}{way_out}"
         )
     if not may_read(rewards, debug):
         return
