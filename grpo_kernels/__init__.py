@@ -11,7 +11,7 @@ from grpo_kernels.loss.metrics import PolicyMetrics
 from grpo_kernels.loss.sequences import Sequences
 from grpo_kernels.loss.weights import rollout_weights
 from grpo_kernels.modules import GRPOLoss, LinearGRPOLoss
-from grpo_kernels.objectives import PreferenceOutput, distillation_loss, dpo_loss, reward_model_loss, sft_loss
+from grpo_kernels.objectives import distillation_loss, sft_loss
 from grpo_kernels.ops.head.linear_grpo_loss import linear_grpo_loss
 from grpo_kernels.ops.head.linear_token_divergence import linear_token_divergence
 from grpo_kernels.ops.head.linear_token_logprobs import linear_token_logprobs
@@ -22,6 +22,7 @@ from grpo_kernels.ops.rows.token_logprobs import token_logprobs
 from grpo_kernels.ops.tokens.gae import GAEOutput, gae
 from grpo_kernels.ops.tokens.group_advantages import group_advantages
 from grpo_kernels.ops.tokens.policy_loss import PolicyLossOutput, policy_loss
+from grpo_kernels.preferences import PreferenceOutput, dpo_loss, reward_model_loss
 from grpo_kernels.rewards import kl_penalized_rewards, mask_truncated
 from grpo_kernels.version import __version__
 
@@ -64,6 +65,14 @@ __all__ = [
 
 def apply_grpo_kernels_to_trl(**options: Any) -> Any:
     """Runs TRL's heads through these kernels from now on: ``grpo_kernels.integrations.trl.apply``.
+
+    Example:
+        >>> with apply_grpo_kernels_to_trl(backend="auto") as applied:
+        ...     applied.counts
+        Counts(hits=0, misses=0, rows=0, live=0)
+
+    Args:
+        **options: ``speculate``, ``max_logits_bytes``, ``workspace_bytes``, ``backend``: see there.
 
     Raises:
         ImportError: TRL is not installed, or has no fused head.

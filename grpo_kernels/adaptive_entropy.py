@@ -6,11 +6,18 @@ import math
 from dataclasses import dataclass, replace
 
 from grpo_kernels.loss.config import GRPOLossConfig
+from grpo_kernels.validation import check_number
 
 
 @dataclass
 class AdaptiveEntropy:
     """Raises the coefficient of the entropy bonus while the entropy is at or below a target, and lowers it otherwise.
+
+    Example:
+        >>> bonus = AdaptiveEntropy(coef=0.01, target=0.5)
+        >>> bonus.update(0.4)
+        >>> bonus.config(GRPOLossConfig()).entropy_coef
+        0.015
 
     The bonus is applied only if the last step's entropy was at or below the target: Skywork Open Reasoner 1
     (arXiv:2505.22312), with the names and defaults of TRL 1.16's ``use_adaptive_entropy``.
@@ -24,12 +31,6 @@ class AdaptiveEntropy:
 
     Raises:
         ValueError: A number is negative or not finite, or ``least`` is above ``most``.
-
-    Example:
-        >>> bonus = AdaptiveEntropy(coef=0.01, target=0.5)
-        >>> bonus.update(0.4)
-        >>> bonus.config(GRPOLossConfig()).entropy_coef
-        0.015
     """
 
     coef: float = 0.0
@@ -42,6 +43,7 @@ class AdaptiveEntropy:
     def __post_init__(self) -> None:
         for name in ("coef", "target", "delta", "least", "most"):
             value = getattr(self, name)
+            check_number(name, value)
             if not (math.isfinite(value) and value >= 0):
                 raise ValueError(f"{name} must be finite and at least 0, got {value!r}")
         if self.least > self.most:

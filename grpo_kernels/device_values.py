@@ -46,6 +46,9 @@ def flag_infinite(is_infinite: Tensor) -> None:
 def check_device_values(device: torch.device) -> None:
     """Raises if a kernel on ``device`` found a bad value since the last call of this function. One sync.
 
+    Example:
+        >>> check_device_values(torch.device("cpu"))
+
     Kernels never read out of bounds, and continue after a bad value: an id outside the vocabulary is clamped, an
     infinite reward leaves its group without advantages, and an unbounded loss is infinite. Call this once a step or
     less often; ``debug=True`` calls it for you.

@@ -2,29 +2,49 @@
 
 from __future__ import annotations
 
-from typing import Any
+import inspect
+from collections.abc import Callable
+from dataclasses import fields, replace
+from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
-from grpo_kernels.loss.config import GRPOLossConfig
+from grpo_kernels.loss.config import GRPOLossConfig, check_is_config
+from grpo_kernels.loss.config_checks import refuse_unknown
 from grpo_kernels.ops.head.linear_grpo_loss import linear_grpo_loss
 from grpo_kernels.ops.rows.grpo_loss import GRPOLossOutput, grpo_loss
+
+_CONFIG_FIELDS = frozenset(field.name for field in fields(GRPOLossConfig))
 
 
 class GRPOLoss(nn.Module):
     """``grpo_loss`` with a stored configuration and default keyword arguments.
 
+    Example:
+        >>> loss = GRPOLoss(beta=0.0, epsilon_high=0.28, inplace=True)
+        >>> logits, ids = torch.zeros(2, 3, 8, requires_grad=True), torch.zeros(2, 3, dtype=torch.long)
+        >>> loss(logits * 1, ids, torch.tensor([1.0, -1.0]), torch.ones(2, 3)).loss.backward()
+
     Args:
         config: The loss.
-        **options: Any other keyword arguments of ``grpo_loss``. Those of a call take precedence.
+        **options: Fields of ``GRPOLossConfig``, in place of those of ``config``; and keyword arguments of
+            ``grpo_loss``. Those of a call take precedence.
 
-    Example:
-        >>> loss = GRPOLoss(GRPOLossConfig(beta=0.0, epsilon_high=0.28), inplace=True)
+    Raises:
+        TypeError: ``config`` is none, or an option is neither.
     """
+
+    function: ClassVar[Callable[..., GRPOLossOutput]] = staticmethod(grpo_loss)
 
     def __init__(self, config: GRPOLossConfig | None = None, **options: Any) -> None:
         super().__init__()
-        self.config = config or GRPOLossConfig()
+        config = GRPOLossConfig() if config is None else config
+        check_is_config(config)
+        parameters = inspect.signature(self.function).parameters.values()
+        arguments = [x.name for x in parameters if x.kind is x.KEYWORD_ONLY and x.name != "config"]
+        what = f"the fields of GRPOLossConfig and the keyword arguments of {self.function.__name__}"
+        refuse_unknown(type(self).__name__, options, (*arguments, *sorted(_CONFIG_FIELDS)), what)
+        self.config = replace(config, **{name: options.pop(name) for name in _CONFIG_FIELDS & options.keys()})
         self.options = options
 
     def forward(
@@ -36,19 +56,28 @@ class GRPOLoss(nn.Module):
         **arguments: Any,
     ) -> GRPOLossOutput:
         """As ``grpo_loss``."""
-        options = {**self.options, **arguments}
-        return grpo_loss(logits, completion_ids, advantages, completion_mask, config=self.config, **options)
+        options = {"config": self.config, **self.options, **arguments}
+        return self.function(logits, completion_ids, advantages, completion_mask, **options)
 
     def extra_repr(self) -> str:
-        return f"{self.config}"
+        return ", ".join([f"{self.config}", *(f"{name}={value!r}" for name, value in self.options.items())])
 
 
 class LinearGRPOLoss(GRPOLoss):
-    """``linear_grpo_loss`` with a stored configuration and default keyword arguments, like ``GRPOLoss``."""
+    """``linear_grpo_loss`` with a stored configuration and default keyword arguments, like ``GRPOLoss``.
+
+    Example:
+        >>> loss = LinearGRPOLoss(beta=0.0, epsilon_high=0.28)
+        >>> hidden, head = torch.randn(2, 3, 4, requires_grad=True), torch.randn(8, 4, requires_grad=True)
+        >>> ids, mask = torch.zeros(2, 3, dtype=torch.long), torch.ones(2, 3)
+        >>> loss(hidden, head, ids, torch.tensor([1.0, -1.0]), mask).loss.backward()
+    """
+
+    function = staticmethod(linear_grpo_loss)
 
     def forward(  # type: ignore[override]
         self,
-        hidden_states: Tensor,  # [B, T, H]; packed [N, H]
+        hidden_states: Tensor,  # [B, T, H] or [B, T + 1, H]; packed [N, H]
         lm_head_weight: Tensor,  # [V, H]
         completion_ids: Tensor,  # [B, T]; packed [N]
         advantages: Tensor | None,  # [B] or [B, T]; packed [S] or [N]
@@ -56,7 +85,5 @@ class LinearGRPOLoss(GRPOLoss):
         **arguments: Any,
     ) -> GRPOLossOutput:
         """As ``linear_grpo_loss``."""
-        options = {**self.options, **arguments}
-        return linear_grpo_loss(
-            hidden_states, lm_head_weight, completion_ids, advantages, completion_mask, config=self.config, **options
-        )
+        options = {"config": self.config, **self.options, **arguments}
+        return self.function(hidden_states, lm_head_weight, completion_ids, advantages, completion_mask, **options)

@@ -1,13 +1,8 @@
-"""The other objectives of training a reasoning model: SFT, distillation, DPO, reward models.
-
-They are short functions on top of the fused head. Whatever reads the vocabulary is ``linear_grpo_loss`` or
-``linear_token_logprobs``; the rest is a few numbers per token or completion, in torch.
-"""
+"""Supervised objectives of training a reasoning model, on top of the fused head: SFT and distillation."""
 
 from __future__ import annotations
 
 from functools import partial
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -15,7 +10,6 @@ from torch import Tensor
 from grpo_kernels import backends
 from grpo_kernels.loss.config import GRPOLossConfig
 from grpo_kernels.loss.inputs import PolicyInputs
-from grpo_kernels.loss.sequences import Sequences
 from grpo_kernels.measured_backends import RowClass
 from grpo_kernels.ops.head.inputs import HeadOptions, check_head
 from grpo_kernels.ops.head.linear_divergence_loss import divergence_loss
@@ -28,27 +22,21 @@ from grpo_kernels.validation import (
     check_device,
     check_float,
     check_id_range,
-    check_mask,
-    check_shape,
+    check_ids,
+    check_number,
 )
 
+_IGNORED = -100  # a label that Hugging Face's losses leave out
 _SFT_MEANS = {"token_mean": "token-mean", "sequence_mean": "seq-mean-token-mean"}
 
 
-class PreferenceOutput(NamedTuple):
-    """A scalar loss, the only differentiable field, and the implicit rewards of each pair."""
-
-    loss: Tensor
-    chosen_rewards: Tensor  # [B]
-    rejected_rewards: Tensor  # [B]
-
-
 def sft_loss(
-    hidden_states: Tensor,  # [B, T, H]; packed [N, H]
+    hidden_states: Tensor,  # [B, T, H] or [B, T + 1, H]; packed [N, H]
     lm_head_weight: Tensor,  # [V, H]
-    completion_ids: Tensor,  # [B, T]; packed [N]
-    completion_mask: Tensor,  # like completion_ids
+    completion_ids: Tensor | None = None,  # [B, T]; packed [N]
+    completion_mask: Tensor | None = None,  # like completion_ids
     *,
+    labels: Tensor | None = None,  # [B, L] for hidden_states [B, L, H]; packed [N]
     reduction: str = "token_mean",
     num_items_in_batch: float | Tensor | None = None,
     bias: Tensor | None = None,  # [V]
@@ -64,36 +52,50 @@ def sft_loss(
 ) -> Tensor:
     """Cross-entropy of the unmasked tokens, from hidden states, in chunks: the logits never exist as a whole.
 
+    Example:
+        >>> hidden, head = torch.randn(2, 3, 4, requires_grad=True), torch.randn(8, 4, requires_grad=True)
+        >>> sft_loss(hidden, head, torch.zeros(2, 3, dtype=torch.long), torch.ones(2, 3)).backward()
+        >>> loss = sft_loss(hidden, head, labels=torch.tensor([[-100, 2, 5], [-100, -100, 7]]))
+
     It is the policy gradient at advantage 1. Every row's coefficient is known before its logits, so the head is
     projected once: ``6 N H V`` operations with both gradients.
 
     Args:
-        hidden_states: Position ``t`` predicts token ``t``.
+        hidden_states: Position ``t`` predicts token ``t``. A ``T + 1``-th position is ignored, and its gradient is 0.
         lm_head_weight: The head, of the same dtype.
         completion_ids: The tokens to be learnt.
         completion_mask: 0 excludes a token.
+        labels: Instead of ids and mask, labels as Hugging Face's models take them: position ``t`` predicts label
+            ``t + 1``, and -100 excludes a token.
         reduction: "token_mean", or "sequence_mean": the mean over completions of each one's token mean.
         num_items_in_batch: Tokens that "token_mean" divides by, over all micro-batches and processes of one step. None
             means the unmasked tokens given here.
         temperature: Divides the logits.
-        bias, softcap, logit_scale, cu_seqlens, loss_scale, logits_dtype, workspace_bytes, debug, backend: As for
-            ``linear_grpo_loss``.
+        softcap, logit_scale: As for ``token_logprobs``.
+        cu_seqlens: Where each packed completion begins, and the end.
+        loss_scale: Multiplies the loss and the gradient, before the gradient is rounded.
+        bias, logits_dtype, workspace_bytes, debug, backend: As for ``linear_token_logprobs``.
 
     Returns:
         A scalar, differentiable once. Zero, with zero gradient, if nothing is unmasked.
 
     Raises:
         TypeError: As for ``linear_grpo_loss``.
-        ValueError: ``reduction`` is unknown, ``num_items_in_batch`` is given for a mean over sequences, or as for
-            ``linear_grpo_loss``.
-
-    Example:
-        >>> hidden, head = torch.randn(2, 3, 4, requires_grad=True), torch.randn(8, 4, requires_grad=True)
-        >>> sft_loss(hidden, head, torch.zeros(2, 3, dtype=torch.long), torch.ones(2, 3)).backward()
+        ValueError: ``reduction`` is unknown, ``num_items_in_batch`` is given for a mean over sequences, neither or both
+            of ``labels`` and ``completion_ids`` with their mask are given, or as for ``linear_grpo_loss``.
     """
     check_reduction(reduction, num_items_in_batch)
+    check_float("hidden_states", hidden_states)
+    if labels is not None:
+        if completion_ids is not None or completion_mask is not None:
+            raise ValueError("completion_ids and completion_mask must be None beside labels, got both")
+        completion_ids, completion_mask = _shift_labels(labels, hidden_states, cu_seqlens)
+        check_id_range("labels", labels, labels != _IGNORED, lm_head_weight.shape[0], debug)
+    elif completion_ids is None or completion_mask is None:
+        missing = "completion_ids" if completion_ids is None else "completion_mask"
+        raise ValueError(f"{missing} must be given, got None; Hugging Face's labels are given as labels=... instead")
     config = GRPOLossConfig(loss_type="reinforce", loss_agg_mode=_SFT_MEANS[reduction], temperature=temperature)
-    count = completion_ids.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
+    count = _count_completions(completion_ids, cu_seqlens)
     return linear_grpo_loss(
         hidden_states,
         lm_head_weight,
@@ -115,13 +117,13 @@ def sft_loss(
 
 
 def distillation_loss(
-    hidden_states: Tensor,  # [B, T, H]; packed [N, H]
+    hidden_states: Tensor,  # [B, T, H] or [B, T + 1, H]; packed [N, H]
     lm_head_weight: Tensor,  # [V, H]
     completion_ids: Tensor,  # [B, T]; packed [N]
     completion_mask: Tensor,  # like completion_ids
     *,
-    teacher_logits: Tensor | None = None,  # [B, T, V]; packed [N, V]
-    teacher_hidden_states: Tensor | None = None,  # [B, T, H']; packed [N, H']
+    teacher_logits: Tensor | None = None,  # [B, T, V] or [B, T + 1, V]; packed [N, V]
+    teacher_hidden_states: Tensor | None = None,  # [B, T, H'] or [B, T + 1, H']; packed [N, H']
     teacher_lm_head_weight: Tensor | None = None,  # [V, H']
     teacher_bias: Tensor | None = None,  # [V]
     divergence: str = "forward_kl",
@@ -146,12 +148,18 @@ def distillation_loss(
 
         loss = mean ((1 - hard_weight) T^2 D(p_T, q_T) - hard_weight log p_1)
 
+    Example:
+        >>> hidden, head = torch.zeros(2, 3, 4, requires_grad=True), torch.zeros(8, 4)
+        >>> ids, mask, teacher = torch.zeros(2, 3, dtype=torch.long), torch.ones(2, 3), torch.randn(2, 3, 8)
+        >>> distillation_loss(hidden, head, ids, mask, teacher_logits=teacher, temperature=2.0).loss.backward()
+
     with ``D`` a divergence of student and teacher at temperature ``T`` (arXiv:1503.02531, section 2). It works from
     hidden states in chunks: the gradient of a chunk is formed from both models' logits while they exist. With equal
     hidden sizes that is ``8 N H V`` operations; neither model's logits exist as a whole.
 
     Args:
-        hidden_states, lm_head_weight, bias: The student's. Position ``t`` predicts token ``t``.
+        hidden_states, lm_head_weight, bias: The student's. Position ``t`` predicts token ``t``. A ``T + 1``-th
+            position, also of the teacher, is ignored, and its gradient is 0.
         completion_ids: The hard targets; the student's own samples (arXiv:2306.13649) or the teacher's.
         completion_mask: 0 excludes a token.
         teacher_logits: The teacher's logits, if they exist. No gradient flows to the teacher.
@@ -162,7 +170,9 @@ def distillation_loss(
         hard_weight: Share of the hard targets, in [0, 1).
         reduction, num_items_in_batch: As for ``sft_loss``.
         softcap, logit_scale, teacher_softcap, teacher_logit_scale: As for ``token_logprobs``.
-        cu_seqlens, loss_scale, logits_dtype, workspace_bytes, debug, backend: As for ``linear_grpo_loss``.
+        cu_seqlens: Where each packed completion begins, and the end.
+        loss_scale: Multiplies the loss and the gradient, before the gradient is rounded.
+        logits_dtype, workspace_bytes, debug, backend: As for ``linear_token_logprobs``.
 
     Returns:
         The loss, differentiable once, and metrics: "kl" is the mean divergence, without its weight, and "entropy" the
@@ -171,14 +181,8 @@ def distillation_loss(
     Raises:
         TypeError: As for ``linear_token_divergence``.
         ValueError: As for ``linear_token_divergence`` and ``sft_loss``, or ``hard_weight`` is not in [0, 1).
-
-    Example:
-        >>> hidden, head = torch.zeros(2, 3, 4, requires_grad=True), torch.zeros(8, 4)
-        >>> ids, mask, teacher = torch.zeros(2, 3, dtype=torch.long), torch.ones(2, 3), torch.randn(2, 3, 8)
-        >>> distillation_loss(hidden, head, ids, mask, teacher_logits=teacher, temperature=2.0).loss.backward()
     """
-    if not 0 <= hard_weight < 1:
-        raise ValueError(f"hard_weight must be in [0, 1), got {hard_weight!r}; sft_loss has hard targets alone")
+    _check_hard_weight(hard_weight)
     check_reduction(reduction, num_items_in_batch)
     check_head(hidden_states, lm_head_weight, bias, completion_ids, "completion_ids")
     comparison = Comparison.of(
@@ -210,7 +214,7 @@ def distillation_loss(
         beta=(1 - hard_weight) * temperature**2,
         kl_estimator=divergence,
     )
-    count = completion_ids.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
+    count = _count_completions(completion_ids, cu_seqlens)
     inputs = PolicyInputs.of(
         completion_ids,
         options.arithmetic_dtype,
@@ -238,122 +242,43 @@ def distillation_loss(
     return PolicyLossOutput(output.loss, output.metrics)
 
 
+def _check_hard_weight(hard_weight: float) -> None:
+    check_number("hard_weight", hard_weight)
+    if not 0 <= hard_weight < 1:
+        raise ValueError(f"hard_weight must be in [0, 1), got {hard_weight!r}; sft_loss has hard targets alone")
+
+
+def _count_completions(ids: Tensor, cu_seqlens: Tensor | None) -> int:
+    check_ids("completion_ids", ids)
+    if cu_seqlens is None:
+        return ids.shape[0] if ids.dim() else 0
+    check_ids("cu_seqlens", cu_seqlens)
+    return cu_seqlens.numel() - 1
+
+
+def _shift_labels(labels: Tensor, hidden: Tensor, cu_seqlens: Tensor | None) -> tuple[Tensor, Tensor]:
+    """The ids that the positions predict, and their mask: each completion's labels without the first.
+
+    Packed labels have as many positions as ids have, so that the last of each completion is masked.
+    """
+    check_ids("labels", labels)
+    if labels.shape != hidden.shape[:-1]:
+        wanted = f"{list(hidden.shape[:-1])}, one a position of hidden_states"
+        raise ValueError(f"labels must have shape {wanted}, got {list(labels.shape)}: position t predicts label t + 1")
+    check_device(hidden.device, [("labels", labels)])
+    check_cu_seqlens(cu_seqlens, labels, False)
+    if cu_seqlens is None:
+        ids = labels[:, 1:]
+        return ids, ids != _IGNORED
+    ids = torch.cat([labels[1:], labels.new_full((1,), _IGNORED)])
+    is_first = labels.new_zeros(labels.shape[0] + 1, dtype=torch.bool)
+    is_first[cu_seqlens.long()] = True
+    return ids, (ids != _IGNORED) & ~is_first[1:]
+
+
 def check_reduction(reduction: str, num_items_in_batch: float | Tensor | None) -> None:
     """Raises ValueError if the reduction is unknown, or is not over tokens although their number is given."""
     if reduction not in _SFT_MEANS:
         raise ValueError(f"reduction must be one of {', '.join(map(repr, _SFT_MEANS))}, got {reduction!r}")
     if reduction == "sequence_mean" and num_items_in_batch is not None:
         raise ValueError(f'num_items_in_batch has no effect with reduction="sequence_mean", got {num_items_in_batch!r}')
-
-
-def dpo_loss(
-    logprobs: Tensor,  # [2 B, T], chosen before rejected; packed [N]
-    ref_logprobs: Tensor,  # like logprobs
-    completion_mask: Tensor,  # like logprobs
-    *,
-    beta: float = 0.1,
-    label_smoothing: float = 0.0,
-    length_normalized: bool = False,
-    cu_seqlens: Tensor | None = None,  # [2 B + 1]
-) -> PreferenceOutput:
-    """Direct preference optimisation of pairs of completions.
-
-    With ``h = beta (sum_t log pi/pi_ref of the chosen - of the rejected)``,
-
-        loss = -mean ((1 - eps) log sigmoid(h) + eps log sigmoid(-h))
-
-    arXiv:2305.18290 eq. 7; ``length_normalized`` divides each sum by its number of tokens (TRL's "sigmoid_norm").
-
-    Args:
-        logprobs: From ``linear_token_logprobs`` or ``token_logprobs``, in nats. Completions ``0 .. B - 1`` are chosen
-            over ``B .. 2 B - 1``.
-        ref_logprobs: The same tokens under the reference policy. Not differentiated.
-        completion_mask: 0 excludes a token, whatever the other inputs hold there.
-        beta: Weight of the divergence from the reference.
-        label_smoothing: ``eps``, the share of preferences that are wrong.
-        length_normalized: Take the mean over tokens rather than the sum.
-        cu_seqlens: Where each packed completion begins, and the end.
-
-    Returns:
-        The loss, and ``beta`` times each completion's log-ratio, detached.
-
-    Raises:
-        TypeError: A tensor has a dtype that does not fit.
-        ValueError: Shapes or devices do not fit, completions are not pairs, or a number is out of its range.
-
-    Example:
-        >>> logprobs = torch.full((2, 3), -1.0, requires_grad=True)
-        >>> dpo_loss(logprobs, torch.full((2, 3), -1.0), torch.ones(2, 3)).loss.item()
-        0.6931471824645996
-    """
-    check_float("logprobs", logprobs)
-    if logprobs.dim() not in (1, 2):
-        raise ValueError(f"logprobs must have shape [2 B, T] or, packed, [N], got {list(logprobs.shape)}")
-    check_float("ref_logprobs", ref_logprobs)
-    check_shape("ref_logprobs", ref_logprobs, logprobs.shape)
-    check_mask("completion_mask", completion_mask)
-    check_shape("completion_mask", completion_mask, logprobs.shape)
-    check_device(logprobs.device, [("ref_logprobs", ref_logprobs), ("completion_mask", completion_mask)])
-    check_cu_seqlens(cu_seqlens, logprobs, False)
-    if not beta > 0:
-        raise ValueError(f"beta must be greater than 0, got {beta!r}")
-    if not 0 <= label_smoothing < 0.5:
-        raise ValueError(f"label_smoothing must be in [0, 0.5), got {label_smoothing!r}")
-    sequences = Sequences.of(logprobs, cu_seqlens)
-    if sequences.count % 2:
-        raise ValueError(f"logprobs must be of pairs of completions, got {sequences.count} completions")
-    dtype = torch.float64 if logprobs.dtype == torch.float64 else torch.float32
-    mask = completion_mask != 0
-    log_ratio = torch.where(mask, logprobs.to(dtype) - ref_logprobs.detach().to(dtype), 0)
-    totals = sequences.sum(log_ratio)
-    if length_normalized:
-        totals = totals / sequences.sum(mask.to(dtype)).clamp(min=1)
-    chosen, rejected = (beta * totals).chunk(2)
-    margin = chosen - rejected
-    right, wrong = (torch.nn.functional.logsigmoid(h) for h in (margin, -margin))
-    loss = -((1 - label_smoothing) * right + label_smoothing * wrong).mean()
-    return PreferenceOutput(loss, chosen.detach(), rejected.detach())
-
-
-def reward_model_loss(
-    chosen_rewards: Tensor,  # [B]
-    rejected_rewards: Tensor,  # [B]
-    *,
-    margins: Tensor | None = None,  # [B]
-    center_coef: float = 0.0,
-) -> Tensor:
-    """Negative log-likelihood of preferences under the Bradley-Terry model.
-
-        loss = mean (-log sigmoid(r_chosen - r_rejected - margin) + center_coef (r_chosen + r_rejected)^2)
-
-    InstructGPT eq. 1 (arXiv:2203.02155), margins of Llama 2 (arXiv:2307.09288), centring of arXiv:2312.09244.
-    Arithmetic is fp32, or fp64 for fp64 input.
-
-    Args:
-        chosen_rewards, rejected_rewards: The model's rewards of each pair.
-        margins: How much better the chosen one is; None means 0.
-        center_coef: Weight of the square of their sum, which keeps rewards around 0.
-
-    Raises:
-        TypeError: A tensor is not floating point.
-        ValueError: Shapes or devices do not fit.
-
-    Example:
-        >>> reward_model_loss(torch.tensor([1.0]), torch.tensor([1.0])).item()
-        0.6931471824645996
-    """
-    check_float("chosen_rewards", chosen_rewards)
-    if chosen_rewards.dim() != 1:
-        raise ValueError(f"chosen_rewards must have shape [B], got {list(chosen_rewards.shape)}")
-    for name, values in (("rejected_rewards", rejected_rewards), ("margins", margins)):
-        if values is not None:
-            check_float(name, values)
-            check_shape(name, values, chosen_rewards.shape)
-            check_device(chosen_rewards.device, [(name, values)])
-    dtype = torch.float64 if chosen_rewards.dtype == torch.float64 else torch.float32
-    chosen, rejected = chosen_rewards.to(dtype), rejected_rewards.to(dtype)
-    lead = chosen - rejected if margins is None else chosen - rejected - margins.to(dtype)
-    loss = -torch.nn.functional.logsigmoid(lead)
-    if center_coef:
-        loss = loss + center_coef * (chosen + rejected).square()
-    return loss.mean()

@@ -17,6 +17,8 @@ from grpo_kernels.validation import (
     check_float,
     check_ids,
     check_mask,
+    check_number,
+    check_real,
     check_shape,
 )
 
@@ -34,6 +36,11 @@ def kl_penalized_rewards(
     cu_seqlens: Tensor | None = None,  # [S + 1]
 ) -> Tensor:
     """Rewards minus a KL penalty to the reference policy: ``r - beta sum_t k_t``, or ``r_t - beta k_t`` per token.
+
+    Example:
+        >>> logprobs, reference = torch.tensor([[-1.0, -2.0]]), torch.tensor([[-1.5, -2.5]])
+        >>> kl_penalized_rewards(torch.tensor([1.0]), logprobs, reference, torch.ones(1, 2), beta=0.1)
+        tensor([0.9000])
 
     InstructGPT eq. 2 (arXiv:2203.02155), as in RLOO, REINFORCE++ and PPO. GRPO has its penalty in the loss instead.
 
@@ -53,13 +60,8 @@ def kl_penalized_rewards(
     Raises:
         TypeError: A tensor has a dtype that does not fit.
         ValueError: Shapes or devices do not fit, the estimator is unknown, or a number is out of its range.
-
-    Example:
-        >>> logprobs, reference = torch.tensor([[-1.0, -2.0]]), torch.tensor([[-1.5, -2.5]])
-        >>> kl_penalized_rewards(torch.tensor([1.0]), logprobs, reference, torch.ones(1, 2), beta=0.1)
-        tensor([0.9000])
     """
-    check_float("rewards", rewards)
+    check_real("rewards", rewards)
     check_float("logprobs", logprobs)
     check_float("ref_logprobs", ref_logprobs)
     check_mask("completion_mask", completion_mask)
@@ -74,10 +76,13 @@ def kl_penalized_rewards(
     check_shape("rewards", rewards, (sequences.count,), logprobs.shape)
     if kl_estimator not in KL_ESTIMATORS:
         raise ValueError(f"kl_estimator must be one of {', '.join(map(repr, KL_ESTIMATORS))}, got {kl_estimator!r}")
+    check_number("beta", beta)
     if not (beta >= 0 and math.isfinite(beta)):
         raise ValueError(f"beta must be finite and at least 0, got {beta!r}")
-    if kl_clamp is not None and not kl_clamp > 0:
-        raise ValueError(f"kl_clamp must be None or greater than 0, got {kl_clamp!r}")
+    if kl_clamp is not None:
+        check_number("kl_clamp", kl_clamp)
+        if not kl_clamp > 0:
+            raise ValueError(f"kl_clamp must be None or greater than 0, got {kl_clamp!r}")
     dtype = torch.float64 if logprobs.dtype == torch.float64 else torch.float32
     kl = kl_estimate(logprobs.to(dtype) - ref_logprobs.to(dtype), kl_estimator)
     kl = torch.where(completion_mask != 0, kl if kl_clamp is None else kl.clamp(-kl_clamp, kl_clamp), 0)
@@ -90,11 +95,16 @@ def kl_penalized_rewards(
 def mask_truncated(
     completion_ids: Tensor,  # [B, T]; packed [N]
     completion_mask: Tensor,  # like completion_ids
-    eos_token_id: int | Sequence[int],
+    eos_token_id: int | Sequence[int] | Tensor,
     *,
     cu_seqlens: Tensor | None = None,  # [S + 1]
 ) -> Tensor:  # like completion_mask
     """The mask without truncated completions, whose last unmasked token is not an end-of-text token.
+
+    Example:
+        >>> mask_truncated(torch.tensor([[5, 2, 0], [5, 6, 7]]), torch.tensor([[1, 1, 0], [1, 1, 1]]), 2)
+        tensor([[1, 1, 0],
+                [0, 0, 0]])
 
     DAPO's overlong filtering (arXiv:2503.14476), TRL's ``mask_truncated_completions``.
 
@@ -110,18 +120,14 @@ def mask_truncated(
     Raises:
         TypeError: A tensor has a dtype that does not fit.
         ValueError: Shapes or devices do not fit, or there is no id.
-
-    Example:
-        >>> mask_truncated(torch.tensor([[5, 2, 0], [5, 6, 7]]), torch.tensor([[1, 1, 0], [1, 1, 1]]), 2)
-        tensor([[1, 1, 0],
-                [0, 0, 0]])
     """
     check_ids("completion_ids", completion_ids)
     check_mask("completion_mask", completion_mask)
     check_shape("completion_mask", completion_mask, completion_ids.shape)
     check_device(completion_ids.device, [("completion_mask", completion_mask)])
     check_cu_seqlens(cu_seqlens, completion_ids, False)
-    eos_ids = [eos_token_id] if isinstance(eos_token_id, int) else list(eos_token_id or ())
+    eos_ids = eos_token_id.flatten().tolist() if isinstance(eos_token_id, Tensor) else eos_token_id
+    eos_ids = list(eos_ids) if isinstance(eos_ids, (list, tuple, set)) else [eos_ids]
     if not eos_ids or not all(isinstance(token, int) for token in eos_ids):
         raise ValueError(f"eos_token_id must be an id, or several, got {eos_token_id!r}")
     ends = torch.tensor(eos_ids, device=completion_ids.device)

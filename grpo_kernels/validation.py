@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -11,18 +12,43 @@ from torch import Tensor
 FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
+def _no_tensor(name: str, value: Any) -> TypeError:
+    way_out = ": pass its weight" if isinstance(getattr(value, "weight", None), Tensor) else ""
+    return TypeError(f"{name} must be a tensor, got {type(value).__name__}{way_out}")
+
+
 def check_float(name: str, tensor: Tensor) -> None:
     """Raises TypeError unless ``tensor`` is a tensor of a supported floating-point dtype."""
     if not isinstance(tensor, Tensor):
-        raise TypeError(f"{name} must be a tensor, got {type(tensor).__name__}")
+        raise _no_tensor(name, tensor)
     if tensor.dtype not in FLOAT_DTYPES:
         raise TypeError(f"{name} must be float32, bfloat16, float16 or float64, got {tensor.dtype}")
+
+
+def check_real(name: str, tensor: Tensor) -> None:
+    """Raises TypeError unless ``tensor`` holds real numbers: floating point, or integers, which are taken as such."""
+    if not isinstance(tensor, Tensor):
+        raise _no_tensor(name, tensor)
+    if tensor.dtype not in FLOAT_DTYPES and tensor.is_complex():
+        raise TypeError(f"{name} must be floating point or integer, got {tensor.dtype}")
+
+
+def check_number(name: str, value: Any) -> None:
+    """Raises TypeError unless ``value`` is a number, or what turns into one, as a 0-dim tensor."""
+    if not isinstance(value, (int, float)) and not hasattr(value, "__float__"):
+        raise TypeError(f"{name} must be a number, got {value!r}")
+
+
+def check_integer(name: str, value: Any) -> None:
+    """Raises TypeError unless ``value`` is an integer."""
+    if not isinstance(value, int) and not hasattr(value, "__index__"):
+        raise TypeError(f"{name} must be an integer, got {value!r}")
 
 
 def check_ids(name: str, tensor: Tensor) -> None:
     """Raises TypeError unless ``tensor`` holds int32 or int64 token ids."""
     if not isinstance(tensor, Tensor):
-        raise TypeError(f"{name} must be a tensor, got {type(tensor).__name__}")
+        raise _no_tensor(name, tensor)
     if tensor.dtype not in (torch.int64, torch.int32):
         raise TypeError(f"{name} must be int64 or int32, got {tensor.dtype}")
 
@@ -30,7 +56,7 @@ def check_ids(name: str, tensor: Tensor) -> None:
 def check_mask(name: str, tensor: Tensor) -> None:
     """Raises TypeError unless ``tensor`` is a tensor that can be a mask: bool, integer or floating point."""
     if not isinstance(tensor, Tensor):
-        raise TypeError(f"{name} must be a tensor, got {type(tensor).__name__}")
+        raise _no_tensor(name, tensor)
     if tensor.is_complex():
         raise TypeError(f"{name} must be bool, integer or floating point, got {tensor.dtype}")
 
@@ -47,9 +73,17 @@ def check_device(device: torch.device, tensors: Iterable[tuple[str, Tensor | Non
     """Raises unless every given argument is a tensor on ``device``."""
     for name, tensor in tensors:
         if tensor is not None and not isinstance(tensor, Tensor):
-            raise TypeError(f"{name} must be a tensor, got {type(tensor).__name__}")
+            raise _no_tensor(name, tensor)
         if tensor is not None and tensor.device != device:
             raise ValueError(f"{name} must be on {device}, like the first argument, got {tensor.device}")
+
+
+def position_shapes(ids: Tensor, size: int) -> list[tuple[int, ...]]:
+    """The shapes of values that predict ids: ``[B, T, size]`` or ``[B, T + 1, size]``; packed ``[N, size]``."""
+    shapes = [(*ids.shape, size)]
+    if ids.dim() == 2:
+        shapes.append((ids.shape[0], ids.shape[1] + 1, size))
+    return shapes
 
 
 def check_logits(logits: Tensor, ids: Tensor, ids_name: str = "ids") -> None:
@@ -61,16 +95,18 @@ def check_logits(logits: Tensor, ids: Tensor, ids_name: str = "ids") -> None:
     vocab = logits.shape[-1] if logits.dim() else 0
     if vocab == 0:
         raise ValueError(f"logits must have a vocabulary of at least 1, got shape {list(logits.shape)}")
-    if logits.shape[:-1] == ids.shape:
-        return
-    shapes = [(*ids.shape, vocab)]
-    if ids.dim() == 2:
-        shapes.append((ids.shape[0], ids.shape[1] + 1, vocab))
-    check_shape("logits", logits, *shapes)
+    if logits.shape[:-1] != ids.shape:
+        check_shape("logits", logits, *position_shapes(ids, vocab))
 
 
 def check_transform(temperature: float, softcap: float | None, logit_scale: float, prefix: str = "") -> None:
     """Raises ValueError unless temperature, scale and the softcap, if there is one, are positive and finite."""
+    if not isinstance(temperature, (int, float)):
+        check_number(f"{prefix}temperature", temperature)
+    if softcap is not None and not isinstance(softcap, (int, float)):
+        check_number(f"{prefix}softcap", softcap)
+    if not isinstance(logit_scale, (int, float)):
+        check_number(f"{prefix}logit_scale", logit_scale)
     if not (temperature > 0 and math.isfinite(temperature)):
         raise ValueError(f"{prefix}temperature must be finite and greater than 0, got {temperature!r}")
     if softcap is not None and not (softcap > 0 and math.isfinite(softcap)):
@@ -122,7 +158,8 @@ def check_cu_seqlens(cu_seqlens: Tensor | None, ids: Tensor, debug: bool) -> Non
         return
     check_ids("cu_seqlens", cu_seqlens)
     if ids.dim() != 1:
-        raise ValueError(f"cu_seqlens must be None for tokens of shape {list(ids.shape)}, got a tensor")
+        way_out = ": packed tokens are [N], drop the first dimension of all inputs" if ids.shape[0] == 1 else ""
+        raise ValueError(f"cu_seqlens must be None for tokens of shape {list(ids.shape)}, got a tensor{way_out}")
     if cu_seqlens.dim() != 1 or cu_seqlens.shape[0] < 2:
         raise ValueError(f"cu_seqlens must have shape [S + 1] with S at least 1, got {list(cu_seqlens.shape)}")
     if may_read(cu_seqlens, debug):

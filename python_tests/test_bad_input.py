@@ -92,7 +92,7 @@ def _bad_vocabularies() -> list[Any]:
         rows += _each((op,), {"logits": LOGITS.tolist()}, TypeError, "logits", "tensor", "list")
     for name, value, wanted, got in (
         ("lm_head_weight", HEAD[:0], "V at least 1", "[0, 4]"),
-        ("lm_head_weight", HEAD[:, :3], "[7, 4]", "[7, 3]"),
+        ("lm_head_weight", HEAD[:, :3], "[V, 4]", "[7, 3]"),
         ("lm_head_weight", HEAD[0], "[V, H]", "[4]"),
         ("lm_head_weight", HEAD.to("meta"), "cpu", "meta"),
         ("hidden_states", HIDDEN[..., :0], "at least 1", "[2, 3, 0]"),
@@ -115,7 +115,7 @@ def _bad_loss_inputs() -> list[Any]:
         rows += _each(LOSSES, {name: torch.zeros(B, T, device="meta")}, ValueError, name, "cpu", "meta")
     for shape, got in (((3,), "[3]"), ((B, 1), "[2, 1]"), ((T,), "[3]")):
         rows += _each(LOSSES, {"advantages": torch.zeros(shape)}, ValueError, "advantages", "[2] or [2, 3]", got)
-    rows += _each(LOSSES, {"advantages": ADVANTAGES.int()}, TypeError, "advantages", "float32", "torch.int32")
+    rows += _each(LOSSES, {"advantages": ADVANTAGES + 0j}, TypeError, "advantages", "integer", "torch.complex64")
     rows += _each(LOSSES, {"advantages": [1.0, -1.0]}, TypeError, "advantages", "tensor", "list")
     rows += _each(LOSSES, {"rollout_is_weights": torch.ones(B)}, ValueError, "rollout_is_weights", "[2, 1]", "got [2]")
     rows += _each(LOSSES, {"config": GRPOLossConfig(beta=0.1)}, ValueError, "ref_logprobs", "beta=0.1", "None")
@@ -174,7 +174,7 @@ def _bad_rewards() -> list[Any]:
         ({"num_generations": 0}, ValueError, "num_generations", "at least 1", "got 0"),
         ({"rewards": torch.tensor([0.0, math.inf])}, ValueError, "rewards", "finite or NaN", "inf at [1]"),
         ({"rewards": torch.tensor([0.0, -math.inf])}, ValueError, "rewards", "finite or NaN", "-inf"),
-        ({"rewards": torch.tensor([0, 1])}, TypeError, "rewards", "float32", "torch.int64"),
+        ({"rewards": torch.tensor([0, 1j])}, TypeError, "rewards", "integer", "torch.complex64"),
         ({"rewards": [0.0, 1.0]}, TypeError, "rewards", "tensor", "list"),
         ({"rewards": torch.zeros(0)}, ValueError, "rewards", "[B]", "[0]"),
         ({"rewards": torch.zeros(2, 1, 1)}, ValueError, "rewards", "[B, K]", "[2, 1, 1]"),

@@ -72,7 +72,7 @@ def test_packed_completions_are_those_of_rows(backend: str, lengths: list[int], 
 @pytest.mark.parametrize(
     ("arguments", "error", "parts"),
     [
-        ({"rewards": torch.zeros(2, 3).long()}, TypeError, ("rewards", "float32", "int64")),
+        ({"rewards": torch.zeros(2, 3) + 0j}, TypeError, ("rewards", "integer", "complex64")),
         ({"rewards": torch.zeros(2, 3, 1)}, ValueError, ("rewards", "[B, T]", "[2, 3, 1]")),
         ({"values": torch.zeros(2, 2)}, ValueError, ("values", "[2, 3]", "[2, 2]")),
         ({"completion_mask": torch.ones(2)}, ValueError, ("completion_mask", "[2, 3]", "[2]")),

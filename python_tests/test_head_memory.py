@@ -109,7 +109,7 @@ def _hidden() -> Tensor:
 
 def _run(bound: int | None, row_op: Any, needs: NeededGradients = ALL, live: int = ROWS) -> tuple[Tensor, ...]:
     hidden = _hidden()
-    rows, options = SelectedRows(None, live, ROWS, hidden.device), HeadOptions(HALF, SINGLE, bound)
+    rows, options = SelectedRows(None, live, ROWS, ROWS, hidden.device), HeadOptions(HALF, SINGLE, bound)
     head_pass = HeadPass("torch", _head(VOCAB, HIDDEN), hidden, rows, needs, options)
     (logprobs,), gradients = head_pass.run(row_op, (SINGLE,))
     return logprobs, *gradients
@@ -170,7 +170,7 @@ def test_dhidden_takes_no_memory_beside_the_workspace() -> None:
         return RowResults((values[chunk.rows],))
 
     def run() -> object:
-        every, options = SelectedRows(None, rows, rows, hidden.device), HeadOptions(HALF, SINGLE, None)
+        every, options = SelectedRows(None, rows, rows, rows, hidden.device), HeadOptions(HALF, SINGLE, None)
         return HeadPass("torch", _head(VOCAB, size), hidden, every, DX_ONLY, options).run(copy, (SINGLE,))
 
     with gpu_gemms():

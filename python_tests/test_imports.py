@@ -22,7 +22,7 @@ ROOMS = (
     ("ops.tokens",),
     ("ops.rows",),
     ("ops.head",),
-    ("objectives", "modules", "rewards", "adaptive_entropy", "info"),
+    ("objectives", "preferences", "modules", "rewards", "adaptive_entropy", "info"),
     ("integrations.presets", "presets"),
     ("integrations",),
     ("",),  # the package's own names

@@ -20,12 +20,12 @@ __all__ = ["ClippedPGLoss"]
 class ClippedPGLoss:
     """NeMo-RL's ``ClippedPGLossFn`` through ``policy_loss``.
 
+    Example:
+        >>> loss_fn = ClippedPGLoss({"ratio_clip_max": 0.28, "reference_policy_kl_penalty": 0.0})
+
     Args:
         config: The options of ``GRPOLossConfig.nemo_rl``, by NeMo-RL's names.
         backend: "auto", or one of ``grpo_kernels.BACKENDS``.
-
-    Example:
-        >>> loss_fn = ClippedPGLoss({"ratio_clip_max": 0.28, "reference_policy_kl_penalty": 0.0})
     """
 
     #: NeMo-RL's ``LossInputType.LOGPROB``.

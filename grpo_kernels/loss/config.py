@@ -3,21 +3,25 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass, fields
 from typing import Any, NamedTuple
 
 from grpo_kernels.calls import Call
 from grpo_kernels.computed_once import computed_once
 from grpo_kernels.loss.aggregation import CLIPPED_LOSSES
+from grpo_kernels.loss.config_checks import (
+    check_choice,
+    check_config,
+    check_preset,
+    check_range,
+    refuse_unknown_fields,
+)
 from grpo_kernels.loss.options import (
     DIVERGENCES,
     IMPORTANCE_SAMPLING_LEVELS,
     KL_ESTIMATORS,
     KL_GRADIENTS,
-    LOSS_AGG_MODES,
-    LOSS_TYPES,
-    ROLLOUT_CORRECTIONS,
     Level,
     Option,
     Param,
@@ -62,9 +66,16 @@ class Penalty(NamedTuple):
     is_bias_corrected: bool
 
 
+@refuse_unknown_fields(PRESETS)
 @dataclass(frozen=True, kw_only=True)
 class GRPOLossConfig:
     """What the GRPO family of losses computes. Names and defaults are TRL 1.16's.
+
+    Example:
+        >>> GRPOLossConfig(loss_type="dr_grpo", max_completion_length=512, epsilon_high=0.28, beta=0.0)
+        GRPOLossConfig(loss_type='dr_grpo', epsilon_high=0.28, max_completion_length=512)
+        >>> GRPOLossConfig.trl(loss_type="grpo", epsilon=0.1, max_completion_length=None)
+        GRPOLossConfig(loss_type='grpo', epsilon_low=0.1)
 
     The loss types, with the objective of a token of advantage ``A``, and the mean over tokens:
 
@@ -169,29 +180,39 @@ class GRPOLossConfig:
     max_completion_length: int | None = None
 
     def __post_init__(self) -> None:
-        _check(self)
+        check_config(self)
         for name in _DERIVED:  # now: torch.compile would see the object change at its first call
             getattr(self, name)
+
+    def __repr__(self) -> str:
+        values = ((field.name, getattr(self, field.name), field.default) for field in fields(self))
+        changed = (f"{name}={value!r}" for name, value, default in values if value != default)
+        return f"GRPOLossConfig({', '.join(changed)})"
 
     @classmethod
     def verl(cls, **options: Any) -> GRPOLossConfig:
         """verl's actor loss by verl 0.9's names: see ``grpo_kernels.integrations.presets.verl``."""
-        return cls(**PRESETS["verl"](**options))
+        return cls._translated("verl", options)
 
     @classmethod
     def nemo_rl(cls, **options: Any) -> GRPOLossConfig:
         """NeMo-RL's by the names of NeMo-RL 0.6's ``loss_fn``: see ``grpo_kernels.integrations.presets.nemo_rl``."""
-        return cls(**PRESETS["nemo_rl"](**options))
+        return cls._translated("nemo_rl", options)
 
     @classmethod
     def openrlhf(cls, **options: Any) -> GRPOLossConfig:
         """OpenRLHF's actor loss by the names of OpenRLHF 0.11: see ``grpo_kernels.integrations.presets.openrlhf``."""
-        return cls(**PRESETS["openrlhf"](**options))
+        return cls._translated("openrlhf", options)
 
     @classmethod
     def trl(cls, **options: Any) -> GRPOLossConfig:
         """TRL's by the names of TRL 1.16's ``GRPOConfig``: see ``grpo_kernels.integrations.presets.trl``."""
-        return cls(**PRESETS["trl"](**options))
+        return cls._translated("trl", options)
+
+    @classmethod
+    def _translated(cls, framework: str, options: dict[str, Any]) -> GRPOLossConfig:
+        check_preset(f"GRPOLossConfig.{framework}", PRESETS[framework], options)
+        return cls(**PRESETS[framework](**options))
 
     @computed_once
     def ratio_bounds(self) -> tuple[float, float]:
@@ -272,121 +293,20 @@ class GRPOLossConfig:
 _DERIVED = tuple(name for name, value in vars(GRPOLossConfig).items() if isinstance(value, computed_once))
 
 
+def check_is_config(config: GRPOLossConfig) -> None:
+    """Raises TypeError unless ``config`` is one."""
+    if not isinstance(config, GRPOLossConfig):
+        raise TypeError(f"config must be a GRPOLossConfig, got {type(config).__name__}")
+
+
 def reference_share(divergence: str, mixture: float = 0.5) -> float:
     """The share of the reference in a divergence's mixture: 0 for "forward_kl", 1 for "reverse_kl".
 
     Raises:
         ValueError: The divergence is unknown, or the share of "js" is not in (0, 1).
     """
-    _check_choice("divergence", divergence, tuple(DIVERGENCES))
+    check_choice("divergence", divergence, tuple(DIVERGENCES))
     if divergence != "js":
         return DIVERGENCES[divergence]
-    _check_number("mixture", mixture, "in (0, 1)", lambda value: 0 < value < 1)
+    check_range("mixture", mixture, "in (0, 1)", lambda value: 0 < value < 1)
     return float(mixture)
-
-
-def _check(config: GRPOLossConfig) -> None:
-    """Raises ValueError unless every value is in its range and every changed option has an effect."""
-    _check_choice("loss_type", config.loss_type, LOSS_TYPES)
-    _check_choice("loss_agg_mode", config.loss_agg_mode, (None, *LOSS_AGG_MODES))
-    _check_choice("importance_sampling_level", config.importance_sampling_level, IMPORTANCE_SAMPLING_LEVELS)
-    _check_choice("kl_estimator", config.kl_estimator, (*KL_ESTIMATORS, *DIVERGENCES))
-    _check_choice("kl_gradient", config.kl_gradient, tuple(KL_GRADIENTS))
-    _check_choice("rollout_correction", config.rollout_correction, (None, *ROLLOUT_CORRECTIONS))
-    for name in ("epsilon_low", "epsilon_high", "beta", "rollout_clip_min", "cispo_ratio_low"):
-        _check_number(name, getattr(config, name), "at least 0", lambda value: value >= 0)
-    for name in ("delta", "temperature", "rollout_clip_max", "log_ratio_clamp", "kl_clamp", "max_completion_length"):
-        _check_number(name, getattr(config, name), "greater than 0", lambda value: value > 0)
-    for name in _OPTIONS_OF_ONE_LOSS:
-        _check_number(name, getattr(config, name), "greater than 0", lambda value: value > 0)
-    for name in ("entropy_coef", "off_policy_mask_threshold"):
-        _check_number(name, getattr(config, name), "", lambda value: True)
-    _check_number("top_entropy_quantile", config.top_entropy_quantile, "in (0, 1]", lambda value: 0 < value <= 1)
-    if config.aggregation == "seq-mean-token-sum-norm" and config.max_completion_length is None:
-        name = "loss_type" if config.loss_agg_mode is None else "loss_agg_mode"
-        raise ValueError(f'max_completion_length must be given for {name}="{getattr(config, name)}", got None')
-    if config.loss_type == "gmpo" and max(config.epsilon_low, config.epsilon_high or 0.0) > _LARGEST_LOG_BOUND:
-        raise ValueError(
-            f'epsilon_low and epsilon_high must be at most {_LARGEST_LOG_BOUND:g} with loss_type="gmpo", whose '
-            f"log-ratios they bound, got {config.epsilon_low!r} and {config.epsilon_high!r}"
-        )
-    _check_all_apply(config)
-
-
-_LARGEST_LOG_BOUND = 80.0  # its exponential is finite in fp32
-#: Options of a single loss type.
-_OPTIONS_OF_ONE_LOSS = {
-    "sapo_temperature_pos": "sapo",
-    "sapo_temperature_neg": "sapo",
-    "vespo_k_pos": "vespo",
-    "vespo_lambda_pos": "vespo",
-    "vespo_k_neg": "vespo",
-    "vespo_lambda_neg": "vespo",
-    "clip_cov_ratio": "clip_cov",
-    "clip_cov_lb": "clip_cov",
-    "clip_cov_ub": "clip_cov",
-    "kl_cov_ratio": "kl_cov",
-    "kl_cov_coef": "kl_cov",
-}
-
-
-def _check_all_apply(config: GRPOLossConfig) -> None:
-    defaults = {field.name: field.default for field in fields(config)}
-    changed = {name for name, default in defaults.items() if getattr(config, name) != default}
-
-    def refuse(names: Iterable[str], other: str) -> None:
-        for name in names:
-            if name in changed:
-                raise ValueError(f"{name} has no effect with {other}, got {getattr(config, name)!r}")
-
-    loss_type = f'loss_type="{config.loss_type}"'
-    refuse((name for name, owner in _OPTIONS_OF_ONE_LOSS.items() if owner != config.loss_type), loss_type)
-    if config.loss_type != "cispo":
-        refuse(("cispo_ratio_low",), loss_type)
-    elif config.epsilon_high is not None:
-        refuse(("epsilon_low",), f"{loss_type} and epsilon_high={config.epsilon_high}")
-    if config.loss_type == "kl_cov":
-        refuse(("beta",), loss_type)
-    without_ratio = "beta=0"
-    if config.has_exact_divergence:
-        without_ratio = f'kl_estimator="{config.kl_estimator}"'
-        refuse(("kl_gradient", "kl_clamp"), without_ratio)
-    if config.surrogate == Surrogate.LOGPROB and (config.beta == 0 or config.has_exact_divergence):
-        refuse(("log_ratio_clamp",), f"{without_ratio} and {loss_type}")
-    if config.loss_agg_mode is not None and config.entropy_coef != 0:
-        refuse(("top_entropy_quantile",), f'loss_agg_mode="{config.loss_agg_mode}" and an entropy bonus')
-    if config.loss_type not in CLIPPED_LOSSES:
-        refuse(("delta",), loss_type)
-    if config.loss_type in ("vespo", "gmpo", "reinforce", "clip_cov", "kl_cov"):
-        refuse(("importance_sampling_level",), loss_type)
-    if config.loss_type in ("surrogate", "kl_cov", "sapo", "vespo", "reinforce"):
-        refuse(("epsilon_low", "epsilon_high"), loss_type)
-    if config.loss_type == "gmpo":
-        refuse(("top_entropy_quantile", "loss_agg_mode"), loss_type)
-    if config.level != Level.TOKEN and (config.beta == 0 or config.has_exact_divergence):
-        refuse(("log_ratio_clamp",), f"{without_ratio} and a ratio of sequences ({loss_type}, {config.level.name})")
-    if config.beta == 0:
-        refuse(("kl_estimator", "kl_gradient", "kl_clamp"), "beta=0")
-    if config.kl_gradient != "naive" and config.use_bias_correction_kl:
-        raise ValueError(f'use_bias_correction_kl must be False with kl_gradient="{config.kl_gradient}", got True')
-    if config.rollout_correction is None:
-        refuse(("rollout_clip_min", "rollout_clip_max"), "rollout_correction=None")
-    elif config.rollout_correction.endswith("truncate") and config.rollout_clip_min == config.rollout_clip_max is None:
-        raise ValueError(
-            "rollout_clip_min or rollout_clip_max must be given with "
-            f'rollout_correction="{config.rollout_correction}", got neither'
-        )
-    elif None not in (low := config.rollout_clip_min, high := config.rollout_clip_max) and low > high:
-        raise ValueError(f"rollout_clip_min must be at most rollout_clip_max={high}, got {low}")
-    elif config.loss_type == "vespo" and config.rollout_correction.startswith("sequence"):
-        raise ValueError(f"rollout_correction must be of tokens with {loss_type}, got {config.rollout_correction!r}")
-
-
-def _check_choice(name: str, value: object, allowed: tuple[object, ...]) -> None:
-    if value not in allowed:
-        raise ValueError(f"{name} must be one of {', '.join(map(repr, allowed))}, got {value!r}")
-
-
-def _check_number(name: str, value: float | None, what: str, is_within: Callable[[float], bool]) -> None:
-    if value is not None and not (math.isfinite(value) and is_within(value)):
-        raise ValueError(f"{name} must be finite{f' and {what}' if what else ''}, got {value!r}")

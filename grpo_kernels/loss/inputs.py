@@ -12,7 +12,15 @@ from grpo_kernels.loss.fields import TokenFields
 from grpo_kernels.loss.options import Level, Surrogate
 from grpo_kernels.loss.sequences import Sequences
 from grpo_kernels.loss.weights import loss_weights, rollout_weights, token_mean
-from grpo_kernels.validation import check_cu_seqlens, check_device, check_float, check_mask, check_shape
+from grpo_kernels.validation import (
+    check_cu_seqlens,
+    check_device,
+    check_float,
+    check_mask,
+    check_number,
+    check_real,
+    check_shape,
+)
 
 
 @dataclass(frozen=True)
@@ -62,6 +70,7 @@ class PolicyInputs:
         }
         _check(tokens, advantages, completion_mask, logprobs, rollout_is_weights, cu_seqlens, config, debug)
         _check_items(num_items_in_batch)
+        check_number("loss_scale", loss_scale)
         _check_threshold(entropy_threshold, config)
         sequences = Sequences.of(tokens, cu_seqlens)
         reads_reference = config.beta != 0 and not config.has_exact_divergence
@@ -201,7 +210,9 @@ def _check_threshold(entropy_threshold: Tensor | float | None, config: GRPOLossC
         if entropy_threshold.numel() != 1:
             shape = list(entropy_threshold.shape)
             raise ValueError(f"entropy_threshold must be a number or a 0-dim tensor, got shape {shape}")
-    elif entropy_threshold != entropy_threshold:
+        return
+    check_number("entropy_threshold", entropy_threshold)
+    if entropy_threshold != entropy_threshold:
         raise ValueError(f"entropy_threshold must be a number, got {entropy_threshold!r}")
 
 
@@ -210,8 +221,10 @@ def _check_items(num_items_in_batch: float | Tensor | None) -> None:
         if num_items_in_batch.numel() != 1:
             shape = list(num_items_in_batch.shape)
             raise ValueError(f"num_items_in_batch must be a number or a 0-dim tensor, got shape {shape}")
-    elif num_items_in_batch is not None and not num_items_in_batch >= 0:
-        raise ValueError(f"num_items_in_batch must be at least 0, got {num_items_in_batch!r}")
+    elif num_items_in_batch is not None:
+        check_number("num_items_in_batch", num_items_in_batch)
+        if not num_items_in_batch >= 0:
+            raise ValueError(f"num_items_in_batch must be at least 0, got {num_items_in_batch!r}")
 
 
 def _check(
@@ -229,7 +242,7 @@ def _check(
     check_cu_seqlens(cu_seqlens, tokens, debug)
     count = tokens.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
     if advantages is not None:
-        check_float("advantages", advantages)
+        check_real("advantages", advantages)
         check_shape("advantages", advantages, (count,), tokens.shape)
         if config.loss_type in ("vespo", "gmpo") and advantages.shape != (count,):
             raise ValueError(

@@ -59,7 +59,8 @@ class PolicyMetrics(Mapping[str, Tensor]):
 
     def __getitem__(self, name: str) -> Tensor:
         if name not in self.names:
-            raise KeyError(name)
+            names = ", ".join(map(repr, self.names)) or "none"
+            raise KeyError(f"{name!r} is no metric of this loss, which has {names}")
         if name in _EXTREMA:
             value = self.partials[_EXTREMA[name]]
             return torch.where(value.isfinite(), value, 0)
@@ -73,6 +74,14 @@ class PolicyMetrics(Mapping[str, Tensor]):
 
     def __len__(self) -> int:
         return len(self.names)
+
+    def __repr__(self) -> str:
+        """Names and values. Reads them from the device, in one sync."""
+        if isinstance(self.partials, torch._subclasses.FakeTensor) or self.partials.device.type == "meta":
+            return f"PolicyMetrics({', '.join(self.names)})"
+        values = torch.stack([self[name] for name in self.names]).tolist() if self.names else []
+        shown = (f"{name!r}: {value:.6g}" for name, value in zip(self.names, values, strict=True))
+        return f"PolicyMetrics({{{', '.join(shown)}}})"
 
     @staticmethod
     def combined(parts: Sequence[PolicyMetrics]) -> PolicyMetrics:

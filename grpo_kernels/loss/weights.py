@@ -56,9 +56,16 @@ def rollout_weights(
 ) -> Tensor:
     """``exp(l_old - l_sampling)`` of each token or of its whole sequence, truncated (TIS) or masked (MIS, IcePop).
 
+    Example:
+        >>> old, mask = torch.tensor([[-1.0, -1.0]]), torch.ones(1, 2, dtype=torch.bool)
+        >>> config = GRPOLossConfig(rollout_correction="token_truncate", rollout_clip_max=2.0)
+        >>> rollout_weights(old, torch.tensor([[-1.0, -3.0]]), mask, Sequences.of(old, None), config)
+        tensor([[1., 2.]])
+
     "geometric_mask" masks each token's ratio by the geometric mean of its sequence. A token that the sampler did not
     score (NaN) is not corrected.
     """
+    mask = mask if mask.dtype == torch.bool else mask != 0
     correction = config.rollout_correction or ""
     log_ratio = torch.where(mask, old_logprobs - sampling_logprobs, 0).nan_to_num(nan=0.0)
     if correction.startswith("sequence"):

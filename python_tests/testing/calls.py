@@ -56,7 +56,7 @@ def applies(op: str, case: Case) -> bool:
     source = SOURCES[op]
     if op.endswith("token_divergence") and case.divergence is None:
         return False
-    if source == "hidden" and (case.logits != "normal" or case.layout == "next"):
+    if source == "hidden" and case.logits != "normal":
         return False
     if source != "hidden" and case.bias:
         return False

@@ -19,7 +19,7 @@ class Case:
         batch, length, vocab, hidden: B, T, V, H.
         lengths: Tokens of each completion of a packed batch, instead of ``batch`` and ``length``.
         config: The loss.
-        layout: "dense"; "next" ``[B, T + 1, V]``; "strided", a batch stride beyond ``T V`` and an offset;
+        layout: "dense"; "next" ``[B, T + 1, ...]``; "strided", a batch stride beyond ``T V`` and an offset;
             "transposed", where not even the last dimension is dense.
         logits: "normal"; "offset" by 1e4; "low", all under -100; "peaked", one column far above; "holes", columns of
             -inf beside the token's own.

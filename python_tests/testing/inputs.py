@@ -133,7 +133,7 @@ def _build(case: Case, dtype: torch.dtype, source: str, rng: torch.Generator) ->
     tensors = {name: _lay_out(x, case.layout) if isinstance(x, Tensor) else x for name, x in tensors.items()}
     if case.layout == "next":
         last = math.nan if case.dirty else 1.0
-        for name in ("logits", "reference_logits"):
+        for name in ("logits", "hidden", "reference_logits", "reference_hidden"):
             tensors[name] = torch.cat([tensors[name], torch.full_like(tensors[name][:, :1], last)], 1)
     num_items = torch.tensor(23.0) if case.num_items == "tensor" else case.num_items
     return Inputs(case=case, ids=ids, mask=mask, cu_seqlens=bounds, num_items=num_items, **tensors)  # type: ignore[arg-type]

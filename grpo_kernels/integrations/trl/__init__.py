@@ -200,6 +200,9 @@ class Applied:
         """How often the gradient that a head had formed in its forward was the one that came."""
         return self.settings.counts
 
+    def __repr__(self) -> str:
+        return f"Applied({self.settings})"
+
     def __enter__(self) -> Applied:
         return self
 

@@ -17,7 +17,7 @@ from grpo_kernels.ops.head.gemm import Head
 from grpo_kernels.ops.head.inputs import HeadOptions
 from grpo_kernels.ops.head.memory import MemoryPlan
 from grpo_kernels.ops.head.reference_model import ReferenceRows
-from grpo_kernels.ops.head.selection import SelectedRows, pack_live
+from grpo_kernels.ops.head.selection import SelectedRows, pack_live, token_positions
 from grpo_kernels.ops.head.sources import LogitsSource
 from grpo_kernels.ops.registration import lazy_import
 
@@ -61,7 +61,7 @@ class HeadPass:
     Args:
         backend: The backend of the row kernels.
         head: The projection.
-        hidden: Hidden states, ``[N, H]``.
+        hidden: Hidden states, ``[N, H]``, or those of ``[B, T + 1]`` positions: see ``token_positions``.
         rows: Which tokens are projected.
         needs: Which gradients are formed, from the rows that may have one.
         options: The bound of its memory.
@@ -95,6 +95,7 @@ class HeadPass:
             and ``db``, empty if not needed.
         """
         rows, source = self.rows, self.source or LogitsSource(self.head)
+        positions = token_positions(self.hidden, rows.tokens)
         live_rows = rows.live_count if self.needs.any else 0
         segments = list(source.segments(rows.count))
         blocks = list(self._plan(segments, live_rows).blocks(rows.count, live_rows, segments))
@@ -103,12 +104,11 @@ class HeadPass:
         gradients = HeadGradients(self.head, self.hidden, self.needs, buffers, self.dhidden_dtype)
         parts: list[tuple[Tensor, ...]] = []
         for block in blocks:
-            parts += self._run_block(block, live_rows, row_op, source, memory, gradients)
+            parts += self._run_block(block, live_rows, row_op, source, memory, gradients, positions)
         values = [torch.cat(pieces) if len(pieces) > 1 else pieces[0] for pieces in zip(*parts, strict=True)]
         values = values or [self.hidden.new_empty(0, dtype=dtype) for dtype in dtypes]
-        count = self.hidden.shape[0]
         wanted = [True] * len(dtypes) if wanted is None else wanted
-        scattered = (rows.scatter(x, count) if is_wanted else x for x, is_wanted in zip(values, wanted, strict=True))
+        scattered = (rows.scatter(x) if is_wanted else x for x, is_wanted in zip(values, wanted, strict=True))
         return tuple(scattered), gradients.results()
 
     def _plan(self, segments: list[tuple[int, int]], live_rows: int) -> MemoryPlan:
@@ -131,10 +131,11 @@ class HeadPass:
         source: LogitsSource,
         memory: _Memory,
         gradients: HeadGradients,
+        positions: Tensor | None,
     ) -> list[tuple[Tensor, ...]]:
         """Runs the row op over chunks whose gradients share a buffer, and adds these gradients; returns its values."""
         start, stop = block[0].start, block[-1].stop
-        inputs = self.head.inputs(self.hidden, self.rows, slice(start, stop))
+        inputs = self.head.inputs(self.hidden, self.rows, slice(start, stop), positions)
         buffer, values, live = memory.buffer, [], []
         for chunk in block:
             logits = source.logits(chunk, inputs[chunk.start - start : chunk.stop - start], memory.workspace)
@@ -160,13 +161,15 @@ class HeadPass:
         if end > start:
             flags = None if any(x is None for x in live) else torch.cat(live)
             scratch = None if self.head.is_in_place else memory.workspace
-            self._add_gradients(gradients, slice(start, end), buffer[: end - start], inputs, flags, scratch)
+            part = slice(start, end)
+            self._add_gradients(gradients, part, positions, buffer[: end - start], inputs, flags, scratch)
         return values
 
     def _add_gradients(
         self,
         gradients: HeadGradients,
         part: slice,
+        positions: Tensor | None,
         dlogits: Tensor,
         inputs: Tensor,
         live: Tensor | None,
@@ -179,7 +182,7 @@ class HeadPass:
             dlogits, index = pack_live(self.backend, dlogits, live, scratch)
         if index is not None:
             inputs, tokens = inputs[index], index + tokens.start if isinstance(tokens, slice) else tokens[index]
-        gradients.add(dlogits, inputs, tokens, scratch)
+        gradients.add(dlogits, inputs, tokens if positions is None else positions[tokens], scratch)
 
 
 class _Memory(NamedTuple):

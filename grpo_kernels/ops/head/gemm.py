@@ -116,9 +116,12 @@ class Head:
         values = values.detach().to(self.compute_dtype)
         return values if writes_fp32(self.device) else values.to(self.logits_dtype)
 
-    def inputs(self, hidden: Tensor, rows: SelectedRows, chunk: slice) -> Tensor:  # [N, H] -> [n, H]
-        """A chunk's hidden states in the dtype of the GEMMs; 0 where masked."""
-        values = self._cast(hidden[rows.slice(chunk)])
+    def inputs(
+        self, hidden: Tensor, rows: SelectedRows, chunk: slice, positions: Tensor | None = None
+    ) -> Tensor:  # [N, H] -> [n, H]
+        """A chunk's hidden states in the dtype of the GEMMs; 0 where masked. ``positions``: see ``token_positions``."""
+        tokens = rows.slice(chunk)
+        values = self._cast(hidden[tokens if positions is None else positions[tokens]])
         return values if rows.mask is None else torch.where(rows.mask[chunk, None], values, 0)
 
     @property

@@ -12,7 +12,15 @@ from grpo_kernels.dtypes import accumulation_dtype
 from grpo_kernels.ops.head.buffers import NeededGradients
 from grpo_kernels.ops.head.gemm import Head, writes_fp32
 from grpo_kernels.ops.head.memory import CPU_WORKSPACE_BYTES, WORKSPACE_ROWS, MemoryPlan, RowBytes
-from grpo_kernels.validation import FLOAT_DTYPES, check_device, check_float, check_ids, check_shape
+from grpo_kernels.validation import (
+    FLOAT_DTYPES,
+    check_device,
+    check_float,
+    check_ids,
+    check_integer,
+    check_shape,
+    position_shapes,
+)
 
 
 @dataclass(frozen=True)
@@ -86,8 +94,19 @@ class HeadOptions(Call):
 
 
 def flatten_hidden(hidden: Tensor) -> Tensor:  # [..., H] -> [N, H]
-    """Detached hidden states, one row a token."""
+    """Detached hidden states, one row a position."""
     return hidden.detach().reshape(-1, hidden.shape[-1])
+
+
+def predicting(hidden: Tensor, ids: Tensor) -> Tensor:  # [B, T or T + 1, H], [B, T] -> [B, T, H]
+    """The hidden states of the positions that predict a token; packed ones are all of them."""
+    return hidden if ids.dim() == 1 else hidden[:, : ids.shape[1]]
+
+
+def shape_of_tokens(hidden: Tensor, tokens: int) -> tuple[int, ...]:  # [N, H], [B, T, H] or [B, T + 1, H]
+    """The shape of as many tokens as these hidden states predict: ``(N,)`` or ``(B, T)``."""
+    shape = hidden.shape[:-1]
+    return shape if shape.numel() == tokens else (shape[0], shape[1] - 1)
 
 
 def head_dtypes(
@@ -112,7 +131,8 @@ def head_dtypes(
     if logits_dtype is None:
         return compute_dtype, wide if device == "cpu" or writes_fp32(hidden.device) else compute_dtype
     if logits_dtype not in FLOAT_DTYPES or logits_dtype not in (compute_dtype, wide):
-        raise TypeError(f"logits_dtype must be None, {compute_dtype} or {wide}, got {logits_dtype}")
+        wanted = " or ".join(dict.fromkeys((str(compute_dtype), str(wide))))
+        raise TypeError(f"logits_dtype must be None or {wanted}, got {logits_dtype!r}")
     return compute_dtype, logits_dtype
 
 
@@ -129,10 +149,16 @@ def check_head(
     size = hidden.shape[-1] if hidden.dim() else 0
     if size == 0:
         raise ValueError(f"{hidden_name} must have a last dimension of at least 1, got {list(hidden.shape)}")
-    check_shape(hidden_name, hidden, (*ids.shape, size))
+    if hidden.shape[:-1] != ids.shape:
+        check_shape(hidden_name, hidden, *position_shapes(ids, size))
     if weight.dim() != 2 or weight.shape[0] == 0:
         raise ValueError(f"{weight_name} must have shape [V, H] with V at least 1, got {list(weight.shape)}")
-    check_shape(weight_name, weight, (weight.shape[0], size))
+    if weight.shape[1] != size:
+        way_out = f": transpose it, {weight_name}.T" if weight.shape[0] == size else ""
+        raise ValueError(
+            f"{weight_name} must have shape [V, {size}], as {hidden_name} have {size} columns, "
+            f"got {list(weight.shape)}{way_out}"
+        )
     if bias is not None:
         check_float(bias_name, bias)
         check_shape(bias_name, bias, (weight.shape[0],))
@@ -141,7 +167,8 @@ def check_head(
 
 def check_bounds(workspace_bytes: int | None, max_logits_bytes: int | None) -> None:
     """Raises ValueError if a bound is negative, or that of the workspace is 0."""
-    if max_logits_bytes is not None and max_logits_bytes < 0:
-        raise ValueError(f"max_logits_bytes must be None or at least 0, got {max_logits_bytes}")
-    if workspace_bytes is not None and workspace_bytes < 1:
-        raise ValueError(f"workspace_bytes must be None or at least 1, got {workspace_bytes}")
+    for name, value, least in (("max_logits_bytes", max_logits_bytes, 0), ("workspace_bytes", workspace_bytes, 1)):
+        if value is not None:
+            check_integer(name, value)
+            if value < least:
+                raise ValueError(f"{name} must be None or at least {least}, got {value}")

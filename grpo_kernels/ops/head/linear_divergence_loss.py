@@ -21,7 +21,7 @@ from grpo_kernels.loss.inputs import PolicyInputs
 from grpo_kernels.ops.gradients import named_gradients
 from grpo_kernels.ops.head.buffers import NeededGradients
 from grpo_kernels.ops.head.driver import Chunk, HeadPass, RowOp, RowResults, clamp_ids
-from grpo_kernels.ops.head.inputs import HeadOptions, flatten_hidden
+from grpo_kernels.ops.head.inputs import HeadOptions, flatten_hidden, shape_of_tokens
 from grpo_kernels.ops.head.linear_token_divergence import divergences
 from grpo_kernels.ops.head.linear_token_logprobs import HEAD_INPUTS, gradient_fakes, head_gradients
 from grpo_kernels.ops.head.live_rows import may_be_live
@@ -101,7 +101,7 @@ def _fwd(
 
 def _fake(hidden: Tensor, weight: Tensor, bias: Tensor | None, call: LinearDivergenceLossCall) -> tuple[Tensor, ...]:
     dtype = accumulation_dtype(call.options.logits_dtype)
-    statistics = (hidden.new_empty(hidden.shape[0], dtype=dtype) for _ in range(3))
+    statistics = (hidden.new_empty(call.ids.shape, dtype=dtype) for _ in range(3))
     return (*statistics, *gradient_fakes(hidden, weight, bias, call.needs))
 
 
@@ -132,7 +132,7 @@ class _LinearDivergenceLoss(torch.autograd.Function):
         loss, partials = add_divergence(loss, partials, divergence, call.fields.mask, weights, call.code.beta)
         ctx.save_for_backward(*head_gradients(gradients, call.needs, hidden.shape).values())
         ctx.backend = backend
-        logprobs, entropy = (x.view(hidden.shape[:-1]) for x in (logprobs, entropy))
+        logprobs, entropy = (x.view(shape_of_tokens(hidden, x.shape[0])) for x in (logprobs, entropy))
         ctx.mark_non_differentiable(logprobs, entropy, partials)
         ctx.set_materialize_grads(False)
         return loss, logprobs, entropy, partials
@@ -141,7 +141,7 @@ class _LinearDivergenceLoss(torch.autograd.Function):
 
 
 def divergence_loss(
-    hidden_states: Tensor,  # [B, T, H]; packed [N, H]
+    hidden_states: Tensor,  # [B, T, H] or [B, T + 1, H]; packed [N, H]
     lm_head_weight: Tensor,  # [V, H]
     bias: Tensor | None,  # [V]
     ids: Tensor,  # [B, T]; packed [N]

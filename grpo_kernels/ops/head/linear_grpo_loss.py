@@ -13,7 +13,8 @@ from grpo_kernels import backends
 from grpo_kernels.calls import Call
 from grpo_kernels.device_values import check_device_values
 from grpo_kernels.dtypes import accumulation_dtype
-from grpo_kernels.loss.config import GRPOLossConfig, LossCode
+from grpo_kernels.loss.config import GRPOLossConfig, LossCode, check_is_config
+from grpo_kernels.loss.config_checks import takes_config
 from grpo_kernels.loss.fields import TokenFields
 from grpo_kernels.loss.inputs import PolicyInputs
 from grpo_kernels.measured_backends import RowClass
@@ -21,7 +22,7 @@ from grpo_kernels.ops.gradients import named_gradients
 from grpo_kernels.ops.head import reference as head_reference
 from grpo_kernels.ops.head.buffers import NeededGradients
 from grpo_kernels.ops.head.driver import Chunk, HeadPass, RowOp, RowResults, clamp_ids
-from grpo_kernels.ops.head.inputs import HeadOptions, check_head, flatten_hidden
+from grpo_kernels.ops.head.inputs import HeadOptions, check_head, flatten_hidden, predicting, shape_of_tokens
 from grpo_kernels.ops.head.linear_divergence_loss import divergence_loss
 from grpo_kernels.ops.head.linear_token_divergence import divergences
 from grpo_kernels.ops.head.linear_token_logprobs import (
@@ -49,7 +50,7 @@ from grpo_kernels.ops.tokens.calls import PolicyLossCall
 from grpo_kernels.ops.tokens.group_advantages import group_advantages
 from grpo_kernels.ops.tokens.policy_loss import policy_loss_fwd, policy_metrics
 from grpo_kernels.ops.tokens.scale import backward_of
-from grpo_kernels.validation import check_id_range
+from grpo_kernels.validation import check_id_range, check_integer
 
 _REFERENCE_ARGUMENTS = "reference_logits, or reference_hidden_states with their head,"  # in messages
 
@@ -105,7 +106,7 @@ def _fwd(backend: str, hidden: Tensor, weight: Tensor, bias: Tensor | None, call
 
 def _fake(hidden: Tensor, weight: Tensor, bias: Tensor | None, call: LinearLossCall) -> tuple[Tensor, ...]:
     dtype = accumulation_dtype(call.options.logits_dtype)
-    statistics = (hidden.new_empty(hidden.shape[0], dtype=dtype) for _ in range(2))
+    statistics = (hidden.new_empty(call.ids.shape, dtype=dtype) for _ in range(2))
     return (*statistics, *gradient_fakes(hidden, weight, bias, call.needs))
 
 
@@ -134,7 +135,7 @@ class _LinearGRPOLoss(torch.autograd.Function):
         loss, _, partials = policy_loss_fwd[backend](logprobs, entropy, policy)
         ctx.save_for_backward(*head_gradients(gradients, call.needs, hidden.shape).values())
         ctx.backend = backend
-        logprobs, entropy = (x.view(hidden.shape[:-1]) for x in (logprobs, entropy))
+        logprobs, entropy = (x.view(shape_of_tokens(hidden, x.shape[0])) for x in (logprobs, entropy))
         ctx.mark_non_differentiable(logprobs, entropy, partials)
         ctx.set_materialize_grads(False)
         return loss, logprobs, entropy, partials
@@ -163,8 +164,9 @@ def _one_pass_loss(
     return GRPOLossOutput(loss, logprobs, entropy, policy_metrics(partials, config, True))
 
 
+@takes_config(GRPOLossConfig)
 def linear_grpo_loss(
-    hidden_states: Tensor,  # [B, T, H]; packed [N, H]
+    hidden_states: Tensor,  # [B, T, H] or [B, T + 1, H]; packed [N, H]
     lm_head_weight: Tensor,  # [V, H]
     completion_ids: Tensor,  # [B, T]; packed [N]
     advantages: Tensor | None,  # [B] or [B, T]; packed [S] or [N]
@@ -176,8 +178,8 @@ def linear_grpo_loss(
     scale_rewards: str = "group",
     old_logprobs: Tensor | None = None,  # like completion_ids
     ref_logprobs: Tensor | None = None,  # like completion_ids
-    reference_logits: Tensor | None = None,  # [B, T, V]; packed [N, V]
-    reference_hidden_states: Tensor | None = None,  # [B, T, H']; packed [N, H']
+    reference_logits: Tensor | None = None,  # [B, T, V] or [B, T + 1, V]; packed [N, V]
+    reference_hidden_states: Tensor | None = None,  # [B, T, H'] or [B, T + 1, H']; packed [N, H']
     reference_lm_head_weight: Tensor | None = None,  # [V, H']
     reference_bias: Tensor | None = None,  # [V]
     sampling_logprobs: Tensor | None = None,  # like completion_ids
@@ -198,6 +200,11 @@ def linear_grpo_loss(
 ) -> GRPOLossOutput:
     """The GRPO loss from hidden states, in chunks of tokens: the logits never exist as a whole.
 
+    Example:
+        >>> hidden, head = torch.randn(2, 3, 4, requires_grad=True), torch.randn(8, 4, requires_grad=True)
+        >>> ids, mask = torch.zeros(2, 3, dtype=torch.long), torch.ones(2, 3)
+        >>> linear_grpo_loss(hidden, head, ids, torch.tensor([1.0, -1.0]), mask).loss.backward()
+
     ``grpo_loss`` of ``h W^T + b``. At token level each chunk is projected once, and its gradient is computed while its
     logits exist. ``dX`` and ``dW`` are formed from the live rows, those whose coefficient is not 0. That is
     ``2 N H V (1 + 2 f)`` operations at a live share ``f``, or ``2 N H V (1 + f)`` with a frozen head. Masked rows are
@@ -205,12 +212,13 @@ def linear_grpo_loss(
     by policy), are computed as ``linear_token_logprobs`` followed by ``policy_loss``.
 
     Args:
-        hidden_states: Position ``t`` predicts token ``t``.
+        hidden_states: Position ``t`` predicts token ``t``. A ``T + 1``-th position is ignored, and its gradient is 0.
         lm_head_weight: The head, tied or not, of the same dtype; under autocast both are rounded to its dtype.
-        completion_ids, advantages, completion_mask, rewards, num_generations, scale_rewards, old_logprobs,
-            ref_logprobs, sampling_logprobs, rollout_is_weights, entropy_threshold, num_items_in_batch,
-            cu_seqlens, loss_scale, config, softcap,
-            logit_scale, debug: As for ``grpo_loss``.
+        completion_ids, advantages, completion_mask, rewards, num_generations, scale_rewards, loss_scale, config,
+            debug: As for ``grpo_loss``.
+        old_logprobs, ref_logprobs, sampling_logprobs, rollout_is_weights, entropy_threshold, num_items_in_batch,
+            cu_seqlens: As for ``policy_loss``.
+        softcap, logit_scale: As for ``token_logprobs``.
         reference_logits, reference_hidden_states, reference_lm_head_weight, reference_bias: As for
             ``linear_token_divergence``, of the frozen reference policy, transformed as the policy's; for an exact
             ``kl_estimator``, instead of ``ref_logprobs``. The reference is projected as often as the policy: once in a
@@ -231,13 +239,9 @@ def linear_grpo_loss(
         TypeError: A dtype does not fit.
         ValueError: As for ``grpo_loss`` and ``linear_token_logprobs``.
         RuntimeError: The named backend cannot run here.
-
-    Example:
-        >>> hidden, head = torch.randn(2, 3, 4, requires_grad=True), torch.randn(8, 4, requires_grad=True)
-        >>> ids, mask = torch.zeros(2, 3, dtype=torch.long), torch.ones(2, 3)
-        >>> linear_grpo_loss(hidden, head, ids, torch.tensor([1.0, -1.0]), mask).loss.backward()
     """
     check_head(hidden_states, lm_head_weight, bias, completion_ids, "completion_ids")
+    check_is_config(config)
     transform = Transform.of(config.temperature, softcap, logit_scale)
     options = HeadOptions.of(hidden_states, lm_head_weight, logits_dtype, workspace_bytes, max_logits_bytes)
     reference_tensors = (reference_logits, reference_hidden_states, reference_lm_head_weight, reference_bias)
@@ -267,8 +271,10 @@ def linear_grpo_loss(
         debug=debug,
     )
     check_id_range("completion_ids", completion_ids, inputs.mask, lm_head_weight.shape[0], debug)
-    if max_live_rows is not None and max_live_rows < 0:
-        raise ValueError(f"max_live_rows must be at least 0, got {max_live_rows}")
+    if max_live_rows is not None:
+        check_integer("max_live_rows", max_live_rows)
+        if max_live_rows < 0:
+            raise ValueError(f"max_live_rows must be at least 0, got {max_live_rows}")
     if debug:
         check_device_values(hidden_states.device)
     if backend != "torch":
@@ -279,7 +285,8 @@ def linear_grpo_loss(
         if config.is_token_local:
             return divergence_loss(*head, ids, options, reference, comparison, inputs, config, backend, max_live_rows)
     elif backend == "torch":
-        logits = head_reference.project(*head, inputs.mask, options.compute_dtype, options.logits_dtype)
+        dtypes = (options.compute_dtype, options.logits_dtype)
+        logits = head_reference.project(predicting(hidden_states, ids), *head[1:], inputs.mask, *dtypes)
         return reference_loss(logits, ids, inputs, softcap, logit_scale, config)
     elif config.is_token_local:
         return _one_pass_loss(*head, ids, options, transform, inputs, config, backend, max_live_rows)

@@ -18,7 +18,7 @@ from grpo_kernels.ops.gradients import named_gradients, refuse_double_backward
 from grpo_kernels.ops.head import reference as head_reference
 from grpo_kernels.ops.head.buffers import NeededGradients
 from grpo_kernels.ops.head.driver import Chunk, HeadPass, RowOp, RowResults, clamp_ids
-from grpo_kernels.ops.head.inputs import HeadOptions, check_head, flatten_hidden
+from grpo_kernels.ops.head.inputs import HeadOptions, check_head, flatten_hidden, predicting, shape_of_tokens
 from grpo_kernels.ops.head.linear_token_logprobs import HEAD_INPUTS, gradient_fakes, head_gradients
 from grpo_kernels.ops.head.reference_model import Reference, ReferenceRows
 from grpo_kernels.ops.head.selection import SelectedRows
@@ -29,7 +29,7 @@ from grpo_kernels.ops.rows.reference import TokenDivergence
 from grpo_kernels.ops.rows.token_divergence import token_divergence_rows
 from grpo_kernels.ops.rows.token_logprobs import to_kernel_gradient, to_kernel_ids, token_mask
 from grpo_kernels.ops.rows.transform import Comparison, Transform
-from grpo_kernels.validation import check_device, check_id_range
+from grpo_kernels.validation import check_device, check_float, check_id_range
 
 
 @dataclass(frozen=True)
@@ -73,7 +73,7 @@ def _run(
 
 def _fake(hidden: Tensor, weight: Tensor, bias: Tensor | None, call: LinearDivergenceCall) -> tuple[Tensor, ...]:
     dtype = accumulation_dtype(call.options.logits_dtype)
-    results = (hidden.new_empty(hidden.shape[0], dtype=dtype) for _ in range(3))
+    results = (hidden.new_empty(call.rows.ids.shape, dtype=dtype) for _ in range(3))
     return (*results, *gradient_fakes(hidden, weight, bias, call.needs))
 
 
@@ -99,7 +99,7 @@ class LinearTokenDivergence(torch.autograd.Function):
         ctx.save_for_backward(hidden, weight, bias, rows.ids, rows.mask, *tensors)
         ctx.options = (call.options, reference.compute_dtype, rows.comparison, backend)
         ctx.set_materialize_grads(False)
-        return tuple(x.view(hidden.shape[:-1]) for x in results[:3])
+        return tuple(x.view(shape_of_tokens(hidden, x.shape[0])) for x in results[:3])
 
     @staticmethod
     def backward(ctx: Any, *upstream: Tensor | None) -> dict[str, Tensor | None]:  # type: ignore[override]
@@ -131,8 +131,9 @@ def divergences(
     """``linear_token_divergence`` of validated arguments."""
     flat_mask = None if mask is None else mask.reshape(-1)
     if backend == "torch":
-        logits = head_reference.project(hidden, weight, bias, mask, options.compute_dtype, options.logits_dtype)
-        reference_logits = reference.all_logits(flat_mask, options.logits_dtype).view(logits.shape)
+        dtypes = (options.compute_dtype, options.logits_dtype)
+        logits = head_reference.project(predicting(hidden, ids), weight, bias, mask, *dtypes)
+        reference_logits = reference.all_logits(ids.numel(), flat_mask, options.logits_dtype).view(logits.shape)
         return rows_reference.token_divergence(logits, reference_logits, ids, mask, comparison)
     rows = DivergenceCall(to_kernel_ids(ids).view(-1), flat_mask, None, None, None, comparison)
     options.check_bound(backend, weight, bias, hidden, models=2)
@@ -142,11 +143,11 @@ def divergences(
 
 
 def linear_token_divergence(
-    hidden_states: Tensor,  # [B, T, H]; packed [N, H]
+    hidden_states: Tensor,  # [B, T, H] or, with ids, [B, T + 1, H]; packed [N, H]
     lm_head_weight: Tensor,  # [V, H]
     *,
-    reference_logits: Tensor | None = None,  # [B, T, V]; packed [N, V]
-    reference_hidden_states: Tensor | None = None,  # [B, T, H']; packed [N, H']
+    reference_logits: Tensor | None = None,  # [B, T, V] or [B, T + 1, V]; packed [N, V]
+    reference_hidden_states: Tensor | None = None,  # [B, T, H'] or [B, T + 1, H']; packed [N, H']
     reference_lm_head_weight: Tensor | None = None,  # [V, H']
     reference_bias: Tensor | None = None,  # [V]
     divergence: str = "reverse_kl",
@@ -167,18 +168,26 @@ def linear_token_divergence(
 ) -> TokenDivergence:
     """``token_divergence`` of ``h W^T + b``, in chunks of tokens: neither model's logits exist as a whole.
 
+    Example:
+        >>> hidden, head = torch.zeros(1, 1, 2), torch.zeros(2, 2)
+        >>> linear_token_divergence(hidden, head, reference_logits=torch.tensor([[[1.0, 3.0]]])).divergence
+        tensor([[0.4338]])
+
     Masked rows are never projected. The backward projects both models again, in the same chunks, for the rows whose
     upstream gradient is not 0. With equal hidden sizes that is ``4 N H V`` operations forward and ``8 N H V f``
     backward at a live share ``f``, for every divergence.
 
     Args:
-        hidden_states, lm_head_weight, bias, logits_dtype, workspace_bytes: As for ``linear_token_logprobs``; the
-            workspace is both models'.
+        hidden_states: Position ``t`` predicts token ``t``. With ``ids``, a ``T + 1``-th position, also of
+            the reference, is ignored, and its gradient is 0.
+        lm_head_weight, bias, logits_dtype, workspace_bytes: As for ``linear_token_logprobs``; the workspace is both
+            models'.
         reference_logits: The reference's logits, if they exist. No gradient flows to the reference.
         reference_hidden_states, reference_lm_head_weight, reference_bias: Otherwise its last hidden states and head,
             which may have another hidden size and dtype.
-        divergence, mixture, ids, mask, temperature, divergence_temperature, softcap, logit_scale, reference_softcap,
-            reference_logit_scale, debug: As for ``token_divergence``.
+        divergence, mixture, ids, mask, temperature, divergence_temperature, debug: As for ``token_divergence``.
+        softcap, logit_scale: As for ``token_logprobs``.
+        reference_softcap, reference_logit_scale: The same for the reference.
         backend: "auto", or one of ``grpo_kernels.BACKENDS``. "torch" forms the whole logits.
 
     Returns:
@@ -189,12 +198,8 @@ def linear_token_divergence(
         ValueError: As for ``linear_token_logprobs`` and ``token_divergence``, or the reference is not given in exactly
             one of the two ways.
         RuntimeError: The named backend cannot run here.
-
-    Example:
-        >>> hidden, head = torch.zeros(1, 1, 2), torch.zeros(2, 2)
-        >>> linear_token_divergence(hidden, head, reference_logits=torch.tensor([[[1.0, 3.0]]])).divergence
-        tensor([[0.4338]])
     """
+    check_float("hidden_states", hidden_states)
     wants_logprobs = ids is not None
     if ids is None:
         ids = torch.zeros(hidden_states.shape[:-1], dtype=torch.int64, device=hidden_states.device)

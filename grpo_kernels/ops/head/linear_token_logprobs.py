@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -22,8 +23,8 @@ from grpo_kernels.ops.gradients import (
 from grpo_kernels.ops.head import reference
 from grpo_kernels.ops.head.buffers import NeededGradients
 from grpo_kernels.ops.head.driver import Chunk, HeadPass, RowOp, RowResults, clamp_ids
-from grpo_kernels.ops.head.inputs import HeadOptions, check_head, flatten_hidden
-from grpo_kernels.ops.head.selection import SelectedRows
+from grpo_kernels.ops.head.inputs import HeadOptions, check_head, flatten_hidden, predicting, shape_of_tokens
+from grpo_kernels.ops.head.selection import SelectedRows, token_positions
 from grpo_kernels.ops.head.sources import SavedLogitsSource, SavingLogitsSource, saved_logits_shape
 from grpo_kernels.ops.registration import KERNEL_BACKENDS, define
 from grpo_kernels.ops.rows import reference as rows_reference
@@ -36,9 +37,9 @@ from grpo_kernels.ops.rows.calls import (
 )
 from grpo_kernels.ops.rows.reference import TokenLogprobs
 from grpo_kernels.ops.rows.token_logprobs import (
+    output_names,
     outputs_code,
     pack_outputs,
-    reshape_like_ids,
     to_kernel_gradient,
     to_kernel_ids,
     token_logprobs_bwd,
@@ -199,8 +200,9 @@ class LinearTokenLogprobs(torch.autograd.Function):
         )  # fmt: skip
         ctx.options = (call.options, rows.transform, backend)
         ctx.set_materialize_grads(False)
-        ids = hidden[..., 0]  # for the shape
-        shaped = [reshape_like_ids(x, ids) for x in (logprobs, entropy, *extras)]
+        shape = shape_of_tokens(hidden, rows.ids.shape[0])
+        results = (logprobs, entropy, *extras)  # empty where not wanted
+        shaped = [x.view(shape) if len(shape) > 1 and x.shape == rows.ids.shape else x for x in results]
         ctx.mark_non_differentiable(*shaped[2:])
         return tuple(shaped)
 
@@ -211,9 +213,11 @@ class LinearTokenLogprobs(torch.autograd.Function):
             return {}
         hidden, weight, bias, ids, mask, projection, *statistics, saved_logits, saved_ids = ctx.saved_tensors
         if projection is not None and dentropy is None:
-            c = dlogprobs.reshape(-1, 1)  # type: ignore[union-attr]
-            live = c != 0 if mask is None else (c != 0) & mask[:, None]
-            dhidden = torch.where(live, c * projection, 0).to(hidden.dtype).view(hidden.shape)
+            c = dlogprobs.reshape(-1)  # type: ignore[union-attr]
+            c = c if mask is None else torch.where(mask, c, 0)
+            positions = token_positions(projection, ids.shape[0])
+            c = (c if positions is None else c.new_zeros(len(projection)).index_copy(0, positions, c))[:, None]
+            dhidden = torch.where(c != 0, c * projection, 0).to(hidden.dtype).view(hidden.shape)
             return {"hidden": dhidden}
         options, transform, backend = ctx.options
         upstream = (to_kernel_gradient(dlogprobs, ids), to_kernel_gradient(dentropy, ids))
@@ -306,7 +310,7 @@ def logprobs_and_entropy(
 
 
 def linear_token_logprobs(
-    hidden_states: Tensor,  # [B, T, H]; packed [N, H]
+    hidden_states: Tensor,  # [B, T, H] or [B, T + 1, H]; packed [N, H]
     lm_head_weight: Tensor,  # [V, H]
     ids: Tensor,  # [B, T]; packed [N]
     *,
@@ -315,7 +319,7 @@ def linear_token_logprobs(
     softcap: float | None = None,
     logit_scale: float = 1.0,
     mask: Tensor | None = None,  # like ids
-    outputs: tuple[str, ...] = (),
+    outputs: str | Sequence[str] = (),
     logits_dtype: torch.dtype | None = None,
     max_logits_bytes: int | None = None,
     workspace_bytes: int | None = None,
@@ -325,13 +329,17 @@ def linear_token_logprobs(
 ) -> TokenLogprobs:
     """``token_logprobs`` of ``h W^T + b``, in chunks of tokens: the logits never exist as a whole.
 
+    Example:
+        >>> linear_token_logprobs(torch.zeros(1, 1, 2), torch.zeros(4, 2), torch.tensor([[2]])).logprobs
+        tensor([[-1.3863]])
+
     Masked rows are never projected. The backward forms the gradient and multiplies it, only for the rows whose upstream
     gradient is not 0, and projects those again whose logits were not saved. That is ``2 N H V (1 + 2 f)`` operations at
     a live share ``f``, ``2 N H V (1 + 3 f)`` without saved logits, and ``2 N H V f`` less if the head is frozen.
     Gradients accumulate in fp32 (fp64) and are rounded once, to their parameter's dtype.
 
     Args:
-        hidden_states: Position ``t`` predicts token ``t``.
+        hidden_states: Position ``t`` predicts token ``t``. A ``T + 1``-th position is ignored, and its gradient is 0.
         lm_head_weight: The head, tied or not, of the same dtype; under autocast both are rounded to its dtype.
         ids: Token ids.
         bias: The head's bias.
@@ -365,14 +373,11 @@ def linear_token_logprobs(
         ValueError: Shapes or devices do not fit, a bound is negative or too small for one row, or an unmasked id is
             outside the vocabulary (read on the CPU, elsewhere with ``debug``).
         RuntimeError: The named backend cannot run here.
-
-    Example:
-        >>> linear_token_logprobs(torch.zeros(1, 1, 2), torch.zeros(4, 2), torch.tensor([[2]])).logprobs
-        tensor([[-1.3863]])
     """
     check_head(hidden_states, lm_head_weight, bias, ids)
     check_device(hidden_states.device, [("mask", mask)])
     transform = Transform.of(temperature, softcap, logit_scale)
+    outputs = output_names(outputs)
     code = outputs_code(outputs)
     mask = token_mask(mask, ids)
     check_id_range("ids", ids, mask, lm_head_weight.shape[0], debug)
@@ -384,8 +389,8 @@ def linear_token_logprobs(
     )
     if backend == "torch":
         dtypes = (options.compute_dtype, options.logits_dtype)
-        logits = reference.project(hidden_states, lm_head_weight, bias, mask, *dtypes)
-        return rows_reference.token_logprobs(logits, ids, mask, temperature, softcap, logit_scale, tuple(outputs))
+        logits = reference.project(predicting(hidden_states, ids), lm_head_weight, bias, mask, *dtypes)
+        return rows_reference.token_logprobs(logits, ids, mask, temperature, softcap, logit_scale, outputs)
     head = (hidden_states, lm_head_weight, bias)
     statistics = _statistics(*head, ids, mask, options, transform, code, max_logits_bytes, save_projection, backend)
-    return pack_outputs(*statistics, tuple(outputs))
+    return pack_outputs(*statistics, outputs)

@@ -11,16 +11,16 @@ from grpo_kernels.calls import Call
 from grpo_kernels.ops.head.gemm import Head, row_width
 from grpo_kernels.ops.head.inputs import check_head, head_dtypes
 from grpo_kernels.ops.head.reference import project
-from grpo_kernels.ops.head.selection import SelectedRows
-from grpo_kernels.validation import check_device, check_float, check_shape
+from grpo_kernels.ops.head.selection import SelectedRows, token_positions
+from grpo_kernels.validation import check_device, check_float, check_shape, position_shapes
 
 
 @dataclass(frozen=True)
 class Reference(Call):
     """A reference's logits, or its hidden states and head."""
 
-    logits: Tensor | None  # [N, V]
-    hidden: Tensor | None  # [N, H'], H' its own
+    logits: Tensor | None  # [N, V], or [B (T + 1), V]: see ``token_positions``
+    hidden: Tensor | None  # [N, H'], H' its own; or [B (T + 1), H']
     weight: Tensor | None  # [V, H']
     bias: Tensor | None  # [V]
     compute_dtype: torch.dtype
@@ -48,7 +48,7 @@ class Reference(Call):
                 if other is not None:
                     raise ValueError(f"{prefix}{name} must be None beside {prefix}logits, got both")
             check_float(f"{prefix}logits", logits)
-            check_shape(f"{prefix}logits", logits, (*ids.shape, vocab))
+            check_shape(f"{prefix}logits", logits, *position_shapes(ids, vocab))
             check_device(ids.device, [(f"{prefix}logits", logits)])
             return cls(logits.detach().reshape(-1, vocab), None, None, None, logits.dtype)
         if hidden is None or weight is None:
@@ -62,11 +62,14 @@ class Reference(Call):
         bias = None if bias is None else bias.detach()
         return cls(None, hidden.detach().reshape(-1, hidden.shape[-1]), weight.detach(), bias, compute_dtype)
 
-    def all_logits(self, mask: Tensor | None, logits_dtype: torch.dtype) -> Tensor:  # [N] -> [N, V]
+    def all_logits(self, tokens: int, mask: Tensor | None, logits_dtype: torch.dtype) -> Tensor:  # -> [tokens, V]
         """All logits at once, for the "torch" backend."""
+        values = self.hidden if self.logits is None else self.logits
+        positions = token_positions(values, tokens)  # type: ignore[arg-type]
+        values = values if positions is None else values[positions]  # type: ignore[index]
         if self.logits is not None:
-            return self.logits.to(logits_dtype)
-        return project(self.hidden, self.weight, self.bias, mask, self.compute_dtype, logits_dtype)  # type: ignore[arg-type]
+            return values.to(logits_dtype)  # type: ignore[union-attr]
+        return project(values, self.weight, self.bias, mask, self.compute_dtype, logits_dtype)  # type: ignore[arg-type]
 
 
 class ReferenceRows:
@@ -80,6 +83,8 @@ class ReferenceRows:
 
     def __init__(self, reference: Reference, rows: SelectedRows, logits_dtype: torch.dtype) -> None:
         self.all_logits, self.hidden, self.rows, self.dtype = reference.logits, reference.hidden, rows, logits_dtype
+        values = reference.hidden if reference.logits is None else reference.logits
+        self.positions = token_positions(values, rows.tokens)  # type: ignore[arg-type]
         self.head = None
         if reference.weight is not None:
             self.head = Head(reference.weight, reference.bias, reference.compute_dtype, logits_dtype, logits_dtype)
@@ -89,7 +94,8 @@ class ReferenceRows:
         """Whether the given logits are used without a copy."""
         logits = self.all_logits
         is_dense = logits is not None and (logits.shape[1] == 1 or logits.stride(1) == 1)
-        return is_dense and logits.dtype == self.dtype and self.rows.index is None
+        is_in_order = self.rows.index is None and self.positions is None
+        return is_dense and is_in_order and logits.dtype == self.dtype
 
     @property
     def row_bytes(self) -> int:
@@ -110,8 +116,9 @@ class ReferenceRows:
     def logits(self, chunk: slice, workspace: Tensor) -> Tensor:  # -> [n, V]
         """The logits of a chunk of rows."""
         if self.head is not None:
-            return self.head.logits(self.head.inputs(self.hidden, self.rows, chunk), workspace)
+            return self.head.logits(self.head.inputs(self.hidden, self.rows, chunk, self.positions), workspace)
         if self.is_read_in_place:
             return self.all_logits[chunk]
         out = workspace[: chunk.stop - chunk.start, : self.all_logits.shape[1]]
-        return out.copy_(self.all_logits[self.rows.slice(chunk)])
+        tokens = self.rows.slice(chunk)
+        return out.copy_(self.all_logits[tokens if self.positions is None else self.positions[tokens]])

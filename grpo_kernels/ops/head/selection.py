@@ -23,6 +23,7 @@ class SelectedRows:
         index: The token of each row; None if all tokens are taken in their own order, masked ones included.
         live_count: How many rows may have a gradient; they come first.
         count: Number of rows.
+        tokens: Number of tokens, those left out included.
         device: The device of the tokens.
         mask: The rows' mask if masked tokens are included.
     """
@@ -30,6 +31,7 @@ class SelectedRows:
     index: Tensor | None  # [count]
     live_count: int
     count: int
+    tokens: int
     device: torch.device
     mask: Tensor | None = None  # [count]
 
@@ -45,26 +47,27 @@ class SelectedRows:
         """
         rows = like.shape[0]
         if (mask is None and live is None) or (max_live is None and is_capturing(like.device)):
-            return cls(None, rows, rows, like.device, mask)
+            return cls(None, rows, rows, rows, like.device, mask)
         # 2 live, 1 dead, 0 masked
         unmasked = torch.ones(rows, dtype=torch.bool, device=like.device) if mask is None else mask
         kind = unmasked.to(torch.uint8) + (unmasked if live is None else unmasked & live)
         if max_live is not None:
             flag_live_rows((kind == 2).sum(), max_live)
             order = kind.argsort(descending=True, stable=True)
-            return cls(order, min(max_live, rows), rows, like.device, unmasked[order])
+            return cls(order, min(max_live, rows), rows, rows, like.device, unmasked[order])
         live_count, count = torch.stack([(kind == 2).sum(), (kind > 0).sum()]).tolist()
         if live_count == rows:
-            return cls(None, rows, rows, like.device)
-        return cls(kind.argsort(descending=True, stable=True)[:count], live_count, count, like.device)
+            return cls(None, rows, rows, rows, like.device)
+        order = kind.argsort(descending=True, stable=True)[:count]
+        return cls(order, live_count, count, rows, like.device)
 
     def gather(self, values: Tensor) -> Tensor:  # [N, ...] -> [count, ...]
         """The values of the selected tokens, in their order."""
         return values if self.index is None else values[self.index]
 
-    def scatter(self, values: Tensor, rows: int) -> Tensor:  # [count] -> [rows]
+    def scatter(self, values: Tensor) -> Tensor:  # [count] -> [tokens]
         """The values at their tokens' positions; 0 elsewhere."""
-        return values if self.index is None else values.new_zeros(rows).index_copy_(0, self.index, values)
+        return values if self.index is None else values.new_zeros(self.tokens).index_copy_(0, self.index, values)
 
     def slice(self, chunk: slice) -> Tensor | slice:
         """The tokens of a chunk of these rows."""
@@ -73,6 +76,18 @@ class SelectedRows:
     def unmasked(self) -> Tensor:  # [count]
         """Which rows are unmasked. Never None, so that the same kernels run as during CUDA graph capture."""
         return torch.ones(self.count, dtype=torch.bool, device=self.device) if self.mask is None else self.mask
+
+
+def token_positions(values: Tensor, tokens: int) -> Tensor | None:  # [R, ...] -> [tokens]
+    """The row of ``values`` that predicts each token; None if they are the rows as they stand.
+
+    More rows than tokens are those of completions ``[B, T + 1]``, whose last position predicts nothing.
+    """
+    extra = values.shape[0] - tokens
+    if extra == 0:
+        return None
+    index = torch.arange(tokens, device=values.device)
+    return index + index // max(tokens // extra, 1)
 
 
 def is_capturing(device: torch.device) -> bool:

@@ -12,7 +12,8 @@ from torch import Tensor
 from grpo_kernels import backends
 from grpo_kernels.device_values import check_device_values
 from grpo_kernels.dtypes import accumulation_dtype
-from grpo_kernels.loss.config import GRPOLossConfig
+from grpo_kernels.loss.config import GRPOLossConfig, check_is_config
+from grpo_kernels.loss.config_checks import takes_config
 from grpo_kernels.loss.inputs import PolicyInputs
 from grpo_kernels.loss.metrics import PolicyMetrics
 from grpo_kernels.measured_backends import RowClass
@@ -94,6 +95,7 @@ class _GRPOLoss(torch.autograd.Function):
     backward = staticmethod(backward_of("logits"))
 
 
+@takes_config(GRPOLossConfig)
 def grpo_loss(
     logits: Tensor,  # [B, T, V] or [B, T + 1, V]; packed [N, V]
     completion_ids: Tensor,  # [B, T]; packed [N]
@@ -120,6 +122,12 @@ def grpo_loss(
     backend: str = "auto",
 ) -> GRPOLossOutput:
     """The GRPO loss from logits, its gradient formed in the same pass.
+
+    Example:
+        >>> logits = torch.zeros(2, 3, 8, requires_grad=True)
+        >>> ids, mask = torch.zeros(2, 3, dtype=torch.long), torch.ones(2, 3)
+        >>> out = grpo_loss(logits, ids, None, mask, rewards=torch.tensor([0.0, 1.0]), num_generations=2)
+        >>> out.loss.backward()
 
     ``token_logprobs`` at the configuration's temperature, then ``policy_loss``; see there for the equations. At token
     level the forward reads the logits once and writes their gradient once. The backward multiplies it by the upstream
@@ -156,14 +164,9 @@ def grpo_loss(
             ``advantages`` and ``rewards`` are given, or an unmasked id is outside the vocabulary (read on the CPU,
             elsewhere with ``debug``).
         RuntimeError: The named backend cannot run here.
-
-    Example:
-        >>> logits = torch.zeros(2, 3, 8, requires_grad=True)
-        >>> ids, mask = torch.zeros(2, 3, dtype=torch.long), torch.ones(2, 3)
-        >>> out = grpo_loss(logits, ids, None, mask, rewards=torch.tensor([0.0, 1.0]), num_generations=2)
-        >>> out.loss.backward()
     """
     check_logits(logits, completion_ids, "completion_ids")
+    check_is_config(config)
     check_device(logits.device, [("completion_ids", completion_ids)])
     transform = Transform.of(config.temperature, softcap, logit_scale)
     if inplace:

@@ -109,6 +109,11 @@ def token_divergence(
 ) -> TokenDivergence:
     """Exact divergence of each token's distribution from a reference's, a sum over the whole vocabulary.
 
+    Example:
+        >>> uniform, peaked = torch.zeros(1, 1, 2), torch.tensor([[[1.0, 3.0]]])
+        >>> token_divergence(uniform, peaked).divergence
+        tensor([[0.4338]])
+
     With ``p = softmax(y)`` of the logits and ``q`` of the reference's,
 
         "forward_kl"  KL(q || p) = sum q (log q - log p)      dy = p - q
@@ -143,11 +148,6 @@ def token_divergence(
         ValueError: Shapes or devices do not fit, ``divergence`` is unknown, ``mixture`` is not in (0, 1), or an
             unmasked id is outside the vocabulary (read on the CPU, elsewhere with ``debug``).
         RuntimeError: The named backend cannot run here.
-
-    Example:
-        >>> uniform, peaked = torch.zeros(1, 1, 2), torch.tensor([[[1.0, 3.0]]])
-        >>> token_divergence(uniform, peaked).divergence
-        tensor([[0.4338]])
     """
     check_float("logits", logits)
     if logits.dim() not in (2, 3):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
@@ -42,6 +43,19 @@ token_logprobs_bwd = define(
     lambda logits, call, dlogits: None,
     {"triton": lazy_import("grpo_kernels.ops.rows.triton.token_logprobs", "token_logprobs_bwd")},
 )
+
+
+def output_names(outputs: str | Sequence[str]) -> tuple[str, ...]:
+    """The wanted outputs, of which a single one may stand alone.
+
+    Raises:
+        TypeError: They are no names.
+    """
+    if isinstance(outputs, str):
+        return (outputs,)
+    if not isinstance(outputs, (tuple, list, set, frozenset)):
+        raise TypeError(f"outputs must be a name or a sequence of names, got {outputs!r}")
+    return tuple(outputs)
 
 
 def outputs_code(outputs: tuple[str, ...]) -> int:
@@ -141,7 +155,7 @@ def token_logprobs(
     softcap: float | None = None,
     logit_scale: float = 1.0,
     mask: Tensor | None = None,  # like ids
-    outputs: tuple[str, ...] = (),
+    outputs: str | Sequence[str] = (),
     inplace_backward: bool = False,
     debug: bool = False,
     backend: str = "auto",
@@ -150,6 +164,10 @@ def token_logprobs(
 
         y = softcap tanh(logit_scale z / softcap) / temperature
         logprobs = log_softmax(y)[id],  p = softmax(y),  entropy = -sum p log p
+
+    Example:
+        >>> token_logprobs(torch.zeros(1, 1, 4), torch.tensor([[2]])).logprobs
+        tensor([[-1.3863]])
 
     One read of the logits forward; one read and one write backward. Arithmetic is fp32, or fp64 for fp64 logits, and
     so are the results.
@@ -162,7 +180,7 @@ def token_logprobs(
         softcap: Bound of a tanh soft cap (Gemma); a Hugging Face model's logits already include it.
         logit_scale: Multiplies the logits, first (Cohere, Granite); a Hugging Face model's logits already include it.
         mask: 0 excludes a token, whatever the logits and the id hold there: its statistics are 0.
-        outputs: Any of "entropy", "log_sum_sq_probs", "mean_logits", "is_top1".
+        outputs: One or more of "entropy", "log_sum_sq_probs", "mean_logits", "is_top1".
         inplace_backward: Overwrite the logits with their gradient in the backward; their last dimension must be dense.
             A second backward is then refused. The "torch" backend does not overwrite them.
         debug: Check values on a GPU too, and the flags of earlier kernels (``check_device_values``): syncs.
@@ -176,16 +194,13 @@ def token_logprobs(
         ValueError: Shapes or devices do not fit, the vocabulary is empty, or an unmasked id is outside it (read on
             the CPU, elsewhere with ``debug``).
         RuntimeError: The named backend cannot run here.
-
-    Example:
-        >>> token_logprobs(torch.zeros(1, 1, 4), torch.tensor([[2]])).logprobs
-        tensor([[-1.3863]])
     """
     check_logits(logits, ids)
     check_device(logits.device, [("ids", ids), ("mask", mask)])
     transform = Transform.of(temperature, softcap, logit_scale)
     if inplace_backward:
         check_writable("logits", logits, "inplace_backward=True")
+    outputs = output_names(outputs)
     code = outputs_code(outputs)
     mask = token_mask(mask, ids)
     check_id_range("ids", ids, mask, logits.shape[-1], debug)
@@ -194,8 +209,8 @@ def token_logprobs(
     backend = backends.resolve("token_logprobs", backend, logits.device, partial(RowClass.of_logits, logits))
     if backend == "torch":
         rows = logits if ids.dim() == 1 else logits[:, : ids.shape[1]]
-        return reference.token_logprobs(rows, ids, mask, temperature, softcap, logit_scale, tuple(outputs))
+        return reference.token_logprobs(rows, ids, mask, temperature, softcap, logit_scale, outputs)
     kernel_ids = to_kernel_ids(ids)
     call = StatisticsCall(kernel_ids, None if mask is None else mask.view(kernel_ids.shape), transform, code)
     logprobs, entropy, *extras = _TokenLogprobs.apply(logits, ids, call, inplace_backward, backend)
-    return pack_outputs(logprobs, entropy, tuple(extras), tuple(outputs))
+    return pack_outputs(logprobs, entropy, tuple(extras), outputs)

@@ -11,7 +11,15 @@ from grpo_kernels import backends
 from grpo_kernels.loss.sequences import Sequences
 from grpo_kernels.ops.registration import define, lazy_import
 from grpo_kernels.ops.tokens import reference
-from grpo_kernels.validation import check_cu_seqlens, check_device, check_float, check_mask, check_shape
+from grpo_kernels.validation import (
+    check_cu_seqlens,
+    check_device,
+    check_float,
+    check_mask,
+    check_number,
+    check_real,
+    check_shape,
+)
 
 
 class GAEOutput(NamedTuple):
@@ -45,6 +53,11 @@ def gae(
 
         delta_t = r_t + gamma V_(t+1) - V_t        A_t = delta_t + gamma lam A_(t+1)        R_t = A_t + V_t
 
+    Example:
+        >>> rewards, values = torch.tensor([[0.0, 1.0]]), torch.tensor([[0.5, 0.5]])
+        >>> gae(rewards, values, torch.ones(1, 2), lam=1.0).advantages
+        tensor([[0.5000, 0.5000]])
+
     arXiv:1506.02438 eq. 16. Arithmetic is fp64 in a completion, and results are fp32, or fp64 for fp64 input. Not
     differentiable; whitening over the batch, which PPO adds, is the caller's.
 
@@ -63,13 +76,8 @@ def gae(
         TypeError: A tensor has a dtype that does not fit.
         ValueError: Shapes or devices do not fit, or ``gamma`` or ``lam`` is not between 0 and 1.
         RuntimeError: The named backend cannot run here.
-
-    Example:
-        >>> rewards, values = torch.tensor([[0.0, 1.0]]), torch.tensor([[0.5, 0.5]])
-        >>> gae(rewards, values, torch.ones(1, 2), lam=1.0).advantages
-        tensor([[0.5000, 0.5000]])
     """
-    check_float("rewards", rewards)
+    check_real("rewards", rewards)
     if rewards.dim() not in (1, 2):
         raise ValueError(f"rewards must have shape [B, T] or, packed, [N], got {list(rewards.shape)}")
     check_float("values", values)
@@ -79,6 +87,7 @@ def gae(
     check_device(rewards.device, [("values", values), ("completion_mask", completion_mask), ("cu_seqlens", cu_seqlens)])
     check_cu_seqlens(cu_seqlens, rewards, debug)
     for name, value in (("gamma", gamma), ("lam", lam)):
+        check_number(name, value)
         if not 0 <= value <= 1:
             raise ValueError(f"{name} must be between 0 and 1, got {value!r}")
     backend = backends.resolve("gae", backend, rewards.device)

@@ -10,7 +10,7 @@ from grpo_kernels.device_values import check_device_values
 from grpo_kernels.ops.registration import define, lazy_import
 from grpo_kernels.ops.tokens import reference
 from grpo_kernels.ops.tokens.advantage_estimators import ESTIMATORS, NEED_LENGTHS, NEED_TWO, Groups
-from grpo_kernels.validation import check_device, check_float, check_shape, may_read
+from grpo_kernels.validation import check_device, check_integer, check_number, check_real, check_shape, may_read
 
 SCALE_REWARDS = ("group", "batch", "none")
 AGGREGATIONS = ("sum_then_normalize", "normalize_then_sum")
@@ -51,13 +51,17 @@ def group_advantages(
 
         A_i = (r_i - mean_group r) / (std_group r + eps)
 
+    Example:
+        >>> group_advantages(torch.tensor([0.0, 1.0, 1.0, 1.0]), num_generations=2, scale_rewards="none")
+        tensor([-0.5000,  0.5000,  0.0000,  0.0000])
+
     DeepSeekMath section 4.1.2 (arXiv:2402.03300); the deviation is unbiased, as in TRL. Arithmetic is fp32, or fp64 for
     fp64 input; weighted sums are fp64 and rounded once. Not differentiable.
 
     Args:
         rewards: Unitless; ``num_generations`` consecutive completions are a group. With ``K`` reward functions, one
-            column each. NaN marks a missing reward: such a completion does not enter the group's mean and deviation,
-            and its advantage is 0.
+            column each; a table of prompts and their completions is to be flattened. NaN marks a missing reward: such
+            a completion does not enter the group's mean and deviation, and its advantage is 0.
         num_generations: Completions per prompt; divides ``B``.
         scale_rewards: Divide by the deviation of the "group", of the whole "batch", or by nothing ("none",
             Dr. GRPO, arXiv:2503.20783).
@@ -78,18 +82,15 @@ def group_advantages(
         Advantages ``[B]``, fp32 or fp64. Exactly 0 for a group whose rewards are all equal.
 
     Raises:
-        TypeError: ``rewards`` is not floating point.
+        TypeError: ``rewards`` is not a tensor of real numbers.
         ValueError: Shapes do not fit, ``num_generations`` does not divide ``B``, an option is unknown, or a reward is
             infinite (read on the CPU, elsewhere with ``debug``).
         RuntimeError: The named backend cannot run here.
-
-    Example:
-        >>> group_advantages(torch.tensor([0.0, 1.0, 1.0, 1.0]), num_generations=2, scale_rewards="none")
-        tensor([-0.5000,  0.5000,  0.0000,  0.0000])
     """
     _check_choice("scale_rewards", scale_rewards, SCALE_REWARDS)
     _check_choice("aggregation", aggregation, AGGREGATIONS)
     _check_choice("estimator", estimator, ("grpo", *ESTIMATORS))
+    check_number("eps", eps)
     check_rewards(rewards, num_generations, debug)
     _check_estimator(estimator, num_generations, scale_rewards, aggregation)
     _check_optional("completion_lengths", completion_lengths, estimator, NEED_LENGTHS, rewards, rewards.shape[0])
@@ -130,13 +131,16 @@ def group_advantages(
 
 def check_rewards(rewards: Tensor, num_generations: int, debug: bool) -> None:
     """Raises TypeError or ValueError unless rewards are whole groups of ``num_generations``, finite or NaN."""
-    check_float("rewards", rewards)
+    check_real("rewards", rewards)
     if rewards.dim() not in (1, 2) or rewards.numel() == 0:
         raise ValueError(f"rewards must have shape [B] or [B, K], none of them 0, got {list(rewards.shape)}")
+    check_integer("num_generations", num_generations)
     if num_generations < 1 or rewards.shape[0] % num_generations:
+        is_table = rewards.dim() == 2 and rewards.shape[1] == num_generations
+        way_out = ": flatten a table of prompts and their completions, rewards.flatten()" if is_table else ""
         raise ValueError(
             f"num_generations must be at least 1 and divide the batch of {rewards.shape[0]} rewards, "
-            f"got {num_generations}"
+            f"got {num_generations}{way_out}"
         )
     if not may_read(rewards, debug):
         return
@@ -164,8 +168,8 @@ def _check_optional(
         verb, got = ("must be given", "None") if values is None else ("must be None", "a tensor")
         raise ValueError(f'{name} {verb} with estimator="{estimator}", got {got}')
     if values is not None:
-        check_shape(name, values, (count,))
         check_device(rewards.device, [(name, values)])
+        check_shape(name, values, (count,))
 
 
 def _check_choice(name: str, value: str, allowed: tuple[str, ...]) -> None:

@@ -11,7 +11,8 @@ from grpo_kernels import backends
 from grpo_kernels.device_values import check_device_values, first_bad
 from grpo_kernels.loss import reference
 from grpo_kernels.loss.aggregation import CLIPPED_LOSSES
-from grpo_kernels.loss.config import GRPOLossConfig, LossCode
+from grpo_kernels.loss.config import GRPOLossConfig, LossCode, check_is_config
+from grpo_kernels.loss.config_checks import takes_config
 from grpo_kernels.loss.fields import TokenFields
 from grpo_kernels.loss.finish_weights import finish_weights
 from grpo_kernels.loss.inputs import PolicyInputs
@@ -19,7 +20,7 @@ from grpo_kernels.loss.metrics import CLIP_METRICS, KERNEL_PARTIALS, Partial, Po
 from grpo_kernels.ops.gradients import named_gradients, refuse_double_backward
 from grpo_kernels.ops.registration import define, lazy_import
 from grpo_kernels.ops.tokens.calls import PolicyLossCall
-from grpo_kernels.validation import check_device, check_float, check_shape
+from grpo_kernels.validation import check_device, check_float, check_real, check_shape
 
 # at import: memory made at first use might be a fake tensor's, under tracing
 if backends.supports("policy_loss", "cpu", _CPU := torch.device("cpu")):
@@ -116,6 +117,7 @@ class _PolicyLoss(torch.autograd.Function):
         return {"logprobs": (dlogprobs * dloss).to(logprobs_dtype), "entropy": dentropy}
 
 
+@takes_config(GRPOLossConfig)
 def policy_loss(
     logprobs: Tensor,  # [B, T], or packed [N]
     advantages: Tensor,  # [B] or [B, T]; packed [S] or [N]
@@ -136,6 +138,13 @@ def policy_loss(
     backend: str = "auto",
 ) -> PolicyLossOutput:
     """Policy-gradient loss with a KL penalty and an entropy bonus, weighted and summed over tokens.
+
+    Example:
+        >>> logprobs = torch.tensor([[-1.0, -2.0]], requires_grad=True)
+        >>> loss, metrics = policy_loss(logprobs, torch.tensor([1.0]), torch.tensor([[1, 1]]))
+        >>> loss.backward()
+        >>> logprobs.grad
+        tensor([[-0.5000, -0.5000]])
 
     With ``rho = exp(logprobs - old_logprobs)``, or its geometric mean over a sequence,
 
@@ -179,16 +188,10 @@ def policy_loss(
         TypeError: A tensor has a dtype that does not fit.
         ValueError: Shapes or devices do not fit, or an input that the configuration needs is missing.
         RuntimeError: The named backend cannot run here.
-
-    Example:
-        >>> logprobs = torch.tensor([[-1.0, -2.0]], requires_grad=True)
-        >>> loss, metrics = policy_loss(logprobs, torch.tensor([1.0]), torch.tensor([[1, 1]]))
-        >>> loss.backward()
-        >>> logprobs.grad
-        tensor([[-0.5000, -0.5000]])
     """
     check_float("logprobs", logprobs)
-    check_float("advantages", advantages)
+    check_is_config(config)
+    check_real("advantages", advantages)
     if logprobs.dim() not in (1, 2):
         raise ValueError(f"logprobs must have shape [B, T] or, packed, [N], got {list(logprobs.shape)}")
     if entropy is not None:
