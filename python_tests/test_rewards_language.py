@@ -72,6 +72,7 @@ def test_messages_are_read_as_their_text():
 def test_a_vocabulary_says_what_the_language_is():
     toy = LanguageConsistencyReward(vocabulary={"1", "+", "="})
     assert consistency(toy, "1 + 1 = two .", "") == [pytest.approx(4 / 6), 0.0]
+    assert LanguageConsistencyReward("tlh", vocabulary=["a"])([""], ["a b"]) == [0.5]
     rows = {"target_words": [["a", "b"], ["c"]], "language": ["toy", "toy"]}
     assert consistency(LanguageConsistencyReward(), "<think>a b c A</think>", "c", **rows) == [0.5, 1.0]
 
@@ -100,7 +101,6 @@ def test_the_end_of_the_reasoning():
         ({"language": []}, r"got \[\]"),
         ({"language": ["en", "tlh"]}, r"got \['en', 'tlh'\]"),
         ({"language": 3}, "got 3"),
-        ({"language": "en", "vocabulary": ["a"]}, "language and vocabulary exclude each other, got 'en'"),
         ({"vocabulary": []}, r"vocabulary must be a list of words, got \[\]"),
         ({"vocabulary": "a b"}, "vocabulary must be a list of words, got 'a b'"),
         ({"vocabulary": 3}, "vocabulary must be a list of words, got 3"),

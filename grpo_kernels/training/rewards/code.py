@@ -19,7 +19,7 @@ from grpo_kernels.training.rewards.completions import completion_text
 from grpo_kernels.training.rewards.parameters import check_integer, check_number
 
 # A tag in quotes or in a code span of its own is spoken of, not used.
-_TAG = re.compile(r"(?<![\"'])(?:(?<!`)|(?<=```))(</?(?:think|answer)>)(?![\"']|`(?!``))")
+_TAG = re.compile(r"(?!(?<!```)(?<=[\"'`])</?\w+>[\"'`])(</?(?:think|answer)>)")
 _PYTHON = re.compile(r"i?py(?:thon)?[\d.]*|.*\.py")
 _DIRECTIVES = ("code", "code-block", "code-cell", "sourcecode")  # {code-block} python
 _PROMPT = re.compile(r">>>( |$)|In \[\d+\]:|[$%] ")  # of a transcript
@@ -64,9 +64,9 @@ def extract_program(completion: str | Sequence[dict[str, Any]]) -> str | None:
     Looked for in this order:
 
     1. fenced blocks of the last ``<answer>``,
-    2. the last ``<answer>`` as it is, if it reads as code,
+    2. the last ``<answer>`` as it is, if it has no fenced block and reads as code,
     3. fenced blocks outside the reasoning,
-    4. the last ``<answer>`` as it is.
+    4. the last ``<answer>`` as it is, if it has no fenced block.
 
     An ``<answer>`` without an end tag goes to the end of the text. The reasoning never counts: what stands in
     ``<think>``, with or without its end tag, and all that precedes a ``</think>`` without a beginning. Tags in a
@@ -85,13 +85,14 @@ def extract_program(completion: str | Sequence[dict[str, Any]]) -> str | None:
         >>> extract_program("<think>Try x = 0.</think>\\n<answer>\\n~~~py\\nx = 1\\n~~~\\n</answer>")
         'x = 1'
     """
-    text = re.sub(r"\r\n?", "\n", completion_text(completion))
+    text = re.sub(r"\r\n?", "\n", completion_text(completion)).removeprefix("\ufeff")
     segments = _without_reasoning(_split_at_tags(text))
     answers = [s.text for s in segments if s.tag == "<answer>" and s.text.strip()]
-    in_answer = _program_of(_blocks(answers[-1])) if answers else None
-    if in_answer is not None:
-        return in_answer
-    bare = _bare_program(answers[-1]) if answers else None
+    in_answer = _blocks(answers[-1]) if answers else []
+    program = _program_of(in_answer)
+    if program is not None:
+        return program
+    bare = _bare_program(answers[-1]) if answers and not in_answer else None
     if bare is not None and _reads_as_code(bare):
         return bare
     fenced = _program_of([block for s in segments for block in _blocks(s.text)])

@@ -77,7 +77,7 @@ class LanguageConsistencyReward:
         language: The target, as ISO 639-1 code of one of lingua's 75 languages, or "no" for both forms of Norwegian;
             or a list of codes, any of which will do. None takes the column ``language``, a code or list per row, and
             abstains where a row has none; and English without that column.
-        vocabulary: Every word of a synthetic task.
+        vocabulary: Every word of a synthetic task; ``language`` then says nothing.
 
     Raises:
         ValueError: The vocabulary is no list of words, or lingua has no such language.
@@ -93,9 +93,7 @@ class LanguageConsistencyReward:
         is_list = isinstance(value, Collection) and not isinstance(value, str) and len(value) > 0
         if value is not None and not (is_list and all(isinstance(word, str) for word in value)):
             raise ValueError(f"vocabulary must be a list of words, got {value!r}")
-        if value is not None and self.language is not None:
-            raise ValueError(f"language and vocabulary exclude each other, got {self.language!r} and a vocabulary")
-        if self.language is not None:
+        if value is None and self.language is not None:
             _targets("language", self.language)
 
     def __call__(self, prompts: Sequence[Any], completions: Sequence[Any], **columns: Any) -> list[float | None]:
