@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer, PreTrainedTokenizerBase
+from transformers import AutoConfig, AutoModelForSequenceClassification, PreTrainedTokenizerBase
 
 from grpo_kernels.training.hub import check_folder, use_cache_if_unreachable
 from grpo_kernels.training.rewards.completions import completion_text
@@ -82,4 +82,6 @@ def _loaded(name: str) -> nn.Module:
 
 @functools.cache
 def _tokenizer(name: str) -> PreTrainedTokenizerBase:
-    return AutoTokenizer.from_pretrained(name)
+    from grpo_kernels.training.models import load_tokenizer  # which imports recipes, and they rewards
+
+    return load_tokenizer(name)

@@ -69,7 +69,7 @@ class RewardLog:
 def score(
     functions: Mapping[str, RewardFunction | nn.Module],
     prompts: Sequence[Any],
-    completions: Sequence[str],
+    completions: Sequence[Any],
     columns: Mapping[str, Sequence[Any]],
     log: RewardLog | None = None,
 ) -> Tensor:  # [B, K]
@@ -85,7 +85,7 @@ def score(
     Args:
         functions: By the name under which metrics and errors show them. A module is a reward model.
         prompts: One per completion, as in the dataset.
-        completions: Decoded text.
+        completions: Decoded text, or messages already.
         columns: The dataset's other columns, one value per completion, and ``completion_ids``.
         log: What the functions report; by default it goes nowhere.
 
@@ -95,7 +95,9 @@ def score(
         ValueError: A function returned NaN, an infinite reward or not one reward per completion.
     """
     texts = zip(prompts, completions, strict=True)
-    messages = [c if isinstance(p, str) else [{"role": "assistant", "content": c}] for p, c in texts]
+    messages = [
+        [{"role": "assistant", "content": c}] if isinstance(c, str) and not isinstance(p, str) else c for p, c in texts
+    ]
     given = {"prompts": list(prompts), "completions": messages, **(log or RewardLog()).arguments(), **columns}
     results: dict[str, Any] = {}
     awaitables: dict[str, Awaitable[Any]] = {}
