@@ -248,3 +248,16 @@ def test_a_cache_that_is_kept_stops_the_run(start):
     loop = loop_for(start(spoil={"/reset_prefix_cache": answering(200, {"success": False})}))
     with pytest.raises(ServerError, match="kept what old weights made"):
         loop.collect()
+
+
+def test_a_token_that_the_server_did_not_score_is_not_corrected(start, shared):
+    """``null`` for a log-probability: the completion counts, and the step's loss is finite."""
+    unscored = {"/v1/completions": logprobs_of(lambda p: [None, *p[1:]])}
+    shared.spoil = unscored
+    for group in completions_of(shared):
+        assert [math.isnan(x) for x in group[0].logprobs] == [True] + [False] * (len(group[0].ids) - 1)
+        assert not any(math.isnan(x) for completion in group[1:] for x in completion.logprobs)
+    shared.spoil = {}
+    step = next(loop_for(start(spoil=unscored)).run())
+    assert all(math.isfinite(step.metrics[name]) for name in ("loss", "grad_norm"))
+    assert all(math.isfinite(value) for name, value in step.metrics.items() if name.startswith("sampling/"))
