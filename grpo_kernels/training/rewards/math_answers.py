@@ -64,19 +64,18 @@ def read_answer(text: str) -> MathAnswer:
 
 def same_answer(gold: MathAnswer, given: MathAnswer) -> bool:
     """Whether two answers are the same text or equal as mathematics, and have no different units."""
+    has_other_unit = bool(gold.unit and given.unit and gold.unit != given.unit)
     if gold.text and gold.text == given.text:
-        return True
+        return not has_other_unit
     if gold.is_words or _CHOICE.fullmatch(gold.text):
         return gold.words == given.words
     if gold.whole is not None and given.whole is not None and equal(gold.whole, given.whole):
         return True
-    if gold.is_letter_unit or gold.value is None or given.bare is None:
+    if has_other_unit or gold.value is None or given.bare is None or (gold.is_letter_unit and not given.unit):
         return False
-    if "%" in (gold.unit, given.unit) and gold.unit != given.unit and {gold.unit, given.unit} == {"%", ""}:
+    if {gold.unit, given.unit} == {"%", ""}:
         percent, other = (gold, given) if gold.unit else (given, gold)
         return equal(percent.value, other.value) or equal(_scaled(percent.value), other.value)
-    if gold.unit and given.unit and gold.unit != given.unit:
-        return False
     return equal(gold.value, given.bare)
 
 
@@ -251,7 +250,8 @@ def _equal_expressions(a: Any, b: Any) -> bool:
         return True
     if a.is_Rational and b.is_Rational:
         return False
-    digits = _DIGITS + sum(int(n).bit_length() // 3 for x in (a, b) for n in x.atoms(sympy.Integer))
+    integers = [n for x in (a, b) for rational in x.atoms(sympy.Rational) for n in (rational.p, rational.q)]
+    digits = _DIGITS + sum(int(n).bit_length() // 3 for n in integers)
     left, right = _values(a, symbols, digits), _values(b, symbols, digits)
     return (
         left is not None
