@@ -64,6 +64,13 @@ def read_answer(text: str) -> MathAnswer:
 
 def same_answer(gold: MathAnswer, given: MathAnswer) -> bool:
     """Whether two answers are the same text or equal as mathematics, and have no different units."""
+    try:
+        return _same_answer(gold, given)
+    except Exception:  # sympy raises whatever it likes, and no completion may end a training
+        return False
+
+
+def _same_answer(gold: MathAnswer, given: MathAnswer) -> bool:
     has_other_unit = bool(gold.unit and given.unit and gold.unit != given.unit)
     if gold.text and gold.text == given.text:
         return not has_other_unit
@@ -83,7 +90,10 @@ def spelling_of_answer(answer: MathAnswer) -> str | None:
     """One text for answers that are the same; None where not all of an answer was read."""
     if answer.is_words or re.fullmatch("[a-j]", answer.words):
         return answer.words
-    return None if answer.value is None else spelling(answer.value)
+    try:
+        return None if answer.value is None else spelling(answer.value)
+    except Exception:  # as above
+        return None
 
 
 def equal(a: Any, b: Any) -> bool:
@@ -274,6 +284,8 @@ def _values(a: Any, symbols: set[Any], digits: int) -> list[Any] | None:
     powers = [power for power in a.atoms(sympy.Pow, sympy.exp) if power.exp.free_symbols]
     if any(inner in powers for power in powers for inner in power.exp.atoms(sympy.Pow, sympy.exp)):
         return None  # of x^(x^x), which fill the memory
+    if a.has(*UNEVALUATED):
+        return None
     names = sorted(symbols, key=str)
     values = []
     for i in range(len(_POINTS) if names else 1):

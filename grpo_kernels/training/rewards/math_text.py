@@ -37,15 +37,17 @@ _CHARACTERS = str.maketrans(
 _PLAIN_ROOT = re.compile(r"(?:√|(?<![\\a-zA-Z])sqrt(?![a-zA-Z]))\s*(\d+(?:\.\d+)?|[a-zA-Zπ](?![a-zA-Z])|(?=\{))")
 _BOXED = re.compile(r"\\(?:boxed|fbox|underline|mathbf|boldsymbol|bm)\s*\{")
 _ROOT = re.compile(r"(?:(?<![a-zA-Z])\\?sqrt|√)\s*\(")
-_CURRENCIES = {r"\$": "dollar", "€": "euro", "£": "pound", "¥": "yen", "₹": "rupee"}
+_CURRENCIES = {r"\$": "dollar", "€": "euro", "£": "pound", "¥": "yen", "₹": "rupee", "Rs": "rupee"}
 
 # In order: what stands for a form, what replaces it. Emphasis is none inside a formula, as in 2**3**4 or 2*3*4.
 _MARKUP = [
     (r"```\w*\s*(.*?)\s*```", r"\1"),
     (r"`([^`]*)`", r"\1"),
-    (r"(?<![\w)}*])(\*{1,3})(?=[^\s*])([^*]*[^\s*])\1(?![\w({*])", r"\2"),
+    (r"\A\s*(\*{1,3})([^*]*)\1\s*\Z", r"\2"),
+    (r"(?<![^\W_])(?<![)}*])(\*{1,3})(?=[^\s*])([^*]*[^\s*])\1(?![^\W_]|[({*])", r"\2"),
     (r"(?<!\w)(?<!\\)(_{1,3})(?=[^\s_])([^_]*[^\s_])\1(?!\w)", r"\2"),
-    (r"\A\s*#+\s", ""),
+    (r"\A\s*(?:#+\s|\*\*)", ""),
+    (r"\A\s*(?:Rs\.?|US)(?=\s*\$?\d)", ""),
     (r"</?(?:b|i|u|em|strong|code|p|br)\s*/?>", " "),
     (r"\A\s*–", "-"),
     (r"\*\*", "^"),
@@ -82,7 +84,7 @@ _FORMS = [
         lambda m: re.sub("\\D", "", m[1]),
     ),
     (r"(?<![\w.])(\d*)\.(\d*)\\(?:overline|bar)\{(\d+)\}", lambda m: _repeating(*m.groups())),
-    (r"(?<=\d)(?:st|nd|rd|th)\b", ""),
+    (r"(?<=\d)\s?(?:st|nd|rd|th)\b", ""),
     (r",(?=\S)", ", "),
     (r"(?<![\w.])(\d+)\s+(\d+)\s*/\s*(\d+)(?![\w.])", r"\1\\frac{\2}{\3}"),
     (r"(?<=\d)[eE]([+-]?)(\d+)(?!\w)", r" \\cdot 10^{\1\2}"),
