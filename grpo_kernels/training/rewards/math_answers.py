@@ -64,19 +64,25 @@ def read_answer(text: str) -> MathAnswer:
 
 def same_answer(gold: MathAnswer, given: MathAnswer) -> bool:
     """Whether two answers are the same text or equal as mathematics, and have no different units."""
+    try:
+        return _same_answer(gold, given)
+    except Exception:  # sympy raises whatever it likes, and no completion may end a training
+        return False
+
+
+def _same_answer(gold: MathAnswer, given: MathAnswer) -> bool:
+    has_other_unit = bool(gold.unit and given.unit and gold.unit != given.unit)
     if gold.text and gold.text == given.text:
-        return True
+        return not has_other_unit
     if gold.is_words or _CHOICE.fullmatch(gold.text):
         return gold.words == given.words
     if gold.whole is not None and given.whole is not None and equal(gold.whole, given.whole):
         return True
-    if gold.is_letter_unit or gold.value is None or given.bare is None:
+    if has_other_unit or gold.value is None or given.bare is None or (gold.is_letter_unit and not given.unit):
         return False
-    if "%" in (gold.unit, given.unit) and gold.unit != given.unit and {gold.unit, given.unit} == {"%", ""}:
+    if {gold.unit, given.unit} == {"%", ""}:
         percent, other = (gold, given) if gold.unit else (given, gold)
         return equal(percent.value, other.value) or equal(_scaled(percent.value), other.value)
-    if gold.unit and given.unit and gold.unit != given.unit:
-        return False
     return equal(gold.value, given.bare)
 
 
@@ -84,7 +90,10 @@ def spelling_of_answer(answer: MathAnswer) -> str | None:
     """One text for answers that are the same; None where not all of an answer was read."""
     if answer.is_words or re.fullmatch("[a-j]", answer.words):
         return answer.words
-    return None if answer.value is None else spelling(answer.value)
+    try:
+        return None if answer.value is None else spelling(answer.value)
+    except Exception:  # as above
+        return None
 
 
 def equal(a: Any, b: Any) -> bool:
@@ -251,7 +260,8 @@ def _equal_expressions(a: Any, b: Any) -> bool:
         return True
     if a.is_Rational and b.is_Rational:
         return False
-    digits = _DIGITS + sum(int(n).bit_length() // 3 for x in (a, b) for n in x.atoms(sympy.Integer))
+    integers = [n for x in (a, b) for rational in x.atoms(sympy.Rational) for n in (rational.p, rational.q)]
+    digits = _DIGITS + sum(int(n).bit_length() // 3 for n in integers)
     left, right = _values(a, symbols, digits), _values(b, symbols, digits)
     return (
         left is not None
@@ -274,6 +284,8 @@ def _values(a: Any, symbols: set[Any], digits: int) -> list[Any] | None:
     powers = [power for power in a.atoms(sympy.Pow, sympy.exp) if power.exp.free_symbols]
     if any(inner in powers for power in powers for inner in power.exp.atoms(sympy.Pow, sympy.exp)):
         return None  # of x^(x^x), which fill the memory
+    if a.has(*UNEVALUATED):
+        return None
     names = sorted(symbols, key=str)
     values = []
     for i in range(len(_POINTS) if names else 1):

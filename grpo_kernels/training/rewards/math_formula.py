@@ -67,17 +67,26 @@ def parse_formula(text: str) -> Any:
         return -value if plain[1] == "-" else value
     if len(text) > _MAX_LENGTH or _depth(text) > _MAX_DEPTH or _TOO_LARGE.search(text):
         return None
+    if "'" in text:  # the parser would transpose what stands before it
+        return None
     exact, approx, rounded = text.partition(r"\approx")
     try:
         if approx:
             return _approximated(parse_formula(exact.strip()), parse_formula(rounded.strip()))
-        if text.count(r"\pm") == 1 and r"{\pm" not in text.replace(" ", ""):
+        if text.count(r"\pm") == 1 and r"\{\pm" not in text.replace(" ", ""):
             both = [parse_formula(text.replace(r"\pm", sign)) for sign in "+-"]
             return None if None in both else sympy.FiniteSet(*both)
         reader = _Reader(is_real=True, convert_degrees=True, config=ConversionConfig(lowercase_symbols=False))
-        return _evaluated(reader.parse(text))
+        return _evaluated(reader.parse(_as_symbols(text)))
     except Exception:  # ANTLR and sympy raise whatever they like on what is no formula
         return None
+
+
+def _as_symbols(text: str) -> str:
+    """The text with symbols for what the parser takes for others: I for i, gamma for a constant, ^T for nothing."""
+    symbols = {"I": r"\text{I}", r"\gamma": r"\text{littlegamma}"}
+    text = re.sub(r"\\[a-zA-Z]+|I", lambda m: symbols.get(m[0], m[0]), text)
+    return text if "matrix" in text else re.sub(r"\^(T|\{T\})", "^{ T }", text)
 
 
 def _depth(text: str) -> int:

@@ -21,20 +21,33 @@ class AnswerText(NamedTuple):
 _SUPERSCRIPTS = str.maketrans("⁰¹²³⁴⁵⁶⁷⁸⁹⁺⁻ⁿ", "0123456789+-n")
 _SUBSCRIPTS = str.maketrans("₀₁₂₃₄₅₆₇₈₉", "0123456789")
 _CHARACTERS = str.maketrans(
-    {"−": "-", "∈": r"\in ", "·": r"\cdot ", "∞": r"\infty ", "°": r"^\circ ", "≈": r"\approx ", "⁄": "/", "²": "^2"}
+    {
+        "−": "-",
+        "∈": r"\in ",
+        "γ": r"\gamma ",
+        "·": r"\cdot ",
+        "∞": r"\infty ",
+        "°": r"^\circ ",
+        "≈": r"\approx ",
+        "⁄": "/",
+        "²": "^2",
+    }
     | dict.fromkeys("✓✔✅☑🎉\u200b\u200c\u200d\u2060\ufeff\ufe0f\u200e\u200f")
 )
-_UNICODE_ROOT = re.compile(r"√\s*(?:(\d+(?:\.\d+)?|[a-zA-Z])|\(([^()]*)\)|(?=\{))")
-_BOXED = re.compile(r"\\(?:boxed|fbox|underline|mathbf|boldsymbol|bm)\s*(\{)")
-_CURRENCIES = {r"\$": "dollar", "€": "euro", "£": "pound", "¥": "yen", "₹": "rupee"}
+_PLAIN_ROOT = re.compile(r"(?:√|(?<![\\a-zA-Z])sqrt(?![a-zA-Z]))\s*(\d+(?:\.\d+)?|[a-zA-Zπ](?![a-zA-Z])|(?=\{))")
+_BOXED = re.compile(r"\\(?:boxed|fbox|underline|mathbf|boldsymbol|bm)\s*\{")
+_ROOT = re.compile(r"(?:(?<![a-zA-Z])\\?sqrt|√)\s*\(")
+_CURRENCIES = {r"\$": "dollar", "€": "euro", "£": "pound", "¥": "yen", "₹": "rupee", "Rs": "rupee"}
 
 # In order: what stands for a form, what replaces it. Emphasis is none inside a formula, as in 2**3**4 or 2*3*4.
 _MARKUP = [
     (r"```\w*\s*(.*?)\s*```", r"\1"),
     (r"`([^`]*)`", r"\1"),
-    (r"(?<![\w)}*])(\*{1,3})(?=[^\s*])([^*]*[^\s*])\1(?![\w({*])", r"\2"),
+    (r"\A\s*(\*{1,3})([^*]*)\1\s*\Z", r"\2"),
+    (r"(?<![^\W_])(?<![)}*])(\*{1,3})(?=[^\s*])([^*]*[^\s*])\1(?![^\W_]|[({*])", r"\2"),
     (r"(?<!\w)(?<!\\)(_{1,3})(?=[^\s_])([^_]*[^\s_])\1(?!\w)", r"\2"),
-    (r"\A\s*#+\s", ""),
+    (r"\A\s*(?:#+\s|\*\*)", ""),
+    (r"\A\s*(?:Rs\.?|US)(?=\s*\$?\d)", ""),
     (r"</?(?:b|i|u|em|strong|code|p|br)\s*/?>", " "),
     (r"\A\s*–", "-"),
     (r"\*\*", "^"),
@@ -50,6 +63,7 @@ _FORMS = [
     (r"\\rbrace(?![a-z])", r"\\}"),
     (r"\^\s*\{\s*\\(?:circ|degree)\s*\}|\^\s*\\(?:circ|degree)(?![a-z])|\\degree(?![a-z])", r"^\\circ "),
     (r"\^\\circ\s+([CF])(?![a-zA-Z])", r"^\\circ\1"),
+    (r"\\varnothing(?![a-z])", r"\\emptyset "),
     (r"\\leqslant", r"\\le "),
     (r"\\geqslant", r"\\ge "),
     (r"\\(?:dots|cdots)(?![a-z])|\.\.\.", r"\\ldots "),
@@ -62,7 +76,6 @@ _FORMS = [
     (r"\\sqrt\s*(\d|[a-zA-Z](?![a-zA-Z]))", r"\\sqrt{\1}"),
     (r"(?<![\\a-zA-Z])(sqrt|sin|cos|tan|log|ln|pi|infinity|infty|exp)(?![a-zA-Z])", r"\\\1"),
     (r"\\infinity", r"\\infty"),
-    (r"\\sqrt\s*\(([^()]*)\)", r"\\sqrt{\1}"),
     # thousands: 1,234,567 and 1 234 567, but not [1,234), which is an interval, and 0,234
     (r"(?<![\w.,(\[])(?<!\\\{)([1-9]\d{0,2}(?:,\d{3})+)(?![\w,])", lambda m: m[1].replace(",", "")),
     (r"(?<![\w.,])(?<![\d.,] )([1-9]\d{0,2}(?: \d{3})+)(?!\w|[,.]\d| \d)", lambda m: m[1].replace(" ", "")),
@@ -71,7 +84,7 @@ _FORMS = [
         lambda m: re.sub("\\D", "", m[1]),
     ),
     (r"(?<![\w.])(\d*)\.(\d*)\\(?:overline|bar)\{(\d+)\}", lambda m: _repeating(*m.groups())),
-    (r"(?<=\d)(?:st|nd|rd|th)\b", ""),
+    (r"(?<=\d)\s?(?:st|nd|rd|th)\b", ""),
     (r",(?=\S)", ", "),
     (r"(?<![\w.])(\d+)\s+(\d+)\s*/\s*(\d+)(?![\w.])", r"\1\\frac{\2}{\3}"),
     (r"(?<=\d)[eE]([+-]?)(\d+)(?!\w)", r" \\cdot 10^{\1\2}"),
@@ -91,10 +104,11 @@ _FORM_RULES = [(re.compile(pattern), new) for pattern, new in _FORMS]
 _UNITS = """
 km kilometer kilometers kilometre kilometres|cm centimeter centimeters centimetre centimetres|mm millimeter millimeters
 m meter meters metre metres|mile miles mi|foot feet ft|inch inches|yard yards yd|acre acres|hectare hectares
+km/h kmph kph|mile/h mph
 kg kilogram kilograms|gram grams g|mg milligram milligrams|pound pounds lb lbs|ounce ounces oz|ton tons tonne tonnes
 L l liter liters litre litres|mL ml milliliter milliliters|gallon gallons gal|cup cups|unit units
 s second seconds sec secs|min minute minutes mins|h hour hours hr hrs|day days|week weeks|month months|year years yr yrs
-ms millisecond milliseconds|mph|kmph kph|Hz hertz|kHz|N newton newtons|J joule joules|kJ|W watt watts|kW|V volt volts
+ms millisecond milliseconds|Hz hertz|kHz|N newton newtons|J joule joules|kJ|W watt watts|kW|V volt volts
 A amp amps ampere amperes|Pa pascal pascals|mol moles|K kelvin|degree degrees deg ^\\circ|^\\circC|^\\circF
 rad radian radians|dollar dollars USD bucks|cent cents|euro euros EUR|GBP|yen JPY|rupee rupees INR Rs|% \\% percent pct
 """
@@ -125,7 +139,7 @@ _CHANGES_THE_NUMBER = re.compile(
     r"\b(?:not?|none|nor|neither|never|without|cannot|unless|except|but|wrong|incorrect|than|least|most|more|less|fewer|"
     r"above|below|under|over|between|maybe|perhaps|unknown|guess|instead|initially|minus|negative|plus|times|twice|half|"
     r"thirds?|quarters?|dozens?|squared|cubed|factorial|hundreds?|thousands?|millions?|billions?|one|two|three|four|five|"
-    r"six|seven|eight|nine|ten|base|mod|modulo|remainder|or|\w+n['’]t)\b",
+    r"six|seven|eight|nine|ten|fourth|fifth|sixth|seventh|eighth|ninth|tenth|powers?|raised|too|false|untrue|invalid|base|mod|modulo|remainder|or|\w+n['’]t)\b",
     re.IGNORECASE,
 )
 _OPERATION = re.compile(
@@ -162,7 +176,10 @@ def split_answer(text: str) -> AnswerText:
     formula = formula.lstrip(" ,;:").rstrip(" .,;:")
     unit, is_letter = _unit_of(tail["unit"] or "" if tail else "")
     before, after = head[0] if head else "", tail["words"] if tail else ""
-    is_more = not formula or _CHANGES_THE_NUMBER.search(before + " " + after) or _INNER_WORD.search(formula)
+    is_function = before[-1:].isalpha() and rest.startswith("(")
+    is_more = (
+        is_function or not formula or _CHANGES_THE_NUMBER.search(before + " " + after) or _INNER_WORD.search(formula)
+    )
     if not _HEAD_ENDS_IN_IS.search(before) and not rest.lstrip().startswith("="):
         is_more = is_more or _OPERATION.search(before)
     if unit == "degree" and _TRIGONOMETRY.search(formula):
@@ -177,15 +194,17 @@ def clean(text: str) -> str:
     text = re.sub(r"[₀₁₂₃₄₅₆₇₈₉]+", lambda m: f"_{{{m[0].translate(_SUBSCRIPTS)}}}", text)
     text = re.sub(r"[¼-¾⅐-⅞]", lambda m: " {}/{}".format(*unicodedata.normalize("NFKC", m[0]).split("⁄")), text)
     text = unicodedata.normalize("NFKC", text).translate(_CHARACTERS)
-    text = _UNICODE_ROOT.sub(lambda m: rf"\sqrt{{{m[1] or m[2]}}}" if m[1] or m[2] else r"\sqrt", text)
+    text = _PLAIN_ROOT.sub(lambda m: rf"\sqrt{{{m[1]}}}" if m[1] else r"\sqrt", text)
     for rule, new in _MARKUP_RULES:
         text = rule.sub(new, text)
-    text = _without_boxes(text)
+    text = _rewrap(_BOXED, "{}", text, " ", " ")
+    text = _rewrap(_ROOT, "()", text, r"\sqrt{", "}")
     for currency in "€£¥₹":
         text = text.replace(currency, " ")
     for rule, new in _FORM_RULES:
         text = rule.sub(new, text)
-    text = re.sub(r"[^\S\n]+", " ", text).strip().strip("\"'").rstrip(" .,;:")
+    text = re.sub(r"[^\S\n]+", " ", text).strip().rstrip(" .,;:")
+    text = re.sub(r"\A([\"'])(.*)\1\Z", r"\2", text).rstrip(" .,;:")
     text = re.sub(rf"(?<=[\d}}]) *\\frac\{{\s*({_UNIT})\s*\}}\{{\s*({_UNIT})\s*\}}\Z", r" \1/\2", text)
     text = re.sub(rf"(?<=[\d}}]) +[(\[]({_UNITS_AT_END})[)\]]\Z", r" \1", text)
     return re.sub(r"\A(?:=|\\approx)\s*", "", text)
@@ -197,17 +216,17 @@ def _repeating(whole: str, start: str, period: str) -> str:
     return rf"\frac{{{top}}}{{{'9' * len(period)}{'0' * len(start)}}}"
 
 
-def _without_boxes(text: str) -> str:
-    """Each ``\\boxed{...}`` as what stands in it; as it is where a brace is missing."""
-    while box := _BOXED.search(text):
-        depth = 0
-        for end in range(box.start(1), len(text)):
-            depth += {"{": 1, "}": -1}.get(text[end], 0)
+def _rewrap(opening: re.Pattern[str], brackets: str, text: str, before: str, after: str) -> str:
+    """What stands between an opening and its closing bracket put between two other texts; as it is without one."""
+    while start := opening.search(text):
+        depth = 1
+        for end in range(start.end(), len(text)):
+            depth += (text[end] == brackets[0]) - (text[end] == brackets[1])
             if depth == 0:
                 break
         else:
             return text
-        text = f"{text[: box.start()]} {text[box.end() : end]} {text[end + 1 :]}"
+        text = f"{text[: start.start()]}{before}{text[start.end() : end]}{after}{text[end + 1 :]}"
     return text
 
 
