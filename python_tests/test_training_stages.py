@@ -84,8 +84,9 @@ def test_stages_use_each_other_and_are_not_run_twice(tmp_path: Path, capsys: pyt
     assert {k: v for k, v in again[3].items() if k != "seconds"} == {
         k: v for k, v in lines[3].items() if k != "seconds"
     }
-    assert cli.main(["recipe", path, "--seed", "1"]) == 2
-    assert "holds a stage with another seed" in capsys.readouterr().err
+    for key in ("seed", "max_steps"):  # a longer run of one that is done would be another
+        assert cli.main(["recipe", path, f"--{key}", "7"]) == 2
+        assert f"holds a stage with another {key}" in capsys.readouterr().err
 
 
 @pytest.fixture(scope="module")

@@ -124,7 +124,8 @@ def _guarded(run: Callable[[], None], left: Callable[[], str], debug: bool) -> i
         run()
         end_process_group()
     except ImportError as error:
-        return fail(f"training needs the extra grpo-kernels[train]: {error}", debug)
+        is_module = error.name is not None  # else an error that says what to install
+        return fail(f"training needs the extra grpo-kernels[train]: {error}" if is_module else str(error), debug)
     except (ValueError, OSError) as error:
         return fail(str(error), debug)
     except KeyboardInterrupt:

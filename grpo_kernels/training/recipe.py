@@ -343,7 +343,7 @@ def with_overrides(where: str, content: dict[str, Any], overrides: Sequence[str]
 def _parsed(arguments: list[str], overrides: Sequence[str]) -> Recipe:
     parser = HfArgumentParser(
         Recipe,
-        usage="grpo-kernels train [--recipe NAME_OR_FILE] [--key value ...]",
+        usage="grpo-kernels train [--recipe NAME_OR_FILE] [--debug] [--key value ...]",
         allow_abbrev=False,
         exit_on_error=False,
     )

@@ -215,7 +215,7 @@ def stage_parser(kind: str) -> argparse.ArgumentParser:
     """Of a stage's own keys on the command line; those of the recipe it leaves."""
     parser = argparse.ArgumentParser(
         prog=f"grpo-kernels {kind}",
-        usage="%(prog)s [--recipe NAME_OR_FILE] [--key value ...]",
+        usage="%(prog)s [--recipe NAME_OR_FILE] [--debug] [--key value ...]",
         epilog="Besides, every key of grpo-kernels train --help.",
         allow_abbrev=False,
         exit_on_error=False,

@@ -41,7 +41,7 @@ from grpo_kernels.training.reporting import has_records
 from grpo_kernels.training.run import SAMPLES
 from grpo_kernels.training.stage_config import Stage, is_file
 from grpo_kernels.training.stage_work import ROWS, WORK, Outcome
-from grpo_kernels.training.state import MAY_DIFFER
+from grpo_kernels.training.state import MAY_DIFFER, MAY_DIFFER_ON_RESUME
 from grpo_kernels.training.trackers import METRICS, tracker_names
 
 CONFIG, DONE, SUMMARY = "config.yaml", "done.json", "summary.jsonl"
@@ -190,6 +190,7 @@ def _begin(stage: Stage, recipe: Recipe, config: dict[str, Any], used: dict[str,
         try:
             found = yaml.safe_load((folder / CONFIG).read_text(encoding="utf-8"))
             differing = [name for name in _differing(found, config) if name in found]  # a run of GRPO has no stage's
+            differing = [name for name in differing if stage.kind != "grpo" or name not in MAY_DIFFER_ON_RESUME]
         except (yaml.YAMLError, AttributeError) as error:
             raise ValueError(f"{folder / CONFIG} cannot be read: {error}") from error
         if differing:

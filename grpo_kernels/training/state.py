@@ -33,13 +33,16 @@ from grpo_kernels.training.wrapping import is_deepspeed
 
 STATE = "trainer_state.json"
 OPTIMIZER = "optimizer.safetensors"
-#: What may differ between the run that wrote a checkpoint and the one that goes on from it.
+#: What makes no difference to what a run is.
 MAY_DIFFER = frozenset({
     "output_dir", "overwrite_output_dir", "resume", "logging_steps", "num_completions_to_print", "completions_steps",
     "save_steps", "save_total_limit", "disable_tqdm", "device", "num_threads", "report_to", "project", "run_name",
     "vllm_server_base_url", "vllm_server_host", "vllm_server_port", "vllm_server_timeout", "vllm_generation_timeout",
-    "vllm_group_port", "max_steps", "eval_batch_size",
+    "vllm_group_port",
 })  # fmt: skip
+#: What may differ between the run that wrote a checkpoint and the one that goes on from it: it may be longer, and its
+#: evaluations may need less memory. The learning rate goes on as the new schedule has it.
+MAY_DIFFER_ON_RESUME = MAY_DIFFER | {"max_steps", "eval_batch_size"}
 _SEPARATOR = "|"  # in no name of a parameter
 _STATE = {"step": int, "rows_drawn": int, "schedule": dict, "param_groups": list, "recipe": dict, "processes": int,
           "rows": str, "num_tokens": int}  # fmt: skip
@@ -106,7 +109,7 @@ def check_state(folder: Path, recipe: Recipe, processes: int) -> dict[str, Any]:
     differing = {
         name: (state["recipe"].get(name), value)
         for name, value in now.items()
-        if name not in MAY_DIFFER and state["recipe"].get(name) != value
+        if name not in MAY_DIFFER_ON_RESUME and state["recipe"].get(name) != value
     }
     if state["processes"] != processes:
         differing["processes"] = (state["processes"], processes)
