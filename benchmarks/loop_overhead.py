@@ -68,7 +68,7 @@ def parts(loop: GRPOLoop) -> list[tuple[str, Any, str]]:
         ("rewards", loop_module, "score"),
         ("decoding", loop_module, "completion_texts"),
         ("decoding", loop_module, "completion_tokens"),
-        ("prompts", loop_module, "render_prompt"),
+        ("prompts", loop_module, "render_prompts"),
         ("advantages", loop_module, "group_advantages"),
         ("reward and length metrics", loop, "_reward_metrics"),
         ("reward and length metrics", loop, "_length_metrics"),

@@ -12,7 +12,7 @@ import torch
 from transformers import Qwen2Config, Qwen2ForSequenceClassification
 
 from grpo_kernels.training import addition, rewards
-from grpo_kernels.training.errors import ForeignError
+from grpo_kernels.training.errors import ThirdPartyError
 from grpo_kernels.training.rewards import RewardLog, RewardModel, columns_of, resolve, score
 
 CHAT = [{"role": "user", "content": "1 + 1 ="}]
@@ -79,7 +79,7 @@ def test_a_function_that_names_something_else_is_told_what_it_is_given() -> None
         return [1.0]
 
     message = r"'mine' failed on 1 completions: TypeError: missing a required argument: 'p'; it is called by keyword, "
-    with pytest.raises(ForeignError, match=message + "with prompts, completions, trainer_state, .*answer"):
+    with pytest.raises(ThirdPartyError, match=message + "with prompts, completions, trainer_state, .*answer"):
         score({"mine": positional}, ["p"], ["c"], {"answer": ["1"]})
 
 
@@ -87,7 +87,7 @@ def test_an_error_is_one_line_that_says_where() -> None:
     def broken(completions: list[str], **kwargs: Any) -> list[float]:
         raise ValueError("a\nb")
 
-    with pytest.raises(ForeignError) as caught:
+    with pytest.raises(ThirdPartyError) as caught:
         score({"mine": broken}, ["p"], ["c"], {})
     line = broken.__code__.co_firstlineno + 1
     assert str(caught.value) == (
@@ -181,7 +181,7 @@ def test_a_module_is_looked_for_in_the_folders_that_are_told(tmp_path: Path, mon
         resolve("elsewhere:f")
     with pytest.raises(ValueError, match=r"module 'beside_a_recipe' \(.*beside_a_recipe.py\) has no function 'g'"):
         resolve("beside_a_recipe:g")
-    with pytest.raises(ForeignError, match=r"ModuleNotFoundError: No module named 'numpyy' \(broken_beside.py:1"):
+    with pytest.raises(ThirdPartyError, match=r"ModuleNotFoundError: No module named 'numpyy' \(broken_beside.py:1"):
         resolve("broken_beside:f")
 
 

@@ -12,7 +12,7 @@ from transformers import PreTrainedTokenizerBase
 
 from grpo_kernels import cli
 from grpo_kernels.training import addition
-from grpo_kernels.training.errors import ForeignError
+from grpo_kernels.training.errors import ThirdPartyError
 from grpo_kernels.training.recipe import load_recipe
 from grpo_kernels.training.rewards import accuracy_reward, format_reward
 from grpo_kernels.training.rollout import completion_texts, teacher_forced
@@ -136,7 +136,7 @@ def test_fields_that_a_table_filled_up_do_not_reach_the_template() -> None:
 def test_what_a_template_refuses_is_told_in_one_line(
     template: str, row: dict[str, Any], system_prompt: str | None, message: str
 ) -> None:
-    with pytest.raises(ForeignError) as caught:
+    with pytest.raises(ThirdPartyError) as caught:
         render_prompt(row, tokenizer_of(template), None, system_prompt)
     assert message in str(caught.value) and "\n" not in str(caught.value) and caught.value.__cause__ is not None
 
@@ -149,7 +149,7 @@ def test_a_tokenizer_that_fails_is_named() -> None:
             raise OverflowError("too long")
 
     with pytest.raises(
-        ForeignError, match=r"the tokenizer 'mine' failed on 1 prompts: OverflowError: too long \(test_"
+        ThirdPartyError, match=r"the tokenizer 'mine' failed on 1 prompts: OverflowError: too long \(test_"
     ):
         encode_prompts(["a"], Broken())
 

@@ -132,12 +132,12 @@ def _guarded(run: Callable[[], None], left: Callable[[], str], debug: bool) -> i
         print(f"\ninterrupted; {left()}", file=sys.stderr)
         return INTERRUPTED
     except Exception as error:
-        from grpo_kernels.training.errors import ForeignError, foreign_traceback
+        from grpo_kernels.training.errors import ThirdPartyError, third_party_traceback
 
-        if isinstance(error, ForeignError):
+        if isinstance(error, ThirdPartyError):
             print(f"\nstopped; {left()}", file=sys.stderr)
             if debug:
-                print(foreign_traceback(error), file=sys.stderr)
+                print(third_party_traceback(error), file=sys.stderr)
             return fail(f"{error}{'' if debug else '; --debug shows the traceback'}")
         # of a gradient, a reward function or the device: where it came from matters
         print(f"\nstopped; {left()}", file=sys.stderr)

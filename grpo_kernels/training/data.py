@@ -155,7 +155,7 @@ def load_rows(
         names["answer"] = answer_column or "answer"
     where = f"dataset {dataset_name!r}"
     renamed = [_renamed(row, names, f"{where}: row {number}") for number, row in enumerate(rows)]
-    _tell_of_names_taken(rows, names, where)
+    _warn_of_reserved_names(rows, names, where)
     return with_solutions(renamed, where) if has_answer else renamed
 
 
@@ -292,7 +292,7 @@ def _prompt(value: Any, where: str) -> str | list[dict[str, Any]]:
     raise ValueError(f"{where} must have a text or chat messages as its prompt, got {value!r:.80}")
 
 
-def _tell_of_names_taken(rows: Sequence[Row], names: dict[str, str], where: str) -> None:
+def _warn_of_reserved_names(rows: Sequence[Row], names: dict[str, str], where: str) -> None:
     """Warns of columns that are left out, for their name is another's here."""
     columns = dict.fromkeys(column for row in rows for column in row)
     taken = {name for name, column in names.items() if name != column} | set(ARGUMENTS)

@@ -13,22 +13,22 @@ _LIBRARIES = (_PACKAGE, sysconfig.get_path("stdlib"), sysconfig.get_path("pureli
 _LONGEST = 300  # characters of a third party's message
 
 
-class ForeignError(RuntimeError):
+class ThirdPartyError(RuntimeError):
     """Something that a run was given has failed: the message says whose it is and where, the cause is its error."""
 
 
-class ForeignTypeError(ForeignError, TypeError):
+class ThirdPartyTypeError(ThirdPartyError, TypeError):
     """What a run was given has returned something else than it must."""
 
 
-def foreign(whose: str, error: BaseException) -> ForeignError:
+def third_party_error(whose: str, error: BaseException) -> ThirdPartyError:
     """The error to raise from ``error``, in one line: what failed, the error, and the line of code or template.
 
     Args:
         whose: What failed, and on what: "reward function 'mine' failed on 8 completions".
         error: As it was caught.
     """
-    return ForeignError(f"{whose}: {described(error)}")
+    return ThirdPartyError(f"{whose}: {described(error)}")
 
 
 def described(error: BaseException) -> str:
@@ -40,7 +40,7 @@ def described(error: BaseException) -> str:
     return message + _where(error)
 
 
-def foreign_traceback(error: ForeignError) -> str:
+def third_party_traceback(error: ThirdPartyError) -> str:
     """The traceback of what failed, without this package's frames before it."""
     cause = error.__cause__
     if cause is None:

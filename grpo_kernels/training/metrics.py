@@ -87,7 +87,7 @@ class SilentRewards:
 
     def __init__(self, names: Sequence[str]) -> None:
         self.names = names
-        self._told: set[str] = set()
+        self._warned: set[str] = set()
         self._generations, self._has_scored = 0, False
 
     def note(self, rewards: Tensor, step: int) -> None:  # [B, K]
@@ -100,8 +100,8 @@ class SilentRewards:
         is_silent = rewards.isnan().all(dim=0)
         self._has_scored |= not bool(is_silent.all())
         for name in (name for name, silent in zip(self.names, is_silent.tolist(), strict=True) if silent):
-            if name not in self._told:
-                self._told.add(name)
+            if name not in self._warned:
+                self._warned.add(name)
                 _LOGGER.warning("step %d: reward function %r returned None for all %d completions",
                                 step, name, len(rewards))  # fmt: skip
         if self._generations == _SILENT_GENERATIONS:

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 from transformers import PreTrainedTokenizerBase
 
 from grpo_kernels.training.arguments import mapping
-from grpo_kernels.training.errors import ForeignError, foreign
+from grpo_kernels.training.errors import ThirdPartyError, third_party_error
 from grpo_kernels.training.rewards.completions import completion_text
 from grpo_kernels.training.tasks import Row
 
@@ -88,7 +88,7 @@ def render_prompt(
     Raises:
         ValueError: The template is unknown, takes no system prompt or no conversation of several messages, or the
             tokenizer has no chat template.
-        ForeignError: The tokenizer's chat template refuses the messages, as one that knows no system role does.
+        ThirdPartyError: The tokenizer's chat template refuses the messages, as one that knows no system role does.
     """
     check_template(template)
     prompt = question(row)
@@ -112,7 +112,7 @@ def encode_prompts(prompts: Sequence[str], tokenizer: PreTrainedTokenizerBase) -
     begin-of-text token already, as one that was rendered beforehand does, does not get a second.
 
     Raises:
-        ForeignError: The tokenizer failed.
+        ThirdPartyError: The tokenizer failed.
     """
     found: dict[int, list[int]] = {}
     for is_chat in (False, True):
@@ -123,12 +123,12 @@ def encode_prompts(prompts: Sequence[str], tokenizer: PreTrainedTokenizerBase) -
                 encoded = tokenizer(texts, add_special_tokens=not is_chat)["input_ids"]
             except Exception as error:
                 whose = f"the tokenizer {tokenizer.name_or_path!r} failed on {len(texts)} prompts"
-                raise foreign(whose, error) from error
+                raise third_party_error(whose, error) from error
             found |= zip(own, encoded, strict=True)
-    return [_begun_once(found[i], tokenizer.bos_token_id) for i in range(len(prompts))]
+    return [_without_second_bos(found[i], tokenizer.bos_token_id) for i in range(len(prompts))]
 
 
-def _begun_once(ids: list[int], bos: int | None) -> list[int]:
+def _without_second_bos(ids: list[int], bos: int | None) -> list[int]:
     return ids[1:] if bos is not None and ids[:2] == [bos, bos] else ids
 
 
@@ -232,7 +232,7 @@ class _Chat(NamedTuple):
             return _continued(self._applied(messages, add_generation_prompt=True), prefix)
         try:
             return self._applied(messages, continue_final_message=True)
-        except ForeignError as error:
+        except ThirdPartyError as error:
             if not isinstance(error.__cause__, ValueError):  # transformers', where the template leaves the message out
                 raise
         return _continued(self._applied(messages[:-1], add_generation_prompt=True), prefilled)
@@ -243,4 +243,4 @@ class _Chat(NamedTuple):
         except Exception as error:
             roles = ", ".join(str(message.get("role")) for message in messages)
             name = self.tokenizer.name_or_path or type(self.tokenizer).__name__
-            raise foreign(f"the chat template of {name!r} failed on messages of {roles}", error) from error
+            raise third_party_error(f"the chat template of {name!r} failed on messages of {roles}", error) from error

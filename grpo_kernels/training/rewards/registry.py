@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
-from grpo_kernels.training.errors import foreign
+from grpo_kernels.training.errors import third_party_error
 from grpo_kernels.training.rewards.answers import JUDGES, accuracy_reward, exact_match_reward, math_accuracy_reward
 from grpo_kernels.training.rewards.code import CodeReward
 from grpo_kernels.training.rewards.language import LanguageConsistencyReward
@@ -81,7 +81,7 @@ def resolve(name: str) -> RewardFunction:
     Raises:
         ValueError: There is no such module or function, what has parameters is not marked, it has no such parameter,
             or a value is no literal or out of range.
-        ForeignError: The module was found and raised when it was imported.
+        ThirdPartyError: The module was found and raised when it was imported.
     """
     base, arguments = _split(name)
     if base not in BUILT_IN and ":" not in base and arguments is None and ("/" in base or Path(base).is_dir()):
@@ -135,7 +135,7 @@ def _imported(name: str) -> Callable[..., Any]:
     except Exception as error:
         is_missing = isinstance(error, ModuleNotFoundError) and f"{module_name}.".startswith(f"{error.name}.")
         if not is_missing:
-            raise foreign(f"reward_funcs: {name!r} cannot be imported", error) from error
+            raise third_party_error(f"reward_funcs: {name!r} cannot be imported", error) from error
         places = "".join(f" or in {folder}" for folder in _FOLDERS)
         raise ValueError(
             f"reward_funcs: {name!r} cannot be imported: {error} among the installed packages{places}"

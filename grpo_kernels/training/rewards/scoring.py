@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from transformers import TrainerState
 
 from grpo_kernels.ops.tokens.reference import weighted_sum
-from grpo_kernels.training.errors import ForeignError, ForeignTypeError, foreign
+from grpo_kernels.training.errors import ThirdPartyError, ThirdPartyTypeError, third_party_error
 from grpo_kernels.training.rewards.reward_model import RewardModel
 
 _NOT_COLUMNS = ("prompt", "completion")  # given under names of their own
@@ -90,7 +90,7 @@ def score(
         log: What the functions report; by default it goes nowhere.
 
     Raises:
-        ForeignError: A function raised; its exception is the cause.
+        ThirdPartyError: A function raised; its exception is the cause.
         TypeError: A function returned something else than a list of numbers and None.
         ValueError: A function returned NaN, an infinite reward or not one reward per completion.
     """
@@ -176,15 +176,17 @@ def _check_takes(signature: inspect.Signature, given: dict[str, Any]) -> None:
         raise TypeError(f"{error}; it is called by keyword, with {names}, and takes {signature}") from None
 
 
-def _failure(name: str, count: int, error: Exception) -> ForeignError:
-    return foreign(f"reward function {name!r} failed on {count} completions", error)
+def _failure(name: str, count: int, error: Exception) -> ThirdPartyError:
+    return third_party_error(f"reward function {name!r} failed on {count} completions", error)
 
 
 def _checked(name: str, values: Any, count: int) -> Tensor:  # [B]
     if hasattr(values, "tolist"):  # a tensor or an array
         values = values.tolist()
     if not isinstance(values, Sequence) or isinstance(values, (str, bytes)):
-        raise ForeignTypeError(f"reward function {name!r} must return a list of rewards, got {type(values).__name__}")
+        raise ThirdPartyTypeError(
+            f"reward function {name!r} must return a list of rewards, got {type(values).__name__}"
+        )
     if len(values) != count:
         raise ValueError(f"reward function {name!r} must return {count} rewards, got {len(values)}")
     rewards = torch.tensor([_number(name, i, value) for i, value in enumerate(values)], dtype=torch.float32)
@@ -199,7 +201,7 @@ def _number(name: str, index: int, value: Any) -> float:
     if hasattr(value, "tolist"):  # a scalar of numpy or torch
         value = value.tolist()
     if not isinstance(value, numbers.Real):
-        raise ForeignTypeError(
+        raise ThirdPartyTypeError(
             f"reward function {name!r} must return numbers or None, got {type(value).__name__} {value!r} "
             f"for completion {index}"
         )
