@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import site
 import sysconfig
 import traceback
 from pathlib import Path
 from types import TracebackType
 
 _PACKAGE = str(Path(__file__).parents[1])
-_LIBRARIES = (_PACKAGE, sysconfig.get_path("stdlib"), sysconfig.get_path("purelib"), *site.getsitepackages())
+_LIBRARIES = (_PACKAGE, *(sysconfig.get_path(name) for name in ("stdlib", "purelib", "platlib")))
 _LONGEST = 300  # characters of a third party's message
 
 
