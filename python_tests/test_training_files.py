@@ -184,7 +184,7 @@ def test_the_shapes_of_a_json_file(tmp_path: Path, content: str, rows: int) -> N
         ("a.json", b'"text"', r"a\.json: expected a list of objects, got str"),
         ("a.json", b'{"dev": [{"a": 1}], "test": [{"a": 1}]}', r"has no split 'train'; it has dev, test"),
         ("a.csv", b"prompt,answer\na,1,2\n", r"a\.csv:2: expected 2 cells, got 3"),
-        ("a.csv", b"prompt,prompt\na,1\n", r"its columns must have different names, got prompt, prompt"),
+        ("a.csv", b"prompt,prompt\na,1\n", r"its columns must have different names, got 'prompt', 'prompt'"),
         ("a.csv", b'prompt,answer\n"a,1\n', r"a\.csv:2: unexpected end of data"),
         ("a.csv", "prompt,answer\nä,1\n".encode("latin-1"), r"a\.csv cannot be read: .*utf-8"),
         ("a.csv", b"prompt,answer\n[],1\n", None),

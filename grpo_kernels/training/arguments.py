@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Collection, Sequence
+from pathlib import Path
 from typing import Any
 
 import yaml
@@ -40,6 +41,17 @@ def with_yaml_lists(overrides: Sequence[str], lists: Collection[str]) -> list[st
 def given_keys(overrides: Sequence[str]) -> list[str]:
     """The keys of ``["--key", "value", "--key=value", ...]``."""
     return [text[2:].partition("=")[0].replace("-", "_") for text in overrides if text.startswith("--")]
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """The keys and values of a YAML file; raises ValueError, with its name, where it cannot be read or has others."""
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise ValueError(f"{path} cannot be read: {' '.join(str(error).split())}") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{path}: expected a mapping of keys to values, got {type(content).__name__}")
+    return content
 
 
 def mapping(name: str, value: Any) -> dict[str, Any]:

@@ -13,6 +13,7 @@ from collections.abc import Callable, Hashable, Sequence
 from typing import Any
 
 from grpo_kernels.training.rewards import extract_answer, format_reward
+from grpo_kernels.training.rewards.completions import message_text
 from grpo_kernels.training.tasks import Row, SyntheticTask, step_boundaries
 from grpo_kernels.training.templates import joined, question
 
@@ -189,7 +190,7 @@ def is_right(row: Row) -> bool:
 def prompt_key(row: Row) -> Hashable:
     """A row's question up to white space and letter case; of a chat, every message."""
     asked = question(row)
-    texts = [asked] if isinstance(asked, str) else [message["content"] for message in asked]
+    texts = [asked] if isinstance(asked, str) else [message_text(message) for message in asked]
     return tuple(" ".join(text.split()).casefold() for text in texts)
 
 

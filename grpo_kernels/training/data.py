@@ -13,20 +13,19 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from grpo_kernels.training.augmentation import prompt_key
-from grpo_kernels.training.dataset_files import SUFFIXES, plain_rows, read_file, read_jsonl
-from grpo_kernels.training.errors import described
+from grpo_kernels.training.dataset_files import read_jsonl
+from grpo_kernels.training.dataset_splits import open_dataset
 from grpo_kernels.training.gsm8k import with_solutions
-from grpo_kernels.training.hub import check_folder, use_cache_if_unreachable
 from grpo_kernels.training.models import load_pretrained
 from grpo_kernels.training.recipe import Recipe
-from grpo_kernels.training.rewards import RewardFunction, check_name, resolve
+from grpo_kernels.training.rewards import RewardFunction, check_name, completion_text, resolve
+from grpo_kernels.training.rewards.completions import plain_message
 from grpo_kernels.training.rewards.scoring import ARGUMENTS
 from grpo_kernels.training.tasks import TASKS, Row, build_model
 
 _LOGGER = logging.getLogger(__name__)
 
 _HELD_OUT = 200  # problems, unless a recipe says how many; of one split that is cut in two a fifth at most
-_GSM8K = ("openai/gsm8k", "gsm8k")
 
 
 class Task(NamedTuple):
@@ -136,7 +135,7 @@ def load_rows(
         dataset_name: A file (.jsonl, .json, .csv, .parquet), a folder that ``save_to_disk`` wrote, a folder of data
             files, or a name on the Hub. ``dataset_files`` says how values are read.
         config: The configuration of a dataset that has several; GSM8K's is "main" unless another is named.
-        split: Which split of a dataset that has several; a file or a saved single dataset has one, and gives it.
+        split: Which split, or part of one, as ``train[:100]``. A file, or a dataset saved without splits, has "train".
         prompt_column: What the dataset calls ``prompt``; by default that, or ``question`` where there is none.
         answer_column: What it calls ``answer``; by default that.
         needs_answer: Whether it must have one; else what stands there under another name than ``answer`` stays there.
@@ -144,8 +143,8 @@ def load_rows(
     Raises:
         ValueError: The dataset cannot be found, has no such split, or lacks a column or a value.
     """
-    text_columns = [*filter(None, (prompt_column, answer_column)), "prompt", "question", "answer"]
-    rows = _read(dataset_name, config, split, text_columns)
+    text_columns = [*filter(None, (prompt_column, answer_column)), "prompt", "question", "answer", "completion"]
+    rows = open_dataset(dataset_name, config, text_columns, tuple(TASKS)).rows(split)
     if prompt_column is None:
         is_question = bool(rows) and "prompt" not in rows[0] and "question" in rows[0]
         prompt_column = "question" if is_question else "prompt"
@@ -179,20 +178,27 @@ def read_rows(path: Path, columns: Sequence[str]) -> list[Row]:
                 f"{path}: row {number} must have {', '.join(columns)}; it lacks {', '.join(missing)} and has "
                 f"{', '.join(sorted(row))}"
             )
-    return rows
+    found = [_with_texts(row, f"{path}: row {number}") for number, row in enumerate(rows)]
+    return [row | {"prompt": _prompt(row["prompt"], f"{path}: row {n}")} for n, row in enumerate(found)]
 
 
 def _load_splits(recipe: Recipe) -> tuple[list[Row], list[Row]]:
     """Training and held-out rows: two splits as they are, or one cut in two, no question on both sides of the cut."""
     name, held_out_split = recipe.dataset_name, recipe.eval_dataset_split
-    if held_out_split is not None and _is_single(Path(name)):
-        raise ValueError(f"eval_dataset_split must be None for {name!r}, which has one split, got {held_out_split!r}")
+    is_whole = held_out_split is not None and "[" not in held_out_split
+    if is_whole and open_dataset(name, recipe.dataset_config, (), tuple(TASKS)).is_single:
+        raise ValueError(
+            f"eval_dataset_split must be None for {name!r}, which has one split, got {held_out_split!r}; a part of "
+            "it is train[90%:]"
+        )
     columns = {
         "prompt_column": recipe.prompt_column,
         "answer_column": recipe.answer_column,
         "needs_answer": "answer" in columns_needed(recipe),
     }
     rows = load_rows(name, config=recipe.dataset_config, split=recipe.dataset_split, **columns)
+    if not rows:
+        raise ValueError(f"dataset {name!r} has no rows")
     if held_out_split is not None:
         held_out = load_rows(name, config=recipe.dataset_config, split=held_out_split, **columns)
         return rows, held_out[: _HELD_OUT if recipe.num_eval_prompts is None else recipe.num_eval_prompts]
@@ -201,64 +207,6 @@ def _load_splits(recipe: Recipe) -> tuple[list[Row], list[Row]]:
     eval_rows = rows[:count]
     asked = {prompt_key(row) for row in eval_rows}
     return [row for row in rows[count:] if prompt_key(row) not in asked], eval_rows
-
-
-def _is_single(path: Path) -> bool:
-    """Whether a dataset has no splits: one file, or a single dataset saved to a folder."""
-    return path.suffix.lower() in (".jsonl", ".csv", ".parquet") or (path / "state.json").is_file()
-
-
-def _read(name: str, config: str | None, split: str, text_columns: Sequence[str]) -> list[Row]:
-    path = Path(name).expanduser()
-    if path.suffix.lower() in SUFFIXES:
-        return read_file(path, split=split, text_columns=text_columns)
-    check_folder("dataset_name", name)
-    import datasets  # seconds of import that only a run on a folder or a Hub name needs
-
-    if not path.is_dir():
-        use_cache_if_unreachable()
-        config = "main" if config is None and name in _GSM8K else config
-    is_saved = (path / "dataset_dict.json").is_file() or (path / "state.json").is_file()
-    try:
-        found = datasets.load_from_disk(str(path)) if is_saved else datasets.load_dataset_builder(str(path), config)
-    except Exception as error:
-        known = f"a built-in task ({', '.join(TASKS)}), a file ({', '.join(SUFFIXES)}), a folder or a name on the Hub"
-        raise ValueError(f"dataset_name must be {known}, got {name!r}: {described(error)}") from error
-    return _saved(found, name, split) if is_saved else _of_files(found, name, split, text_columns)
-
-
-def _saved(found: Any, name: str, split: str) -> list[Row]:
-    """The rows of what ``save_to_disk`` wrote."""
-    if hasattr(found, "to_list"):
-        return plain_rows(found.to_list())
-    if split not in found:
-        raise ValueError(f"dataset {name!r} has no split {split!r}; it has {', '.join(found)}")
-    return plain_rows(found[split].to_list())
-
-
-def _of_files(builder: Any, name: str, split: str, text_columns: Sequence[str]) -> list[Row]:
-    """The rows of a folder's or a Hub dataset's files: of these kinds they are read as single files are."""
-    import datasets
-
-    files = {str(key): [str(path) for path in paths] for key, paths in (builder.config.data_files or {}).items()}
-    key, _, part = split.partition("[")
-    is_ours = all(Path(path).suffix.lower() in SUFFIXES for paths in files.values() for path in paths)
-    if files and is_ours and key not in files:
-        raise ValueError(f"dataset {name!r} has no split {split!r}; it has {', '.join(files)}")
-    try:
-        if not files or not is_ours:
-            builder.download_and_prepare()
-            return plain_rows(builder.as_dataset(split=split).to_list())
-        paths = datasets.DownloadManager().download(files[key])
-    except Exception as error:
-        raise ValueError(f"dataset {name!r} cannot be read: {described(error)}") from error
-    options = {"split": key, "text_columns": text_columns}
-    pairs = zip(paths, files[key], strict=True)
-    rows = [row for path, file in pairs for row in read_file(Path(path), suffix=Path(file).suffix, **options)]
-    if not part:
-        return rows
-    (begun,) = datasets.ReadInstruction.from_spec(split).to_absolute({key: len(rows)})
-    return rows[begun.from_ : begun.to]
 
 
 def _renamed(row: Row, names: dict[str, str], where: str) -> Row:
@@ -273,23 +221,40 @@ def _renamed(row: Row, names: dict[str, str], where: str) -> Row:
     if missing:
         raise ValueError(
             f"{where} must have columns {' and '.join(names.values())}; it lacks {', '.join(missing)} and has "
-            f"{', '.join(sorted(row))} (prompt_column and answer_column name others)"
+            f"{', '.join(sorted(row)) or 'none'} (prompt_column and answer_column name others)"
         )
     for name in names.values():
         if row[name] is None:
             raise ValueError(f"{where} must have a value in column {name}, got None")
     rest = {column: value for column, value in row.items() if column not in (*names.values(), *ARGUMENTS)}
     found = {**rest, **{name: row[column] for name, column in names.items()}}
-    return {**found, "prompt": _prompt(found["prompt"], where)}
+    return _with_texts({**found, "prompt": _prompt(found["prompt"], where)}, where)
 
 
 def _prompt(value: Any, where: str) -> str | list[dict[str, Any]]:
-    """A text, or chat messages; a number is the text of it."""
+    """A text, or chat messages with a text each; a number is the text of it."""
     if isinstance(value, (str, int, float)):
         return str(value)
-    if isinstance(value, list) and value and all(isinstance(m, dict) and "role" in m for m in value):
-        return value
+    try:
+        if isinstance(value, list) and value:
+            return [plain_message(message) for message in value]
+    except ValueError as error:
+        raise ValueError(f"{where}: {error}") from error
     raise ValueError(f"{where} must have a text or chat messages as its prompt, got {value!r:.80}")
+
+
+def _with_texts(row: Row, where: str) -> Row:
+    """The row with texts as its ``completion`` and ``completion_prefix``, whatever a file has there."""
+    found = dict(row)
+    for name in ("completion", "completion_prefix"):
+        value = row.get(name)
+        if isinstance(value, (int, float)):
+            found[name] = str(value)
+        elif isinstance(value, list) and value and all(isinstance(m, dict) for m in value):
+            found[name] = completion_text(value)
+        elif value is not None and not isinstance(value, str):
+            raise ValueError(f"{where} must have a text or messages as its {name}, got {value!r:.80}")
+    return found
 
 
 def _warn_of_reserved_names(rows: Sequence[Row], names: dict[str, str], where: str) -> None:

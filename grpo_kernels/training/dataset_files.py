@@ -27,9 +27,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from grpo_kernels.training.errors import described
+
 Row = dict[str, Any]
 
 SUFFIXES = (".jsonl", ".json", ".csv", ".parquet")
+_SPLIT_NAMES = ("train", "test", "validation", "valid", "dev", "eval")
 _EXACT = 2**53  # up to which floats hold every whole number
 
 
@@ -53,7 +56,7 @@ def read_file(
     """
     suffix = (suffix or path.suffix).lower()
     if suffix == ".parquet":
-        return plain_rows(_parquet_rows(path))
+        return _parquet_rows(path)
     text = _text(path)
     if suffix == ".csv":
         return _csv_rows(path, text, text_columns)
@@ -72,6 +75,35 @@ def read_jsonl(path: Path) -> list[Row]:
 def plain_rows(rows: Sequence[Mapping[str, Any]]) -> list[Row]:
     """Rows of a table by the rule above."""
     return [{str(name): _plain(value) for name, value in row.items()} for row in rows]
+
+
+def table_rows(table: Any) -> list[Row]:
+    """The rows of an Arrow table by the rule above. A number of 16 or 32 bits is what is written for it, as 0.1."""
+    import numpy as np
+
+    columns = {}
+    for field, column in zip(table.schema, table.columns, strict=True):
+        if field.name in columns:
+            raise ValueError(f"a table's columns must have different names, got {field.name!r} twice")
+        narrow = {"halffloat": np.float16, "float": np.float32}.get(str(field.type))
+        values = column.to_pylist()
+        columns[field.name] = values if narrow is None else [v if v is None else float(str(narrow(v))) for v in values]
+    rows = zip(*columns.values(), strict=True)
+    return plain_rows([dict(zip(columns, row, strict=True)) for row in rows])
+
+
+def json_splits(path: Path) -> list[str]:
+    """The splits of a .json file; none where it has one, without a name.
+
+    Raises:
+        ValueError: The file cannot be read.
+    """
+    try:
+        found = json.loads(_text(path))
+    except (ValueError, RecursionError):  # lines; or what reading it will say
+        return []
+    tables = [name for name, rows in found.items() if _is_table(rows)] if isinstance(found, dict) else []
+    return tables if len(tables) > 1 or (len(tables) == 1 and tables[0] in _SPLIT_NAMES) else []
 
 
 def _plain(value: Any) -> Any:
@@ -115,7 +147,7 @@ def _lines(path: Path, text: str) -> list[Row]:
             continue
         try:
             row = json.loads(line)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise ValueError(f"{path}:{number}: expected a JSON object, got {line[:60]!r}") from error
         rows.append(_row(row, f"{path}:{number}"))
     return rows
@@ -124,7 +156,7 @@ def _lines(path: Path, text: str) -> list[Row]:
 def _json_rows(path: Path, text: str, split: str) -> list[Row]:
     try:
         found = json.loads(text)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         if getattr(error, "msg", "") == "Extra data":  # more than one value: one a line
             return _lines(path, text)
         raise ValueError(f"{path} cannot be read: {error}") from error
@@ -165,12 +197,15 @@ def _csv_rows(path: Path, text: str, text_columns: Sequence[str]) -> list[Row]:
     reader = csv.reader(io.StringIO(text, newline=""), strict=True)
     rows: list[Row] = []
     try:
-        names = next(reader, [])
+        names = [name.strip() for name in next((cells for cells in reader if cells), [])]
+        while names and not names[-1]:  # a comma at the end of every line
+            names.pop()
         if len(set(names)) < len(names):
-            raise ValueError(f"{path}: its columns must have different names, got {', '.join(names)}")
+            raise ValueError(f"{path}: its columns must have different names, got {', '.join(map(repr, names))}")
         for cells in reader:
             if not cells:
                 continue
+            cells = cells if any(cells[len(names) :]) else cells[: len(names)]
             if len(cells) > len(names):
                 raise ValueError(f"{path}:{reader.line_num}: expected {len(names)} cells, got {len(cells)}")
             cells += [""] * (len(names) - len(cells))
@@ -206,6 +241,6 @@ def _parquet_rows(path: Path) -> list[Row]:
     from pyarrow import parquet
 
     try:
-        return parquet.read_table(path).to_pylist()
+        return table_rows(parquet.read_table(path))
     except (OSError, arrow.ArrowException) as error:
-        raise ValueError(f"{path} cannot be read: {error}") from error
+        raise ValueError(f"{path} cannot be read: {described(error)}") from error

@@ -21,7 +21,7 @@ def is_folder_name(name: str) -> bool:
 
 def check_folder(key: str, name: str) -> None:
     """Raises ValueError, with the recipe's key, where a name is neither there nor on the Hub by its form."""
-    if is_folder_name(name) and not Path(name).exists():
+    if is_folder_name(name) and not Path(name).expanduser().exists():
         raise ValueError(f"{key} {name!r} cannot be loaded: no such folder")
 
 

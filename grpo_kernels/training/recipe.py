@@ -6,17 +6,17 @@ from __future__ import annotations
 import argparse
 import difflib
 import json
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
 from importlib import resources
 from pathlib import Path
 from typing import Any, Literal
 
-import yaml
 from transformers import HfArgumentParser
 
 from grpo_kernels import BACKENDS, GRPOLossConfig
-from grpo_kernels.training.arguments import NEGATIVE, given_keys, mapping, with_yaml_lists
+from grpo_kernels.training.arguments import NEGATIVE, given_keys, mapping, read_yaml, with_yaml_lists
 from grpo_kernels.training.templates import PromptFormat, check_template
 
 
@@ -168,7 +168,11 @@ class Recipe:
         if self.steps_per_generation is None:
             self.steps_per_generation = self.gradient_accumulation_steps
         for name in _AT_LEAST_ONE:
-            _at_least(name, getattr(self, name), 1)
+            if getattr(self, name) is not None:
+                _at_least(name, getattr(self, name), 1)
+        for name in ("dataset_name", "model_name_or_path", "output_dir"):
+            if getattr(self, name) is not None:
+                setattr(self, name, os.path.expanduser(getattr(self, name)))
         for name in _AT_LEAST_ZERO:
             if getattr(self, name) is not None:
                 _at_least(name, getattr(self, name), 0)
@@ -199,8 +203,6 @@ class Recipe:
         for name in ("vllm_server_timeout", "vllm_generation_timeout"):
             if not 0 < getattr(self, name) < float("inf"):
                 raise ValueError(f"{name} must be finite and greater than 0, got {getattr(self, name)}")
-        if self.max_prompt_length is not None:
-            _at_least("max_prompt_length", self.max_prompt_length, 1)
         if not self.pass_rate_bounds[0] < self.pass_rate_bounds[1]:
             raise ValueError(
                 f"min_pass_rate must be less than max_pass_rate ({self.max_pass_rate}), got {self.min_pass_rate}"
@@ -260,12 +262,20 @@ class Recipe:
 
 _LISTS = frozenset(key.name for key in fields(Recipe) if "list[" in str(key.type))
 _MAPPINGS = ("chat_template_kwargs",)
+#: What keys of other trainers are called here.
+_ELSEWHERE = {
+    "lr": "learning_rate", "num_train_epochs": "max_steps", "warmup_ratio": "warmup_steps", "epsilon_low": "epsilon",
+    "resume_from_checkpoint": "resume", "train_batch_size": "per_device_train_batch_size", "num_samples":
+    "num_generations", "max_new_tokens": "max_completion_length", "model": "model_name_or_path", "dataset":
+    "dataset_name", "epochs": "max_steps", "kl_coef": "beta",
+}  # fmt: skip
 _NEAR = 0.75  # how alike a key must be to be what was meant, from 0 to 1
 
 _AT_LEAST_ONE = (
     "max_steps", "per_device_train_batch_size", "gradient_accumulation_steps", "steps_per_generation", "num_iterations",
     "max_completion_length", "sft_batch_size", "logging_steps", "save_steps", "save_total_limit", "eval_samples",
     "eval_batch_size", "lora_r", "lora_alpha", "max_generation_batches", "pass_rate_samples", "vllm_server_port",
+    "num_threads", "max_prompt_length",
 )  # fmt: skip
 _AT_LEAST_ZERO = (
     "learning_rate", "sft_learning_rate", "sft_steps", "warmup_steps", "weight_decay", "max_grad_norm",
@@ -327,9 +337,9 @@ def load_recipe(name: str | None, overrides: Sequence[str] = ()) -> Recipe:
     if name is None:
         return _parsed([], overrides)
     path = recipe_path(name)
-    content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    if not isinstance(content, dict):
-        raise ValueError(f"{path}: expected a mapping of keys to values, got {type(content).__name__}")
+    content = read_yaml(path)
+    if "stages" in content:
+        raise ValueError(f"{path} is a recipe of several stages: grpo-kernels recipe {name}")
     return with_overrides(str(path), content, overrides)
 
 
@@ -380,6 +390,7 @@ def _arguments(where: str, content: dict[str, Any]) -> list[str]:
 
 
 def _unknown_key(key: str) -> str:
-    near = difflib.get_close_matches(key, [f.name for f in fields(Recipe)], n=1, cutoff=_NEAR)
+    near = [_ELSEWHERE[key]] if key in _ELSEWHERE else []
+    near += difflib.get_close_matches(key, [f.name for f in fields(Recipe)], n=1, cutoff=_NEAR)
     hint = f"the nearest known key is {near[0]!r}" if near else "grpo-kernels train --help lists the keys"
     return f"unknown key {key!r}; {hint}"

@@ -236,7 +236,10 @@ def _prepare(output_dir: Path, overwrite: bool) -> None:
     if overwrite:
         clear_run(output_dir)
     elif has_records(output_dir / METRICS) or list_checkpoints(output_dir):
-        raise FileExistsError(f"output_dir {output_dir} holds another run; name another or set overwrite_output_dir")
+        raise FileExistsError(
+            f"output_dir {output_dir} holds another run; name another, set resume to go on with it, or "
+            "overwrite_output_dir"
+        )
     output_dir.mkdir(parents=True, exist_ok=True)
 
 

@@ -13,7 +13,7 @@ from typing import Any
 
 import yaml
 
-from grpo_kernels.training.arguments import given_keys
+from grpo_kernels.training.arguments import given_keys, read_yaml
 from grpo_kernels.training.augmentation import WAYS
 from grpo_kernels.training.recipe import Recipe, recipe_path, with_overrides
 from grpo_kernels.training.rewards import resolve
@@ -149,7 +149,7 @@ def load_stages(name: str, overrides: Sequence[str] = ()) -> tuple[Path, list[St
         ValueError: A key is unknown, a value does not fit, or a stage is named that does not come before.
     """
     path = recipe_path(name)
-    content = _mapping(path)
+    content = read_yaml(path)
     unknown = sorted(content.keys() - {"output_dir", "common", "stages"})
     if unknown or not content.get("stages"):
         raise ValueError(f"{path}: expected output_dir, common and stages, got {', '.join(unknown) or 'no stages'}")
@@ -188,7 +188,7 @@ def load_stage(kind: str, name: str | None, overrides: Sequence[str] = ()) -> St
         given, rest = stage_parser(kind).parse_known_args(list(overrides))
     except argparse.ArgumentError as error:
         raise ValueError(f"command line: {error}") from error
-    content = {} if name is None else _mapping(recipe_path(name))
+    content = {} if name is None else read_yaml(recipe_path(name))
     content = {"output_dir": f"runs/{kind}"} | (_measuring(content) if kind == "eval" else content)
     _check_keys(name or "command line", kind, content)
     _check_keys("command line", kind, given_keys(rest))
@@ -248,16 +248,6 @@ def _stage(where: str, name: str, values: dict[str, Any], common: dict[str, Any]
     given = {key: values[key] for key in values if key in KEYS.get(values["kind"], own) or key in own - of_recipe}
     rest = {key: value for key, value in values.items() if key not in given and key != "kind"}
     return Stage(name=name, kind=values["kind"], recipe=with_overrides(where, common | rest, overrides), **given)
-
-
-def _mapping(path: Path) -> dict[str, Any]:
-    try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path}: {error}") from error
-    if not isinstance(content, dict):
-        raise ValueError(f"{path}: expected a mapping of keys to values, got {type(content).__name__}")
-    return content
 
 
 def _output_dir(root: str, overrides: Sequence[str]) -> tuple[Path, list[str]]:

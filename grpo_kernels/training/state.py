@@ -105,6 +105,10 @@ def check_state(folder: Path, recipe: Recipe, processes: int) -> dict[str, Any]:
         _check_shape(state, _STATE)
     except (OSError, ValueError) as error:
         raise ValueError(f"checkpoint {folder} cannot be read, it may be cut short: {error}") from error
+    if recipe.max_steps < state["step"]:
+        raise ValueError(
+            f"max_steps must be at least {state['step']}, the steps of checkpoint {folder}, got {recipe.max_steps}"
+        )
     now = json.loads(json.dumps(asdict(recipe)))
     differing = {
         name: (state["recipe"].get(name), value)

@@ -10,14 +10,14 @@ sample malformed.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from transformers import PreTrainedTokenizerBase
 
 from grpo_kernels.training.arguments import mapping
 from grpo_kernels.training.errors import ThirdPartyError, third_party_error
-from grpo_kernels.training.rewards.completions import completion_text
+from grpo_kernels.training.rewards.completions import message_text, plain_message
 from grpo_kernels.training.tasks import Row
 
 # The structure of DeepSeek-R1-Zero's template (arXiv:2501.12948, table 1) in other words. It ends without <think>.
@@ -78,8 +78,8 @@ def render_prompt(
             A chat template is given its ``tools``, JSON schemas, and its ``chat_template_kwargs``.
         tokenizer: Its chat template renders messages.
         template: "none" (the text as it is), "r1_zero", "chat" (the tokenizer's chat template), or a text in which
-            ``{prompt}`` is replaced and other braces stay. None is "chat" for messages and for a text with a system
-            prompt, and "none" for a text without one.
+            ``{prompt}`` is replaced and other braces stay. None is "chat" for messages, and for a text with a system
+            prompt, arguments of a chat template or tools; for any other text it is "none".
         system_prompt: Put before messages that do not begin with a system message of their own; a text template has
             its own words and takes none.
         chat_template_kwargs: What a chat template is given, as Qwen3's ``{"enable_thinking": False}``. A row's own
@@ -92,15 +92,17 @@ def render_prompt(
     """
     check_template(template)
     prompt = question(row)
+    own = {name: _decoded(row, name) for name in ("chat_template_kwargs", "tools") if row.get(name)}
     if template is None:
-        template = "none" if isinstance(prompt, str) and system_prompt is None else "chat"
+        is_text = isinstance(prompt, str) and system_prompt is None and not chat_template_kwargs and not own
+        template = "none" if is_text else "chat"
     if template == "chat":
-        own = mapping("column chat_template_kwargs", _decoded(row, "chat_template_kwargs") or {})
-        kwargs = {**(chat_template_kwargs or {}), **own}
-        chat = _Chat(tokenizer, kwargs | {"tools": _decoded(row, "tools") or None})
+        kwargs = mapping("column chat_template_kwargs", own.pop("chat_template_kwargs", {}))
+        chat = _Chat(tokenizer, {**(chat_template_kwargs or {}), **kwargs, **own})
         return ChatText(chat.rendered(prompt, system_prompt, row.get("completion_prefix") or ""))
-    if system_prompt is not None:
-        raise ValueError(f"system_prompt must be None for the text template {template!r}, got {system_prompt!r}")
+    for name, value in (("system_prompt", system_prompt), ("chat_template_kwargs", chat_template_kwargs)):
+        if value:
+            raise ValueError(f"{name} must be None for the text template {template!r}, got {value!r}")
     text, prefix = _text(prompt, template), row.get("completion_prefix") or _prefilled(prompt)
     return _continued(TEXT_TEMPLATES.get(template, template).replace("{prompt}", text), prefix)
 
@@ -170,11 +172,15 @@ def joined(first: str, second: str) -> str:
     return f"{first} {second}"
 
 
-def _continued(rendered: str, prefix: str) -> str:
+def _continued(rendered: str, prefix: str, join: Callable[[str, str], str] = joined) -> str:
     """A rendered prompt and the beginning of its completion; a ``<think>`` that both have stands there once."""
-    if _opens_reasoning(rendered) and prefix.startswith(OPENING_TAG):
-        prefix = prefix.removeprefix(OPENING_TAG).lstrip()
-    return joined(rendered, prefix)
+    if _opens_reasoning(rendered) and prefix.lstrip().startswith(OPENING_TAG):
+        prefix = prefix.lstrip().removeprefix(OPENING_TAG).lstrip()
+    return join(rendered, prefix)
+
+
+def _follow(first: str, second: str) -> str:
+    return first + second
 
 
 def _opens_reasoning(rendered_prompt: str) -> bool:
@@ -184,7 +190,26 @@ def _opens_reasoning(rendered_prompt: str) -> bool:
 def _prefilled(prompt: str | Sequence[dict[str, Any]]) -> str:
     """The assistant's words that a conversation ends with; empty if it does not."""
     is_begun = not isinstance(prompt, str) and len(prompt) > 0 and prompt[-1]["role"] == "assistant"
-    return completion_text([prompt[-1]]) if is_begun else ""
+    text = message_text(prompt[-1]) if is_begun else ""
+    return text if text.strip() else ""
+
+
+def _without_empty_end(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The conversation without an assistant's message that says nothing yet.
+
+    Raises:
+        ValueError: That message calls a tool or only reasons, which no template can go on with.
+    """
+    if messages[-1]["role"] != "assistant":
+        return messages
+    others = [name for name, value in messages[-1].items() if name not in ("role", "content") and value]
+    if others:
+        raise ValueError(f"a conversation cannot end with the assistant's {' and '.join(others)}, which has no text")
+    return messages[:-1]
+
+
+def _plain(prompt: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    return [plain_message(message) for message in _without_none(prompt)]
 
 
 def _text(prompt: str | list[dict[str, Any]], template: str) -> str:
@@ -194,7 +219,7 @@ def _text(prompt: str | list[dict[str, Any]], template: str) -> str:
     if len(asked) != 1 or asked[0]["role"] != "user":
         roles = ", ".join(message["role"] for message in prompt)
         raise ValueError(f"the template {template!r} takes a text or one user message, got messages of {roles}")
-    return asked[0]["content"]
+    return message_text(asked[0])
 
 
 def _decoded(row: Row, column: str) -> Any:
@@ -224,18 +249,20 @@ class _Chat(NamedTuple):
         """Messages up to where the completion begins."""
         if self.tokenizer.chat_template is None:
             raise ValueError("the tokenizer has no chat template: set prompt_template, and no system_prompt")
-        messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else _without_none(prompt)
+        messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else _plain(prompt)
         if system_prompt is not None and messages[0]["role"] != "system":
             messages = [{"role": "system", "content": system_prompt}, *messages]
         prefilled = _prefilled(messages)
+        if prefilled.lstrip().startswith(OPENING_TAG):  # which templates take out, or put another before
+            return _continued(self._applied(messages[:-1], add_generation_prompt=True), prefilled, _follow)
         if not prefilled:
-            return _continued(self._applied(messages, add_generation_prompt=True), prefix)
+            return _continued(self._applied(_without_empty_end(messages), add_generation_prompt=True), prefix)
         try:
             return self._applied(messages, continue_final_message=True)
         except ThirdPartyError as error:
             if not isinstance(error.__cause__, ValueError):  # transformers', where the template leaves the message out
                 raise
-        return _continued(self._applied(messages[:-1], add_generation_prompt=True), prefilled)
+        return _continued(self._applied(messages[:-1], add_generation_prompt=True), prefilled, _follow)
 
     def _applied(self, messages: list[dict[str, Any]], **options: Any) -> str:
         try:

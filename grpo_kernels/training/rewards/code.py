@@ -182,26 +182,32 @@ def _block(lines: list[str], first: int, last: int, markup: str, label: str | No
     """The block that is opened on line ``first`` and goes up to ``last`` for Markdown."""
     opening = _unquoted(lines[first], ">" in lines[first].partition(markup)[0])
     quoted, indent = opening is not lines[first], opening.index(markup)
-    own = [_unquoted(line, quoted) for line in lines[first + 1 :]]
-    indent = min([indent, *(_indent(line) for line in own if line.strip())][:2])  # the program may be less indented
+    own = [_unquoted(line, quoted) for line in lines[first + 1 : last]]
+    written = (_unquoted(line, quoted) for line in lines[first + 1 :])
+    indent = min(indent, next((_indent(line) for line in written if line.strip()), indent))  # less than the fence's
     own = [line[min(indent, _indent(line)) :] for line in own]
-    is_closed = bool(own[: last - first - 1]) and re.fullmatch(rf"\s*{markup}+\s*", own[last - first - 2]) is not None
-    body = own[: last - first - 1 - is_closed]
+    is_closed = bool(own) and re.fullmatch(rf"\s*{markup}+\s*", own[-1]) is not None
     if label is None:
         return _Block(label, "", is_closed, last)
-    code = "\n".join(own)
-    for run in _LEXEME.finditer(code):
-        if not (run["run"] or "").startswith(markup):
-            continue
-        line = first + 1 + code.count("\n", 0, run.start())
-        rest = code[run.end() :].partition("\n")[0]
-        starts_line = not code[: run.start()].rpartition("\n")[2].strip()
-        if re.match(rf"\s*(?:{_RUN})", rest):  # closed and opened on one line
-            lines[line] = rest.strip()
-        elif not (starts_line and (re.match(r"[\w{.]", rest) or (rest.strip() and _label(rest) == "python"))):
-            line += 1
-        return _Block(label, _dedented(code[: run.start()]), True, line)
-    return _Block(label, _dedented("\n".join(body)), is_closed, last)
+    body, reach = own[: len(own) - is_closed], last
+    while True:
+        code = "\n".join(own)
+        found = next((run for run in _LEXEME.finditer(code) if (run["run"] or "").startswith(markup)), None)
+        if found is not None:
+            break
+        if reach == len(lines):
+            return _Block(label, _dedented("\n".join(body)), is_closed, last)
+        further = [_unquoted(line, quoted) for line in lines[reach : 2 * reach]]  # a string hides the end
+        own += [line[min(indent, _indent(line)) :] for line in further]
+        reach = min(2 * reach, len(lines))
+    line = first + 1 + code.count("\n", 0, found.start())
+    rest = code[found.end() :].partition("\n")[0]
+    starts_line = not code[: found.start()].rpartition("\n")[2].strip()
+    if re.match(rf"\s*(?:{_RUN})", rest):  # closed and opened on one line
+        lines[line] = rest.strip()
+    elif not (starts_line and (re.match(r"[\w{.]", rest) or (rest.strip() and _label(rest) == "python"))):
+        line += 1
+    return _Block(label, _dedented(code[: found.start()]), True, line)
 
 
 def _unquoted(line: str, quoted: bool) -> str:

@@ -14,6 +14,7 @@ from sympy.core.relational import Relational
 from grpo_kernels.training.rewards.math_formula import UNEVALUATED, parse_formula
 from grpo_kernels.training.rewards.math_text import split_answer
 
+_LONGEST = 2000  # characters of an answer
 _DIGITS = 50  # to which irrational values have to agree, besides those of the integers in them
 _POINTS = ["0.3713", "-0.8329", "5.3117", "-17.7139", "1234.5671", "-98765.4321"]  # where formulas have to agree
 
@@ -44,7 +45,13 @@ class MathAnswer(NamedTuple):
 
 @lru_cache(maxsize=4096)
 def read_answer(text: str) -> MathAnswer:
-    """Reads a text that is an answer. What is not mathematics from its first character to its last stays None."""
+    """Reads a text that is an answer. What is not mathematics from its first character to its last stays None.
+
+    So does a text too long to be an answer, which would take too long to read.
+    """
+    text = re.sub(r"[^\S\n]+", " ", text).strip()
+    if len(text) > _LONGEST:
+        return MathAnswer(_SPACE.sub("", text), None, None, "", False, text, True)
     parts = split_answer(text)
     words = " ".join(_PUNCTUATION.sub(" ", parts.whole).split()).casefold()
     bare = None if parts.formula is None else parse_formula(parts.formula)

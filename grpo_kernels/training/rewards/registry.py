@@ -84,7 +84,8 @@ def resolve(name: str) -> RewardFunction:
         ThirdPartyError: The module was found and raised when it was imported.
     """
     base, arguments = _split(name)
-    if base not in BUILT_IN and ":" not in base and arguments is None and ("/" in base or Path(base).is_dir()):
+    is_path = "/" in base or (base != "" and Path(base).expanduser().is_dir())
+    if base not in BUILT_IN and ":" not in base and arguments is None and is_path:
         return RewardModel(base)
     if base in BUILT_IN:
         function = BUILT_IN[base]
@@ -95,7 +96,10 @@ def resolve(name: str) -> RewardFunction:
     if arguments is None and not isinstance(function, type):
         return function
     if not any(function is known for known in _FACTORIES):
-        raise ValueError(f"reward_funcs: {base!r} must be marked by @reward_factory to be called for {name!r}")
+        raise ValueError(
+            f"reward_funcs: {base!r} must be marked by @reward_factory to be called for {name!r}; what is not "
+            "yours can be made in a module of your own, and be named as module:what_was_made"
+        )
     made = _made(base, function, arguments or {})
     if not callable(made):
         raise ValueError(f"reward_funcs: {name!r} must make a reward function, got {type(made).__name__}")
@@ -123,6 +127,9 @@ def _split(name: str) -> tuple[str, dict[str, Any] | None]:
 
 def _imported(name: str) -> Callable[..., Any]:
     module_name, _, function_name = name.partition(":")
+    if function_name and not re.fullmatch(r"[^\W\d]\w*(?:\.[^\W\d]\w*)*", module_name.removesuffix(".py")):
+        raise ValueError(f'reward_funcs: "module:function" names a module, as my_rewards:right, got {name!r}')
+    module_name = module_name.removesuffix(".py")
     if not function_name:
         near = difflib.get_close_matches(name, BUILT_IN, n=1)
         hint = f"; did you mean {near[0]!r}?" if near else ""

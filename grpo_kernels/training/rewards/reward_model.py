@@ -11,6 +11,7 @@ import torch
 from torch import nn
 from transformers import AutoConfig, AutoModelForSequenceClassification, PreTrainedTokenizerBase
 
+from grpo_kernels.training.errors import described
 from grpo_kernels.training.hub import check_folder, use_cache_if_unreachable
 from grpo_kernels.training.rewards.completions import completion_text
 
@@ -47,9 +48,12 @@ class RewardModel:
             if not Path(model).is_dir():
                 use_cache_if_unreachable()
             try:
-                AutoConfig.from_pretrained(model)  # before any work
+                config = AutoConfig.from_pretrained(model)  # before any work
             except (OSError, ValueError) as error:
-                raise ValueError(f"no reward model {model!r}: {error}") from error
+                raise ValueError(f"no reward model {model!r}: {described(error)}") from error
+            kinds = config.architectures or []
+            if kinds and not any("SequenceClassification" in kind for kind in kinds):
+                raise ValueError(f"reward model {model!r} must be a sequence classifier, got {', '.join(kinds)}")
 
     @torch.inference_mode()
     def __call__(self, prompts: Sequence[Any], completions: Sequence[Any], **columns: Any) -> list[float]:
@@ -76,7 +80,11 @@ class RewardModel:
 
 @functools.cache
 def _loaded(name: str) -> nn.Module:
-    model = AutoModelForSequenceClassification.from_pretrained(name, num_labels=1, use_safetensors=True)
+    from grpo_kernels.training.models import check_loaded  # see below
+
+    options = {"num_labels": 1, "use_safetensors": True, "output_loading_info": True}
+    model, found = AutoModelForSequenceClassification.from_pretrained(name, **options)
+    check_loaded(found, name)
     return model.eval().to("cuda" if torch.cuda.is_available() else "cpu")
 
 

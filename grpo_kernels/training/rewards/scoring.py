@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import contextvars
 import inspect
-import logging
 import math
 import numbers
 from collections import defaultdict
@@ -24,7 +23,7 @@ from grpo_kernels.training.rewards.reward_model import RewardModel
 _NOT_COLUMNS = ("prompt", "completion")  # given under names of their own
 #: What a function is given beside a dataset's columns; a column of such a name gives way.
 ARGUMENTS = ("prompts", "completions", "completion_ids", "trainer_state", "log_extra", "log_metric")
-_LOGGER = logging.getLogger(__name__)
+RESERVED_METRICS = ("step", "loss", "reward", "reward_std", "grad_norm", "learning_rate", "step_time", "num_tokens")
 
 RewardFunction = Callable[..., "list[float | None] | Awaitable[list[float | None]]"]
 
@@ -44,11 +43,13 @@ class RewardLog:
 
     def log_metric(self, name: str, value: float) -> None:
         """Adds to the mean that is reported under this name."""
+        if name in RESERVED_METRICS:
+            raise ValueError(f"log_metric({name!r}, ...): a metric of the trainer's own has this name")
         self.metrics[name].append(float(value))
 
     def log_extra(self, column: str, values: Sequence[Any]) -> None:
         """Adds a column to the samples, one value per completion."""
-        self.columns[column].extend(values)
+        self.columns[column].extend(_simple(value) for value in _simple(values))
 
     def rows(self, count: int) -> list[dict[str, Any]]:
         """The extra columns of each of ``count`` completions.
@@ -149,6 +150,15 @@ def _loop_runs_here() -> bool:
     return True
 
 
+def _simple(value: Any) -> Any:
+    """What JSON can hold: a tensor or an array as numbers, and anything that it has no form for as text."""
+    if hasattr(value, "tolist"):
+        return value.tolist()
+    if isinstance(value, (list, tuple)):
+        return [_simple(item) for item in value]
+    return value if value is None or isinstance(value, (str, int, float, bool, dict)) else str(value)
+
+
 def _called(name: str, function: RewardFunction | nn.Module, given: dict[str, Any]) -> Any:
     if isinstance(function, nn.Module):
         function = RewardModel(function)
@@ -160,17 +170,18 @@ def _called(name: str, function: RewardFunction | nn.Module, given: dict[str, An
         if signature is None:
             return function(**given)
         kinds = [parameter.kind for parameter in signature.parameters.values()]
+        taken = given
         if inspect.Parameter.VAR_KEYWORD not in kinds:
-            given = {key: value for key, value in given.items() if key in signature.parameters}
-        _check_takes(signature, given)
-        return function(**given)
+            taken = {key: value for key, value in given.items() if key in signature.parameters}
+        _check_takes(signature, taken, given)
+        return function(**taken)
     except Exception as error:
-        raise _failure(name, len(given.get("completions", ())), error) from error
+        raise _failure(name, len(given["completions"]), error) from error
 
 
-def _check_takes(signature: inspect.Signature, given: dict[str, Any]) -> None:
+def _check_takes(signature: inspect.Signature, taken: dict[str, Any], given: dict[str, Any]) -> None:
     try:
-        signature.bind(**given)
+        signature.bind(**taken)
     except TypeError as error:
         names = ", ".join(given)
         raise TypeError(f"{error}; it is called by keyword, with {names}, and takes {signature}") from None
