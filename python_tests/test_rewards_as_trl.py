@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import functools
+import json
 import math
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from transformers import Qwen2Config, Qwen2ForSequenceClassification
@@ -14,6 +16,7 @@ from transformers import Qwen2Config, Qwen2ForSequenceClassification
 from grpo_kernels.training import addition, rewards
 from grpo_kernels.training.errors import ThirdPartyError
 from grpo_kernels.training.rewards import RewardLog, RewardModel, columns_of, resolve, score
+from grpo_kernels.training.tasks import build_model
 
 CHAT = [{"role": "user", "content": "1 + 1 ="}]
 TEMPLATE = "{% for m in messages %}<{{ m.role }}> {{ m.content }} {% endfor %}"
@@ -81,6 +84,26 @@ def test_a_function_that_names_something_else_is_told_what_it_is_given() -> None
     message = r"'mine' failed on 1 completions: TypeError: missing a required argument: 'p'; it is called by keyword, "
     with pytest.raises(ThirdPartyError, match=message + "with prompts, completions, trainer_state, .*answer"):
         score({"mine": positional}, ["p"], ["c"], {"answer": ["1"]})
+
+
+def test_a_missing_column_is_told_with_those_that_are_there() -> None:
+    def mine(completions: list[str], ground_truth: list[str]) -> list[float]:
+        return [1.0]
+
+    with pytest.raises(ThirdPartyError, match=r"'ground_truth'; it is called by keyword, with .*, answer, and"):
+        score({"mine": mine}, ["p"], ["c"], {"answer": ["1"]})
+
+
+def test_what_is_logged_can_be_written_and_hides_nothing() -> None:
+    log = RewardLog()
+    log.log_extra("array", np.array([1.5, 2.5], dtype=np.float32))
+    log.log_extra("tensors", [torch.tensor(1), torch.tensor(2)])
+    log.log_extra("sets", [{1}, (1, np.int64(2))])
+    assert json.loads(json.dumps(log.rows(2))) == [
+        {"array": 1.5, "tensors": 1, "sets": "{1}"}, {"array": 2.5, "tensors": 2, "sets": [1, 2]},
+    ]  # fmt: skip
+    with pytest.raises(ValueError, match="a metric of the trainer's own has this name"):
+        log.log_metric("step", 7)
 
 
 def test_an_error_is_one_line_that_says_where() -> None:
@@ -162,6 +185,8 @@ def test_a_reward_model_gives_its_logit(tmp_path: Path, kind: str, chat: bool) -
     [
         ("runs/a/b", "reward_funcs 'runs/a/b' cannot be loaded: no such folder"),
         ("acuracy", "expected one of accuracy, .*, got 'acuracy'; did you mean 'accuracy'"),
+        ("", "expected one of accuracy"),
+        ("./my_rewards.py:right", "names a module, as my_rewards:right, got './my_rewards.py:right'"),
         ("formatting", "or \"module:function\", got 'formatting'"),
     ],
 )
@@ -191,3 +216,16 @@ def test_a_column_of_unequal_length_is_refused() -> None:
     with pytest.raises(ValueError, match=r"log_extra\('note', ...\) must have 2 values, got 1"):
         log.rows(2)
     assert math.isnan(score({"none": lambda **kw: [None]}, ["p"], ["c"], {}).item())
+
+
+def test_a_language_model_is_no_reward_model(tmp_path: Path) -> None:
+    tokenizer = addition.build_tokenizer()
+    build_model(tokenizer, 0).save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="must be a sequence classifier, got Qwen2ForCausalLM"):
+        resolve(str(tmp_path))
+
+
+def test_an_answer_that_is_a_truth_value_is_right_in_either_case() -> None:
+    given = [f"<answer>{text}</answer>" for text in ("false", "False", "true", "0")]
+    assert rewards.accuracy_reward([""] * 4, given, answer=[False] * 4) == [1.0, 1.0, 0.0, 0.0]

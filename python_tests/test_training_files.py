@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import datetime
 import decimal
+import gzip
 import json
 import logging
 from pathlib import Path
@@ -16,7 +17,8 @@ import pytest
 from pyarrow import parquet
 
 from grpo_kernels.training import rewards
-from grpo_kernels.training.data import load_rows
+from grpo_kernels.training.data import load_rows, load_task_rows, read_rows
+from grpo_kernels.training.recipe import Recipe
 
 #: What every kind of file must give back. Numbers, texts and nulls stand in one column; what a table fills up is gone.
 ROWS: list[dict[str, Any]] = [
@@ -229,3 +231,101 @@ def test_a_worked_solution_of_the_datasets_own_stays(tmp_path: Path) -> None:
 def test_a_prompt_longer_than_a_csv_modules_default_is_read(tmp_path: Path) -> None:
     path = write(tmp_path / "rows.csv", [{"prompt": "x" * 300_000, "answer": "1"}])
     assert len(load_rows(str(path))[0]["prompt"]) == 300_000
+
+
+def test_numbers_of_32_bits_are_what_was_written(tmp_path: Path) -> None:
+    table = arrow.table({"prompt": ["a", "b"], "answer": arrow.array([0.1, 5.0], arrow.float32())})
+    parquet.write_table(table, tmp_path / "rows.parquet")
+    datasets.Dataset(table).save_to_disk(str(tmp_path / "saved"))
+    for name in ("rows.parquet", "saved"):
+        assert [row["answer"] for row in load_rows(str(tmp_path / name))] == [0.1, 5]
+
+
+@pytest.mark.parametrize("kind", ["rows.jsonl", "rows.json", "rows.csv", "rows.parquet", "saved", "folder"])
+def test_a_part_of_a_split_is_a_part_whatever_the_file(tmp_path: Path, kind: str) -> None:
+    rows = [{"prompt": f"p{i}", "answer": i} for i in range(10)]
+    if kind == "saved":
+        datasets.Dataset.from_list(rows).save_to_disk(str(tmp_path / kind))
+    elif kind == "folder":
+        (tmp_path / kind).mkdir()
+        write(tmp_path / kind / "train.jsonl", rows)
+    else:
+        write(tmp_path / kind, rows)
+    name = str(tmp_path / kind)
+    assert load_rows(name, split="train[:3]") == rows[:3]
+    assert load_rows(name, split="train[:10%]+train[-2:]") == [rows[0], *rows[8:]]
+    with pytest.raises(ValueError, match="has no split 'test'; it has train, and parts as train"):
+        load_rows(name, split="test")
+    with pytest.raises(ValueError, match=r"split 'train\[:x\]' cannot be read"):
+        load_rows(name, split="train[:x]")
+
+
+def test_a_json_file_without_splits_has_none_to_hold_out(tmp_path: Path) -> None:
+    rows = [{"prompt": f"p{i}", "answer": i} for i in range(8)]
+    whole, split = write(tmp_path / "list.json", rows), tmp_path / "splits.json"
+    split.write_text(json.dumps({"train": rows[:6], "test": rows[6:]}))
+    for path in (whole, write(tmp_path / "rows.csv", rows)):
+        with pytest.raises(ValueError, match="which has one split, got 'test'; a part of it is"):
+            load_task_rows(Recipe(dataset_name=str(path), eval_dataset_split="test"))
+        found = load_task_rows(
+            Recipe(dataset_name=str(path), dataset_split="train[:6]", eval_dataset_split="train[6:]")
+        )
+        assert found == (rows[:6], rows[6:])
+    assert load_task_rows(Recipe(dataset_name=str(split), eval_dataset_split="test")) == (rows[:6], rows[6:])
+
+
+def test_kinds_of_files_are_not_mixed_and_others_are_named(tmp_path: Path) -> None:
+    rows = [{"prompt": "a", "answer": "007"}]
+    (tmp_path / "mixed").mkdir()
+    write(tmp_path / "mixed" / "train.csv", rows)
+    write(tmp_path / "mixed" / "train.jsonl", rows)
+    with pytest.raises(ValueError, match="has files of several kinds"):
+        load_rows(str(tmp_path / "mixed"))
+    (tmp_path / "packed").mkdir()
+    (tmp_path / "packed" / "train.csv.gz").write_bytes(gzip.compress(write(tmp_path / "x.csv", rows).read_bytes()))
+    assert load_rows(str(tmp_path / "packed")) == rows
+    for name in ("rows.tsv", "rows.jsonl.gz", "rows"):
+        (tmp_path / name).write_text("x")
+        with pytest.raises(ValueError, match="is a file of another kind"):
+            load_rows(str(tmp_path / name))
+    (tmp_path / "none.csv").write_text("")
+    with pytest.raises(ValueError, match="has no rows"):
+        load_task_rows(Recipe(dataset_name=str(tmp_path / "none.csv")))
+
+
+def test_a_spreadsheets_habits_are_borne(tmp_path: Path) -> None:
+    (tmp_path / "rows.csv").write_text("\nprompt, answer,,\na,5,,\n\nb,007,,\n")
+    assert load_rows(str(tmp_path / "rows.csv")) == [{"prompt": "a", "answer": 5}, {"prompt": "b", "answer": "007"}]
+
+
+def test_completions_are_texts_whatever_a_file_has(tmp_path: Path) -> None:
+    said = [{"role": "assistant", "content": "5"}]
+    rows = [{"prompt": "a", "answer": 1, "completion": 5}, {"prompt": "b", "answer": 1, "completion": said}]
+    path = write(tmp_path / "rows.jsonl", rows)
+    assert [row["completion"] for row in load_rows(str(path))] == ["5", "5"]
+    assert [row["completion"] for row in read_rows(path, ("prompt", "completion"))] == ["5", "5"]
+    with pytest.raises(ValueError, match="row 0 must have a text or messages as its completion, got"):
+        load_rows(str(write(tmp_path / "bad.jsonl", [{"prompt": "a", "answer": 1, "completion": {"a": 1}}])))
+
+
+@pytest.mark.parametrize(
+    ("content", "expected"),
+    [
+        ([{"type": "text", "text": "1 +"}, {"type": "text", "text": " 1"}], "1 + 1"),
+        ("1 + 1", "1 + 1"),
+        (5, None),
+        ([5], None),
+        ([], None),
+    ],
+)
+def test_a_message_in_parts_is_one_text(tmp_path: Path, content: Any, expected: str | None) -> None:
+    path = write(tmp_path / "rows.jsonl", [{"prompt": [{"role": "user", "content": content}], "answer": "2"}])
+    if expected is None:
+        with pytest.raises(ValueError, match="row 0: the content of a chat message must be a text or parts, got"):
+            load_rows(str(path))
+    else:
+        assert load_rows(str(path))[0]["prompt"] == [{"role": "user", "content": expected}]
+    calls = [{"role": "assistant", "content": None, "tool_calls": [{"name": "f"}]}, {"role": "tool", "content": "2"}]
+    talk = [{"prompt": [{"role": "user", "content": str(i)}, *calls], "answer": "2"} for i in range(10)]
+    path = write(tmp_path / "talk.jsonl", talk)
+    assert len(load_task_rows(Recipe(dataset_name=str(path)))[0]) == 8

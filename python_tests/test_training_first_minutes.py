@@ -84,6 +84,13 @@ def test_twenty_rows_and_a_reward_of_ones_own(folder: Path, capsys: pytest.Captu
     assert command("train", folder, "--max_steps", "4", "--resume", "true", "--eval_batch_size", "3") == 0
     steps = [record["step"] for record in records(folder / "run" / "metrics.jsonl")]
     assert steps == [0, 1, 2, 3, 4, 4]
+    assert command("train", folder, "--max_steps", "3", "--resume", "true") == 2
+    assert "max_steps must be at least 4, the steps of checkpoint" in capsys.readouterr().err
+    assert command("eval", folder, "--model_name_or_path", trained) == 0
+    printed = capsys.readouterr().out
+    assert "run/eval was done before: problems 4," in printed and "--overwrite_output_dir true runs it" in printed
+    assert command("eval", folder, "--model_name_or_path", str(folder / "run"), "--output_dir", "x") == 2
+    assert "has no config.json; there is one in checkpoint-0, " in capsys.readouterr().err
     assert command("train", folder, "--max_steps", "4", "--resume", "true", "--seed", "7") == 2
     assert "is of another run: seed 0, now 7" in capsys.readouterr().err
 
@@ -166,6 +173,8 @@ def test_a_stage_that_failed_before_its_first_row_does_not_block(
         (["--reward_funcs", "[a, [b]]"], "reward_funcs must be a list of single values, got '[a, [b]]'"),
         (["--reward_funcs", "[a, b"], "reward_funcs must be a list in YAML, got '[a, b'"),
         (["--scale_rewards", "sometimes"], "scale_rewards must be group, batch, none, true or false, got 'sometimes'"),
+        (["--lr", "1"], "unknown key 'lr'; the nearest known key is 'learning_rate'"),
+        (["--num_threads", "0"], "num_threads must be at least 1, got 0"),
         (["--num_eval_prompts", "20"], "give more rows, or set a smaller num_eval_prompts"),
     ],
 )  # fmt: skip
@@ -178,6 +187,34 @@ def test_a_mistake_is_one_line(
     if "nowhere_at_all:f" in arguments:
         assert str(folder) in errors and str(folder / "elsewhere") in errors
     assert not (folder / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (b"a: [1", "bad.yaml cannot be read: while parsing"),
+        (b"system_prompt: You are: a helper", "bad.yaml cannot be read: mapping values are not allowed here"),
+        (b"a: \xff", "bad.yaml cannot be read: 'utf-8' codec"),
+        (b"- a", "bad.yaml: expected a mapping of keys to values, got list"),
+        (b"stages: {}", "bad.yaml is a recipe of several stages: grpo-kernels recipe "),
+    ],
+)
+def test_a_recipe_that_cannot_be_read_is_named(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], text: bytes, message: str
+) -> None:
+    (tmp_path / "bad.yaml").write_bytes(text)
+    for kind in ("train", "eval") if b"stages" not in text else ("train",):
+        assert cli.main([kind, "--recipe", str(tmp_path / "bad.yaml")]) == 2
+        errors = capsys.readouterr().err
+        assert message in errors and errors.count("\n") == 1
+
+
+def test_a_home_folder_is_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", "/home/me")
+    recipe = Recipe(model_name_or_path="~/model", dataset_name="~/rows.jsonl", output_dir="~/run")
+    assert (recipe.model_name_or_path, recipe.dataset_name, recipe.output_dir) == (
+        "/home/me/model", "/home/me/rows.jsonl", "/home/me/run",
+    )  # fmt: skip
 
 
 def test_train_without_a_recipe_is_the_recipe_addition(

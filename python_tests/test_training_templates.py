@@ -72,6 +72,40 @@ def test_a_template_that_strips_reasoning_does_not_strip_what_is_continued(conte
     assert rendered.replace(" <think>", "<think>") == f"<|user|>1 + 1 =<|end|><|assistant|>{content}"
 
 
+@pytest.mark.parametrize("content", ["", " ", "\n", None])
+def test_an_assistants_message_that_says_nothing_is_left_out(content: str | None) -> None:
+    for template in (CHAT, QWEN):
+        rendered = render_prompt({"prompt": [USER, {"role": "assistant", "content": content}]}, tokenizer_of(template))
+        assert rendered == "<|user|>1 + 1 =<|end|><|assistant|>"
+    only_thoughts = {"role": "assistant", "content": "", "reasoning_content": "hm"}
+    with pytest.raises(ValueError, match="a conversation cannot end with the assistant's reasoning_content"):
+        render_prompt({"prompt": [USER, only_thoughts]}, tokenizer_of(CHAT))
+
+
+def test_a_template_that_adds_reasoning_does_not_add_it_before_a_prefilled_one() -> None:
+    """As Qwen3's does, in front of what the assistant said last."""
+    adds = CHAT.replace(
+        "{{ m.content }}", "{% if m.role == 'assistant' %}<think>\n\n</think>\n\n{% endif %}{{ m.content }}"
+    )
+    row = {"prompt": [USER, said("<think>\n")]}
+    assert render_prompt(row, tokenizer_of(adds)) == "<|user|>1 + 1 =<|end|><|assistant|><think>\n"
+    opens = CHAT.replace("<|assistant|>{% endif %}", "<|assistant|><think>\n{% endif %}")
+    row = {"prompt": [USER, said("<think>\nso")]}
+    assert render_prompt(row, tokenizer_of(opens)) == "<|user|>1 + 1 =<|end|><|assistant|><think>\nso"
+
+
+def test_arguments_of_a_chat_template_make_a_text_a_chat() -> None:
+    off = {"enable_thinking": False}
+    chat = "<|user|>a<|end|><|assistant|><think>\n\n</think>\n\n"
+    assert render_prompt({"prompt": "a"}, tokenizer_of(QWEN), None, None, off) == chat
+    assert render_prompt({"prompt": "a", "chat_template_kwargs": off}, tokenizer_of(QWEN)) == chat
+    assert render_prompt({"prompt": "a", "tools": [TOOL]}, tokenizer_of(TOOLS)).startswith("[calculator]<|user|>a")
+    with pytest.raises(ValueError, match="chat_template_kwargs must be None for the text template 'none'"):
+        render_prompt({"prompt": "a"}, tokenizer_of(QWEN), "none", None, off)
+    with pytest.raises(ValueError, match="the tokenizer has no chat template"):
+        render_prompt({"prompt": "a"}, addition.build_tokenizer(), None, None, off)
+
+
 def test_a_text_template_takes_a_question_with_a_prefilled_answer() -> None:
     row = {"prompt": [USER, said("Well,")]}
     assert render_prompt(row, tokenizer_of(CHAT), "Q: {prompt} A:") == "Q: 1 + 1 = A: Well,"

@@ -155,8 +155,10 @@ def _finished(folder: Path, config: dict[str, Any], used: dict[str, str]) -> dic
     found = _done(folder)
     differing = _differing(found.get("config", {}), config)
     if differing:
-        raise ValueError(f"{folder} holds a stage with another {', '.join(differing)}; delete it to run it again, or name "
-                         "another output_dir")  # fmt: skip
+        raise ValueError(
+            f"{folder} holds a stage with another {', '.join(differing)}; delete it to run it again, or name another "
+            "output_dir"
+        )
     redone = _redone(folder, used)
     if redone:
         raise ValueError(f"{folder} holds a stage on a {redone} that was made anew since; delete it to run it again")

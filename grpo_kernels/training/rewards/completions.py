@@ -41,9 +41,9 @@ def plain_message(message: Any) -> dict[str, Any]:
     content = message.get("content")
     if content is None or isinstance(content, str):
         return message
-    is_parts = isinstance(content, list) and all(isinstance(part, dict) for part in content)
+    is_parts = isinstance(content, list) and len(content) > 0 and all(isinstance(part, dict) for part in content)
     if is_parts and all(part.get("type", "text") == "text" and isinstance(part.get("text"), str) for part in content):
         return {**message, "content": message_text(message)}
-    if is_parts and content:  # images and the like, for a template that knows them
+    if is_parts:  # images and the like, for a template that knows them
         return message
     raise ValueError(f"the content of a chat message must be a text or parts, got {content!r:.80}")
