@@ -43,8 +43,8 @@ def accuracy_reward(
     """1 where the completion's ``<answer>`` equals the ``answer`` column, else 0.
 
     Numbers are compared by value: 5, 5.0, 05, +5 and 5e0 are equal, and so are 1,000 and 1000; 1,00 is no number. Other
-    text is equal up to white space, and of a column of truth values up to case. A formula, a fraction such as 1/2, and a
-    unit are text: see ``math_accuracy``.
+    text is equal up to white space, and of a column of truth values up to case. A formula, a fraction such as 1/2 and
+    a unit are text: see ``math_accuracy``.
     """
     expected = [_spell_number("".join(str(a).split())) for a in answer]
     given = [_spelled_answer(c) for c in completions]
