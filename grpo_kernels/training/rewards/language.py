@@ -62,7 +62,7 @@ class LanguageConsistencyReward:
 
     1. the words of a script that the target does not use are foreign;
     2. the words of one sentence in the target's script are the target's if there are at least 20 letters and lingua's
-       confidence is 0.97 or more, and foreign if there are at least 40 and its confidence in another language is 0.99;
+       confidence is 0.85 or more, and foreign if there are at least 40 and its confidence in another language is 0.99;
     3. the words of all other sentences are judged alike, as one text.
 
     The reward is the share of the target's words among those judged. It abstains with None where there is no evidence:
