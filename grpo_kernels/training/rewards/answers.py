@@ -17,6 +17,12 @@ _ANNOUNCED = re.compile(rf"answer[^$]{{0,50}}?({_FORMULAS})", re.DOTALL | re.IGN
 _ANY_FORMULA = re.compile(_FORMULAS, re.DOTALL)
 _HEADING = re.compile(r"\W*(?:the )?(?:final )?(?:answer|result|solution)\W*", re.IGNORECASE)
 _BOX = re.compile(r"\\(?:boxed|fbox)\s*\{")
+# The last box, denied by the words next to it.
+_DENIED = re.compile(
+    r"(?:\b(?:not|never|cannot be|isn't)|不是)[\s:$]*\\boxed\s*\{(?:(?!\\boxed).)*\Z|"
+    r"\\boxed\s*\{[^{}]*\}[\s$.,]*(?:is|was)\s+(?:wrong|incorrect|not)\b(?:(?!\\boxed).)*\Z",
+    re.DOTALL | re.IGNORECASE,
+)
 _NUMBER = re.compile(r"[+-]?(?:\d{1,3}(?:,\d{3})+|\d+)?(?:\.\d*)?(?:[eE][+-]?\d{1,6})?", re.ASCII)
 _TEXT_COMMAND = re.compile(r"[\s$]*\\(?:text\w*|mathrm|mathbf|mbox)\s*\{([^{}]*)\}[\s$.]*")
 _EXACT = Context(prec=100_000)  # digits
@@ -194,7 +200,7 @@ def _read_completion(completion: Any) -> Any:
     if hashes >= 0 and not (boxed and _BOX.search(text, text.find("\n", hashes) % (len(text) + 1))):
         return _read(_after_hashes(text))
     if boxed:
-        return _read(boxed)
+        return None if _DENIED.search(text) else _read(boxed)
     formulas = _ANNOUNCED.findall(text) or _ANY_FORMULA.findall(text)
     return _read(formulas[-1]) if formulas else None
 

@@ -54,6 +54,9 @@ _MARKUP = [
 ]
 _FORMS = [
     (r"\\left(?![a-z])\.?|\\right(?![a-z])\.?|\\[Bb]ig+[lr]?(?![a-z])|\\displaystyle|\\limits|\\!", ""),
+    # numbers side by side, the second with a sign, are no sum
+    (r"(?<![\\&,\s])\s*(?:\\q?quad(?![a-z])\s*)+(?=[-+])|(?<![\\&,\s])[^\S\n]*\n\s*(?=[-+])", ", "),
+    (r"\A([\s$]*(?:[a-z]\s*=\s*)?[-+]?\d[\d.,]*)(?:\\ |\s)+([-+]\d[\d.,]*[\s$]*)\Z", r"\1, \2"),
     (r"(?<!\\)\\[,;: ]|~|\\q?quad(?![a-z])", " "),
     (r"\\\[|\\\]|\\\(|\\\)|\\?\$", " "),
     (r"\\(?:d|t|c)frac", r"\\frac"),
@@ -139,7 +142,11 @@ _CHANGES_THE_NUMBER = re.compile(
     r"\b(?:not?|none|nor|neither|never|without|cannot|unless|except|but|wrong|incorrect|than|least|most|more|less|fewer|"
     r"above|below|under|over|between|maybe|perhaps|unknown|guess|instead|initially|minus|negative|plus|times|twice|half|"
     r"thirds?|quarters?|dozens?|squared|cubed|factorial|hundreds?|thousands?|millions?|billions?|one|two|three|four|five|"
-    r"six|seven|eight|nine|ten|fourth|fifth|sixth|seventh|eighth|ninth|tenth|powers?|raised|too|false|untrue|invalid|base|mod|modulo|remainder|or|\w+n['’]t)\b",
+    r"six|seven|eight|nine|ten|fourth|fifth|sixth|seventh|eighth|ninth|tenth|powers?|raised|too|false|untrue|invalid|base|mod|modulo|remainder|or|\w+n['’]t|"
+    r"ruled|fails?|impossible|reject\w*|hardly|doubled|tripled|digits?|divisors?|score|gross|lakhs?|crores?|mln|bil|mil|"
+    r"grand|kilo|ppm|mille|basis|nicht|kein\w*|mindestens|höchstens|mehr|weniger|tausend|mio|mrd|pas|moins|menos|más|"
+    r"mill[oó]n\w*|не|минус|больше|меньше|тысяч\w*|миллион\w*)\b|"
+    r"[不非负負没無无错錯减減万億亿千百十]|根号|大于|小于|至少|至多|超过|除了|以上|以下|이상|이하|미만|초과|아니|아닌",
     re.IGNORECASE,
 )
 _OPERATION = re.compile(
