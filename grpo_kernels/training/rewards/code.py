@@ -24,6 +24,7 @@ _PYTHON = re.compile(r"i?py(?:thon)?[\d.]*|.*\.py")
 _DIRECTIVES = ("code", "code-block", "code-cell", "sourcecode")  # {code-block} python
 _PROMPT = re.compile(r">>>( |$)|In \[\d+\]:|[$%] ")  # of a transcript
 _KEYWORDS = {*keyword.kwlist, *keyword.softkwlist}
+_DEFINED = re.compile(r"^(?:async\s+)?(?:def|class)\s+(\w+)", re.MULTILINE)
 _NEIGHBOURS = re.compile(r"\b([^\W\d]\w*)[ \t]+(?=([^\W\d]\w*))")
 _RUN = r"`{3,}|~{3,}"
 # Strings, comments and runs of fence characters; a string may be open at the end of its line or of the text.
@@ -75,6 +76,7 @@ def extract_program(completion: str | Sequence[dict[str, Any]]) -> str | None:
     Fences are those of CommonMark, indented as deep as you like, in lists and quotes, and also one that ends on a line
     of code or is not closed. Of several blocks the last one labelled as Python counts (``python``, ``py``, ``Python3``,
     ``{.python}``, ``main.py`` and the like), else the last without a label, one that reads as code before others.
+    One that only calls what the block before it defines, as an example of use, does not count.
     Blocks with other labels, empty ones and transcripts (``>>> x``) are no programs. A fence in a string or comment of
     a Python block, a docstring say, does not end it.
 
@@ -140,8 +142,16 @@ def _program_of(blocks: list[_Block]) -> str | None:
         chosen = [b.program for b in programs if b.label == label]
         if chosen:
             as_code = chosen if label else [p for p in chosen if _reads_as_code(p)]
-            return (as_code or chosen)[-1]
+            return _without_usage(as_code or chosen)
     return None
+
+
+def _without_usage(programs: list[str]) -> str:
+    """The last program but for those that only call what one before them defines, and cannot run without it."""
+    *earlier, last = programs
+    defined = {name for program in earlier for name in _DEFINED.findall(program)}
+    is_usage = not _DEFINED.search(last) and any(re.search(rf"\b{name}\s*\(", last) for name in defined)
+    return _without_usage(earlier) if is_usage else last
 
 
 def _bare_program(text: str) -> str | None:
