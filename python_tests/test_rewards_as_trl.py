@@ -118,6 +118,15 @@ def test_an_error_is_one_line_that_says_where() -> None:
     )
 
 
+def test_a_long_message_of_a_function_that_fails_is_cut_short() -> None:
+    def broken(completions: list[str], **kwargs: Any) -> list[float]:
+        raise ValueError("x" * 100_000)
+
+    with pytest.raises(ThirdPartyError, match=r"ValueError: x+\.\.\. \(test_rewards_as_trl.py:") as caught:
+        score({"mine": broken}, ["p"], ["c"], {})
+    assert len(str(caught.value)) < 500
+
+
 def test_trls_own_functions_run_unchanged() -> None:
     theirs = pytest.importorskip("trl.rewards")
     texts = [r"<think>a</think>\boxed{4}", r"\boxed{5}"]

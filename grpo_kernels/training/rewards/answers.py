@@ -3,30 +3,20 @@
 from __future__ import annotations
 
 import re
-import threading
 from collections.abc import Callable, Sequence
 from decimal import Context, Decimal
 from typing import Any
 
+from grpo_kernels.training.rewards.answer_places import is_denied, last_box, last_formula
 from grpo_kernels.training.rewards.completions import completion_text
+from grpo_kernels.training.rewards.time_limit import call_within
 
 _ANSWER = re.compile(r"<answer\s*>((?:(?!</?answer\s*>).)*)</answer\s*>", re.DOTALL | re.IGNORECASE)
-_FORMULA = r"(?:\$\$.+?\$\$|(?<![\\\d])\$(?:\\\$|[^$\n])+\$(?!\d)|\\\(.+?\\\)|\\\[.+?\\\])(?:\s*\\?%)?"
-_FORMULAS = rf"{_FORMULA}(?:\s*(?:,|,?\s*(?:and|or)\b)\s*{_FORMULA})*"
-_ANNOUNCED = re.compile(rf"answer[^$]{{0,50}}?({_FORMULAS})", re.DOTALL | re.IGNORECASE)
-_ANY_FORMULA = re.compile(_FORMULAS, re.DOTALL)
 _HEADING = re.compile(r"\W*(?:the )?(?:final )?(?:answer|result|solution)\W*", re.IGNORECASE)
-_BOX = re.compile(r"\\(?:boxed|fbox)\s*\{")
-# The last box, denied by the words next to it.
-_DENIED = re.compile(
-    r"(?:\b(?:not|never|cannot be|isn't)|不是)[\s:$]*\\boxed\s*\{(?:(?!\\boxed).)*\Z|"
-    r"\\boxed\s*\{[^{}]*\}[\s$.,]*(?:is|was)\s+(?:wrong|incorrect|not)\b(?:(?!\\boxed).)*\Z",
-    re.DOTALL | re.IGNORECASE,
-)
 _NUMBER = re.compile(r"[+-]?(?:\d{1,3}(?:,\d{3})+|\d+)?(?:\.\d*)?(?:[eE][+-]?\d{1,6})?", re.ASCII)
 _TEXT_COMMAND = re.compile(r"[\s$]*\\(?:text\w*|mathrm|mathbf|mbox)\s*\{([^{}]*)\}[\s$.]*")
 _EXACT = Context(prec=100_000)  # digits
-_SECONDS = 5  # what one answer may take to read, and one comparison
+_SECONDS = 3.0  # what one answer may take to read, and one comparison
 
 
 def extract_answer(completion: str) -> str | None:
@@ -53,9 +43,9 @@ def accuracy_reward(
     a unit are text: see ``math_accuracy``.
     """
     expected = [_spell_number("".join(str(a).split())) for a in answer]
-    given = [_spelled_answer(c) for c in completions]
-    given = [g.title() if g and isinstance(a, bool) else g for g, a in zip(given, answer, strict=True)]
-    return [float(g == e) for g, e in zip(given, expected, strict=True)]
+    texts = [_spelled_answer(c) for c in completions]
+    texts = [t.title() if t and isinstance(a, bool) else t for t, a in zip(texts, answer, strict=True)]
+    return [float(t == e) for t, e in zip(texts, expected, strict=True)]
 
 
 def exact_match_reward(
@@ -67,8 +57,8 @@ def exact_match_reward(
 
 def _spelled_answer(completion: Any) -> str | None:
     """The answer that ``accuracy_reward`` compares: a number in one spelling."""
-    found = extract_answer(completion)
-    return None if found is None else _spell_number(found)
+    text = extract_answer(completion)
+    return None if text is None else _spell_number(text)
 
 
 def math_accuracy_reward(
@@ -81,23 +71,25 @@ def math_accuracy_reward(
     several plain words, an empty text or None, the reward abstains.
 
     The completion's answer is its last complete ``<answer>`` element; else what follows its last ``####``; else its
-    last ``\\boxed``; else its last formula in LaTeX, one that the word answer announces before others. Reasoning,
-    before the last ``</think>``, counts only where nothing stands after it. A plain number in running text is no
-    answer.
+    last ``\\boxed``; else its last formula in LaTeX, one that the word answer announces before others. A box or formula
+    that the words next to it deny ("is wrong") is no answer, nor is a plain number in running text. Reasoning, before
+    the last ``</think>``, counts only where nothing stands after it.
 
     An answer is right only if all of it was read, from its first character to its last:
 
-    - Markdown, delimiters, thousands separators, a unit, a currency and words around the mathematics do not matter. A
-      word that changes the number does ("not 3", "3 or more"), and so does a unit other than the column's.
+    - Markdown, delimiters, thousands separators, a unit and a currency do not matter; a unit other than the column's
+      does. Words before the mathematics do not matter if they end as "the area is" does, or are such as "the answer".
+      Words after it do not, but for numbers, comparisons and denials ("5 halves", "3 or more").
     - Numbers are compared exactly. A decimal of six or more places is also equal to a number without end that it is the
       correct rounding of, as 0.333333 to 1/3.
     - A percent sign on one side only may be a unit or a hundredth: 73% equals 73 and 0.73.
     - Sets and lists are equal in any order, pairs and intervals in one. ``x = 5`` equals 5. Several candidates, as "3
       or 4", equal only the set of them.
-    - What cannot be parsed, such as a sequence with dots, is equal to the same text only.
+    - What cannot be parsed, such as a sequence with dots, is equal to the same text only. Sums, integrals and limits
+      are not worked out.
 
-    Reading and comparing may take 5 seconds each, after which an answer is wrong. That limit is a signal, which Python
-    delivers to the main thread alone; numbers too large to work out are refused in any thread.
+    Reading and comparing may take 3 seconds each, after which an answer is wrong. Numbers too large to work out are
+    wrong at once.
 
     Raises:
         ImportError: math-verify is not installed.
@@ -109,8 +101,8 @@ def math_accuracy_reward(
         if gold is None:
             rewards.append(None)
             continue
-        given = _limited(_read_completion, completion)
-        rewards.append(float(given is not None and bool(_limited(math_answers.same_answer, gold, given))))
+        read = _limited(_read_completion, completion)
+        rewards.append(float(read is not None and bool(_limited(math_answers.same_answer, gold, read))))
     return rewards
 
 
@@ -127,8 +119,8 @@ def math_answer(completion: Any) -> str | None:
     None where there is none, or where not all of it was read.
     """
     math_answers = _import_math_answers()
-    given = _limited(_read_completion, completion)
-    return None if given is None else _limited(math_answers.spelling_of_answer, given)
+    read = _limited(_read_completion, completion)
+    return None if read is None else _limited(math_answers.spelling_of_answer, read)
 
 
 #: By judge, what reads a completion's answer, for votes. A judge of one's own has it as its attribute ``extract``.
@@ -170,21 +162,18 @@ def _import_math_answers() -> Any:
 
 
 def _limited(function: Callable[..., Any], *arguments: Any) -> Any:
-    """What a function returns; None where it takes more than ``_SECONDS`` in the main thread."""
-    from math_verify.errors import TimeoutException
-    from math_verify.utils import timeout
-
-    seconds = _SECONDS if threading.current_thread() is threading.main_thread() else None
+    """What a function returns; None where it takes more than ``_SECONDS``."""
     try:
-        return timeout(seconds)(function)(*arguments)
-    except (TimeoutException, RecursionError):
+        return call_within(_SECONDS, function, *arguments)
+    except (TimeoutError, RecursionError):
         return None
 
 
 def _read_gold(text: str) -> Any:
     """The ``answer`` column's answer; None where there is nothing to compare."""
     text = _after_hashes(text) if "####" in text else text
-    gold = _read(_boxed(text) or text)
+    box = last_box(text)
+    gold = _read(box.text if box else text)
     is_one_text = len(gold.words.split()) == 1 or _TEXT_COMMAND.fullmatch(text)
     return gold if gold.text and (not gold.is_words or is_one_text) else None
 
@@ -196,13 +185,11 @@ def _read_completion(completion: Any) -> Any:
     if answers:
         return _read(_after_hashes(answers[-1]))
     hashes = text.rfind("####")
-    boxed = _boxed(text)
-    if hashes >= 0 and not (boxed and _BOX.search(text, text.find("\n", hashes) % (len(text) + 1))):
+    box = last_box(text)
+    if hashes >= 0 and not (box and box.end > text.find("\n", hashes) % (len(text) + 1)):
         return _read(_after_hashes(text))
-    if boxed:
-        return None if _DENIED.search(text) else _read(boxed)
-    formulas = _ANNOUNCED.findall(text) or _ANY_FORMULA.findall(text)
-    return _read(formulas[-1]) if formulas else None
+    candidate = box or last_formula(text)
+    return None if candidate is None or is_denied(text, candidate) else _read(candidate.text)
 
 
 def _read(text: str) -> Any:
@@ -210,19 +197,8 @@ def _read(text: str) -> Any:
     from grpo_kernels.training.rewards.math_answers import read_answer
 
     answer = read_answer(text)
-    if answer.value is None and _BOX.search(text) and not re.search(r"[\d\\$]", text[text.rfind("}") :]):
-        return read_answer(_boxed(text))
-    return answer
-
-
-def _boxed(text: str) -> str | None:
-    """What stands in the last ``\\boxed``, and in those just before it that it is joined to; None without one."""
-    from latex2sympy2_extended.math_normalization import extract_boxed_content
-
-    if not _BOX.search(text):
-        return None
-    percent = re.match(r"\}[\s$]*(\\?%)", text[text.rfind("}") :])
-    return extract_boxed_content(text, mode="last") + (percent[1] if percent else "")
+    box = last_box(text) if answer.value is None else None
+    return answer if box is None or re.search(r"[\d\\$]", text[box.end :]) else read_answer(box.text)
 
 
 def _after_hashes(text: str) -> str:

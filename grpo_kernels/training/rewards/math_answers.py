@@ -11,7 +11,7 @@ from latex2sympy2_extended import is_expr_of_only_symbols
 from latex2sympy2_extended.logic import And
 from sympy.core.relational import Relational
 
-from grpo_kernels.training.rewards.math_formula import UNEVALUATED, parse_formula
+from grpo_kernels.training.rewards.math_formula import UNEVALUATED, parse_formula, solutions
 from grpo_kernels.training.rewards.math_text import split_answer
 
 _LONGEST = 2000  # characters of an answer
@@ -21,9 +21,12 @@ _POINTS = ["0.3713", "-0.8329", "5.3117", "-17.7139", "1234.5671", "-98765.4321"
 _SPACE = re.compile(r"(?<!\w)\s+|\s+(?!\w)")  # which says nothing: 3 4 is not 34
 _PUNCTUATION = re.compile(r"[().,:;!?\"'*`\[\]{}]+")
 _ANNOUNCEMENT = re.compile(
-    r"\A(?:so |thus |therefore )?(?:the )?(?:final |correct |right )?(?:answer|option|choice)(?: is)? "
+    r"\A(?:(?:so |thus |therefore )?(?:the )?(?:final |correct |right )?(?:answer|option|choice)(?: is)? |"
+    r"故?(?:答案)?(?:为|是|选|選) ?)"
 )
 _CHOICE = re.compile("[A-J]|[(][A-J][)]")
+_EXPLAINED_CHOICE = re.compile(r"\(?([A-J])[).:](?!(?:is|was|isn['’]t|wrong|incorrect|false|not)\b|不|错)(.+)")
+_OTHER_CHOICE = re.compile(r"(?<![A-Za-z])[B-J](?![A-Za-z])|\(A\)")
 _STEPS = (sympy.floor, sympy.ceiling, sympy.Mod)  # points do not tell them apart
 
 
@@ -31,8 +34,8 @@ class MathAnswer(NamedTuple):
     """An answer as it was read, in full."""
 
     text: str  # without white space and markup
-    whole: Any  # the text as a formula, letters of units and words as factors; None where that cannot be parsed
-    bare: Any  # without a unit and words around it; None as above, or where these are no mere words
+    as_formula: Any  # the text as a formula, letters of units and words as factors; None where that cannot be parsed
+    without_unit: Any  # without a unit and words around it; None as above, or where these are no mere words
     unit: str
     is_letter_unit: bool
     words: str  # the text in lower case, without punctuation
@@ -40,7 +43,7 @@ class MathAnswer(NamedTuple):
 
     @property
     def value(self) -> Any:
-        return self.whole if self.bare is None else self.bare
+        return self.as_formula if self.without_unit is None else self.without_unit
 
 
 @lru_cache(maxsize=4096)
@@ -53,15 +56,15 @@ def read_answer(text: str) -> MathAnswer:
     if len(text) > _LONGEST:
         return MathAnswer(_SPACE.sub("", text), None, None, "", False, text, True)
     parts = split_answer(text)
-    words = " ".join(_PUNCTUATION.sub(" ", parts.whole).split()).casefold()
-    bare = None if parts.formula is None else parse_formula(parts.formula)
-    whole = None
+    words = " ".join(_PUNCTUATION.sub(" ", parts.latex).split()).casefold()
+    without_unit = None if parts.formula is None else parse_formula(parts.formula)
+    as_formula = None
     if parts.is_formula:
-        whole = bare if parts.formula == parts.whole else parse_formula(parts.whole)
+        as_formula = without_unit if parts.formula == parts.latex else parse_formula(parts.latex)
     return MathAnswer(
-        text=_SPACE.sub("", parts.whole),
-        whole=whole,
-        bare=bare,
+        text=_SPACE.sub("", parts.latex),
+        as_formula=as_formula,
+        without_unit=without_unit,
         unit=parts.unit,
         is_letter_unit=parts.is_letter_unit,
         words=_ANNOUNCEMENT.sub("", words) or words,
@@ -69,28 +72,34 @@ def read_answer(text: str) -> MathAnswer:
     )
 
 
-def same_answer(gold: MathAnswer, given: MathAnswer) -> bool:
+def same_answer(gold: MathAnswer, answer: MathAnswer) -> bool:
     """Whether two answers are the same text or equal as mathematics, and have no different units."""
     try:
-        return _same_answer(gold, given)
+        return _same_answer(gold, answer)
     except Exception:  # sympy raises whatever it likes, and no completion may end a training
         return False
 
 
-def _same_answer(gold: MathAnswer, given: MathAnswer) -> bool:
-    has_other_unit = bool(gold.unit and given.unit and gold.unit != given.unit)
-    if gold.text and gold.text == given.text:
+def _same_answer(gold: MathAnswer, answer: MathAnswer) -> bool:
+    has_other_unit = bool(gold.unit and answer.unit and gold.unit != answer.unit)
+    if gold.text and gold.text == answer.text:
         return not has_other_unit
     if gold.is_words or _CHOICE.fullmatch(gold.text):
-        return gold.words == given.words
-    if gold.whole is not None and given.whole is not None and equal(gold.whole, given.whole):
+        return gold.words == answer.words or gold.words == _explained_choice(answer.text)
+    if gold.as_formula is not None and answer.as_formula is not None and equal(gold.as_formula, answer.as_formula):
         return True
-    if has_other_unit or gold.value is None or given.bare is None or (gold.is_letter_unit and not given.unit):
+    if has_other_unit or gold.value is None or answer.without_unit is None or (gold.is_letter_unit and not answer.unit):
         return False
-    if {gold.unit, given.unit} == {"%", ""}:
-        percent, other = (gold, given) if gold.unit else (given, gold)
+    if {gold.unit, answer.unit} == {"%", ""}:
+        percent, other = (gold, answer) if gold.unit else (answer, gold)
         return equal(percent.value, other.value) or equal(_scaled(percent.value), other.value)
-    return equal(gold.value, given.bare)
+    return equal(gold.value, answer.without_unit)
+
+
+def _explained_choice(text: str) -> str | None:
+    """b of "(B) 12" and "B. Paris"; None where words deny it or another choice is named."""
+    choice = _EXPLAINED_CHOICE.match(text)
+    return choice[1].casefold() if choice and not _OTHER_CHOICE.search(choice[2]) else None
 
 
 def spelling_of_answer(answer: MathAnswer) -> str | None:
@@ -151,9 +160,9 @@ def spelling(a: Any) -> str:
 
 
 def _spelled_relation(a: Any) -> str:
-    solutions = _solutions(a)
-    if solutions is not None:
-        return str(solutions)
+    solved = solutions(a)
+    if solved is not None:
+        return str(solved)
     if isinstance(a, And):
         return " and ".join(sorted(map(_spelled_relation, a._unsorted_args)))
     a = a.reversed if isinstance(a, (sympy.Gt, sympy.Ge)) else a
@@ -198,9 +207,10 @@ def _assigned(a: Any) -> Any:
 def _equal_relations(a: Any, b: Any) -> bool:
     if isinstance(a, And) and isinstance(b, And):
         return len(a._unsorted_args) == len(b._unsorted_args) and _match(a._unsorted_args, b._unsorted_args)
-    if isinstance(a, sympy.Set) or isinstance(b, sympy.Set):
-        a, b = (x if isinstance(x, sympy.Set) else _solutions(x) for x in (a, b))
-        return a is not None and b is not None and _equal_sets(a, b)
+    solved = [x if isinstance(x, sympy.Set) else solutions(x) for x in (a, b)]
+    if None not in solved:
+        is_same_symbol = a.free_symbols == b.free_symbols or isinstance(a, sympy.Set) or isinstance(b, sympy.Set)
+        return is_same_symbol and _equal_sets(*solved)
     if not (isinstance(a, Relational) and isinstance(b, Relational)):
         return False
     b = b.reversed if type(a) is not type(b) else b
@@ -224,17 +234,6 @@ def _is_multiple(a: Any, b: Any, any_sign: bool) -> bool:
     return all(products) and bool(any_sign or ratio > 0)
 
 
-def _solutions(a: Any) -> Any:
-    """The set of x of ``1 < x``, or of ``1 < x < 2``; None for any other relation."""
-    parts = a._unsorted_args if isinstance(a, And) else [a]
-    is_bound = all(isinstance(x, Relational) and not isinstance(x, (sympy.Eq, sympy.Ne)) for x in parts)
-    sides = [side for x in parts for side in (x.lhs, x.rhs)] if is_bound else []
-    names = {side for side in sides if side.is_Symbol}
-    if len(names) != 1 or not all(side.is_Symbol or (side.is_number and side.is_real) for side in sides):
-        return None
-    return sympy.Intersection(*(x.as_set() for x in parts)) if all(x.free_symbols for x in parts) else None
-
-
 def _equal_sets(a: Any, b: Any) -> bool:
     if isinstance(a, sympy.Interval) and isinstance(b, sympy.Interval):
         ends = (a.left_open, a.right_open) == (b.left_open, b.right_open)
@@ -248,10 +247,10 @@ def _match(left: Any, right: Any) -> bool:
     """Whether each of left equals one of right that no other equals."""
     rest = list(right)
     for a in left:
-        found = next((i for i, b in enumerate(rest) if equal(a, b)), None)
-        if found is None:
+        match = next((i for i, b in enumerate(rest) if equal(a, b)), None)
+        if match is None:
             return False
-        rest.pop(found)
+        rest.pop(match)
     return True
 
 

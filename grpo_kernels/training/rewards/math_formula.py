@@ -10,13 +10,14 @@ from itertools import pairwise
 from typing import Any
 
 import sympy
+from antlr4.atn.ParserATNSimulator import ParserATNSimulator
 from latex2sympy2_extended import is_expr_of_only_symbols
 from latex2sympy2_extended.latex2sympy2 import ConversionConfig, _Latex2Sympy
 from latex2sympy2_extended.logic import And
 from sympy.core.relational import Relational
 
 _MAX_LENGTH = 1000  # characters of a formula
-_MAX_DEPTH = 12  # of its brackets: the parser tries ways to read each
+_MAX_STEPS = 100_000  # of the parser, which tries all ways to read an ambiguous text: about a second
 _MAX_BITS = 100_000  # of a number: 2004! has 19,000
 _PLAIN = re.compile(r"([+-]?)\s*(\d{1,4000}(?:\.\d{0,4000})?|\.\d{1,4000})(?:\s*/\s*(\d{1,4000}))?")
 _FRACTION = re.compile(r"\\frac\{(\d+)\}\{(\d+)\}")
@@ -31,8 +32,25 @@ UNEVALUATED = (
 )
 
 
+class _BoundedSimulator(ParserATNSimulator):
+    """ANTLR's search for the way to read a text, which ends after ``_MAX_STEPS``."""
+
+    steps = 0
+
+    def closureCheckingStopState(self, *arguments: Any) -> None:
+        self.steps += 1
+        if self.steps > _MAX_STEPS:
+            raise OverflowError("the formula can be read in too many ways")
+        super().closureCheckingStopState(*arguments)
+
+
 class _Reader(_Latex2Sympy):
     """latex2sympy2 with exact decimals, which takes nothing for a product or a mixed number that is none."""
+
+    def create_parser(self, latex_str: str) -> Any:
+        parser = super().create_parser(latex_str)
+        parser._interp = _BoundedSimulator(parser, parser.atn, parser.decisionsToDFA, parser.sharedContextCache)
+        return parser
 
     def parse_number(self, text: str) -> sympy.Rational:
         return sympy.Rational(text.replace(",", ""))
@@ -65,8 +83,10 @@ def parse_formula(text: str) -> Any:
     if plain and (plain[3] is None or int(plain[3])):
         value = sympy.Rational(plain[2]) / sympy.Integer(plain[3] or 1)
         return -value if plain[1] == "-" else value
-    if len(text) > _MAX_LENGTH or _depth(text) > _MAX_DEPTH or _TOO_LARGE.search(text):
+    if len(text) > _MAX_LENGTH or _TOO_LARGE.search(text):
         return None
+    if re.search(r"\\(?:land|lor)(?![a-z])", text):
+        return _connected(text)
     if "'" in text:  # the parser would transpose what stands before it
         return None
     exact, approx, rounded = text.partition(r"\approx")
@@ -82,19 +102,45 @@ def parse_formula(text: str) -> Any:
         return None
 
 
+def _connected(text: str) -> Any:
+    """The solutions of statements about one symbol that are connected by "and", or by "or"; None where these mix."""
+    if r"\land" in text and r"\lor" in text:
+        return None
+    parts = [parse_formula(part.strip()) for part in re.split(r"\\(?:land|lor)(?![a-z])", text)]
+    if any(part is None or len(part.free_symbols) != 1 for part in parts):
+        return None
+    sets = [solutions(part) for part in parts]
+    if None in sets or len(set().union(*(part.free_symbols for part in parts))) != 1:
+        return None
+    return (sympy.Intersection if r"\land" in text else sympy.Union)(*sets)
+
+
+def solutions(a: Any) -> Any:
+    """The set of x of ``1 < x``, ``1 < x < 2``, ``|x - 1| < 2`` or ``x != 1``; None for anything else."""
+    if isinstance(a, sympy.Eq) and a.lhs.is_Symbol and isinstance(a.rhs, sympy.Set):  # x \in [1, 2]
+        return a.rhs
+    parts = a._unsorted_args if isinstance(a, And) else [a]
+    if not all(isinstance(x, Relational) and len(x.free_symbols) == 1 for x in parts):
+        return None
+    sides = [side for x in parts for side in (x.lhs, x.rhs)]
+    names = set().union(*(side.free_symbols for side in sides))
+    if len(names) != 1 or not all(_is_bounded_side(side) for side in sides):
+        return None
+    return sympy.Intersection(*(x.as_set() for x in parts))
+
+
+def _is_bounded_side(a: Any) -> bool:
+    """Whether a side of an inequality is a symbol, a real number or the distance of a symbol from a number."""
+    if isinstance(a, sympy.Abs) and a.free_symbols:
+        return a.args[0].is_polynomial() and sympy.degree(a.args[0]) == 1
+    return a.is_Symbol or (a.is_number and a.is_real)
+
+
 def _as_symbols(text: str) -> str:
     """The text with symbols for what the parser takes for others: I for i, gamma for a constant, ^T for nothing."""
     symbols = {"I": r"\text{I}", r"\gamma": r"\text{littlegamma}"}
     text = re.sub(r"\\[a-zA-Z]+|I", lambda m: symbols.get(m[0], m[0]), text)
     return text if "matrix" in text else re.sub(r"\^(T|\{T\})", "^{ T }", text)
-
-
-def _depth(text: str) -> int:
-    depth = deepest = 0
-    for character in text:
-        depth += (character in "([{") - (character in ")]}")
-        deepest = max(deepest, depth)
-    return deepest
 
 
 def _approximated(exact: Any, rounded: Any) -> Any:

@@ -6,15 +6,17 @@ import re
 import unicodedata
 from typing import NamedTuple
 
+from grpo_kernels.training.rewards.math_words import CJK, leave_number
+
 
 class AnswerText(NamedTuple):
     """An answer in parts."""
 
-    whole: str  # LaTeX, without Markdown, dollars, boxes and commands that only format
+    latex: str  # LaTeX, without Markdown, dollars, boxes and commands that only format
     formula: str | None  # without unit and words around it; None where these are more than that
     unit: str = ""  # in one spelling, as "km/h" or "%"; empty without one
     is_letter_unit: bool = False  # the unit is a single letter, which may be a factor as well
-    is_formula: bool = False  # the whole may be one
+    is_formula: bool = False  # the LaTeX may be one, words and letters of units included
     is_words: bool = False  # there is nothing but words
 
 
@@ -31,11 +33,18 @@ _CHARACTERS = str.maketrans(
         "≈": r"\approx ",
         "⁄": "/",
         "²": "^2",
+        "¢": " cents ",
+        "。": ". ",
+        "、": ", ",
+        "⟨": "(",
+        "⟩": ")",
     }
     | dict.fromkeys("✓✔✅☑🎉\u200b\u200c\u200d\u2060\ufeff\ufe0f\u200e\u200f")
 )
 _PLAIN_ROOT = re.compile(r"(?:√|(?<![\\a-zA-Z])sqrt(?![a-zA-Z]))\s*(\d+(?:\.\d+)?|[a-zA-Zπ](?![a-zA-Z])|(?=\{))")
-_BOXED = re.compile(r"\\(?:boxed|fbox|underline|mathbf|boldsymbol|bm)\s*\{")
+_BOXED = re.compile(
+    r"\\(?:boxed|fbox|underline|mathbf|boldsymbol|bm|textcolor\s*\{[^{}]*\})\s*\{|\\(?:text|mathrm)\s*\{(?=[^{}]*\{)"
+)
 _ROOT = re.compile(r"(?:(?<![a-zA-Z])\\?sqrt|√)\s*\(")
 _CURRENCIES = {r"\$": "dollar", "€": "euro", "£": "pound", "¥": "yen", "₹": "rupee", "Rs": "rupee"}
 
@@ -47,7 +56,7 @@ _MARKUP = [
     (r"(?<![^\W_])(?<![)}*])(\*{1,3})(?=[^\s*])([^*]*[^\s*])\1(?![^\W_]|[({*])", r"\2"),
     (r"(?<!\w)(?<!\\)(_{1,3})(?=[^\s_])([^_]*[^\s_])\1(?!\w)", r"\2"),
     (r"\A\s*(?:#+\s|\*\*)", ""),
-    (r"\A\s*(?:Rs\.?|US)(?=\s*\$?\d)", ""),
+    (r"\A\s*(?:Rs\.?|US)(?=\s*\$?\s*\d)", ""),
     (r"</?(?:b|i|u|em|strong|code|p|br)\s*/?>", " "),
     (r"\A\s*–", "-"),
     (r"\*\*", "^"),
@@ -60,8 +69,19 @@ _FORMS = [
     (r"(?<!\\)\\[,;: ]|~|\\q?quad(?![a-z])", " "),
     (r"\\\[|\\\]|\\\(|\\\)|\\?\$", " "),
     (r"\\(?:d|t|c)frac", r"\\frac"),
+    (r"\\(?:color|phantom)\s*\{[^{}]*\}|\\(?:tiny|small|normalsize|[lL]arge|LARGE|[hH]uge|bf|it)(?![a-zA-Z])", ""),
+    (r"\\langle(?![a-z])", "("),
+    (r"\\rangle(?![a-z])", ")"),
+    (r"\\mathbb\s*(?:R(?![a-zA-Z])|\{\s*R\s*\})", r"(-\\infty, \\infty)"),
+    (r"(?<=[\w})])\s*;\s*(?=[-+(\w\\])", ", "),
     (r"\\(?:text|mbox|textbf|textit|textrm|textnormal|textsf|texttt)\s*\{([^{}]*)\}", r" \1 "),
     (r"\\(?:mathrm|mathbf|mathit|mathsf|bm|boldsymbol|rm)\s*\{([^{}]*)\}", r"\1"),
+    (r"\A\W*(?:there\s+(?:is|are)\s+)?(?:no|0|zero)\s+(?:real\s+)?solutions?\W*\Z", r"\\emptyset"),
+    (r"\A\W*(?:the\s+)?empty\s+set\W*\Z", r"\\emptyset"),
+    (r"\A\W*(?:[a-zA-Z]\s+is\s+)?all\s+real(?:s|\s+numbers)\W*\Z", r"\\mathbb{R}"),
+    (r"\A(\W*\d+)\s+(?:in|out\s+of)\s+(\d+\W*)\Z", r"\1/\2"),
+    (r"\bper\s+cent\b", "percent"),
+    (r"\A\W*\\\{\s*([a-z])\s*(?:\\mid|\||:)\s*(\1\b.*|.*\b\1)\s*\\\}\W*\Z", r"\2"),
     (r"\\lbrace(?![a-z])", r"\\{"),
     (r"\\rbrace(?![a-z])", r"\\}"),
     (r"\^\s*\{\s*\\(?:circ|degree)\s*\}|\^\s*\\(?:circ|degree)(?![a-z])|\\degree(?![a-z])", r"^\\circ "),
@@ -77,7 +97,10 @@ _FORMS = [
     (r"\\frac\s*(\{[^{}]*\})\s*(\d)", r"\\frac\1{\2}"),
     (r"\\frac\s*(\d)\s*\{", r"\\frac{\1}{"),
     (r"\\sqrt\s*(\d|[a-zA-Z](?![a-zA-Z]))", r"\\sqrt{\1}"),
-    (r"(?<![\\a-zA-Z])(sqrt|sin|cos|tan|log|ln|pi|infinity|infty|exp)(?![a-zA-Z])", r"\\\1"),
+    (
+        r"(?<![\\a-zA-Z])(sqrt|sin|cos|tan|sec|csc|cot|arcsin|arccos|arctan|log|ln|pi|infinity|infty|exp)(?![a-zA-Z])",
+        r"\\\1",
+    ),
     (r"\\infinity", r"\\infty"),
     # thousands: 1,234,567 and 1 234 567, but not [1,234), which is an interval, and 0,234
     (r"(?<![\w.,(\[])(?<!\\\{)([1-9]\d{0,2}(?:,\d{3})+)(?![\w,])", lambda m: m[1].replace(",", "")),
@@ -86,16 +109,20 @@ _FORMS = [
         r"(?<![\w.,])([1-9]\d{0,2}(?:['’]\d{3})+|[1-9]\d{0,2}(?:\.\d{3}){2,})(?![\w,])",
         lambda m: re.sub("\\D", "", m[1]),
     ),
-    (r"(?<![\w.])(\d*)\.(\d*)\\(?:overline|bar)\{(\d+)\}", lambda m: _repeating(*m.groups())),
+    (
+        r"(?<![\w.])(\d*)\.(\d*)(?:\\(?:overline|bar|dot)\s*\{(\d+)\}|\((\d+)\))",
+        lambda m: _repeating(m[1], m[2], m[3] or m[4]),
+    ),
     (r"(?<=\d)\s?(?:st|nd|rd|th)\b", ""),
     (r",(?=\S)", ", "),
     (r"(?<![\w.])(\d+)\s+(\d+)\s*/\s*(\d+)(?![\w.])", r"\1\\frac{\2}{\3}"),
     (r"(?<=\d)[eE]([+-]?)(\d+)(?!\w)", r" \\cdot 10^{\1\2}"),
     (r"\^\s*\(([^()]*)\)", r"^{\1}"),
     (r"\^\s*(-?\d+)", r"^{\1}"),
+    (r"(?<![\\a-zA-Z])C\s*\((\d+), *(\d+)\)", r"\\binom{\1}{\2}"),
     # a product, not a function: x(x + 1), but f(x)
     (r"(?<![\\a-zA-Z])(?![fghFGHPQ]\()([a-zA-Z]|\\pi\s*)\(", r"\1 \\cdot ("),
-    (r",?\s+(?:and|or)\s+(?=[^a-zA-Z\s]|[a-zA-Z]\b)", ", "),
+    (r",?\s+(and|or)\s+(?=[^a-zA-Z\s]|[a-zA-Z]\b)", lambda m: _connective(m[1], m.string)),
     (r"\b(?:either|both)\s+", ""),
     (r"(?<=[\d}])\s+(hundred|thousand|million|billion|trillion)\b", lambda m: rf"\cdot 10^{{{_POWERS[m[1]]}}}"),
 ]
@@ -112,7 +139,8 @@ kg kilogram kilograms|gram grams g|mg milligram milligrams|pound pounds lb lbs|o
 L l liter liters litre litres|mL ml milliliter milliliters|gallon gallons gal|cup cups|unit units
 s second seconds sec secs|min minute minutes mins|h hour hours hr hrs|day days|week weeks|month months|year years yr yrs
 ms millisecond milliseconds|Hz hertz|kHz|N newton newtons|J joule joules|kJ|W watt watts|kW|V volt volts
-A amp amps ampere amperes|Pa pascal pascals|mol moles|K kelvin|degree degrees deg ^\\circ|^\\circC|^\\circF
+A amp amps ampere amperes|\\Omega Ω ohm ohms|Pa pascal pascals
+mol moles|K kelvin|degree degrees deg ^\\circ|^\\circC|^\\circF
 rad radian radians|dollar dollars USD bucks|cent cents|euro euros EUR|GBP|yen JPY|rupee rupees INR Rs|% \\% percent pct
 """
 _UNIT_NAMES = {
@@ -123,41 +151,27 @@ _UNIT_NAMES = {
 _UNIT = "(?:" + "|".join(re.escape(name) for name in sorted(_UNIT_NAMES, key=len, reverse=True)) + ")(?![a-zA-Z])"
 _UNITS_AT_END = (
     rf"(?:(?:/|per\s|an?\s)\s*)?(?:(?:sq|square|cu|cubic)\.?\s+)?{_UNIT}\.?(?:\s*\^\{{?[23]\}}?)?"
-    rf"(?:\s*(?:/|per\s|a\s|\\cdot)\s*{_UNIT}(?:\s*\^\{{?[23]\}}?)?)*"
+    rf"(?:\s*(?:/|per\s|a\s|\\cdot|(?<=\s))\s*{_UNIT}(?:\s*\^\{{?(?:[23]|-[1-3])\}}?)?)*"
 )
 _SHORT_WORDS = (
-    "[iI]s|[oO]f|[iI]n|[tT]o|[aA]t|[iI]t|[wW]e|[sS]o|[aA]n|[bB]y|[oO]n|[hH]e|[mM]y|[aA]s|[iI]f|[oO]r|[nN]o|be|up"
+    "[iI]s|[oO]f|[iI]n|[tT]o|[aA]t|[iI]t|[wW]e|[sS]o|[aA]n|[bB]y|[oO]n|[hH]e|[mM]y|[aA]s|[iI]f|[oO]r|[nN]o|be|up|"
+    "[lL][ae]|[eE]s|ne|é|è"
 )
 _PROSE_WORD = (
     rf"(?<![\\a-zA-Z])(?:(?:{_SHORT_WORDS})(?![a-zA-Z])|[a-zA-Zß-ÿ]{{3,}}(?:['’-][a-zA-Z]+)*|[^\W\d_a-zA-Zµ-ÿΑ-ω]+)"
 )
 _NEXT_WORD = rf"(?:[aAI](?=\s+[a-zA-Z]{{2,}})|{_PROSE_WORD})"
 _HEAD = re.compile(rf"\s*(?:{_NEXT_WORD}(?:[\s,;:]|\.(?!\d))*)+")
+_STATEMENT = re.compile(r"[^\W\d][^\\\d=<>+*/^|(){}\[\]]*\b(?:is|are|equals)\s+", re.IGNORECASE)  # The value of x is
 _TAIL = re.compile(
     rf"(?P<unit>(?:(?<=\d)|(?<=[\s}})!])|(?=\\|%|\^))\s*{_UNITS_AT_END})?"
-    rf"(?P<words>(?:[\s,.;:]+(?:{_NEXT_WORD}|\((?:{_PROSE_WORD}[\s,.]*)+\)))*)[\s.,;:]*\Z"
-)
-_HEAD_ENDS_IN_IS = re.compile(r"(?:\b(?:is|are|equals|be)|[:=])\s*\Z")
-_CHANGES_THE_NUMBER = re.compile(
-    r"\b(?:not?|none|nor|neither|never|without|cannot|unless|except|but|wrong|incorrect|than|least|most|more|less|fewer|"
-    r"above|below|under|over|between|maybe|perhaps|unknown|guess|instead|initially|minus|negative|plus|times|twice|half|"
-    r"thirds?|quarters?|dozens?|squared|cubed|factorial|hundreds?|thousands?|millions?|billions?|one|two|three|four|five|"
-    r"six|seven|eight|nine|ten|fourth|fifth|sixth|seventh|eighth|ninth|tenth|powers?|raised|too|false|untrue|invalid|base|mod|modulo|remainder|or|\w+n['’]t|"
-    r"ruled|fails?|impossible|reject\w*|hardly|doubled|tripled|digits?|divisors?|score|gross|lakhs?|crores?|mln|bil|mil|"
-    r"grand|kilo|ppm|mille|basis|nicht|kein\w*|mindestens|höchstens|mehr|weniger|tausend|mio|mrd|pas|moins|menos|más|"
-    r"mill[oó]n\w*|не|минус|больше|меньше|тысяч\w*|миллион\w*)\b|"
-    r"[不非负負没無无错錯减減万億亿千百十]|根号|大于|小于|至少|至多|超过|除了|以上|以下|이상|이하|미만|초과|아니|아닌",
-    re.IGNORECASE,
-)
-_OPERATION = re.compile(
-    r"\b(?:square|cube|roots?|powers?|sum|product|difference|quotient|inverse|reciprocal|opposite|double|triple|divided|"
-    r"multipl\w*|divisible|factors?|multiples?|log\w*|sine?|cosine?|tangent|absolute|every|each|up|to|from|until|percent)\b",
-    re.IGNORECASE,
+    rf"(?P<words>(?:(?:[\s,.;:]+|(?<=\d)(?=[{CJK}]))(?:{_NEXT_WORD}|\((?:{_PROSE_WORD}[\s,.]*)+\)))*)[\s.,;:]*\Z"
 )
 _OPERATOR = re.compile(r"\s*(?:[+*/^_<>!)]|-\s|\\(?:cdot|times|div|le|ge|pm)(?![a-z]))")
 _INNER_WORD = re.compile(rf"(?<!\S){_PROSE_WORD}")
 _TRIGONOMETRY = re.compile(r"\\(?:sin|cos|tan|cot|sec|csc)")
-_BASE = re.compile(r"(\w+)_\{?(\d+)\}?")
+_BASE = re.compile(r"\(?(\w+)\)?(?:_\{?|\s+(?:in\s+)?base\s+)(\d+)\}?")
+_THOUSANDS = re.compile(r"\d[kK](?!\w)")
 
 
 def split_answer(text: str) -> AnswerText:
@@ -168,31 +182,29 @@ def split_answer(text: str) -> AnswerText:
         ('The speed is 1200 km/h', '1200', 'km/h')
     """
     currency = _currency(text)
-    whole = clean(text)
-    base = _BASE.fullmatch(whole)
+    latex = clean(text)
+    base = _BASE.fullmatch(latex)
     if base and base[1][0].isdigit():
-        return AnswerText(whole, base[1], unit=f"base {base[2]}")
-    head = _HEAD.match(whole)
-    rest = whole[head.end() :] if head else whole
+        return AnswerText(latex, base[1], unit=f"base {base[2]}")
+    head = _STATEMENT.match(latex) or _HEAD.match(latex)
+    rest = latex[head.end() :] if head else latex
     if head and not rest.strip(" .,;:!?"):
-        return AnswerText(whole, None, is_words=True)
+        return AnswerText(latex, None, is_words=True)
     if head and _OPERATOR.match(rest):
-        head, rest = None, whole  # of abc + 3 nothing is a word
+        head, rest = None, latex  # of abc + 3 nothing is a word
     tail = _TAIL.search(rest)
     formula = re.sub(r"\A\s*(?:=|\\approx)\s*", "", rest[: tail.start()] if tail else rest)
     formula = formula.lstrip(" ,;:").rstrip(" .,;:")
     unit, is_letter = _unit_of(tail["unit"] or "" if tail else "")
     before, after = head[0] if head else "", tail["words"] if tail else ""
     is_function = before[-1:].isalpha() and rest.startswith("(")
-    is_more = (
-        is_function or not formula or _CHANGES_THE_NUMBER.search(before + " " + after) or _INNER_WORD.search(formula)
-    )
-    if not _HEAD_ENDS_IN_IS.search(before) and not rest.lstrip().startswith("="):
-        is_more = is_more or _OPERATION.search(before)
+    is_statement = before and rest.lstrip().startswith("=")
+    is_more = is_function or not formula or _INNER_WORD.search(formula) or _THOUSANDS.search(latex)
+    is_more = is_more or not leave_number(before + "=" * bool(is_statement), after)
     if unit == "degree" and _TRIGONOMETRY.search(formula):
-        return AnswerText(whole, None, is_formula=not is_more and not after)  # there it is no unit, but pi/180
+        return AnswerText(latex, None, is_formula=not is_more and not after)  # there it is no unit, but pi/180
     is_formula = not before and not after and (is_letter or not unit + currency) and not _INNER_WORD.search(formula)
-    return AnswerText(whole, None if is_more else formula, unit or currency, is_letter, is_formula)
+    return AnswerText(latex, None if is_more else formula, unit or currency, is_letter, is_formula)
 
 
 def clean(text: str) -> str:
@@ -200,7 +212,7 @@ def clean(text: str) -> str:
     text = re.sub(r"[⁰¹²³⁴⁵⁶⁷⁸⁹⁺⁻ⁿ]+", lambda m: f"^{{{m[0].translate(_SUPERSCRIPTS)}}}", text)
     text = re.sub(r"[₀₁₂₃₄₅₆₇₈₉]+", lambda m: f"_{{{m[0].translate(_SUBSCRIPTS)}}}", text)
     text = re.sub(r"[¼-¾⅐-⅞]", lambda m: " {}/{}".format(*unicodedata.normalize("NFKC", m[0]).split("⁄")), text)
-    text = unicodedata.normalize("NFKC", text).translate(_CHARACTERS)
+    text = unicodedata.normalize("NFKC", text.replace("ℝ", r"\mathbb{R}")).translate(_CHARACTERS)
     text = _PLAIN_ROOT.sub(lambda m: rf"\sqrt{{{m[1]}}}" if m[1] else r"\sqrt", text)
     for rule, new in _MARKUP_RULES:
         text = rule.sub(new, text)
@@ -217,10 +229,16 @@ def clean(text: str) -> str:
     return re.sub(r"\A(?:=|\\approx)\s*", "", text)
 
 
-def _repeating(whole: str, start: str, period: str) -> str:
+def _repeating(integer: str, start: str, period: str) -> str:
     """A decimal without end as a fraction: 0.1\\overline{6} as (16 - 1)/90."""
-    top = int(whole + start + period) - int(whole + start or 0)
+    top = int(integer + start + period) - int(integer + start or 0)
     return rf"\frac{{{top}}}{{{'9' * len(period)}{'0' * len(start)}}}"
+
+
+def _connective(word: str, text: str) -> str:
+    """What stands for "and" or "or" in a text: they are the same in a list of answers, but not between inequalities."""
+    is_inequality = re.search(r"[<>]|\\(?:[lg]e?|[lg]eq|ne)(?![a-z])", text)
+    return {"and": r" \land ", "or": r" \lor "}[word] if is_inequality else ", "
 
 
 def _rewrap(opening: re.Pattern[str], brackets: str, text: str, before: str, after: str) -> str:
@@ -249,4 +267,6 @@ def _unit_of(text: str) -> tuple[str, bool]:
     text = text.strip().rstrip(".")
     text = re.sub(r"^(sq|square)\.?\s+(.*)", r"\2^2", re.sub(r"^(cu|cubic)\.?\s+(.*)", r"\2^3", text))
     spelled = re.sub(_UNIT, lambda m: _UNIT_NAMES[m[0]], re.sub(r"\s*(?:per|a)\s+", "/", text))
+    spelled = re.sub(r"\s+(\S+?)\s*\^\{?-([1-3])\}?", lambda m: f"/{m[1]}" + f"^{m[2]}" * (m[2] > "1"), spelled)
+    spelled = re.sub(r"(?<=\w)(?:\s+|\s*\\cdot\s*)(?=\w)", "*", spelled)
     return re.sub(r"[\s{}]", "", spelled), len(text) == 1 and text.isalpha()

@@ -83,8 +83,8 @@ def _loaded(name: str) -> nn.Module:
     from grpo_kernels.training.models import check_loaded  # see below
 
     options = {"num_labels": 1, "use_safetensors": True, "output_loading_info": True}
-    model, found = AutoModelForSequenceClassification.from_pretrained(name, **options)
-    check_loaded(found, name)
+    model, loading_info = AutoModelForSequenceClassification.from_pretrained(name, **options)
+    check_loaded(loading_info, name)
     return model.eval().to("cuda" if torch.cuda.is_available() else "cpu")
 
 

@@ -99,12 +99,12 @@ def score(
     messages = [
         [{"role": "assistant", "content": c}] if isinstance(c, str) and not isinstance(p, str) else c for p, c in texts
     ]
-    given = {"prompts": list(prompts), "completions": messages, **(log or RewardLog()).arguments(), **columns}
+    arguments = {"prompts": list(prompts), "completions": messages, **(log or RewardLog()).arguments(), **columns}
     results: dict[str, Any] = {}
     awaitables: dict[str, Awaitable[Any]] = {}
     try:
         for name, function in functions.items():
-            result = _called(name, function, given)
+            result = _called(name, function, arguments)
             (awaitables if inspect.isawaitable(result) else results)[name] = result
         if awaitables:
             results |= _await_together(awaitables, len(completions))
@@ -159,7 +159,7 @@ def _simple(value: Any) -> Any:
     return value if value is None or isinstance(value, (str, int, float, bool, dict)) else str(value)
 
 
-def _called(name: str, function: RewardFunction | nn.Module, given: dict[str, Any]) -> Any:
+def _called(name: str, function: RewardFunction | nn.Module, arguments: dict[str, Any]) -> Any:
     if isinstance(function, nn.Module):
         function = RewardModel(function)
     try:
@@ -168,22 +168,22 @@ def _called(name: str, function: RewardFunction | nn.Module, given: dict[str, An
         signature = None
     try:
         if signature is None:
-            return function(**given)
+            return function(**arguments)
         kinds = [parameter.kind for parameter in signature.parameters.values()]
-        taken = given
+        taken = arguments
         if inspect.Parameter.VAR_KEYWORD not in kinds:
-            taken = {key: value for key, value in given.items() if key in signature.parameters}
-        _check_takes(signature, taken, given)
+            taken = {key: value for key, value in arguments.items() if key in signature.parameters}
+        _check_takes(signature, taken, arguments)
         return function(**taken)
     except Exception as error:
-        raise _failure(name, len(given["completions"]), error) from error
+        raise _failure(name, len(arguments["completions"]), error) from error
 
 
-def _check_takes(signature: inspect.Signature, taken: dict[str, Any], given: dict[str, Any]) -> None:
+def _check_takes(signature: inspect.Signature, taken: dict[str, Any], arguments: dict[str, Any]) -> None:
     try:
         signature.bind(**taken)
     except TypeError as error:
-        names = ", ".join(given)
+        names = ", ".join(arguments)
         raise TypeError(f"{error}; it is called by keyword, with {names}, and takes {signature}") from None
 
 

@@ -1,0 +1,122 @@
+"""Where a completion's answer stands: in its last box, or in its last formula in LaTeX."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from typing import NamedTuple
+
+_LONGEST = 2000  # characters in a box, and before it that may belong to the answer
+_BOX = re.compile(r"\\(?:boxed|fbox)(?:\s*(?P<brace>\{)|\s+(?P<bare>-?\w+))")
+_BETWEEN_BOXES = re.compile(r"[\s$*]*(?:(?:,|;|,?\s*(?:and|or)\b)[\s$*]*)?(?:[a-zA-Z]\s*=\s*)?")
+_PERCENT = re.compile(r"[\s$]{0,5}(\\?%)")
+_OPENING = re.compile(r"\$\$|(?<![\\\d])\$|\\\(|\\\[")
+_CLOSING = {"$$": "$$", r"\(": r"\)", r"\[": r"\]"}
+_INLINE = re.compile(r"(?:\\\$|[^$\n])+\$(?!\d)")
+_BETWEEN_FORMULAS = re.compile(r"\s*(?:\\?%\s*)?(?:,|,?\s*(?:and|or)\b)\s*")
+_ANNOUNCED = re.compile(r"answer[^$]{0,50}\Z", re.IGNORECASE)
+_DENIED_BEFORE = re.compile(
+    r"(?:\b(?:not|never|cannot\s+be|isn['’]t)|不是|\b(?:not|isn['’]t|false)\s+(?:(?:the\s+case|true)\s+)?that\s+"
+    r"(?:the\s+(?:final\s+)?answer\s+is)?)[\s:$*`]*\Z",
+    re.IGNORECASE,
+)
+_DENIED_AFTER = re.compile(
+    r"[\s$*`.,;!)\]]*(?:\?[\s$*`]*(?:no|nope|wait|not)\b|no[\s,.!]+wait\b|(?:(?:no|but|hmm|oh|sorry|actually)[\s,.!]+)*"
+    r"(?:wait[\s,.!]*(?:(?:no|that|this|it)\b(?!\s+(?:is|was)\s+(?:right|correct)))|"
+    r"(?:(?:that|this|which|it)(?:\s+(?:is|was)|['’]s)|is|was)\s+(?:not\s+(?!hard|easy|surpris)|(?:an?\s+|the\s+)?(?:wrong|incorrect)\b)))",
+    re.IGNORECASE,
+)
+
+
+class Place(NamedTuple):
+    """A part of a text that may be its answer."""
+
+    text: str  # what stands there, without a box around it
+    start: int
+    end: int
+
+
+def last_box(text: str) -> Place | None:
+    """What stands in the last ``\\boxed``, with those before it that a comma, "and" or "or" joins to it.
+
+    Example:
+        >>> last_box(r"We get \boxed{3}. So x is \boxed{4} or \boxed{5}.").text
+        '4, 5'
+    """
+    boxes = list(_BOX.finditer(text))[-_LONGEST:]
+    last: Place | None = None
+    for opening in reversed(boxes):
+        place = _box(text, opening)
+        if last is None:
+            last = place
+        elif place is None or not _BETWEEN_BOXES.fullmatch(text, place.end, last.start):
+            return last
+        else:
+            last = Place(f"{place.text}, {last.text}", place.start, last.end)
+        if last is None or len(last.text) > _LONGEST:
+            return last
+    return last
+
+
+def last_formula(text: str) -> Place | None:
+    """The last formula in LaTeX, or list of them; one that the word answer announces before others."""
+    last = announced = None
+    for place in _lists(text):
+        start = max(place.start - 60, last.end if last else 0)
+        announced = place if _ANNOUNCED.search(text[start : place.start]) else announced
+        last = place
+    return announced or last
+
+
+def is_denied(text: str, place: Place) -> bool:
+    """Whether the words around a place say that what stands there is not the answer."""
+    before, after = text[max(0, place.start - 80) : place.start], text[place.end : place.end + 80]
+    return _DENIED_BEFORE.search(before) is not None or _DENIED_AFTER.match(after) is not None
+
+
+def _box(text: str, opening: re.Match[str]) -> Place | None:
+    """What stands in a box; None where it is not closed."""
+    if opening["bare"]:
+        return Place(opening["bare"], opening.start(), opening.end())
+    depth = 1
+    for i in range(opening.end(), min(len(text), opening.end() + _LONGEST)):
+        depth += (text[i] == "{") - (text[i] == "}")
+        if depth == 0:
+            percent = _PERCENT.match(text, i + 1)
+            content = text[opening.end() : i] + (percent[1] if percent else "")
+            return Place(content, opening.start(), i + 1)
+    return None
+
+
+def _lists(text: str) -> Iterator[Place]:
+    """The formulas of a text, each with those that a comma, "and" or "or" joins to it."""
+    joined: Place | None = None
+    for start, end in _formulas(text):
+        if joined and start - joined.end < 100 and _BETWEEN_FORMULAS.fullmatch(text, joined.end, start):
+            joined = Place(text[joined.start : end], joined.start, end)
+            continue
+        if joined:
+            yield joined
+        joined = Place(text[start:end], start, end)
+    if joined:
+        yield joined
+
+
+def _formulas(text: str) -> Iterator[tuple[int, int]]:
+    """Where each formula in LaTeX begins and ends, found in one pass."""
+    missing: set[str] = set()  # delimiters that do not come again
+    position = 0
+    while opening := _OPENING.search(text, position):
+        delimiter, position = opening[0], opening.end()
+        if delimiter == "$":
+            inline = _INLINE.match(text, position)
+            end = inline.end() if inline else -1
+        else:
+            closing = _CLOSING[delimiter]
+            end = -1 if closing in missing else text.find(closing, position + 1)
+            missing.update([closing] if end < 0 else [])
+            end += 2 if end >= 0 else 0
+        if end >= 0:
+            percent = _PERCENT.match(text, end)
+            position = percent.end() if percent else end
+            yield opening.start(), position
