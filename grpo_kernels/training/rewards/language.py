@@ -35,8 +35,8 @@ _HAN_LETTERS = 12  # as many without kana are not Japanese
 _LONGEST_WORD = 60  # characters; lingua's time grows with the square of a word's length
 
 _OPENING = re.compile(r"(?P<fence>`{3,}|~{3,})|`|\$\$|(?<!\\)\$|\\[(\[]|\\begin\{(?P<environment>\w+\*?)\}")
-# A code span, or a formula in dollars by Pandoc's rule: no space within at its ends, and no digit behind.
-_SPAN = re.compile(r"`[^`\n]*`|\$(?!\s)(?P<formula>(?:\\.|[^$\\\n])+)(?<!\s)\$(?!\d)")
+# A code span, or what may be a formula: as in Pandoc, no digit follows it.
+_SPAN = re.compile(r"`[^`\n]*`|\$(?P<formula>(?:\\.|[^$\\\n])+)\$(?!\d)")
 _CLOSING = {r"\(": r"\)", r"\[": r"\]"}
 _COMMAND = re.compile(r"\\[A-Za-z]+(?:\{[^{}]*\})?")
 _WORDS_IN_A_ROW = re.compile(r"[^\W\d_]{2,}(?:[\s,]+[^\W\d_]{2,}){2}")
@@ -76,7 +76,8 @@ class LanguageConsistencyReward:
     3. they are foreign if there are at least 40 letters and its confidence in another language is 0.99. In Latin
        letters, where it is as sure of slang and noise, they also need that language in either half of the words, with
        0.1 or more, and most of them must not look like names (capitalized) or abbreviations;
-    4. the words of all other sentences are judged alike, as one text, where 12 letters will do with 0.95.
+    4. the words of all other sentences are judged alike, as one text, where 12 letters will do with 0.95; and if that
+       tells nothing, they are the target's if they are along with those that are.
 
     The reward is the share of the target's words among those judged. It abstains with None where there is no evidence:
     no words, as in an empty reasoning, or half of the letters or more in words that cannot be judged. Sentences are not
@@ -142,7 +143,11 @@ def _share_in(targets: frozenset[str], text: str) -> float | None:
             by_verdict[_is_in(targets, words)] += words
     undecided, by_verdict[None] = by_verdict[None], []
     for words in _by_script(undecided):
-        by_verdict[_is_in(targets, words, _FEW_LETTERS)] += words
+        verdict = _is_in(targets, words, _FEW_LETTERS)
+        of_target = [word for word in by_verdict[True] if word.script == words[0].script]
+        if verdict is None and of_target and _is_in(targets, of_target + words):
+            verdict = True
+        by_verdict[verdict] += words
     judged = by_verdict[True] + by_verdict[False]
     return len(by_verdict[True]) / len(judged) if _letters(judged) > _letters(by_verdict[None]) else None
 
@@ -168,14 +173,20 @@ def _end_of(opening: re.Match[str], unclosed: set[str]) -> int | None:
     text, sign = opening.string, opening.group()
     if sign in ("`", "$"):
         span = _SPAN.match(text, opening.start())
-        is_prose = span is None or _WORDS_IN_A_ROW.search(_COMMAND.sub(" ", span["formula"] or ""))
-        return None if is_prose else span.end()
+        if span is None or (sign == "$" and _is_between_prices(span["formula"])):
+            return None
+        return span.end()
     closing = rf"\end{{{opening['environment']}}}" if opening["environment"] else _CLOSING.get(sign, sign)
     end = -1 if closing in unclosed else text.find(closing, opening.end())
     if end >= 0:
         return end + len(closing)
     unclosed.add(closing)
     return len(text) if opening["fence"] else None
+
+
+def _is_between_prices(text: str) -> bool:
+    """Whether what stands between two dollars is prose: with a space at one end alone, or with words in a row."""
+    return text[0].isspace() != text[-1].isspace() or _WORDS_IN_A_ROW.search(_COMMAND.sub(" ", text)) is not None
 
 
 def _is_in(targets: frozenset[str], words: list[_Word], least_letters: int = _LETTERS) -> bool | None:
