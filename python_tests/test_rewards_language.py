@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -58,6 +57,12 @@ def test_rows_may_say_which_language():
         consistency(LanguageConsistencyReward(), POLISH, language=["Polish"])
 
 
+def test_case_and_subtags_of_a_code_are_ignored():
+    for code in ("PL", "pl-PL", "pl_Latn", ["en-US", "PL"]):
+        assert consistency(LanguageConsistencyReward(code), POLISH) == [1.0]
+    assert consistency(LanguageConsistencyReward(), POLISH, language=["pl-PL"]) == [1.0]
+
+
 def test_a_text_is_judged_alike_again_and_beside_others():
     completions = [f"{ENGLISH} {POLISH} {case['text']}" for case in CASES]
     reward = LanguageConsistencyReward("en")
@@ -97,8 +102,13 @@ def test_the_end_of_the_reasoning():
     ("parameters", "message"),
     [
         ({"language": "tlh"}, "language must be one or more of af, ar, .*, zu, got 'tlh'"),
-        ({"language": "EN"}, "got 'EN'"),
-        ({"language": []}, r"got \[\]"),
+        ({"language": "-en"}, "got '-en'"),
+        ({"language": "jp"}, "got 'jp'; 'ja' for 'jp'"),
+        ({"language": ["en", "KR"]}, r"got \['en', 'KR'\]; 'ko' for 'KR'"),
+        ({"language": "English"}, "got 'English'; 'en' for 'English'"),
+        ({"language": "zho"}, "got 'zho'; 'zh' for 'zho'"),
+        ({"language": []}, r"language must be one or more codes such as 'en', got \[\]"),
+        ({"language": [["en"]]}, r"got \[\['en'\]\]"),
         ({"language": ["en", "tlh"]}, r"got \['en', 'tlh'\]"),
         ({"language": 3}, "got 3"),
         ({"vocabulary": []}, r"vocabulary must be a list of words, got \[\]"),
@@ -109,14 +119,3 @@ def test_the_end_of_the_reasoning():
 def test_parameters_that_do_not_fit_are_named(parameters, message):
     with pytest.raises(ValueError, match=message):
         LanguageConsistencyReward(**parameters)
-
-
-@pytest.mark.parametrize(
-    "text",
-    ["a" * 40000, "\\(" * 10000, "$$" * 20001, "\\begin{a}" * 4000, "`" * 40000, "的" * 20000, "a1" * 20000],
-    ids=lambda text: repr(text[:8]),
-)
-def test_a_model_gone_wild_is_judged_in_a_moment(text):
-    start = time.perf_counter()
-    consistency(LanguageConsistencyReward(), text)
-    assert time.perf_counter() - start < 10

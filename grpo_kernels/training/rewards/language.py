@@ -25,14 +25,23 @@ _MEMBERS = {"no": frozenset({"nb", "nn"})}  # Norwegian, by the code for both of
 _ALSO_IN = {"az": {"ARABIC", "CYRILLIC"}, "bs": {"CYRILLIC"}, "kk": {"ARABIC", "LATIN"}, "mn": {"MONGOLIAN"},
             "ms": {"ARABIC"}, "pa": {"ARABIC"}, "sr": {"LATIN"}}  # fmt: skip
 
-_SURE, _SURE_OF_OTHER = 0.85, 0.99  # lingua's confidence
-_LETTERS, _LETTERS_OF_OTHER = 20, 40  # fewer in a shared script are too few
-_HAN_LETTERS = 12  # as many without kana are not Japanese
+# Codes of countries that are written in place of their languages'.
+_COUNTRIES = {"cn": "zh", "cz": "cs", "dk": "da", "gr": "el", "jp": "ja", "kr": "ko", "ua": "uk", "vn": "vi"}
 
+_SURE, _SURE_OF_FEW = 0.85, 0.95  # lingua's confidence in the target
+_LETTERS, _FEW_LETTERS = 20, 12  # fewer in a shared script are too few
+_SURE_OF_OTHER, _SURE_OF_HALF, _LETTERS_OF_OTHER = 0.99, 0.1, 40
+_HAN_LETTERS = 12  # as many without kana are not Japanese
+_LONGEST_WORD = 60  # characters; lingua's time grows with the square of a word's length
+
+_OPENING = re.compile(r"(?P<fence>`{3,}|~{3,})|`|\$\$|(?<!\\)\$|\\[(\[]|\\begin\{(?P<environment>\w+\*?)\}")
+# A code span, or what may be a formula: as in Pandoc, no digit follows it.
+_SPAN = re.compile(r"`[^`\n]*`|\$(?P<formula>(?:\\.|[^$\\\n])+)\$(?!\d)")
+_CLOSING = {r"\(": r"\)", r"\[": r"\]"}
+_COMMAND = re.compile(r"\\[A-Za-z]+(?:\{[^{}]*\})?")
+_WORDS_IN_A_ROW = re.compile(r"[^\W\d_]{2,}(?:[\s,]+[^\W\d_]{2,}){2}")
 _NOT_PROSE = re.compile(
-    r"(`{3,}|~{3,}).*?(?:\1|\Z)|`[^`\n]*`|\$\$.*?\$\$|\$[^$\n]*\$|\\\(.*?\\\)|\\\[.*?\\\]|\\begin\{(\w+\*?)\}.*?"
-    r"\\end\{\2\}|\\[A-Za-z]+|</?\w+>|https?://\S+|(?<![A-Za-z\d_])[A-Za-z\d_]*[\d_][A-Za-z\d_]*|\b[a-z]+[A-Z][A-Za-z]*",
-    re.DOTALL,
+    r"\\[A-Za-z]+|</?\w+>|https?://\S+|(?<![A-Za-z\d_])[A-Za-z\d_]*[\d_][A-Za-z\d_]*|\b[a-z]+[A-Z][A-Za-z]*"
 )
 _END_OF_SENTENCE = re.compile(r"[.!?]\s|[\n。！？।؟۔]")
 _END_OF_REASONING = re.compile(r"</think>|<answer>")
@@ -55,19 +64,25 @@ class LanguageConsistencyReward:
     without any word.
 
     Else, for natural text, lingua says what a language is. Code, formulas, LaTeX commands, tags, addresses and words
-    with digits in them are left out first. A word is a run of at least two letters of one script (single letters are
-    names of variables), and in scripts without spaces (Chinese, Japanese, Thai) every letter. In a text of another
-    script, one or two words in a row are left out where they are names, abbreviations or units: they have a capital
-    or, if Latin, fewer than four letters. Then
+    with digits in them are left out first; what stands between two prices in dollars is no formula. A word is a run of
+    letters of one script, of at least two (single letters are names of variables) and at most 60 characters, and in
+    scripts without spaces (Chinese, Japanese, Thai) every letter. In a text of another script, one or two words in a
+    row are left out where they are names, abbreviations or units: they have a capital or, if Latin, fewer than four
+    letters. Then
 
     1. the words of a script that the target does not use are foreign;
     2. the words of one sentence in the target's script are the target's if there are at least 20 letters and lingua's
-       confidence is 0.85 or more, and foreign if there are at least 40 and its confidence in another language is 0.99;
-    3. the words of all other sentences are judged alike, as one text.
+       confidence is 0.85 or more;
+    3. they are foreign if there are at least 40 letters and its confidence in another language is 0.99. In Latin
+       letters, where it is as sure of slang and noise, they also need that language in either half of the words, with
+       0.1 or more, and most of them must not look like names (capitalized) or abbreviations;
+    4. the words of all other sentences are judged alike, as one text, where 12 letters will do with 0.95; and if that
+       tells nothing, they are the target's if they are along with those that are.
 
     The reward is the share of the target's words among those judged. It abstains with None where there is no evidence:
-    no words, as in an empty reasoning, or more than half of the words that cannot be judged. Sentences are judged as a
-    whole: a few foreign words in one do not count, if they are in its script.
+    no words, as in an empty reasoning, or half of the letters or more in words that cannot be judged. Sentences are not
+    divided: a few foreign words in one do not count, if they are in its script, and one that is half in another
+    language is in either or cannot be judged.
 
     lingua cannot be relied on to tell apart Indonesian and Malay, Bosnian, Croatian and Serbian, and the two written
     forms of Norwegian: of two such the one is never foreign to the other, and the reward often abstains. Name both,
@@ -75,8 +90,8 @@ class LanguageConsistencyReward:
 
     Args:
         language: The target, as ISO 639-1 code of one of lingua's 75 languages, or "no" for both forms of Norwegian;
-            or a list of codes, any of which will do. None takes the column ``language``, a code or list per row, and
-            abstains where a row has none; and English without that column.
+            or a list of codes, any of which will do. Case and subtags are ignored: zh-CN is zh. None takes the column
+            ``language``, a code or list per row, and abstains where a row has none; and English without that column.
         vocabulary: Every word of a synthetic task; ``language`` then says nothing.
 
     Raises:
@@ -98,14 +113,14 @@ class LanguageConsistencyReward:
 
     def __call__(self, prompts: Sequence[Any], completions: Sequence[Any], **columns: Any) -> list[float | None]:
         texts = [reasoning_of(completion_text(c)) for c in completions]
-        named = columns.get("target_words") if self.vocabulary is None else [self.vocabulary] * len(texts)
-        if named is not None:
-            return [_share_of(frozenset(v), text.split()) for v, text in zip(named, texts, strict=True)]
-        of_rows = columns.get("language") if self.language is None else None
-        if of_rows is None:
+        vocabularies = columns.get("target_words") if self.vocabulary is None else [self.vocabulary] * len(texts)
+        if vocabularies is not None:
+            return [_share_of(frozenset(v), text.split()) for v, text in zip(vocabularies, texts, strict=True)]
+        languages = columns.get("language") if self.language is None else None
+        if languages is None:
             targets = [_targets("language", self.language or "en")] * len(texts)
         else:
-            targets = [None if v is None else _targets("the column language", v) for v in of_rows]
+            targets = [None if v is None else _targets("the column language", v) for v in languages]
         return [None if t is None else _share_in(t, text) for t, text in zip(targets, texts, strict=True)]
 
 
@@ -121,45 +136,101 @@ def _share_of(vocabulary: frozenset[str], words: list[str]) -> float:
 
 def _share_in(targets: frozenset[str], text: str) -> float | None:
     """The share of the words of a natural text that are in one of the languages; None without evidence."""
-    prose = unicodedata.normalize("NFKC", _NOT_PROSE.sub(" ", text))
-    sentences = [_without_names(_words_of(s), targets) for s in _END_OF_SENTENCE.split(prose)]
-    judged: dict[bool | None, int] = {True: 0, False: 0, None: 0}
-    left: list[_Word] = []
-    for sentence in sentences:
-        for words in _by_script(sentence):
-            verdict = _is_in(targets, words)
-            if verdict is None:
-                left += words
-            else:
-                judged[verdict] += len(words)
-    for words in _by_script(left):
-        judged[_is_in(targets, words)] += len(words)
-    known = judged[True] + judged[False]
-    return judged[True] / known if known > judged[None] else None
+    prose = _NOT_PROSE.sub(" ", _without_code_and_formulas(text))
+    by_verdict: dict[bool | None, list[_Word]] = {True: [], False: [], None: []}
+    for sentence in _END_OF_SENTENCE.split(prose):
+        for words in _by_script(_without_names(_words_of(sentence), targets)):
+            by_verdict[_is_in(targets, words)] += words
+    undecided, by_verdict[None] = by_verdict[None], []
+    for words in _by_script(undecided):
+        verdict = _is_in(targets, words, _FEW_LETTERS)
+        of_target = [word for word in by_verdict[True] if word.script == words[0].script]
+        if verdict is None and of_target and _is_in(targets, of_target + words):
+            verdict = True
+        by_verdict[verdict] += words
+    judged = by_verdict[True] + by_verdict[False]
+    return len(by_verdict[True]) / len(judged) if _letters(judged) > _letters(by_verdict[None]) else None
 
 
-def _is_in(targets: frozenset[str], words: list[_Word]) -> bool | None:
+def _without_code_and_formulas(text: str) -> str:
+    prose: list[str] = []
+    unclosed: set[str] = set()
+    copied = position = 0
+    while opening := _OPENING.search(text, position):
+        position = opening.end()
+        end = _end_of(opening, unclosed)
+        if end is not None:
+            prose.append(text[copied : opening.start()])
+            copied = position = end
+    return " ".join([*prose, text[copied:]])
+
+
+def _end_of(opening: re.Match[str], unclosed: set[str]) -> int | None:
+    """Where the code or the formula ends that a sign opens, None if it opens none.
+
+    What closes nothing in the rest of the text is put in ``unclosed``: looking for it again would take quadratic time.
+    """
+    text, sign = opening.string, opening.group()
+    if sign in ("`", "$"):
+        span = _SPAN.match(text, opening.start())
+        if span is None or (sign == "$" and _is_between_prices(span["formula"])):
+            return None
+        return span.end()
+    closing = rf"\end{{{opening['environment']}}}" if opening["environment"] else _CLOSING.get(sign, sign)
+    end = -1 if closing in unclosed else text.find(closing, opening.end())
+    if end >= 0:
+        return end + len(closing)
+    unclosed.add(closing)
+    return len(text) if opening["fence"] else None
+
+
+def _is_between_prices(text: str) -> bool:
+    """Whether what stands between two dollars is prose: with a space at one end alone, or with words in a row."""
+    return text[0].isspace() != text[-1].isspace() or _WORDS_IN_A_ROW.search(_COMMAND.sub(" ", text)) is not None
+
+
+def _is_in(targets: frozenset[str], words: list[_Word], least_letters: int = _LETTERS) -> bool | None:
     """Whether words of one script are in one of the languages, None if that cannot be told."""
     script = words[0].script
     if any(script in _ALSO_IN.get(target, ()) for target in targets):
         return None
     if script in _SHARED and not targets & _languages_in(script):
         return False
-    text = ("" if script in UNSPACED else " ").join(word.text for word in words)
-    confidences = _confidences(text)
+    if script in _SHARED and _letters(words) < least_letters:
+        return None
+    confidences = _confidences(words)
+    confidence = sum(confidences.get(target, 0.0) for target in targets)
     if script not in _SHARED:
-        if "ja" in targets and script == "HAN" and not _has_kana(text):
-            return False if len(text) >= _HAN_LETTERS else None  # in both languages, if it is short
-        return sum(confidences.get(target, 0.0) for target in targets) >= _SURE
-    letters = sum(len(word.text) for word in words)
-    if sum(confidences.get(target, 0.0) for target in targets) >= _SURE:
-        return True if letters >= _LETTERS else None
+        if "ja" in targets and script == "HAN" and not _has_kana(words):
+            return False if len(words) >= _HAN_LETTERS else None  # in both languages, if it is short
+        return confidence >= _SURE
+    if confidence >= _SURE:
+        return True if confidence >= _SURE_OF_FEW or _letters(words) >= _LETTERS else None
     without_names = [word for word in words if word.text.islower()]
-    if len(without_names) < len(words) and without_names and _is_in(targets, without_names):
+    if len(without_names) < len(words) and without_names and _is_in(targets, without_names, least_letters):
         return True
-    close = frozenset().union(*(group for group in _CLOSE if group & targets))
-    is_other = any(value >= _SURE_OF_OTHER and name not in close for name, value in confidences.items())
-    return False if is_other and letters >= _LETTERS_OF_OTHER else None
+    return False if _is_in_another(targets, words, confidences) else None
+
+
+def _is_in_another(targets: frozenset[str], words: list[_Word], confidences: dict[str, float]) -> bool:
+    """Whether words of a shared script are in a language that is no target, nor close to one."""
+    likeliest = max(confidences, key=lambda name: confidences[name], default="")
+    others = next((group for group in _CLOSE if likeliest in group), frozenset({likeliest}))
+    names = [w for w in words if w.text[0].isupper() and (len(w.text) <= 4 or not w.text.isupper())]
+    if others & targets or 3 * len(names) > 2 * len(words) or _letters(words) < _LETTERS_OF_OTHER:
+        return False
+    if sum(confidences.get(name, 0.0) for name in others) < _SURE_OF_OTHER:
+        return False
+    if words[0].script != "LATIN":
+        return True
+    # Of its many languages in Latin letters lingua finds one in slang and noise, too, but seldom the same in each half.
+    middle = len(words) // 2
+    halves = [_confidences(words[:middle]), _confidences(words[middle:])]
+    return all(sum(half.get(name, 0.0) for name in others) >= _SURE_OF_HALF for half in halves)
+
+
+def _letters(words: list[_Word]) -> int:
+    return sum(len(word.text) for word in words)
 
 
 def _without_names(words: list[_Word], targets: frozenset[str]) -> list[_Word]:
@@ -190,8 +261,8 @@ def _words_of(text: str) -> list[_Word]:
             run += letter
             continue
         run = run.rstrip("'’-\u200c")
-        if run_script in UNSPACED or len(run) > 1:
-            words.append(_Word(run_script, run))
+        if (run_script in UNSPACED or len(run) > 1) and len(run) <= _LONGEST_WORD:
+            words.append(_Word(run_script, unicodedata.normalize("NFKC", run)))
         run, run_script = (letter, script) if script else ("", "")
     return words
 
@@ -201,27 +272,44 @@ def script_of(character: str) -> str:
     """The script of a letter; empty for anything else."""
     if unicodedata.category(character)[0] != "L":
         return ""
-    name = unicodedata.name(character, "").partition(" ")[0]
+    name = unicodedata.name(unicodedata.normalize("NFKC", character)[0], "").partition(" ")[0]
     return _SAME_SCRIPT.get(name, name)
 
 
-def _has_kana(text: str) -> bool:
-    return any(unicodedata.name(letter, "").startswith(("HIRAGANA", "KATAKANA")) for letter in text)
+def _has_kana(words: list[_Word]) -> bool:
+    return any(unicodedata.name(word.text[0], "").startswith(("HIRAGANA", "KATAKANA")) for word in words)
 
 
 def _targets(name: str, language: Any) -> frozenset[str]:
-    """The languages that a code or a list of codes names."""
+    """The languages that a code or a list of codes names; of en-US and zh_Hans, en and zh."""
     codes = [language] if isinstance(language, str) else language
-    known = _codes() | set(_MEMBERS)
-    if not isinstance(codes, Sequence) or not codes or not known.issuperset(codes):
-        raise ValueError(f"{name} must be one or more of {', '.join(sorted(known))}, got {language!r}")
-    return frozenset().union(*(_MEMBERS.get(code, {code}) for code in codes))
+    if not isinstance(codes, Sequence) or not codes or not all(isinstance(code, str) for code in codes):
+        raise ValueError(f"{name} must be one or more codes such as 'en', got {language!r}")
+    allowed = _codes() | set(_MEMBERS)
+    targets: frozenset[str] = frozenset()
+    for code in codes:
+        primary = re.split("[-_]", code.lower(), maxsplit=1)[0]
+        if primary not in allowed:
+            code_meant = _COUNTRIES.get(primary) or _codes_by_name().get(primary)
+            hint = f"; {code_meant!r} for {code!r}" if code_meant else ""
+            raise ValueError(f"{name} must be one or more of {', '.join(sorted(allowed))}, got {language!r}{hint}")
+        targets |= _MEMBERS.get(primary, {primary})
+    return targets
 
 
-def _confidences(text: str) -> dict[str, float]:
+def _confidences(words: list[_Word]) -> dict[str, float]:
     """How sure lingua is of each language; rounded, because it adds up in no fixed order."""
+    text = ("" if words and words[0].script in UNSPACED else " ").join(word.text for word in words)
     values = _detector().compute_language_confidence_values(text)
     return {_code(value.language): round(value.value, 6) for value in values if value.value > 0}
+
+
+@cache
+def _codes_by_name() -> dict[str, str]:
+    """The codes by what is written in their place: the English name and the code of three letters."""
+    languages = _lingua().Language.all()
+    names = {language.name.lower(): _code(language) for language in languages}
+    return names | {language.iso_code_639_3.name.lower(): _code(language) for language in languages}
 
 
 @cache
