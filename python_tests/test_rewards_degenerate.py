@@ -10,7 +10,7 @@ import pytest
 from grpo_kernels.training.rewards import BUILT_IN, resolve
 from grpo_kernels.training.rewards.math_answers import read_answer
 from grpo_kernels.training.rewards.math_formula import parse_formula
-from grpo_kernels.training.rewards.time_limit import call_within
+from grpo_kernels.training.rewards.time_limit import TimeLimit
 
 PIECES = [
     "`", "```\n", "```python\n'''", "~~~ ", "<answer>", "</answer>", "<answer>1</answer>", "<think>", "$", "$a ", "$$",
@@ -96,16 +96,19 @@ def test_a_call_ends_at_its_limit_and_nothing_is_raised_later(in_thread: bool) -
     outcomes: list[str] = []
 
     def calls() -> None:
-        outcomes.append(call_within(5, busy, 0.01))
-        with pytest.raises(TimeoutError, match=r"more than 0\.1 seconds"):
-            call_within(0.1, busy, 30)
-        with pytest.raises(KeyError, match="mine"):
-            call_within(5, failing)
-        for _ in range(200):  # which end just as the limit does
-            try:
-                outcomes.append(call_within(0.001, busy, 0.001))
-            except TimeoutError:
-                outcomes.append("late")
+        with TimeLimit(0.2) as limit:
+            outcomes.append(limit.call(busy, 0.01))
+            time.sleep(0.3)  # between calls there is none
+            with pytest.raises(TimeoutError, match=r"more than 0\.2 seconds"):
+                limit.call(busy, 30)
+            with pytest.raises(KeyError, match="mine"):
+                limit.call(failing)
+        with TimeLimit(0.001) as limit:
+            for _ in range(200):  # which end just as the limit does
+                try:
+                    outcomes.append(limit.call(busy, 0.001))
+                except TimeoutError:
+                    outcomes.append("late")
         outcomes.append(busy(1.2, "undisturbed"))
 
     if in_thread:

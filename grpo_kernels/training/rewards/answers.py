@@ -9,7 +9,7 @@ from typing import Any
 
 from grpo_kernels.training.rewards.answer_places import is_denied, last_box, last_formula
 from grpo_kernels.training.rewards.completions import completion_text
-from grpo_kernels.training.rewards.time_limit import call_within
+from grpo_kernels.training.rewards.time_limit import TimeLimit
 
 _ANSWER = re.compile(r"<answer\s*>((?:(?!</?answer\s*>).)*)</answer\s*>", re.DOTALL | re.IGNORECASE)
 _HEADING = re.compile(r"\W*(?:the )?(?:final )?(?:answer|result|solution)\W*", re.IGNORECASE)
@@ -95,15 +95,13 @@ def math_accuracy_reward(
         ImportError: math-verify is not installed.
     """
     math_answers = _import_math_answers()
-    rewards: list[float | None] = []
-    for completion, expected in zip(completions, answer, strict=True):
-        gold = _limited(_read_gold, "" if expected is None else str(expected))
-        if gold is None:
-            rewards.append(None)
-            continue
-        read = _limited(_read_completion, completion)
-        rewards.append(float(read is not None and bool(_limited(math_answers.same_answer, gold, read))))
-    return rewards
+    with TimeLimit(_SECONDS) as limit:
+        golds = [_limited(limit, _read_gold, "" if a is None else str(a)) for a in answer]
+        answers = [gold and _limited(limit, _read_completion, c) for gold, c in zip(golds, completions, strict=True)]
+        return [
+            gold and float(read is not None and bool(_limited(limit, math_answers.same_answer, gold, read)))
+            for gold, read in zip(golds, answers, strict=True)
+        ]
 
 
 JUDGES = {
@@ -119,8 +117,9 @@ def math_answer(completion: Any) -> str | None:
     None where there is none, or where not all of it was read.
     """
     math_answers = _import_math_answers()
-    read = _limited(_read_completion, completion)
-    return None if read is None else _limited(math_answers.spelling_of_answer, read)
+    with TimeLimit(_SECONDS) as limit:
+        read = _limited(limit, _read_completion, completion)
+        return None if read is None else _limited(limit, math_answers.spelling_of_answer, read)
 
 
 #: By judge, what reads a completion's answer, for votes. A judge of one's own has it as its attribute ``extract``.
@@ -161,10 +160,10 @@ def _import_math_answers() -> Any:
     return math_answers
 
 
-def _limited(function: Callable[..., Any], *arguments: Any) -> Any:
-    """What a function returns; None where it takes more than ``_SECONDS``."""
+def _limited(limit: TimeLimit, function: Callable[..., Any], *arguments: Any) -> Any:
+    """What a function returns; None where it takes too long."""
     try:
-        return call_within(_SECONDS, function, *arguments)
+        return limit.call(function, *arguments)
     except (TimeoutError, RecursionError):
         return None
 
