@@ -189,8 +189,7 @@ _OPTIONS_OF_ONE_LOSS = {
 
 
 def _check_all_apply(config: Any) -> None:
-    defaults = {field.name: field.default for field in fields(config)}
-    changed = {name for name, default in defaults.items() if getattr(config, name) != default}
+    changed = {field.name for field in fields(config) if getattr(config, field.name) != field.default}
 
     def refuse(names: Iterable[str], other: str) -> None:
         for name in names:
@@ -242,7 +241,7 @@ def _check_all_apply(config: Any) -> None:
 
 def _check_field(config: Any, name: str, what: str, is_within: Callable[[float], bool]) -> None:
     value = getattr(config, name)
-    if value is not None or config.__dataclass_fields__[name].default is not None:
+    if value is not config.__dataclass_fields__[name].default:
         check_range(name, value, what, is_within)
 
 
