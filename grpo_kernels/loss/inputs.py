@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 
 import torch
@@ -17,9 +18,11 @@ from grpo_kernels.validation import (
     check_device,
     check_float,
     check_mask,
+    check_no_nan,
     check_number,
     check_real,
     check_shape,
+    may_read,
 )
 
 
@@ -69,13 +72,13 @@ class PolicyInputs:
             "sampling_logprobs": sampling_logprobs,
         }
         _check(tokens, advantages, completion_mask, logprobs, rollout_is_weights, cu_seqlens, config, debug)
-        _check_items(num_items_in_batch)
         check_number("loss_scale", loss_scale)
         _check_threshold(entropy_threshold, config)
         sequences = Sequences.of(tokens, cu_seqlens)
         reads_reference = config.beta != 0 and not config.has_exact_divergence
         reads_sampler = config.off_policy_mask_threshold is not None
         mask = completion_mask if completion_mask.dtype == torch.bool else completion_mask != 0
+        _check_items(num_items_in_batch, mask, debug)
         weights = loss_weights(mask, sequences, config, num_items_in_batch, loss_scale, dtype)
         rollout = None
         if rollout_is_weights is not None:
@@ -102,7 +105,23 @@ class PolicyInputs:
             _cast(ref_logprobs, dtype) if ref_logprobs is not None and reads_reference else None,
         )
         sampler = _cast(sampling_logprobs, dtype) if sampling_logprobs is not None and reads_sampler else None
-        return cls(sequences, fields, sampler, rollout if is_vespo else None, entropy_threshold)
+        inputs = cls(sequences, fields, sampler, rollout if is_vespo else None, entropy_threshold)
+        if debug:
+            inputs.check_values()
+        return inputs
+
+    def check_values(self) -> None:
+        """Raises ValueError for a NaN of an unmasked token, or an infinite advantage. Not while a graph is traced."""
+        fields = self.fields
+        if fields.advantages is not None:
+            check_no_nan("advantages", self.token_advantages, self.mask, finite=True)
+        for name, values in (
+            ("old_logprobs", fields.old_logprobs),
+            ("ref_logprobs", fields.ref_logprobs),
+            ("rollout_is_weights", fields.policy_factors if self.rollout_weights is None else self.rollout_weights),
+        ):
+            if values is not None:
+                check_no_nan(name, values, self.mask)
 
     @property
     def mask(self) -> Tensor:  # like the tokens
@@ -216,15 +235,22 @@ def _check_threshold(entropy_threshold: Tensor | float | None, config: GRPOLossC
         raise ValueError(f"entropy_threshold must be a number, got {entropy_threshold!r}")
 
 
-def _check_items(num_items_in_batch: float | Tensor | None) -> None:
-    if isinstance(num_items_in_batch, Tensor):
-        if num_items_in_batch.numel() != 1:
-            shape = list(num_items_in_batch.shape)
-            raise ValueError(f"num_items_in_batch must be a number or a 0-dim tensor, got shape {shape}")
-    elif num_items_in_batch is not None:
-        check_number("num_items_in_batch", num_items_in_batch)
-        if not num_items_in_batch >= 0:
-            raise ValueError(f"num_items_in_batch must be at least 0, got {num_items_in_batch!r}")
+def _check_items(num_items_in_batch: float | Tensor | None, mask: Tensor, debug: bool) -> None:
+    if num_items_in_batch is None:
+        return
+    items = num_items_in_batch
+    if isinstance(items, Tensor):
+        if items.numel() != 1:
+            raise ValueError(f"num_items_in_batch must be a number or a 0-dim tensor, got shape {list(items.shape)}")
+        if not may_read(items, debug):
+            return
+        items = items.item()
+    else:
+        check_number("num_items_in_batch", items)
+    if not 0 <= items < math.inf:
+        raise ValueError(f"num_items_in_batch must be finite and at least 0, got {items!r}")
+    if items == 0 and may_read(mask, debug) and mask.any():
+        raise ValueError("num_items_in_batch must be greater than 0 where tokens are unmasked, got 0")
 
 
 def _check(
