@@ -157,6 +157,25 @@ def check_id_range(name: str, ids: Tensor, mask: Tensor | None, vocab: int, debu
         raise ValueError(f"{name} must lie in [0, {vocab}) where unmasked, got {ids[tuple(at)].item()} at {at}")
 
 
+def check_num_items(num_items_in_batch: float | Tensor | None, mask: Tensor, debug: bool) -> None:
+    """Raises unless the divisor is one finite number, and above 0 where tokens are unmasked, if values may be read."""
+    if num_items_in_batch is None:
+        return
+    items = num_items_in_batch
+    if isinstance(items, Tensor):
+        if items.numel() != 1:
+            raise ValueError(f"num_items_in_batch must be a number or a 0-dim tensor, got shape {list(items.shape)}")
+        if not may_read(items, debug):
+            return
+        items = items.item()
+    else:
+        check_number("num_items_in_batch", items)
+    if not 0 <= items < math.inf:
+        raise ValueError(f"num_items_in_batch must be finite and at least 0, got {items!r}")
+    if items == 0 and may_read(mask, debug) and mask.any():
+        raise ValueError("num_items_in_batch must be greater than 0 where tokens are unmasked, got 0")
+
+
 def check_no_nan(name: str, values: Tensor, mask: Tensor, *, finite: bool = False) -> None:
     """Raises ValueError for a NaN where unmasked, with ``finite`` also for an infinity. Not while a graph is traced."""
     if not may_read(values, True):

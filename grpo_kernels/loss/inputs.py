@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, replace
 
 import torch
@@ -19,10 +18,10 @@ from grpo_kernels.validation import (
     check_float,
     check_mask,
     check_no_nan,
+    check_num_items,
     check_number,
     check_real,
     check_shape,
-    may_read,
 )
 
 
@@ -78,7 +77,7 @@ class PolicyInputs:
         reads_reference = config.beta != 0 and not config.has_exact_divergence
         reads_sampler = config.off_policy_mask_threshold is not None
         mask = completion_mask if completion_mask.dtype == torch.bool else completion_mask != 0
-        _check_items(num_items_in_batch, mask, debug)
+        check_num_items(num_items_in_batch, mask, debug)
         weights = loss_weights(mask, sequences, config, num_items_in_batch, loss_scale, dtype)
         rollout = None
         if rollout_is_weights is not None:
@@ -233,24 +232,6 @@ def _check_threshold(entropy_threshold: Tensor | float | None, config: GRPOLossC
     check_number("entropy_threshold", entropy_threshold)
     if entropy_threshold != entropy_threshold:
         raise ValueError(f"entropy_threshold must be a number, got {entropy_threshold!r}")
-
-
-def _check_items(num_items_in_batch: float | Tensor | None, mask: Tensor, debug: bool) -> None:
-    if num_items_in_batch is None:
-        return
-    items = num_items_in_batch
-    if isinstance(items, Tensor):
-        if items.numel() != 1:
-            raise ValueError(f"num_items_in_batch must be a number or a 0-dim tensor, got shape {list(items.shape)}")
-        if not may_read(items, debug):
-            return
-        items = items.item()
-    else:
-        check_number("num_items_in_batch", items)
-    if not 0 <= items < math.inf:
-        raise ValueError(f"num_items_in_batch must be finite and at least 0, got {items!r}")
-    if items == 0 and may_read(mask, debug) and mask.any():
-        raise ValueError("num_items_in_batch must be greater than 0 where tokens are unmasked, got 0")
 
 
 def _check(
