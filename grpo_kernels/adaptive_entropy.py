@@ -6,9 +6,11 @@ import math
 from dataclasses import dataclass, replace
 
 from grpo_kernels.loss.config import GRPOLossConfig
+from grpo_kernels.named_arguments import check_keywords
 from grpo_kernels.validation import check_number
 
 
+@check_keywords()
 @dataclass
 class AdaptiveEntropy:
     """Raises the coefficient of the entropy bonus while the entropy is at or below a target, and lowers it otherwise.

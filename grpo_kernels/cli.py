@@ -13,21 +13,21 @@ from grpo_kernels.training import commands
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command line and returns its exit status: 0, 2 for what a person can put right, 130 after Ctrl-C."""
     parser = argparse.ArgumentParser(prog="grpo-kernels", description="Fused kernels for GRPO.")
-    found = parser.add_subparsers(dest="command", required=True)
-    train = found.add_parser(
+    subcommands = parser.add_subparsers(dest="command", required=True)
+    train = subcommands.add_parser(
         "train", add_help=False, allow_abbrev=False, help="train by a recipe; train --help lists every option"
     )
     train.add_argument("--recipe", help='a recipe that ships with the package ("addition") or a YAML file')
     for kind, help_text in commands.STAGES.items():
-        stage = found.add_parser(kind, add_help=False, allow_abbrev=False, help=help_text)
+        stage = subcommands.add_parser(kind, add_help=False, allow_abbrev=False, help=help_text)
         stage.add_argument("--recipe", help="a YAML file of keys and values")
-    stages = found.add_parser("recipe", allow_abbrev=False, help="run a recipe of several stages")
+    stages = subcommands.add_parser("recipe", allow_abbrev=False, help="run a recipe of several stages")
     stages.add_argument(
         "name", help='a recipe that ships ("r1-mini") or a YAML file; --key value holds for every stage'
     )
-    page = found.add_parser("report", help="an HTML page of a run: curves, samples, configuration")
+    page = subcommands.add_parser("report", help="an HTML page of a run: curves, samples, configuration")
     page.add_argument("run", type=Path, help="its output_dir")
-    found.add_parser("info", help="versions, backends and the compiled extension's build")
+    subcommands.add_parser("info", help="versions, backends and the compiled extension's build")
     arguments, rest = parser.parse_known_args(argv)
     debug = "--debug" in rest  # a traceback with every error
     rest = [text for text in rest if text != "--debug"]

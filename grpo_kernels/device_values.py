@@ -7,6 +7,8 @@ from functools import cache
 import torch
 from torch import Tensor
 
+from grpo_kernels.named_arguments import check_keywords
+
 _NONE = 2**63 - 1
 #: The flags in order. Each holds the smallest flat index, or the smallest number of rows, that was bad.
 _KINDS = (
@@ -43,6 +45,7 @@ def flag_infinite(is_infinite: Tensor) -> None:
     flag.copy_(torch.where(is_infinite.any(), torch.minimum(flag, index), flag))
 
 
+@check_keywords()
 def check_device_values(device: torch.device) -> None:
     """Raises if a kernel on ``device`` found a bad value since the last call of this function. One sync.
 

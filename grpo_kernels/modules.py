@@ -9,10 +9,11 @@ from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
-from grpo_kernels.loss.config import GRPOLossConfig, check_is_config
-from grpo_kernels.loss.config_checks import refuse_unknown
+from grpo_kernels.loss.config import GRPOLossConfig
+from grpo_kernels.named_arguments import refuse_unknown
 from grpo_kernels.ops.head.linear_grpo_loss import linear_grpo_loss
 from grpo_kernels.ops.rows.grpo_loss import GRPOLossOutput, grpo_loss
+from grpo_kernels.validation import check_flag
 
 _CONFIG_FIELDS = frozenset(field.name for field in fields(GRPOLossConfig))
 
@@ -36,14 +37,22 @@ class GRPOLoss(nn.Module):
 
     function: ClassVar[Callable[..., GRPOLossOutput]] = staticmethod(grpo_loss)
 
-    def __init__(self, config: GRPOLossConfig | None = None, **options: Any) -> None:
+    def __init__(self, config: GRPOLossConfig | None = None, *unexpected: Any, **options: Any) -> None:
         super().__init__()
         config = GRPOLossConfig() if config is None else config
-        check_is_config(config)
+        if unexpected or not isinstance(config, GRPOLossConfig):
+            types = ", ".join(type(value).__name__ for value in (config, *unexpected))
+            raise TypeError(
+                f"{type(self).__name__} takes a GRPOLossConfig, or its fields by name, as loss_type=..., got {types}; "
+                "a call takes the tensors"
+            )
         parameters = inspect.signature(self.function).parameters.values()
-        arguments = [x.name for x in parameters if x.kind is x.KEYWORD_ONLY and x.name != "config"]
+        arguments = {x.name: x.default for x in parameters if x.kind is x.KEYWORD_ONLY and x.name != "config"}
         what = f"the fields of GRPOLossConfig and the keyword arguments of {self.function.__name__}"
         refuse_unknown(type(self).__name__, options, (*arguments, *sorted(_CONFIG_FIELDS)), what)
+        for name, value in options.items():
+            if isinstance(arguments.get(name), bool):
+                check_flag(name, value)
         self.config = replace(config, **{name: options.pop(name) for name in _CONFIG_FIELDS & options.keys()})
         self.options = options
 

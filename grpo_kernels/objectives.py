@@ -11,7 +11,8 @@ from grpo_kernels import backends
 from grpo_kernels.loss.config import GRPOLossConfig
 from grpo_kernels.loss.inputs import PolicyInputs
 from grpo_kernels.measured_backends import RowClass
-from grpo_kernels.ops.head.inputs import HeadOptions, check_head
+from grpo_kernels.named_arguments import check_keywords
+from grpo_kernels.ops.head.inputs import HeadOptions, check_head, check_projection
 from grpo_kernels.ops.head.linear_divergence_loss import divergence_loss
 from grpo_kernels.ops.head.linear_grpo_loss import linear_grpo_loss
 from grpo_kernels.ops.head.reference_model import Reference
@@ -30,6 +31,7 @@ _IGNORED = -100  # a label that Hugging Face's losses leave out
 _SFT_MEANS = {"token_mean": "token-mean", "sequence_mean": "seq-mean-token-mean"}
 
 
+@check_keywords()
 def sft_loss(
     hidden_states: Tensor,  # [B, T, H] or [B, T + 1, H]; packed [N, H]
     lm_head_weight: Tensor,  # [V, H]
@@ -69,7 +71,7 @@ def sft_loss(
             ``t + 1``, and -100 excludes a token.
         reduction: "token_mean", or "sequence_mean": the mean over completions of each one's token mean.
         num_items_in_batch: Tokens that "token_mean" divides by, over all micro-batches and processes of one step. None
-            means the unmasked tokens given here.
+            means the unmasked tokens given here. 0 only where all are masked.
         temperature: Divides the logits.
         softcap, logit_scale: As for ``token_logprobs``.
         cu_seqlens: Where each packed completion begins, and the end.
@@ -80,15 +82,16 @@ def sft_loss(
         A scalar, differentiable once. Zero, with zero gradient, if nothing is unmasked.
 
     Raises:
-        TypeError: As for ``linear_grpo_loss``.
-        ValueError: ``reduction`` is unknown, ``num_items_in_batch`` is given for a mean over sequences, neither or both
-            of ``labels`` and ``completion_ids`` with their mask are given, or as for ``linear_grpo_loss``.
+        TypeError: A dtype does not fit.
+        ValueError: As for ``linear_token_logprobs``, or ``reduction`` is unknown, ``num_items_in_batch`` is given for a
+            mean over sequences, or neither or both of ``labels`` and ``completion_ids`` with their mask are given.
     """
     check_reduction(reduction, num_items_in_batch)
     check_float("hidden_states", hidden_states)
     if labels is not None:
         if completion_ids is not None or completion_mask is not None:
             raise ValueError("completion_ids and completion_mask must be None beside labels, got both")
+        check_projection(hidden_states, lm_head_weight, bias)
         completion_ids, completion_mask = _shift_labels(labels, hidden_states, cu_seqlens)
         check_id_range("labels", labels, labels != _IGNORED, lm_head_weight.shape[0], debug)
     elif completion_ids is None or completion_mask is None:
@@ -116,6 +119,7 @@ def sft_loss(
     ).loss
 
 
+@check_keywords()
 def distillation_loss(
     hidden_states: Tensor,  # [B, T, H] or [B, T + 1, H]; packed [N, H]
     lm_head_weight: Tensor,  # [V, H]
@@ -165,10 +169,14 @@ def distillation_loss(
         teacher_logits: The teacher's logits, if they exist. No gradient flows to the teacher.
         teacher_hidden_states, teacher_lm_head_weight, teacher_bias: Otherwise its last hidden states and head, which
             may have another hidden size and dtype.
-        divergence, mixture: As for ``token_divergence``; the teacher is the reference.
+        divergence: "forward_kl", of the teacher from the student; "reverse_kl", of the student from the teacher; or
+            "js", of both from their mixture. ``token_divergence`` has the equations; the teacher is its reference.
+        mixture: The teacher's share, in (0, 1), of "js".
         temperature: ``T``, of the soft targets only.
         hard_weight: Share of the hard targets, in [0, 1).
-        reduction, num_items_in_batch: As for ``sft_loss``.
+        reduction: "token_mean", or "sequence_mean": the mean over completions of each one's token mean.
+        num_items_in_batch: Tokens that "token_mean" divides by, over all micro-batches and processes of one step. None
+            means the unmasked tokens given here. 0 only where all are masked.
         softcap, logit_scale, teacher_softcap, teacher_logit_scale: As for ``token_logprobs``.
         cu_seqlens: Where each packed completion begins, and the end.
         loss_scale: Multiplies the loss and the gradient, before the gradient is rounded.
@@ -179,8 +187,10 @@ def distillation_loss(
         student's. Zero, with zero gradient, if nothing is unmasked.
 
     Raises:
-        TypeError: As for ``linear_token_divergence``.
-        ValueError: As for ``linear_token_divergence`` and ``sft_loss``, or ``hard_weight`` is not in [0, 1).
+        TypeError: A dtype does not fit.
+        ValueError: As for ``linear_token_logprobs``, or an option is unknown or out of its range,
+            ``num_items_in_batch`` is given for a mean over sequences, or the teacher is not given in exactly one of the
+            two ways.
     """
     _check_hard_weight(hard_weight)
     check_reduction(reduction, num_items_in_batch)

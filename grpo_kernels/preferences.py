@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from grpo_kernels.loss.sequences import Sequences
+from grpo_kernels.named_arguments import check_keywords
 from grpo_kernels.validation import (
     check_cu_seqlens,
     check_device,
@@ -27,6 +28,7 @@ class PreferenceOutput(NamedTuple):
     rejected_rewards: Tensor  # [B]
 
 
+@check_keywords()
 def dpo_loss(
     logprobs: Tensor | None = None,  # [2 B, T], chosen before rejected; packed [N]
     ref_logprobs: Tensor | None = None,  # like logprobs
@@ -163,6 +165,7 @@ def _log_ratios(
     return totals / sequences.sum(mask.to(dtype)).clamp(min=1) if length_normalized else totals
 
 
+@check_keywords()
 def reward_model_loss(
     chosen_rewards: Tensor,  # [B]
     rejected_rewards: Tensor,  # [B]

@@ -11,6 +11,7 @@ from torch import Tensor
 from grpo_kernels.loss.options import KL_ESTIMATORS
 from grpo_kernels.loss.reference import kl_estimate
 from grpo_kernels.loss.sequences import Sequences
+from grpo_kernels.named_arguments import check_keywords
 from grpo_kernels.validation import (
     check_cu_seqlens,
     check_device,
@@ -23,6 +24,7 @@ from grpo_kernels.validation import (
 )
 
 
+@check_keywords()
 @torch.no_grad()
 def kl_penalized_rewards(
     rewards: Tensor,  # [B] or [B, T]; packed [S] or [N]
@@ -92,6 +94,7 @@ def kl_penalized_rewards(
     return torch.where(completion_mask != 0, rewards.to(dtype), 0) - beta * kl
 
 
+@check_keywords()
 def mask_truncated(
     completion_ids: Tensor,  # [B, T]; packed [N]
     completion_mask: Tensor,  # like completion_ids
@@ -128,7 +131,7 @@ def mask_truncated(
     check_cu_seqlens(cu_seqlens, completion_ids, False)
     eos_ids = eos_token_id.flatten().tolist() if isinstance(eos_token_id, Tensor) else eos_token_id
     eos_ids = list(eos_ids) if isinstance(eos_ids, (list, tuple, set)) else [eos_ids]
-    if not eos_ids or not all(isinstance(token, int) for token in eos_ids):
+    if not eos_ids or not all(isinstance(token, int) and not isinstance(token, bool) for token in eos_ids):
         raise ValueError(f"eos_token_id must be an id, or several, got {eos_token_id!r}")
     ends = torch.tensor(eos_ids, device=completion_ids.device)
     sequences = Sequences.of(completion_ids, cu_seqlens)
@@ -137,4 +140,4 @@ def mask_truncated(
     rank = mask.flatten().cumsum(0).view(mask.shape)  # of each unmasked token, counted over all completions
     is_last = mask & (rank == sequences.spread(counts.cumsum(0)))
     is_complete = sequences.sum((is_last & torch.isin(completion_ids, ends)).to(torch.int64)) > 0
-    return torch.where(sequences.spread(is_complete), completion_mask, 0)
+    return torch.where(sequences.spread(is_complete), completion_mask, completion_mask.new_zeros(()))

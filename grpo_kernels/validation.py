@@ -13,7 +13,8 @@ FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
 def _no_tensor(name: str, value: Any) -> TypeError:
-    way_out = ": pass its weight" if isinstance(getattr(value, "weight", None), Tensor) else ""
+    parameter = next((each for each in ("weight", "bias") if name.endswith(each)), "")
+    way_out = f": pass its {parameter}" if isinstance(getattr(value, parameter, None), Tensor) else ""
     return TypeError(f"{name} must be a tensor, got {type(value).__name__}{way_out}")
 
 
@@ -37,6 +38,12 @@ def check_number(name: str, value: Any) -> None:
     """Raises TypeError unless ``value`` is a number, or what turns into one, as a 0-dim tensor."""
     if not isinstance(value, (int, float)) and not hasattr(value, "__float__"):
         raise TypeError(f"{name} must be a number, got {value!r}")
+
+
+def check_flag(name: str, value: Any) -> None:
+    """Raises TypeError unless ``value`` is True or False."""
+    if not isinstance(value, bool):
+        raise TypeError(f"{name} must be True or False, got {value!r}")
 
 
 def check_integer(name: str, value: Any) -> None:
@@ -148,6 +155,37 @@ def check_id_range(name: str, ids: Tensor, mask: Tensor | None, vocab: int, debu
     if bad.any():
         at = bad.nonzero()[0].tolist()
         raise ValueError(f"{name} must lie in [0, {vocab}) where unmasked, got {ids[tuple(at)].item()} at {at}")
+
+
+def check_num_items(num_items_in_batch: float | Tensor | None, mask: Tensor, debug: bool) -> None:
+    """Raises unless the divisor is one finite number, and above 0 where tokens are unmasked, if values may be read."""
+    if num_items_in_batch is None:
+        return
+    items = num_items_in_batch
+    if isinstance(items, Tensor):
+        if items.numel() != 1:
+            raise ValueError(f"num_items_in_batch must be a number or a 0-dim tensor, got shape {list(items.shape)}")
+        if not may_read(items, debug):
+            return
+        items = items.item()
+    else:
+        check_number("num_items_in_batch", items)
+    if not 0 <= items < math.inf:
+        raise ValueError(f"num_items_in_batch must be finite and at least 0, got {items!r}")
+    if items == 0 and may_read(mask, debug) and mask.any():
+        raise ValueError("num_items_in_batch must be greater than 0 where tokens are unmasked, got 0")
+
+
+def check_no_nan(name: str, values: Tensor, mask: Tensor, *, finite: bool = False) -> None:
+    """Raises ValueError for a NaN where unmasked, with ``finite`` also for an infinity. Not while a graph is traced."""
+    if not may_read(values, True):
+        return
+    values = values.reshape(mask.shape)
+    bad = mask & (~values.isfinite() if finite else values.isnan())
+    if bad.any():
+        at = bad.nonzero()[0].tolist()
+        wanted = "be finite" if finite else "not be NaN"
+        raise ValueError(f"{name} must {wanted} where unmasked, got {values[tuple(at)].item()} for the token at {at}")
 
 
 def check_cu_seqlens(cu_seqlens: Tensor | None, ids: Tensor, debug: bool) -> None:

@@ -38,17 +38,23 @@ def test_a_docstring_begins_with_a_call_that_runs(name: str) -> None:
     assert not messages, "".join(messages)
 
 
-def _arguments(name: str) -> Iterator[tuple[str, str]]:
-    """Each argument with its text."""
-    section = re.search(r"^Args:\n((?:    .*\n|\n)+)", _doc(name) + "\n", re.MULTILINE)
+def _entries(name: str, heading: str) -> Iterator[tuple[str, str]]:
+    """Each argument, or each exception, with its text."""
+    section = re.search(rf"^{heading}:\n((?:    .*\n|\n)+)", _doc(name) + "\n", re.MULTILINE)
     for entry in re.split(r"\n(?=    \S)", section[1].rstrip()) if section else ():
         names, text = re.match(r"\s*([\w\s,*]+?):\s(.*)", entry, re.DOTALL).groups()  # type: ignore[union-attr]
         for argument in re.split(r",\s+", names):
             yield argument.strip("* "), " ".join(text.split())
 
 
-TEXTS = {name: dict(_arguments(name)) for name in FUNCTIONS}
-REFERENCE = re.compile(r"As for ``(\w+)``")
+TEXTS = {name: dict(_entries(name, "Args")) for name in FUNCTIONS}
+ERRORS = {name: dict(_entries(name, "Raises")) for name in FUNCTIONS}
+REFERENCE = re.compile(r"\bas for ((?:``\w+``(?:, | and )?)+)", re.IGNORECASE)
+
+
+def _references(text: str) -> list[str]:
+    """The functions that a text sends its reader on to."""
+    return [other for names in REFERENCE.findall(text) for other in re.findall(r"\w+", names)]
 
 
 @pytest.mark.parametrize("name", FUNCTIONS)
@@ -61,11 +67,21 @@ def test_every_argument_is_explained(name: str) -> None:
 @pytest.mark.parametrize("name", FUNCTIONS)
 def test_a_reader_is_sent_on_once(name: str) -> None:
     for argument, text in TEXTS[name].items():
-        for other in REFERENCE.findall(text):
+        for other in _references(text):
             plain = argument.removeprefix("reference_").removeprefix("teacher_")
             there = TEXTS[other].get(argument) or TEXTS[other].get(plain)
             assert there, f"{name}: {argument} is as for {other}, which has none"
-            assert not REFERENCE.search(there), f"{name}: {argument} is as for {other}, and there: {there}"
+            assert not _references(there), f"{name}: {argument} is as for {other}, and there: {there}"
+    for error, text in ERRORS[name].items():
+        for other in _references(text):
+            there = ERRORS[other][error]
+            assert not _references(there), f"{name}: {error} is as for {other}, and there: {there}"
+
+
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_a_docstring_is_read_beside_two_others_at_most(name: str) -> None:
+    others = sorted({other for text in (*TEXTS[name].values(), *ERRORS[name].values()) for other in _references(text)})
+    assert len(others) <= 2, f"{name} sends its reader on to {', '.join(others)}"
 
 
 def test_the_default_configuration_is_short_in_a_signature() -> None:

@@ -25,6 +25,7 @@ from grpo_kernels import (
     kl_penalized_rewards,
     linear_grpo_loss,
     linear_token_logprobs,
+    mask_truncated,
     policy_loss,
     reward_model_loss,
     sft_loss,
@@ -133,6 +134,21 @@ def test_one_output_is_a_name(name: str) -> None:
     ):
         assert [x is None for x in found] == [x is None for x in expected]
         assert torch.equal(getattr(found, name), getattr(expected, name))
+
+
+@pytest.mark.parametrize("dtype", [torch.bool, torch.uint8, torch.int32, torch.float16])
+def test_a_mask_of_truncated_completions_has_the_dtype_of_the_mask(dtype: torch.dtype) -> None:
+    masked = mask_truncated(torch.tensor([[5, 2], [5, 6]]), torch.ones(2, 2, dtype=dtype), 2)
+    assert masked.dtype == dtype and masked.tolist() == [[1, 1], [0, 0]]
+
+
+@pytest.mark.parametrize("items", [0, torch.tensor(0)])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_step_without_a_token_has_no_items(items: Any, backend: str) -> None:
+    """As where all completions of a step were truncated: a loss of 0, whatever lies under the mask, also with debug."""
+    nan = torch.full((B, T), torch.nan)
+    options = {"old_logprobs": nan, "num_items_in_batch": items, "debug": True, "backend": backend}
+    assert policy_loss(LOGPROBS, nan[:, 0], torch.zeros(B, T), **options).loss == 0
 
 
 def test_modules_take_fields_of_the_configuration() -> None:

@@ -15,7 +15,7 @@ PACKAGE = Path(grpo_kernels.__file__).parent
 #: From the bottom up. Modules of one room may import each other, in no circle.
 ROOMS = (
     ("version", "files"),
-    ("dtypes", "calls", "computed_once", "validation", "device_values", "triton_probe"),
+    ("dtypes", "calls", "computed_once", "validation", "named_arguments", "device_values", "triton_probe"),
     ("measured_backends", "backends"),
     ("loss",),
     ("ops.registration", "ops.gradients"),

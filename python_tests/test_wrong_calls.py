@@ -3,35 +3,12 @@
 from __future__ import annotations
 
 import inspect
-import math
-from typing import Any
 
 import pytest
-import torch
+from testing.wrong_calls import NAMES, check_wrong_call
 
 import grpo_kernels
-from grpo_kernels import GRPOLossConfig
 
-B, T, V, H = 2, 3, 7, 4
-REWARDS = torch.tensor([0.0, 1.0])
-#: What a call may name: the package's own names, and inputs that fit.
-NAMES: dict[str, Any] = {
-    **{name: getattr(grpo_kernels, name) for name in grpo_kernels.__all__},
-    **{"torch": torch, "inf": math.inf, "B": B, "T": T, "V": V, "H": H},
-    "ids": torch.tensor([[0, 1, 2], [3, 4, 6]]),
-    "mask": torch.ones(B, T),
-    "rewards": REWARDS,
-    "advantages": torch.tensor([1.0, -1.0]),
-    "logprobs": torch.zeros(B, T),
-    "logits": torch.zeros(B, T, V),
-    "hidden": torch.zeros(B, T, H),
-    "head": torch.zeros(V, H),
-    "linear": torch.nn.Linear(H, V),
-    "js": GRPOLossConfig(beta=0.1, kl_estimator="js"),
-    "PARTS": dict.fromkeys(
-        ("chosen_logprobs", "rejected_logprobs", "ref_chosen_logprobs", "ref_rejected_logprobs"), REWARDS
-    ),
-}
 WRONG_CALLS = [
     ("group_advantages([1.0, 0.0], 2)",
      TypeError, "rewards must be a tensor, got list"),
@@ -128,7 +105,7 @@ WRONG_CALLS = [
     ('policy_loss(logprobs, advantages, mask, num_items_in_batch="8")',
      TypeError, "num_items_in_batch must be a number, got '8'"),
     ("policy_loss(logprobs, advantages, mask, num_items_in_batch=-1)",
-     ValueError, "num_items_in_batch must be at least 0, got -1"),
+     ValueError, "num_items_in_batch must be finite and at least 0, got -1"),
     ('policy_loss(logprobs, advantages, mask, loss_scale="2")',
      TypeError, "loss_scale must be a number, got '2'"),
     ("policy_loss(logprobs, advantages, mask, cu_seqlens=[0, 6])",
@@ -147,10 +124,6 @@ WRONG_CALLS = [
      ValueError, "rollout_is_weights must have shape [2, 3] or [2, 1], got [2]"),
     ("policy_loss(logprobs, advantages, mask, old_logprobs=0.0)",
      TypeError, "old_logprobs must be a tensor, got float"),
-    ("policy_loss(logprobs, advantages, mask, clip_ratio=0.2)",
-     TypeError,
-     "policy_loss has no argument 'clip_ratio', which is a field of its configuration: "
-     "config=GRPOLossConfig(epsilon_low=...)"),
     ("grpo_loss(logits, ids, None, mask)",
      ValueError, "advantages must be given, or else rewards with num_generations, got neither"),
     ("grpo_loss(logits, ids, advantages, mask, rewards=rewards, num_generations=2)",
@@ -165,27 +138,16 @@ WRONG_CALLS = [
      ValueError, 'reference_logits must be None with kl_estimator="k3" and beta=0.0, got a tensor'),
     ('grpo_loss(logits, ids, advantages, mask, config=GRPOLossConfig(beta=0.1, kl_estimator="js"))',
      ValueError, 'reference_logits must be given with kl_estimator="js" and beta=0.1, got None'),
-    ("grpo_loss(logits, ids, advantages, mask, beta=0.1)",
-     TypeError,
-     "grpo_loss has no argument 'beta', which is a field of its configuration: config=GRPOLossConfig(beta=...)"),
     ("grpo_loss(logits.expand(2, 3, V)[:, :1].expand(2, 3, V), ids, advantages, mask, inplace=True)",
      ValueError, "logits must not overlap itself for inplace=True, got strides [21, 0, 1]"),
     ("grpo_loss(logits, ids, [1.0, -1.0], mask)",
      TypeError, "advantages must be a tensor, got list"),
     ("grpo_loss(ids, logits, advantages, mask)",
      TypeError, "logits must be float32, bfloat16, float16 or float64, got torch.int64"),
-    ("grpo_loss(logits, ids, advantages, mask, epsilon=0.2)",
-     TypeError,
-     "grpo_loss has no argument 'epsilon', which is a field of its configuration: "
-     "config=GRPOLossConfig(epsilon_low=...)"),
     ("group_advantages(torch.zeros(3, 4), 4)",
      ValueError,
      "num_generations must be at least 1 and divide the batch of 3 rewards, got 4: flatten a table of prompts "
      "and their completions, rewards.flatten()"),
-    ("grpo_loss(logits, ids, advantages, mask=mask)",
-     TypeError, "grpo_loss has no argument 'mask': did you mean completion_mask=...?"),
-    ("grpo_loss(logits, ids, advantages, mask, old_logprob=logprobs)",
-     TypeError, "grpo_loss has no argument 'old_logprob': did you mean old_logprobs=...?"),
     ("grpo_loss(logits, ids, advantages, mask, config=js, reference_logits=logits[:, :2])",
      ValueError, "reference_logits must have shape [2, 3, 7], got [2, 2, 7]"),
     ("linear_grpo_loss(hidden, ids, head, advantages, mask)",
@@ -196,10 +158,6 @@ WRONG_CALLS = [
      ValueError,
      'reference_logits, or reference_hidden_states with their head, must be None with kl_estimator="k3" and '
      "beta=0.0, got a tensor"),
-    ('linear_grpo_loss(hidden, head, ids, advantages, mask, loss_type="grpo")',
-     TypeError,
-     "linear_grpo_loss has no argument 'loss_type', which is a field of its configuration: "
-     "config=GRPOLossConfig(loss_type=...)"),
     ("linear_grpo_loss(torch.zeros(B, T + 2, H), head, ids, advantages, mask)",
      ValueError, "hidden_states must have shape [2, 3, 4] or [2, 4, 4], got [2, 5, 4]"),
     ("linear_grpo_loss(hidden, head, ids, advantages, mask, config=js, reference_hidden_states=hidden)",
@@ -307,27 +265,6 @@ WRONG_CALLS = [
      ValueError, "eos_token_id must be an id, or several, got 2.0"),
     ("mask_truncated(ids, mask[:, :1], 2)",
      ValueError, "completion_mask must have shape [2, 3], got [2, 1]"),
-    ('GRPOLossConfig("grpo")',
-     TypeError, "GRPOLossConfig takes its fields by name, as loss_type=..., got 'grpo' without one"),
-    ("GRPOLossConfig(epsilon=0.2)",
-     TypeError,
-     "GRPOLossConfig has no field 'epsilon': did you mean epsilon_low=... or GRPOLossConfig.trl(epsilon=...)?"),
-    ("GRPOLossConfig(epsilon_lo=0.2)",
-     TypeError, "GRPOLossConfig has no field 'epsilon_lo': did you mean epsilon_low=...?"),
-    ("GRPOLossConfig(kl_coef=0.1)",
-     TypeError, "GRPOLossConfig has no field 'kl_coef': did you mean beta=...?"),
-    ("GRPOLossConfig(num_generations=8)",
-     TypeError,
-     "GRPOLossConfig has no field 'num_generations', which is an argument of grpo_loss, linear_grpo_loss and "
-     "group_advantages"),
-    ("GRPOLossConfig(num_iterations=2)",
-     TypeError,
-     "GRPOLossConfig has no field 'num_iterations', which is the training loop's; give old_logprobs to a loss "
-     "from the second iteration on"),
-    ("GRPOLossConfig(clip_ratio=0.2)",
-     TypeError,
-     "GRPOLossConfig has no field 'clip_ratio': did you mean epsilon_low=... or "
-     "GRPOLossConfig.verl(clip_ratio=...)?"),
     ('GRPOLossConfig(epsilon_low="0.2")',
      TypeError, "epsilon_low must be a number, got '0.2'"),
     ("GRPOLossConfig(epsilon_low=None)",
@@ -347,44 +284,107 @@ WRONG_CALLS = [
      "kl_estimator must be one of 'k1', 'k2', 'k3', 'abs', 'mse', 'forward_kl', 'reverse_kl', 'js', got 'k4'"),
     ("GRPOLossConfig(top_entropy_quantile=20)",
      ValueError, "top_entropy_quantile must be finite and in (0, 1], got 20"),
-    ("GRPOLossConfig.trl(epsilon_low=0.2)",
-     TypeError, "GRPOLossConfig.trl has no option 'epsilon_low': did you mean epsilon=...?"),
-    ("GRPOLossConfig.trl(num_generations=8)",
-     TypeError,
-     "GRPOLossConfig.trl has no option 'num_generations', which is an argument of grpo_loss, linear_grpo_loss "
-     "and group_advantages"),
     ('GRPOLossConfig.trl(epsilon="0.2")',
      TypeError, "epsilon_low must be a number, got '0.2'"),
-    ("GRPOLoss(beta=0.1, bogus=3)",
-     TypeError,
-     "GRPOLoss has no option 'bogus': it has the fields of GRPOLossConfig and the keyword arguments of "
-     "grpo_loss"),
-    ("GRPOLoss(epsilon=0.2)",
-     TypeError, "GRPOLoss has no option 'epsilon': did you mean epsilon_low=...?"),
     ('GRPOLoss({"beta": 0.1})',
-     TypeError, "config must be a GRPOLossConfig, got dict"),
-    ("GRPOLoss(inplce=True)",
-     TypeError, "GRPOLoss has no option 'inplce': did you mean inplace=...?"),
-    ("GRPOLoss()(logits, ids, advantages, mask, beta=0.1)",
      TypeError,
-     "grpo_loss has no argument 'beta', which is a field of its configuration: config=GRPOLossConfig(beta=...)"),
-    ("LinearGRPOLoss(inplace=True)",
-     TypeError,
-     "LinearGRPOLoss has no option 'inplace': it has the fields of GRPOLossConfig and the keyword arguments of"
-     " linear_grpo_loss"),
+     "GRPOLoss takes a GRPOLossConfig, or its fields by name, as loss_type=..., got dict; a call takes the tensors"),
     ("AdaptiveEntropy(coef=-1.0)",
      ValueError, "coef must be finite and at least 0, got -1.0"),
     ('AdaptiveEntropy(coef="0.1")',
      TypeError, "coef must be a number, got '0.1'"),
     ('AdaptiveEntropy().update(float("nan"))',
-     ValueError, "entropy must be finite, got nan"),]  # fmt: skip
+     ValueError, "entropy must be finite, got nan"),
+    ("group_advantages(torch.zeros(2, 4), 4)",
+     ValueError,
+     "num_generations must be at least 1 and divide the batch of 2 rewards, got 4: flatten a table of prompts "
+     "and their completions, rewards.flatten()"),
+    ("group_advantages(torch.zeros(3, 4), 2)",
+     ValueError,
+     "num_generations must be at least 1 and divide the batch of 3 rewards, got 2: a row is a completion and a "
+     "column a reward function, rewards.T"),
+    ("group_advantages(torch.zeros(4, 4), 2, reward_weights=rewards)",
+     ValueError, "reward_weights must have shape [4], got [2]"),
+    ("grpo_loss(logits, ids, advantages, mask, num_generations=2)",
+     ValueError,
+     "num_generations has no effect where advantages are given, got 2: rewards to be normalised within their "
+     "groups are given as rewards=..., with advantages=None"),
+    ('grpo_loss(logits, ids, advantages, mask, scale_rewards="none")',
+     ValueError,
+     "scale_rewards has no effect where advantages are given, got 'none': rewards to be normalised within their "
+     "groups are given as rewards=..., with advantages=None"),
+    ("linear_grpo_loss(hidden, head, ids, advantages, mask, num_generations=2)",
+     ValueError,
+     "num_generations has no effect where advantages are given, got 2: rewards to be normalised within their "
+     "groups are given as rewards=..., with advantages=None"),
+    ("grpo_loss(logits, ids, None, mask, rewards=torch.zeros(1, 2), num_generations=1)",
+     ValueError,
+     "rewards must have a row for each of the 2 completions, got [1, 2]: flatten a table of prompts and their "
+     "completions, rewards.flatten()"),
+    ("grpo_loss(logits, ids, advantages / 0, mask, debug=True)",
+     ValueError, "advantages must be finite where unmasked, got inf for the token at [0, 0]"),
+    ("policy_loss(logprobs, advantages * torch.nan, mask, debug=True)",
+     ValueError, "advantages must be finite where unmasked, got nan for the token at [0, 0]"),
+    ("policy_loss(logprobs * torch.nan, advantages, mask, debug=True)",
+     ValueError, "logprobs must not be NaN where unmasked, got nan for the token at [0, 0]"),
+    ("policy_loss(logprobs, advantages, mask, entropy=logprobs * torch.nan, debug=True)",
+     ValueError, "entropy must not be NaN where unmasked, got nan for the token at [0, 0]"),
+    ("policy_loss(logprobs, advantages, mask, old_logprobs=logprobs * torch.nan, debug=True)",
+     ValueError, "old_logprobs must not be NaN where unmasked, got nan for the token at [0, 0]"),
+    ("policy_loss(logprobs, advantages, mask, rollout_is_weights=mask * torch.nan, debug=True)",
+     ValueError, "rollout_is_weights must not be NaN where unmasked, got nan for the token at [0, 0]"),
+    ("policy_loss(logprobs, advantages, mask, num_items_in_batch=0)",
+     ValueError, "num_items_in_batch must be greater than 0 where tokens are unmasked, got 0"),
+    ("policy_loss(logprobs, advantages, mask, num_items_in_batch=torch.tensor(0))",
+     ValueError, "num_items_in_batch must be greater than 0 where tokens are unmasked, got 0"),
+    ("policy_loss(logprobs, advantages, mask, num_items_in_batch=torch.tensor(-3.0))",
+     ValueError, "num_items_in_batch must be finite and at least 0, got -3.0"),
+    ("policy_loss(logprobs, advantages, mask, num_items_in_batch=inf)",
+     ValueError, "num_items_in_batch must be finite and at least 0, got inf"),
+    ("sft_loss(hidden, head, labels=ids, num_items_in_batch=0)",
+     ValueError, "num_items_in_batch must be greater than 0 where tokens are unmasked, got 0"),
+    ("mask_truncated(ids, mask, True)",
+     ValueError, "eos_token_id must be an id, or several, got True"),
+    ("linear_grpo_loss(logits, head, ids, advantages, mask)",
+     ValueError,
+     "hidden_states must have 4 columns, as lm_head_weight [V, H] has, got [2, 3, 7], the shape of logits: "
+     "grpo_loss, token_logprobs and token_divergence take logits"),
+    ("linear_token_logprobs(logits, head, ids)",
+     ValueError,
+     "hidden_states must have 4 columns, as lm_head_weight [V, H] has, got [2, 3, 7], the shape of logits: "
+     "grpo_loss, token_logprobs and token_divergence take logits"),
+    ("linear_token_divergence(hidden, head, reference_hidden_states=logits, reference_lm_head_weight=head)",
+     ValueError,
+     "reference_hidden_states must have 4 columns, as reference_lm_head_weight [V, H] has, got [2, 3, 7], the "
+     "shape of logits: give logits as reference_logits"),
+    ("distillation_loss(hidden, head, ids, mask, teacher_logits=logits, bias=linear)",
+     TypeError, "bias must be a tensor, got Linear: pass its bias"),
+    ("sft_loss(linear, head, ids, mask)",
+     TypeError, "hidden_states must be a tensor, got Linear"),
+    ("sft_loss(hidden, head.T, labels=ids)",
+     ValueError,
+     "lm_head_weight must have shape [V, 4], as hidden_states have 4 columns, got [4, 7]: transpose it, "
+     "lm_head_weight.T"),
+    ("sft_loss(hidden, linear, labels=ids)",
+     TypeError, "lm_head_weight must be a tensor, got Linear: pass its weight"),
+    ("sft_loss(hidden, None, labels=ids)",
+     TypeError, "lm_head_weight must be a tensor, got NoneType"),
+    ('GRPOLoss("grpo")',
+     TypeError,
+     "GRPOLoss takes a GRPOLossConfig, or its fields by name, as loss_type=..., got str; a call takes the "
+     "tensors"),
+    ('GRPOLoss(inplace="no")',
+     TypeError, "inplace must be True or False, got 'no'"),
+    ("LinearGRPOLoss(H, V)",
+     TypeError,
+     "LinearGRPOLoss takes a GRPOLossConfig, or its fields by name, as loss_type=..., got int, int; a call "
+     "takes the tensors"),
+]  # fmt: skip
 
 
 @pytest.mark.parametrize(("call", "error", "message"), WRONG_CALLS, ids=[call for call, _, _ in WRONG_CALLS])
 def test_a_wrong_call_is_told(call: str, error: type[Exception], message: str) -> None:
-    with pytest.raises((TypeError, ValueError)) as caught:
-        eval(call, dict(NAMES))
-    assert type(caught.value) is error and str(caught.value) == message
+    check_wrong_call(call, error, message)
 
 
 def test_the_table_has_every_function() -> None:

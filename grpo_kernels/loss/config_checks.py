@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import functools
 import inspect
 import math
@@ -22,31 +21,11 @@ from grpo_kernels.loss.options import (
     Level,
     Surrogate,
 )
+from grpo_kernels.named_arguments import SYNONYMS, likely_meant, refuse_unknown
 from grpo_kernels.validation import check_number
 
 Config = TypeVar("Config", bound=type)
-Function = TypeVar("Function", bound=Callable[..., Any])
 Preset = Callable[..., dict[str, Any]]
-#: What a field is called elsewhere.
-_SYNONYMS = {
-    **dict.fromkeys(("epsilon", "eps", "clip_eps", "clip_epsilon", "clip_range", "clip_ratio"), "epsilon_low"),
-    **dict.fromkeys(("kl_coef", "kl_weight", "kl_beta", "kl_coeff"), "beta"),
-    **dict.fromkeys(("entropy_coeff", "ent_coef", "entropy_bonus"), "entropy_coef"),
-}
-#: Names of TRL's that are no part of a loss function's configuration, and where they go instead.
-_ELSEWHERE = {
-    "num_generations": "an argument of grpo_loss, linear_grpo_loss and group_advantages",
-    "scale_rewards": "an argument of grpo_loss, linear_grpo_loss and group_advantages",
-    "reward_weights": "an argument of group_advantages",
-    "multi_objective_aggregation": "aggregation= of group_advantages",
-    "num_items_in_batch": "an argument of the loss functions",
-    "loss_scale": "an argument of the loss functions",
-    "softcap": "an argument of the functions that see logits",
-    "logit_scale": "an argument of the functions that see logits",
-    "backend": "an argument of the functions",
-    "mask_truncated_completions": "the function mask_truncated",
-    "num_iterations": "the training loop's; give old_logprobs to a loss from the second iteration on",
-}
 
 
 def refuse_unknown_fields(presets: Mapping[str, Preset]) -> Callable[[Config], Config]:
@@ -78,68 +57,18 @@ def _refusal(
 ) -> str:
     if unknown is None:
         return f"{owner} takes its fields by name, as loss_type=..., got {positional[0]!r} without one"
-    hints = [f"{_SYNONYMS[unknown]}=..."] if unknown in _SYNONYMS else []
+    hints = [f"{SYNONYMS[unknown]}=..."] if SYNONYMS.get(unknown) in known else []
     hints += [
         f"{owner}.{name}({unknown}=...)"
         for name, preset in sorted(presets.items(), key=lambda item: item[0] != "trl")
         if unknown in inspect.signature(preset).parameters
     ]
-    return f"{owner} has no field {unknown!r}{_meant(unknown, known, hints)}"
+    return f"{owner} has no field {unknown!r}{likely_meant(unknown, known, hints)}"
 
 
 def check_preset(caller: str, preset: Preset, options: Mapping[str, Any]) -> None:
     """Raises TypeError, naming the option, unless the translation of another framework's options takes all of them."""
     refuse_unknown(caller, options, tuple(inspect.signature(preset).parameters))
-
-
-def takes_config(fields_of: type) -> Callable[[Function], Function]:
-    """Lets a function that has ``config`` say of an unknown keyword that it is a field of the configuration.
-
-    Args:
-        fields_of: The configuration's class.
-    """
-
-    def decorate(function: Function) -> Function:
-        known = frozenset(inspect.signature(function).parameters)
-
-        @functools.wraps(function)
-        def call(*positional: Any, **named: Any) -> Any:
-            if not named.keys() <= known:
-                _refuse_argument(function.__name__, named, known, fields_of)
-            return function(*positional, **named)
-
-        return call  # type: ignore[return-value]
-
-    return decorate
-
-
-def _refuse_argument(owner: str, named: Mapping[str, Any], known: frozenset[str], fields_of: type) -> None:
-    for name in named:
-        field = _SYNONYMS.get(name, name)
-        if name not in known and any(x.name == field for x in fields(fields_of)):
-            where = f"config={fields_of.__name__}({field}=...)"
-            raise TypeError(f"{owner} has no argument {name!r}, which is a field of its configuration: {where}")
-    unknown = next(name for name in named if name not in known)
-    raise TypeError(f"{owner} has no argument {unknown!r}{_meant(unknown, tuple(sorted(known)), [])}")
-
-
-def refuse_unknown(owner: str, options: Iterable[str], known: tuple[str, ...], what: str | None = None) -> None:
-    """Raises TypeError for the first option that is not among those that are known, or ``what`` names in a message."""
-    for name in options:
-        if name not in known:
-            hints = [f"{_SYNONYMS[name]}=..."] if _SYNONYMS.get(name) in known else []
-            raise TypeError(f"{owner} has no option {name!r}{_meant(name, known, hints, what)}")
-
-
-def _meant(unknown: str, known: tuple[str, ...], hints: list[str], what: str | None = None) -> str:
-    """What somebody who writes an unknown name likely means: ``hints``, or else what is found here."""
-    if not hints and unknown in _ELSEWHERE:
-        return f", which is {_ELSEWHERE[unknown]}"
-    near = [name for name in known if name.endswith(f"_{unknown}") or name == unknown.replace("ref_", "reference_")]
-    if len(near) != 1:
-        near = difflib.get_close_matches(unknown, known, n=1, cutoff=0.6)
-    hints = hints or [f"{name}=..." for name in near]
-    return f": did you mean {' or '.join(hints)}?" if hints else f": it has {what or ', '.join(known)}"
 
 
 def check_config(config: Any) -> None:
@@ -189,8 +118,7 @@ _OPTIONS_OF_ONE_LOSS = {
 
 
 def _check_all_apply(config: Any) -> None:
-    defaults = {field.name: field.default for field in fields(config)}
-    changed = {name for name, default in defaults.items() if getattr(config, name) != default}
+    changed = {field.name for field in fields(config) if getattr(config, field.name) != field.default}
 
     def refuse(names: Iterable[str], other: str) -> None:
         for name in names:
@@ -242,7 +170,7 @@ def _check_all_apply(config: Any) -> None:
 
 def _check_field(config: Any, name: str, what: str, is_within: Callable[[float], bool]) -> None:
     value = getattr(config, name)
-    if value is not None or config.__dataclass_fields__[name].default is not None:
+    if value is not config.__dataclass_fields__[name].default:
         check_range(name, value, what, is_within)
 
 

@@ -17,6 +17,8 @@ from grpo_kernels.validation import (
     check_device,
     check_float,
     check_mask,
+    check_no_nan,
+    check_num_items,
     check_number,
     check_real,
     check_shape,
@@ -69,13 +71,13 @@ class PolicyInputs:
             "sampling_logprobs": sampling_logprobs,
         }
         _check(tokens, advantages, completion_mask, logprobs, rollout_is_weights, cu_seqlens, config, debug)
-        _check_items(num_items_in_batch)
         check_number("loss_scale", loss_scale)
         _check_threshold(entropy_threshold, config)
         sequences = Sequences.of(tokens, cu_seqlens)
         reads_reference = config.beta != 0 and not config.has_exact_divergence
         reads_sampler = config.off_policy_mask_threshold is not None
         mask = completion_mask if completion_mask.dtype == torch.bool else completion_mask != 0
+        check_num_items(num_items_in_batch, mask, debug)
         weights = loss_weights(mask, sequences, config, num_items_in_batch, loss_scale, dtype)
         rollout = None
         if rollout_is_weights is not None:
@@ -102,7 +104,23 @@ class PolicyInputs:
             _cast(ref_logprobs, dtype) if ref_logprobs is not None and reads_reference else None,
         )
         sampler = _cast(sampling_logprobs, dtype) if sampling_logprobs is not None and reads_sampler else None
-        return cls(sequences, fields, sampler, rollout if is_vespo else None, entropy_threshold)
+        inputs = cls(sequences, fields, sampler, rollout if is_vespo else None, entropy_threshold)
+        if debug:
+            inputs.check_values()
+        return inputs
+
+    def check_values(self) -> None:
+        """Raises ValueError for a NaN of an unmasked token, or an infinite advantage. Not while a graph is traced."""
+        fields = self.fields
+        if fields.advantages is not None:
+            check_no_nan("advantages", self.token_advantages, self.mask, finite=True)
+        for name, values in (
+            ("old_logprobs", fields.old_logprobs),
+            ("ref_logprobs", fields.ref_logprobs),
+            ("rollout_is_weights", fields.policy_factors if self.rollout_weights is None else self.rollout_weights),
+        ):
+            if values is not None:
+                check_no_nan(name, values, self.mask)
 
     @property
     def mask(self) -> Tensor:  # like the tokens
@@ -214,17 +232,6 @@ def _check_threshold(entropy_threshold: Tensor | float | None, config: GRPOLossC
     check_number("entropy_threshold", entropy_threshold)
     if entropy_threshold != entropy_threshold:
         raise ValueError(f"entropy_threshold must be a number, got {entropy_threshold!r}")
-
-
-def _check_items(num_items_in_batch: float | Tensor | None) -> None:
-    if isinstance(num_items_in_batch, Tensor):
-        if num_items_in_batch.numel() != 1:
-            shape = list(num_items_in_batch.shape)
-            raise ValueError(f"num_items_in_batch must be a number or a 0-dim tensor, got shape {shape}")
-    elif num_items_in_batch is not None:
-        check_number("num_items_in_batch", num_items_in_batch)
-        if not num_items_in_batch >= 0:
-            raise ValueError(f"num_items_in_batch must be at least 0, got {num_items_in_batch!r}")
 
 
 def _check(

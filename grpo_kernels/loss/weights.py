@@ -12,6 +12,7 @@ from grpo_kernels.loss.aggregation import AGGREGATIONS, TokenCounts
 from grpo_kernels.loss.config import GRPOLossConfig
 from grpo_kernels.loss.limits import largest_log_ratio
 from grpo_kernels.loss.sequences import Sequences
+from grpo_kernels.named_arguments import check_keywords
 
 
 def loss_weights(
@@ -47,6 +48,7 @@ def token_mean(mask: Tensor, dtype: torch.dtype, loss_scale: float) -> Tensor:  
     return torch.div(loss_scale, mask.sum(dtype=dtype))
 
 
+@check_keywords(GRPOLossConfig)
 def rollout_weights(
     old_logprobs: Tensor,  # [B, T] or [N], like the next two
     sampling_logprobs: Tensor,

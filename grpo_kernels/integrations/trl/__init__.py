@@ -38,6 +38,7 @@ from grpo_kernels.integrations.trl import checks as checks
 from grpo_kernels.integrations.trl.checks import DIVERGENCE_ARGUMENTS, HEAD_ARGUMENTS
 from grpo_kernels.integrations.trl.head import Counts, Expected, Settings, head_divergence, head_logprobs
 from grpo_kernels.integrations.trl.loss import expected_loss, fill_of, scored_tokens
+from grpo_kernels.named_arguments import check_keywords
 
 __all__ = ["Applied", "Counts", "FusedGRPOTrainer", "Settings", "apply", "unapply"]
 
@@ -214,6 +215,7 @@ class Applied:
             unapply()
 
 
+@check_keywords()
 def apply(
     *,
     speculate: bool = True,

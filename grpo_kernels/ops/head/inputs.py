@@ -140,29 +140,44 @@ def check_head(
     hidden: Tensor, weight: Tensor, bias: Tensor | None, ids: Tensor, ids_name: str = "ids", prefix: str = ""
 ) -> None:
     """Raises TypeError or ValueError unless hidden states, head and ids fit. Argument names begin with ``prefix``."""
-    hidden_name, weight_name, bias_name = (prefix + name for name in ("hidden_states", "lm_head_weight", "bias"))
-    check_float(hidden_name, hidden)
-    check_float(weight_name, weight)
+    check_projection(hidden, weight, bias, prefix)
     check_ids(ids_name, ids)
     if ids.dim() not in (1, 2):
         raise ValueError(f"{ids_name} must have shape [B, T] or, packed, [N], got {list(ids.shape)}")
+    if hidden.shape[:-1] != ids.shape:
+        check_shape(f"{prefix}hidden_states", hidden, *position_shapes(ids, hidden.shape[-1]))
+    check_device(hidden.device, [(ids_name, ids)])
+
+
+def check_projection(hidden: Tensor, weight: Tensor, bias: Tensor | None, prefix: str = "") -> None:
+    """Raises TypeError or ValueError unless hidden states and head fit. Argument names begin with ``prefix``."""
+    hidden_name, weight_name, bias_name = (prefix + name for name in ("hidden_states", "lm_head_weight", "bias"))
+    check_float(hidden_name, hidden)
+    check_float(weight_name, weight)
     size = hidden.shape[-1] if hidden.dim() else 0
     if size == 0:
         raise ValueError(f"{hidden_name} must have a last dimension of at least 1, got {list(hidden.shape)}")
-    if hidden.shape[:-1] != ids.shape:
-        check_shape(hidden_name, hidden, *position_shapes(ids, size))
     if weight.dim() != 2 or weight.shape[0] == 0:
         raise ValueError(f"{weight_name} must have shape [V, H] with V at least 1, got {list(weight.shape)}")
-    if weight.shape[1] != size:
-        way_out = f": transpose it, {weight_name}.T" if weight.shape[0] == size else ""
+    rows, columns = weight.shape
+    if columns != size and rows == size > columns:  # a vocabulary is larger than a hidden state
+        takers = (
+            f"give logits as {prefix}logits" if prefix else "grpo_loss, token_logprobs and token_divergence take logits"
+        )
+        raise ValueError(
+            f"{hidden_name} must have {columns} columns, as {weight_name} [V, H] has, got {list(hidden.shape)}, the "
+            f"shape of logits: {takers}"
+        )
+    if columns != size:
+        way_out = f": transpose it, {weight_name}.T" if rows == size else ""
         raise ValueError(
             f"{weight_name} must have shape [V, {size}], as {hidden_name} have {size} columns, "
             f"got {list(weight.shape)}{way_out}"
         )
     if bias is not None:
         check_float(bias_name, bias)
-        check_shape(bias_name, bias, (weight.shape[0],))
-    check_device(hidden.device, [(weight_name, weight), (bias_name, bias), (ids_name, ids)])
+        check_shape(bias_name, bias, (rows,))
+    check_device(hidden.device, [(weight_name, weight), (bias_name, bias)])
 
 
 def check_bounds(workspace_bytes: int | None, max_logits_bytes: int | None) -> None:

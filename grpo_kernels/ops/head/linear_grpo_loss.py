@@ -14,10 +14,10 @@ from grpo_kernels.calls import Call
 from grpo_kernels.device_values import check_device_values
 from grpo_kernels.dtypes import accumulation_dtype
 from grpo_kernels.loss.config import GRPOLossConfig, LossCode, check_is_config
-from grpo_kernels.loss.config_checks import takes_config
 from grpo_kernels.loss.fields import TokenFields
 from grpo_kernels.loss.inputs import PolicyInputs
 from grpo_kernels.measured_backends import RowClass
+from grpo_kernels.named_arguments import check_keywords
 from grpo_kernels.ops.gradients import named_gradients
 from grpo_kernels.ops.head import reference as head_reference
 from grpo_kernels.ops.head.buffers import NeededGradients
@@ -164,7 +164,7 @@ def _one_pass_loss(
     return GRPOLossOutput(loss, logprobs, entropy, policy_metrics(partials, config, True))
 
 
-@takes_config(GRPOLossConfig)
+@check_keywords(GRPOLossConfig)
 def linear_grpo_loss(
     hidden_states: Tensor,  # [B, T, H] or [B, T + 1, H]; packed [N, H]
     lm_head_weight: Tensor,  # [V, H]
@@ -214,14 +214,13 @@ def linear_grpo_loss(
     Args:
         hidden_states: Position ``t`` predicts token ``t``. A ``T + 1``-th position is ignored, and its gradient is 0.
         lm_head_weight: The head, tied or not, of the same dtype; under autocast both are rounded to its dtype.
-        completion_ids, advantages, completion_mask, rewards, num_generations, scale_rewards, loss_scale, config,
-            debug: As for ``grpo_loss``.
-        old_logprobs, ref_logprobs, sampling_logprobs, rollout_is_weights, entropy_threshold, num_items_in_batch,
-            cu_seqlens: As for ``policy_loss``.
-        softcap, logit_scale: As for ``token_logprobs``.
-        reference_logits, reference_hidden_states, reference_lm_head_weight, reference_bias: As for
-            ``linear_token_divergence``, of the frozen reference policy, transformed as the policy's; for an exact
-            ``kl_estimator``, instead of ``ref_logprobs``. The reference is projected as often as the policy: once in a
+        completion_ids, advantages, completion_mask, rewards, num_generations, scale_rewards, old_logprobs,
+            ref_logprobs, sampling_logprobs, rollout_is_weights, entropy_threshold, num_items_in_batch, cu_seqlens,
+            loss_scale, config, softcap, logit_scale, debug: As for ``grpo_loss``.
+        reference_logits: The logits of the frozen reference policy, if they exist, transformed as the policy's; for an
+            exact ``kl_estimator``, instead of ``ref_logprobs``. No gradient flows to them.
+        reference_hidden_states, reference_lm_head_weight, reference_bias: Otherwise its last hidden states and head,
+            which may have another hidden size and dtype. They are projected as often as the policy's: once in a
             one-pass loss, ``2 N H' V`` operations more, and otherwise once more for the backward.
         bias, logits_dtype, workspace_bytes: As for ``linear_token_logprobs``.
         max_logits_bytes: As for ``linear_token_logprobs``, if that is what runs. No effect on a one-pass loss or one
@@ -237,7 +236,7 @@ def linear_grpo_loss(
 
     Raises:
         TypeError: A dtype does not fit.
-        ValueError: As for ``grpo_loss`` and ``linear_token_logprobs``.
+        ValueError: As for ``grpo_loss``, or a bound is negative or too small for one row.
         RuntimeError: The named backend cannot run here.
     """
     check_head(hidden_states, lm_head_weight, bias, completion_ids, "completion_ids")

@@ -14,6 +14,7 @@ from grpo_kernels.calls import Call
 from grpo_kernels.device_values import check_device_values
 from grpo_kernels.dtypes import accumulation_dtype
 from grpo_kernels.measured_backends import RowClass
+from grpo_kernels.named_arguments import check_keywords
 from grpo_kernels.ops.gradients import named_gradients, refuse_double_backward
 from grpo_kernels.ops.head import reference as head_reference
 from grpo_kernels.ops.head.buffers import NeededGradients
@@ -142,6 +143,7 @@ def divergences(
     return TokenDivergence(values, entropy, logprobs)
 
 
+@check_keywords()
 def linear_token_divergence(
     hidden_states: Tensor,  # [B, T, H] or, with ids, [B, T + 1, H]; packed [N, H]
     lm_head_weight: Tensor,  # [V, H]
@@ -185,8 +187,8 @@ def linear_token_divergence(
         reference_logits: The reference's logits, if they exist. No gradient flows to the reference.
         reference_hidden_states, reference_lm_head_weight, reference_bias: Otherwise its last hidden states and head,
             which may have another hidden size and dtype.
-        divergence, mixture, ids, mask, temperature, divergence_temperature, debug: As for ``token_divergence``.
-        softcap, logit_scale: As for ``token_logprobs``.
+        divergence, mixture, ids, mask, temperature, divergence_temperature, softcap, logit_scale, debug: As for
+            ``token_divergence``.
         reference_softcap, reference_logit_scale: The same for the reference.
         backend: "auto", or one of ``grpo_kernels.BACKENDS``. "torch" forms the whole logits.
 
@@ -195,8 +197,8 @@ def linear_token_divergence(
 
     Raises:
         TypeError: A dtype does not fit.
-        ValueError: As for ``linear_token_logprobs`` and ``token_divergence``, or the reference is not given in exactly
-            one of the two ways.
+        ValueError: As for ``token_divergence``, a bound is too small for one row, or the reference is not given in
+            exactly one of the two ways.
         RuntimeError: The named backend cannot run here.
     """
     check_float("hidden_states", hidden_states)

@@ -14,6 +14,7 @@ from grpo_kernels import backends
 from grpo_kernels.calls import Call
 from grpo_kernels.device_values import check_device_values
 from grpo_kernels.measured_backends import RowClass
+from grpo_kernels.named_arguments import check_keywords
 from grpo_kernels.ops.gradients import (
     has_run_backward,
     mark_backward_run,
@@ -309,6 +310,7 @@ def logprobs_and_entropy(
     return TokenLogprobs(logprobs, entropy)
 
 
+@check_keywords()
 def linear_token_logprobs(
     hidden_states: Tensor,  # [B, T, H] or [B, T + 1, H]; packed [N, H]
     lm_head_weight: Tensor,  # [V, H]

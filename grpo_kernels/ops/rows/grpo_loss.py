@@ -13,10 +13,10 @@ from grpo_kernels import backends
 from grpo_kernels.device_values import check_device_values
 from grpo_kernels.dtypes import accumulation_dtype
 from grpo_kernels.loss.config import GRPOLossConfig, check_is_config
-from grpo_kernels.loss.config_checks import takes_config
 from grpo_kernels.loss.inputs import PolicyInputs
 from grpo_kernels.loss.metrics import PolicyMetrics
 from grpo_kernels.measured_backends import RowClass
+from grpo_kernels.named_arguments import check_keywords
 from grpo_kernels.ops.gradients import mark_written, named_gradients
 from grpo_kernels.ops.registration import define, lazy_import
 from grpo_kernels.ops.rows import reference
@@ -26,7 +26,7 @@ from grpo_kernels.ops.rows.token_divergence import token_divergence
 from grpo_kernels.ops.rows.token_logprobs import to_kernel_ids, to_kernel_logits, token_logprobs
 from grpo_kernels.ops.rows.transform import Transform
 from grpo_kernels.ops.tokens.calls import PolicyLossCall
-from grpo_kernels.ops.tokens.group_advantages import EPS, check_rewards, group_advantages
+from grpo_kernels.ops.tokens.group_advantages import EPS, FLATTEN_TABLE, check_rewards, group_advantages
 from grpo_kernels.ops.tokens.policy_loss import policy_loss_fwd, policy_loss_of, policy_metrics
 from grpo_kernels.ops.tokens.scale import backward_of
 from grpo_kernels.validation import check_cu_seqlens, check_device, check_id_range, check_logits, check_writable
@@ -95,7 +95,7 @@ class _GRPOLoss(torch.autograd.Function):
     backward = staticmethod(backward_of("logits"))
 
 
-@takes_config(GRPOLossConfig)
+@check_keywords(GRPOLossConfig)
 def grpo_loss(
     logits: Tensor,  # [B, T, V] or [B, T + 1, V]; packed [N, V]
     completion_ids: Tensor,  # [B, T]; packed [N]
@@ -139,20 +139,31 @@ def grpo_loss(
         completion_ids: The sampled tokens.
         advantages: One per completion, unitless; or one per token; or None, with ``rewards``.
         completion_mask: 0 excludes a token, whatever the other inputs hold there.
-        rewards: Instead of advantages, which are then ``group_advantages`` of these. Whole groups, on this process.
+        rewards: Instead of advantages, which are then ``group_advantages`` of these: one per completion, or one column
+            for each reward function. Whole groups, on this process.
         num_generations: Completions per prompt, with ``rewards``.
         scale_rewards: "group" or "none", with ``rewards``.
-        old_logprobs, ref_logprobs, sampling_logprobs, rollout_is_weights, entropy_threshold, num_items_in_batch,
-            cu_seqlens: As for ``policy_loss``.
+        old_logprobs: The same tokens under the policy that sampled them. None means on-policy: ratio 1.
+        ref_logprobs: The same tokens under the frozen reference policy; needed, and read, if beta is not 0.
+        sampling_logprobs: The same tokens as scored by the inference engine; NaN for a token that it did not score.
+            Needed for ``rollout_correction``; the off-policy mask takes them rather than ``old_logprobs``.
+        rollout_is_weights: Old policy over the inference engine's, a correction that multiplies the policy term.
+        entropy_threshold: Tokens with a lower entropy lose their policy term. Pass it if several processes must share
+            one threshold; by default it is the quantile of the unmasked tokens given here.
+        num_items_in_batch: Tokens that a mean over tokens divides by, over all micro-batches and processes of one step;
+            not used by "bnpo" and "ppo". None means the unmasked tokens given here. 0 only where all are masked.
+        cu_seqlens: Where each packed completion begins, and the end.
         reference_logits: Logits of the frozen reference policy, in the dtype of ``logits`` and with the same transform;
             for an exact ``kl_estimator``, instead of ``ref_logprobs``. The loss then first computes the statistics of
             both rows, and reads them once more for the gradient.
         loss_scale: Multiplies the loss and the gradient, before the gradient is rounded to the logits' dtype.
         config: The loss.
-        softcap, logit_scale: As for ``token_logprobs``.
+        softcap: Bound of a tanh soft cap (Gemma); a Hugging Face model's logits already include it.
+        logit_scale: Multiplies the logits, first (Cohere, Granite); a Hugging Face model's logits already include it.
         inplace: Overwrite the logits with their gradient; their last dimension must be dense. The "torch" backend does
             not overwrite them.
-        debug: Check values on a GPU too, and the flags of earlier kernels (``check_device_values``): syncs.
+        debug: Check values on a GPU too, and for NaN where unmasked, and the flags of earlier kernels
+            (``check_device_values``): syncs.
         backend: "auto", or one of ``grpo_kernels.BACKENDS``.
 
     Returns:
@@ -293,6 +304,14 @@ def check_group_rewards(
     if advantages is not None:
         if rewards is not None:
             raise ValueError("rewards must be None where advantages are given, got both")
+        if num_generations is not None or scale_rewards != "group":
+            name, value = (
+                ("scale_rewards", scale_rewards) if num_generations is None else ("num_generations", num_generations)
+            )
+            raise ValueError(
+                f"{name} has no effect where advantages are given, got {value!r}: rewards to be normalised within "
+                "their groups are given as rewards=..., with advantages=None"
+            )
         return
     if rewards is None:
         raise ValueError("advantages must be given, or else rewards with num_generations, got neither")
@@ -305,4 +324,7 @@ def check_group_rewards(
     check_cu_seqlens(cu_seqlens, ids, debug)
     count = ids.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
     if rewards.shape[0] != count:
-        raise ValueError(f"rewards must have a row for each of the {count} completions, got {list(rewards.shape)}")
+        way_out = f": {FLATTEN_TABLE}" if rewards.dim() == 2 and rewards.numel() == count else ""
+        raise ValueError(
+            f"rewards must have a row for each of the {count} completions, got {list(rewards.shape)}{way_out}"
+        )

@@ -12,6 +12,7 @@ from grpo_kernels import backends
 from grpo_kernels.device_values import check_device_values
 from grpo_kernels.dtypes import accumulation_dtype
 from grpo_kernels.measured_backends import RowClass
+from grpo_kernels.named_arguments import check_keywords
 from grpo_kernels.ops.gradients import mark_written, named_gradients, refuse_double_backward, refuse_second_backward
 from grpo_kernels.ops.registration import define, lazy_import
 from grpo_kernels.ops.rows import reference
@@ -89,6 +90,7 @@ class _TokenDivergence(torch.autograd.Function):
         return {"logits": dlogits}
 
 
+@check_keywords()
 def token_divergence(
     logits: Tensor,  # [B, T, V] or, with ids, [B, T + 1, V]; packed [N, V]
     reference_logits: Tensor,  # like logits
@@ -134,7 +136,8 @@ def token_divergence(
         mask: 0 excludes a token, whatever the logits and the id hold there: its results are 0.
         temperature: Divides both logits, last.
         divergence_temperature: The same for the divergence only, if it differs (distillation's soft targets).
-        softcap, logit_scale: As for ``token_logprobs``.
+        softcap: Bound of a tanh soft cap (Gemma) on the logits; a Hugging Face model's already include it.
+        logit_scale: Multiplies the logits, first (Cohere, Granite); a Hugging Face model's already include it.
         reference_softcap, reference_logit_scale: The same for the reference.
         inplace_backward: As for ``token_logprobs``.
         debug: Check values on a GPU too, and the flags of earlier kernels (``check_device_values``): syncs.

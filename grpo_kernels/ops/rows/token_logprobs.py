@@ -12,6 +12,7 @@ from torch import Tensor
 from grpo_kernels import backends
 from grpo_kernels.device_values import check_device_values
 from grpo_kernels.measured_backends import RowClass
+from grpo_kernels.named_arguments import check_keywords
 from grpo_kernels.ops.gradients import mark_written, named_gradients, refuse_double_backward, refuse_second_backward
 from grpo_kernels.ops.registration import define, lazy_import
 from grpo_kernels.ops.rows import reference
@@ -147,6 +148,7 @@ class _TokenLogprobs(torch.autograd.Function):
         return {"logits": dlogits}
 
 
+@check_keywords()
 def token_logprobs(
     logits: Tensor,  # [B, T, V] or [B, T + 1, V]; packed [N, V]
     ids: Tensor,  # [B, T]; packed [N]

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from grpo_kernels import backends
 from grpo_kernels.loss.sequences import Sequences
+from grpo_kernels.named_arguments import check_keywords
 from grpo_kernels.ops.registration import define, lazy_import
 from grpo_kernels.ops.tokens import reference
 from grpo_kernels.validation import (
@@ -38,6 +39,7 @@ _OPS = define(
 )
 
 
+@check_keywords()
 def gae(
     rewards: Tensor,  # [B, T]; packed [N]
     values: Tensor,  # like rewards

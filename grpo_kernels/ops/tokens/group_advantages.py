@@ -7,6 +7,7 @@ from torch import Tensor
 
 from grpo_kernels import backends
 from grpo_kernels.device_values import check_device_values
+from grpo_kernels.named_arguments import check_keywords
 from grpo_kernels.ops.registration import define, lazy_import
 from grpo_kernels.ops.tokens import reference
 from grpo_kernels.ops.tokens.advantage_estimators import ESTIMATORS, NEED_LENGTHS, NEED_TWO, Groups
@@ -15,6 +16,7 @@ from grpo_kernels.validation import check_device, check_integer, check_number, c
 SCALE_REWARDS = ("group", "batch", "none")
 AGGREGATIONS = ("sum_then_normalize", "normalize_then_sum")
 EPS = 1e-4  # TRL's
+FLATTEN_TABLE = "flatten a table of prompts and their completions, rewards.flatten()"  # in messages
 
 
 _OPS = define(
@@ -33,6 +35,7 @@ _OPS = define(
 )
 
 
+@check_keywords()
 def group_advantages(
     rewards: Tensor,  # [B] or [B, K]
     num_generations: int,
@@ -60,8 +63,9 @@ def group_advantages(
 
     Args:
         rewards: Unitless; ``num_generations`` consecutive completions are a group. With ``K`` reward functions, one
-            column each; a table of prompts and their completions is to be flattened. NaN marks a missing reward: such
-            a completion does not enter the group's mean and deviation, and its advantage is 0.
+            column each. A table of prompts and their completions, ``[P, num_generations]``, must be flattened: where
+            ``num_generations`` divides ``P``, its columns are taken for reward functions. NaN marks a missing reward:
+            such a completion does not enter the group's mean and deviation, and its advantage is 0.
         num_generations: Completions per prompt; divides ``B``.
         scale_rewards: Divide by the deviation of the "group", of the whole "batch", or by nothing ("none",
             Dr. GRPO, arXiv:2503.20783).
@@ -137,7 +141,9 @@ def check_rewards(rewards: Tensor, num_generations: int, debug: bool) -> None:
     check_integer("num_generations", num_generations)
     if num_generations < 1 or rewards.shape[0] % num_generations:
         is_table = rewards.dim() == 2 and rewards.shape[1] == num_generations
-        way_out = ": flatten a table of prompts and their completions, rewards.flatten()" if is_table else ""
+        way_out = f": {FLATTEN_TABLE}" if is_table else ""
+        if not is_table and rewards.dim() == 2 and num_generations > 0 and rewards.shape[1] % num_generations == 0:
+            way_out = ": a row is a completion and a column a reward function, rewards.T"
         raise ValueError(
             f"num_generations must be at least 1 and divide the batch of {rewards.shape[0]} rewards, "
             f"got {num_generations}{way_out}"

@@ -12,15 +12,15 @@ from grpo_kernels.device_values import check_device_values, first_bad
 from grpo_kernels.loss import reference
 from grpo_kernels.loss.aggregation import CLIPPED_LOSSES
 from grpo_kernels.loss.config import GRPOLossConfig, LossCode, check_is_config
-from grpo_kernels.loss.config_checks import takes_config
 from grpo_kernels.loss.fields import TokenFields
 from grpo_kernels.loss.finish_weights import finish_weights
 from grpo_kernels.loss.inputs import PolicyInputs
 from grpo_kernels.loss.metrics import CLIP_METRICS, KERNEL_PARTIALS, Partial, PolicyMetrics
+from grpo_kernels.named_arguments import check_keywords
 from grpo_kernels.ops.gradients import named_gradients, refuse_double_backward
 from grpo_kernels.ops.registration import define, lazy_import
 from grpo_kernels.ops.tokens.calls import PolicyLossCall
-from grpo_kernels.validation import check_device, check_float, check_real, check_shape
+from grpo_kernels.validation import check_device, check_float, check_no_nan, check_real, check_shape
 
 # at import: memory made at first use might be a fake tensor's, under tracing
 if backends.supports("policy_loss", "cpu", _CPU := torch.device("cpu")):
@@ -117,7 +117,7 @@ class _PolicyLoss(torch.autograd.Function):
         return {"logprobs": (dlogprobs * dloss).to(logprobs_dtype), "entropy": dentropy}
 
 
-@takes_config(GRPOLossConfig)
+@check_keywords(GRPOLossConfig)
 def policy_loss(
     logprobs: Tensor,  # [B, T], or packed [N]
     advantages: Tensor,  # [B] or [B, T]; packed [S] or [N]
@@ -173,11 +173,11 @@ def policy_loss(
         entropy_threshold: Tokens with a lower entropy lose their policy term. Pass it if several processes must share
             one threshold; by default it is the quantile of the unmasked tokens given here.
         num_items_in_batch: Tokens that a mean over tokens divides by, over all micro-batches and processes of one step;
-            not used by "bnpo" and "ppo". None means the unmasked tokens given here.
+            not used by "bnpo" and "ppo". None means the unmasked tokens given here. 0 only where all are masked.
         cu_seqlens: Where each packed completion begins, and the end.
         loss_scale: Multiplies the loss and the gradient.
         config: The loss. Its temperature has no effect here.
-        debug: Read the values of ``cu_seqlens`` on a GPU too, and the flags of earlier kernels
+        debug: Check values on a GPU too, and for NaN where unmasked, and the flags of earlier kernels
             (``check_device_values``): syncs.
         backend: "auto", or one of ``grpo_kernels.BACKENDS``.
 
@@ -232,6 +232,9 @@ def policy_loss(
         debug=debug,
     )
     if debug:
+        for name, values in (("logprobs", logprobs), ("entropy", entropy)):
+            if values is not None:
+                check_no_nan(name, values, inputs.mask)
         check_device_values(logprobs.device)
     backend = backends.resolve("policy_loss", backend, logprobs.device)
     return policy_loss_of(logprobs, entropy, divergence, inputs, config, backend)
