@@ -13,8 +13,9 @@
 
 A stage's folder has ``config.yaml``, by which it runs alone (a GRPO stage by ``grpo-kernels train``, without ``data``),
 ``metrics.jsonl``, ``samples.jsonl``, its checkpoint or its ``rows.jsonl``, and, once it is done, ``done.json``: it is
-not run again then, and refused where a stage that it used has been made anew since, of which ``used.json`` tells. A
-GRPO stage that was interrupted goes on from its newest checkpoint; any other begins again, and ends the same.
+not run again then. ``used.json`` tells what it read, and it is refused where that has changed since: a stage that was
+made anew, or a local model, dataset or reward function. A GRPO stage that was interrupted goes on from its newest
+checkpoint; any other begins again, and ends the same.
 """
 
 from __future__ import annotations
@@ -40,20 +41,22 @@ from grpo_kernels.training.recipe import Recipe
 from grpo_kernels.training.reporting import has_records
 from grpo_kernels.training.run import SAMPLES
 from grpo_kernels.training.stage_config import Stage, is_file
+from grpo_kernels.training.stage_inputs import fingerprints
 from grpo_kernels.training.stage_work import ROWS, WORK, Outcome
 from grpo_kernels.training.state import MAY_DIFFER, MAY_DIFFER_ON_RESUME
 from grpo_kernels.training.trackers import METRICS, tracker_names
 
 CONFIG, DONE, SUMMARY = "config.yaml", "done.json", "summary.jsonl"
-USED = "used.json"  # by key, the digest of the stage that was used
+USED = "used.json"  # by key, the digest of the stage that was used; under "files", of what was read beside
 
 
 def run_stages(root: Path, stages: Sequence[Stage]) -> list[dict[str, Any]]:
     """Runs what is not done yet, in order; returns a line of the summary for each.
 
     Raises:
-        ValueError: A stage that is done was another one, or used one that has been redone since; delete its folder to
-            run it again. Or there are several processes, which would write into one folder.
+        ValueError: A stage that is done was another one, used one that has been redone since, or read files that have
+            changed since; delete its folder to run it again. Or there are several processes, which would write into
+            one folder.
         FileExistsError: A stage's folder holds another run that was not finished.
         OSError: A file cannot be written, as on a full disk; the message names the stage.
     """
@@ -78,7 +81,7 @@ def run_stage(stage: Stage, stages: dict[str, Stage] | None = None) -> dict[str,
     """
     _check_alone(stage.recipe)
     recipe, config = _resolved(stage, stages or {})
-    used = _used(stage, stages or {})
+    used = _used(stage, stages or {}) | {"files": fingerprints(config)}
     line = None if recipe.overwrite_output_dir else _finished(stage.folder, config, used)
     if line is not None:
         return line
@@ -148,7 +151,7 @@ def _done(folder: Path) -> dict[str, Any]:
         raise ValueError(f"{path} cannot be read: {error}") from error
 
 
-def _finished(folder: Path, config: dict[str, Any], used: dict[str, str]) -> dict[str, Any] | None:
+def _finished(folder: Path, config: dict[str, Any], used: dict[str, Any]) -> dict[str, Any] | None:
     """The line of a stage that is done; None if it is not."""
     if not (folder / DONE).exists():
         return None
@@ -162,17 +165,36 @@ def _finished(folder: Path, config: dict[str, Any], used: dict[str, str]) -> dic
     redone = _redone(folder, used)
     if redone:
         raise ValueError(f"{folder} holds a stage on a {redone} that was made anew since; delete it to run it again")
+    changed = _changed(folder, used)
+    if changed:
+        raise ValueError(
+            f"{folder} holds a stage that read {changed}, which has changed since; delete it, or set "
+            "overwrite_output_dir, to run it again"
+        )
     return found["line"]
 
 
-def _redone(folder: Path, used: dict[str, str]) -> str:
+def _redone(folder: Path, used: dict[str, Any]) -> str:
     """The keys, in words, whose stage is not the one that a folder's was begun on."""
+    recorded = _recorded(folder)
+    return " and ".join(key for key in used if key != "files" and recorded.get(key) != used[key])
+
+
+def _changed(folder: Path, used: dict[str, Any]) -> str:
+    """The names, in words, of what is not as a folder's stage read it; of what it has no record of nothing is known."""
+    recorded = _recorded(folder).get("files", {})
+    return " and ".join(name for name, value in used["files"].items() if recorded.get(name, value) != value)
+
+
+def _recorded(folder: Path) -> dict[str, Any]:
     path = folder / USED
     try:
-        found = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
-        return " and ".join(key for key in used if found.get(key) != used[key])
-    except (OSError, ValueError, AttributeError) as error:
+        recorded = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+        if not isinstance(recorded, dict) or not isinstance(recorded.get("files", {}), dict):
+            raise ValueError("expected a mapping")
+    except (OSError, ValueError) as error:
         raise ValueError(f"{path} cannot be read: {error}") from error
+    return recorded
 
 
 def _differing(found: dict[str, Any], config: dict[str, Any]) -> list[str]:
@@ -180,7 +202,7 @@ def _differing(found: dict[str, Any], config: dict[str, Any]) -> list[str]:
     return sorted(name for name in names if found.get(name) != config.get(name))
 
 
-def _begin(stage: Stage, recipe: Recipe, config: dict[str, Any], used: dict[str, str]) -> None:
+def _begin(stage: Stage, recipe: Recipe, config: dict[str, Any], used: dict[str, Any]) -> None:
     """An empty folder but for the stage's configuration, or that of a GRPO stage to go on with.
 
     Raises:
