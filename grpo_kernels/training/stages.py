@@ -132,7 +132,8 @@ def _resolved(stage: Stage, stages: dict[str, Stage]) -> tuple[Recipe, dict[str,
     if stage.teacher is not None:
         paths["teacher_model_name_or_path"] = str(_model_of(stages[stage.teacher]))
     if stage.data is not None:
-        paths["data"] = stage.data if is_file(stage.data) else str(stages[stage.data].folder / ROWS)
+        data = Path(stage.data).expanduser() if is_file(stage.data) else stages[stage.data].folder / ROWS
+        paths["data"] = str(data)
     return recipe, json.loads(json.dumps(stage.written(recipe, **paths)))
 
 
