@@ -85,9 +85,33 @@ def test_a_stage_that_is_done_says_what_has_changed(
     (folder / "sums.jsonl").write_text(ROWS * 2)
     used.write_text("{}")  # of a version that kept no record of files
     assert cli.main(arguments) == 0
-    used.write_text('{"files": 3}')
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        *((name, content) for name in ("done.json", "used.json", "config.yaml")
+          for content in (b"[]", b"3", b"\xff", b"a: [", b"[" * 9999)),
+        ("done.json", b'{"config": [], "line": {}}'),
+        ("done.json", b'{"config": {}}'),
+        ("used.json", b'{"files": 3}'),
+    ],
+)  # fmt: skip
+def test_a_record_of_a_stage_that_cannot_be_read_is_named(
+    folder: Path, capsys: pytest.CaptureFixture[str], name: str, content: bytes
+) -> None:
+    rows = "".join(ROWS.replace('": "', '": "<think>a. b.</think><answer>').replace('"}', '</answer>"}'))
+    (folder / "rows.jsonl").write_text(rows)
+    arguments = ["augment", "--dataset_name", "rows.jsonl", "--ways", "[start]", "--output_dir", "run"]
+    assert cli.main(arguments) == 0
+    if name == "config.yaml":
+        (folder / "run" / "done.json").unlink()
+    (folder / "run" / name).write_bytes(content)
+    capsys.readouterr()
     assert cli.main(arguments) == 2
-    assert "used.json cannot be read: expected a mapping" in capsys.readouterr().err
+    errors = capsys.readouterr().err
+    assert f"run/{name}" in errors and errors.count("\n") == 1
+    assert "cannot be read" in errors or "expected a mapping" in errors
 
 
 def test_a_stage_that_is_run_again_has_new_numbers(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:

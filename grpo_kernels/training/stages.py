@@ -35,6 +35,7 @@ from transformers import set_seed
 from transformers.utils.logging import disable_progress_bar
 
 from grpo_kernels.files import replace_text
+from grpo_kernels.training.arguments import read_yaml
 from grpo_kernels.training.checkpoint import clear_run, list_checkpoints
 from grpo_kernels.training.html_report import versions
 from grpo_kernels.training.recipe import Recipe
@@ -145,19 +146,27 @@ def _model_of(stage: Stage) -> Path:
 
 
 def _done(folder: Path) -> dict[str, Any]:
-    path = folder / DONE
+    return _read_record(folder / DONE, ("config", "line"))
+
+
+def _read_record(path: Path, mappings: Sequence[str], **defaults: Any) -> dict[str, Any]:
+    """What a stage wrote as JSON, with mappings under these keys; raises ValueError where it is anything else."""
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        record = defaults | content if isinstance(content, dict) else {}
+        if not all(isinstance(record.get(key), dict) for key in mappings):
+            raise ValueError(f"expected a mapping with {' and '.join(mappings)}")
+    except (OSError, ValueError, RecursionError) as error:
         raise ValueError(f"{path} cannot be read: {error}") from error
+    return record
 
 
 def _finished(folder: Path, config: dict[str, Any], used: dict[str, Any]) -> dict[str, Any] | None:
     """The line of a stage that is done; None if it is not."""
     if not (folder / DONE).exists():
         return None
-    found = _done(folder)
-    differing = _differing(found.get("config", {}), config)
+    done = _done(folder)
+    differing = _differing(done["config"], config)
     if differing:
         raise ValueError(
             f"{folder} holds a stage with another {', '.join(differing)}; delete it to run it again, or name another "
@@ -172,7 +181,7 @@ def _finished(folder: Path, config: dict[str, Any], used: dict[str, Any]) -> dic
             f"{folder} holds a stage that read {changed}, which has changed since; delete it, or set "
             "overwrite_output_dir, to run it again"
         )
-    return found["line"]
+    return done["line"]
 
 
 def _redone(folder: Path, used: dict[str, Any]) -> str:
@@ -183,19 +192,14 @@ def _redone(folder: Path, used: dict[str, Any]) -> str:
 
 def _changed(folder: Path, used: dict[str, Any]) -> str:
     """The names, in words, of what is not as a folder's stage read it; of what it has no record of nothing is known."""
-    recorded = _recorded(folder).get("files", {})
+    recorded = _recorded(folder)["files"]
     return " and ".join(name for name, value in used["files"].items() if recorded.get(name, value) != value)
 
 
 def _recorded(folder: Path) -> dict[str, Any]:
+    """What ``used.json`` has, which versions of before wrote without files or not at all."""
     path = folder / USED
-    try:
-        recorded = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
-        if not isinstance(recorded, dict) or not isinstance(recorded.get("files", {}), dict):
-            raise ValueError("expected a mapping")
-    except (OSError, ValueError) as error:
-        raise ValueError(f"{path} cannot be read: {error}") from error
-    return recorded
+    return _read_record(path, ("files",), files={}) if path.exists() else {"files": {}}
 
 
 def _differing(found: dict[str, Any], config: dict[str, Any]) -> list[str]:
@@ -213,12 +217,9 @@ def _begin(stage: Stage, recipe: Recipe, config: dict[str, Any], used: dict[str,
     if recipe.overwrite_output_dir:
         clear_run(folder)
     elif _is_begun(folder) and (folder / CONFIG).exists():
-        try:
-            found = yaml.safe_load((folder / CONFIG).read_text(encoding="utf-8"))
-            differing = [name for name in _differing(found, config) if name in found]  # a run of GRPO has no stage's
-            differing = [name for name in differing if stage.kind != "grpo" or name not in MAY_DIFFER_ON_RESUME]
-        except (yaml.YAMLError, AttributeError) as error:
-            raise ValueError(f"{folder / CONFIG} cannot be read: {error}") from error
+        begun = read_yaml(folder / CONFIG)
+        differing = [name for name in _differing(begun, config) if name in begun]  # a run of GRPO has no stage's
+        differing = [name for name in differing if stage.kind != "grpo" or name not in MAY_DIFFER_ON_RESUME]
         if differing:
             raise FileExistsError(f"{folder} holds a stage with another {', '.join(differing)} that was not finished; "
                                   "delete it, name another output_dir or set overwrite_output_dir")  # fmt: skip
