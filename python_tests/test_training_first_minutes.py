@@ -209,11 +209,11 @@ def test_a_recipe_that_cannot_be_read_is_named(
         assert message in errors and errors.count("\n") == 1
 
 
-def test_a_home_folder_is_one(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("HOME", "/home/me")
+def test_a_home_folder_is_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
     recipe = Recipe(model_name_or_path="~/model", dataset_name="~/rows.jsonl", output_dir="~/run")
     assert (recipe.model_name_or_path, recipe.dataset_name, recipe.output_dir) == (
-        "/home/me/model", "/home/me/rows.jsonl", "/home/me/run",
+        str(tmp_path / "model"), str(tmp_path / "rows.jsonl"), str(tmp_path / "run"),
     )  # fmt: skip
 
 

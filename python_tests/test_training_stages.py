@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 
 from grpo_kernels import cli
 from grpo_kernels.training.rewards import extract_answer
-from grpo_kernels.training.stage_config import Stage, load_stages
+from grpo_kernels.training.stage_config import Stage, load_stage, load_stages
 from grpo_kernels.training.stages import run_stage, run_stages
 from grpo_kernels.training.tasks import TASKS
 from grpo_kernels.training.templates import joined
@@ -293,6 +293,55 @@ def test_a_recipe_that_does_not_fit_is_refused(tmp_path: Path, old: str, new: st
     assert old in SMALL
     with pytest.raises(ValueError, match=message):
         load_stages(written(tmp_path, SMALL.replace(old, new)))
+
+
+STAGE = "stages: {a: {kind: augment, dataset_name: addition, num_rows: 2}}\n"
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        *((STAGE.replace("a:", f"{name}:", 1), "the name of a stage must be a text that can name its folder, got")
+          for name in ("1", "1.5", "null", "yes", "a/b", "/a", "..", ".", "''", '"a\\nb"', '"a\\0b"', "summary.jsonl")),
+        ("stages: [{kind: augment}]", "stages must be a mapping, got [{'kind': 'augment'}]"),
+        ("stages: augment", "stages must be a mapping, got 'augment'"),
+        ("stages: {a: {kind: [augment]}}", "stage a: expected keys and values with a kind, got"),
+        ("stages: {a: {kind: {}}}", "stage a: expected keys and values with a kind, got"),
+        (STAGE + "common:", "common must be a mapping, got None"),
+        (STAGE + "common: [1]", "common must be a mapping, got [1]"),
+        (STAGE + "output_dir:", "output_dir must be a text, got None"),
+        (STAGE + "output_dir: 5", "output_dir must be a text, got 5"),
+        (STAGE + "1: 2", "expected output_dir, common and stages, got 1"),
+        (STAGE + "common: {output_dir: x}", "output_dir has no effect in common"),
+        (STAGE.replace("num_rows: 2", "output_dir: x"), "output_dir has no effect in a"),
+        (STAGE.replace("}}", "}, a: {kind: augment}}"), "found the key 'a' twice"),
+        (STAGE.replace("num_rows: 2", "num_rows: 2, num_rows: 3"), "found the key 'num_rows' twice"),
+        ("stages: {a: {kind: sft, sft_steps: 1}, b: {kind: eval, model: a, model_name_or_path: x}}", "got both"),
+        ("stages: {a: {kind: sample, keep: {1: 1}}}", "keep must be a mapping of reward functions to numbers"),
+        ("stages: {a: {kind: sample, keep: {accuracy: .nan}}}", "keep must be a mapping of reward functions to"),
+        ("stages: " + "[" * 5000, "cannot be read: maximum recursion depth"),
+    ],
+    ids=lambda value: repr(value)[:60],
+)  # fmt: skip
+def test_a_file_of_stages_that_has_other_values_is_refused_in_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], text: str, message: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "stages.yaml").write_text(text)
+    assert cli.main(["recipe", "stages.yaml"]) == 2
+    errors = capsys.readouterr().err
+    assert message in errors and errors.count("\n") == 1
+    assert not (tmp_path / "runs").exists()
+
+
+def test_rows_may_be_in_the_home_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    traces = [f"<think>a. b.</think><answer>{i}</answer>" for i in range(3)]
+    rows = [{"prompt": f"{i} =", "answer": i, "completion": trace} for i, trace in enumerate(traces)]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    names = ["--data", "~/rows.jsonl", "--dataset_name", "~/rows.jsonl", "--output_dir", "~/run"]
+    stage = load_stage("augment", None, [*names, "--ways", "[start]", "--device", "cpu", "--num_eval_prompts", "0"])
+    assert run_stage(stage)["seed"] == 3
 
 
 def test_rejection_that_keeps_nothing_is_an_error(tmp_path: Path) -> None:

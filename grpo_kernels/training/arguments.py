@@ -23,7 +23,7 @@ def with_yaml_lists(overrides: Sequence[str], lists: Collection[str]) -> list[st
     Raises:
         ValueError: A list is cut short, or has other lists or mappings in it.
     """
-    found: list[str] = []
+    arguments: list[str] = []
     key = ""  # of the last option
     for text in overrides:
         value = text
@@ -31,11 +31,11 @@ def with_yaml_lists(overrides: Sequence[str], lists: Collection[str]) -> list[st
             option, equals, value = text.partition("=")
             key = option[2:].replace("-", "_")
             if not equals or key not in lists:
-                found.append(text)
+                arguments.append(text)
                 continue
-            found.append(option)
-        found += _listed(key, value) if key in lists and value.startswith("[") else [value]
-    return found
+            arguments.append(option)
+        arguments += _listed(key, value) if key in lists and value.startswith("[") else [value]
+    return arguments
 
 
 def given_keys(overrides: Sequence[str]) -> list[str]:
@@ -46,8 +46,8 @@ def given_keys(overrides: Sequence[str]) -> list[str]:
 def read_yaml(path: Path) -> dict[str, Any]:
     """The keys and values of a YAML file; raises ValueError, with its name, where it cannot be read or has others."""
     try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        content = yaml.load(path.read_text(encoding="utf-8"), _UniqueKeysLoader)
+    except (OSError, UnicodeDecodeError, yaml.YAMLError, RecursionError) as error:
         raise ValueError(f"{path} cannot be read: {' '.join(str(error).split())}") from error
     if not isinstance(content, dict):
         raise ValueError(f"{path}: expected a mapping of keys to values, got {type(content).__name__}")
@@ -57,18 +57,29 @@ def read_yaml(path: Path) -> dict[str, Any]:
 def mapping(name: str, value: Any) -> dict[str, Any]:
     """A mapping, or the one that a text in YAML or JSON says; raises ValueError, with the name, for anything else."""
     try:
-        found = yaml.safe_load(value) if isinstance(value, str) else value
-    except yaml.YAMLError:
-        found = None
-    if not isinstance(found, dict):
+        content = yaml.safe_load(value) if isinstance(value, str) else value
+    except (yaml.YAMLError, RecursionError):
+        content = None
+    if not isinstance(content, dict):
         raise ValueError(f"{name} must be a mapping, got {value!r}")
-    return found
+    return content
+
+
+class _UniqueKeysLoader(yaml.SafeLoader):
+    """Refuses a key that is there twice, of which YAML's own would take the last."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        names = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
+        twice = [name for name in names if names.count(name) > 1]
+        if twice:
+            raise yaml.constructor.ConstructorError(None, None, f"found the key {twice[0]!r} twice", node.start_mark)
+        return super().construct_mapping(node, deep)
 
 
 def _listed(key: str, text: str) -> list[str]:
     try:
         values = yaml.safe_load(text)
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, RecursionError) as error:
         raise ValueError(f"command line: {key} must be a list in YAML, got {text!r}") from error
     if not isinstance(values, list) or any(isinstance(value, (list, dict)) for value in values):
         raise ValueError(f"command line: {key} must be a list of single values, got {text!r}")

@@ -67,15 +67,15 @@ def stage(kind: str, name: str | None, overrides: Sequence[str], *, debug: bool 
         from grpo_kernels.training.stages import DONE, run_stage
 
         _look_beside(name)
-        found = load_stage(kind, name, overrides)
-        check_runs_here(found.recipe)
-        was_done = (found.folder / DONE).exists() and not found.recipe.overwrite_output_dir
-        line = run_stage(found)
+        chosen = load_stage(kind, name, overrides)
+        check_runs_here(chosen.recipe)
+        was_done = (chosen.folder / DONE).exists() and not chosen.recipe.overwrite_output_dir
+        line = run_stage(chosen)
         if not was_done:
-            print(f"{found.folder}: done in {line['seconds']} s")
+            print(f"{chosen.folder}: done in {line['seconds']} s")
             return
         shown = ", ".join(f"{name} {value}" for name, value in line.items() if name not in ("stage", "kind"))
-        print(f"{found.folder} was done before: {shown}\n--overwrite_output_dir true runs it again")
+        print(f"{chosen.folder} was done before: {shown}\n--overwrite_output_dir true runs it again")
 
     return _guarded(run, lambda: "the same command begins again", debug)
 

@@ -124,8 +124,9 @@ def load_rows(
 ) -> list[Row]:
     """The rows of a dataset, with the columns ``prompt`` and ``answer`` whatever it calls them.
 
-    A column that has the name of one of ours, but is not the one that is asked for, is left out with a warning:
-    ``prompt`` beside a ``prompt_column`` of another name, or an argument of reward functions as ``completions``.
+    Two kinds of columns are left out, with a warning. With ``prompt_column="question"`` the column ``question`` becomes
+    ``prompt``, and the dataset's own column ``prompt`` is left out; ``answer`` likewise. A column with the name of an
+    argument of reward functions, as ``completions`` or ``trainer_state``, is left out too.
 
     Answers that end in a line ``#### 42``, as GSM8K's do, become the result alone. The worked text is kept in the
     column ``solution`` and, in the form of a completion, in ``completion``, for a cold start. Code that comes with a
@@ -178,15 +179,15 @@ def read_rows(path: Path, columns: Sequence[str]) -> list[Row]:
                 f"{path}: row {number} must have {', '.join(columns)}; it lacks {', '.join(missing)} and has "
                 f"{', '.join(sorted(row))}"
             )
-    found = [_with_texts(row, f"{path}: row {number}") for number, row in enumerate(rows)]
-    return [row | {"prompt": _prompt(row["prompt"], f"{path}: row {n}")} for n, row in enumerate(found)]
+    rows = [_with_texts(row, f"{path}: row {number}") for number, row in enumerate(rows)]
+    return [row | {"prompt": _prompt(row["prompt"], f"{path}: row {n}")} for n, row in enumerate(rows)]
 
 
 def _load_splits(recipe: Recipe) -> tuple[list[Row], list[Row]]:
     """Training and held-out rows: two splits as they are, or one cut in two, no question on both sides of the cut."""
     name, held_out_split = recipe.dataset_name, recipe.eval_dataset_split
-    is_whole = held_out_split is not None and "[" not in held_out_split
-    if is_whole and open_dataset(name, recipe.dataset_config, (), tuple(TASKS)).is_single:
+    names_a_split = held_out_split is not None and "[" not in held_out_split
+    if names_a_split and open_dataset(name, recipe.dataset_config, (), tuple(TASKS)).is_single:
         raise ValueError(
             f"eval_dataset_split must be None for {name!r}, which has one split, got {held_out_split!r}; a part of "
             "it is train[90%:]"
@@ -227,8 +228,8 @@ def _renamed(row: Row, names: dict[str, str], where: str) -> Row:
         if row[name] is None:
             raise ValueError(f"{where} must have a value in column {name}, got None")
     rest = {column: value for column, value in row.items() if column not in (*names.values(), *ARGUMENTS)}
-    found = {**rest, **{name: row[column] for name, column in names.items()}}
-    return _with_texts({**found, "prompt": _prompt(found["prompt"], where)}, where)
+    renamed = {**rest, **{name: row[column] for name, column in names.items()}}
+    return _with_texts({**renamed, "prompt": _prompt(renamed["prompt"], where)}, where)
 
 
 def _prompt(value: Any, where: str) -> str | list[dict[str, Any]]:
@@ -245,16 +246,16 @@ def _prompt(value: Any, where: str) -> str | list[dict[str, Any]]:
 
 def _with_texts(row: Row, where: str) -> Row:
     """The row with texts as its ``completion`` and ``completion_prefix``, whatever a file has there."""
-    found = dict(row)
+    texts = dict(row)
     for name in ("completion", "completion_prefix"):
         value = row.get(name)
         if isinstance(value, (int, float)):
-            found[name] = str(value)
+            texts[name] = str(value)
         elif isinstance(value, list) and value and all(isinstance(m, dict) for m in value):
-            found[name] = completion_text(value)
+            texts[name] = completion_text(value)
         elif value is not None and not isinstance(value, str):
             raise ValueError(f"{where} must have a text or messages as its {name}, got {value!r:.80}")
-    return found
+    return texts
 
 
 def _warn_of_reserved_names(rows: Sequence[Row], names: dict[str, str], where: str) -> None:

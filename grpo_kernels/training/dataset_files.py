@@ -1,18 +1,28 @@
-"""Rows as they stand in files: the same rows, whatever the file.
+"""Rows out of files: the same typed values give the same rows, whatever the file.
 
 One rule holds for .jsonl, .json, .csv and .parquet, for folders of them, for what ``save_to_disk`` wrote and for the
 Hub:
 
-- A number is a number, a text is a text, and a missing value is None, whatever else its column holds. A whole number is
-  an int, however it is stored: a 5.0 of a column of floats is 5. NaN is None.
+- A number is a number, a text is a text, a truth value is one, and a missing value is None, whatever else its column
+  holds. A whole number is an int, however it is stored: 5.0 and, in JSON, 1e5 are 5 and 100000. NaN is None.
 - A decimal is a number, or a text where a float would lose digits. Dates and times are texts in ISO 8601, bytes are
-  UTF-8.
-- In an object inside a row, a field that is null is not there: tables fill up what one row has and another lacks.
-- A cell of a .csv file is a number where it is spelled as JSON would spell it: 5, -0.5, but not 007, 5.00 or 1e5, which
-  are texts. An empty cell is None. One that is a list or an object in JSON is that; in the columns of prompts and
-  answers only a list of objects is, which chat messages are.
+  UTF-8. What is not Unicode, in bytes or as half a surrogate pair in JSON, is U+FFFD.
+- In an object inside a row, a field that is null is not there: tables fill up what one row has and another lacks. The
+  map of a table is an object. Of fields with one name the last counts. Values are nested at most 100 deep.
 - A .json file is a list of objects, an object of such lists by split, an object of columns, or lines as in .jsonl.
 - Text files are UTF-8, with or without a byte-order mark, and lines end in LF or CRLF.
+
+A .csv file has commas between its columns and no types. A cell is the first of these that it can be:
+
+- None, if it is empty.
+- A number, if it is spelled exactly as Python prints that number: 5, -3, 0.5, 5.0, 1e-07.
+- A list or an object, if it is one in JSON. In the columns of prompts and answers only a list of objects is read so,
+  which chat messages are.
+- A text, as it stands, with LF for CRLF: 007, 5.00, 1e5, +5, .5, 5., 1_000, 0x10, " 5", true, null, NaN, 2026-11-28.
+
+A .jsonl file gives the rows of a .csv file if it has these very values. It gives others where it has the number 5.00,
+the text "5", the text "" or the value true: those are 5, "5", "" and True, and in a .csv file "5.00", 5, None and
+"true". ``accuracy`` compares numbers by value: 5, "5" and "5.00" are equal.
 """
 
 from __future__ import annotations
@@ -23,6 +33,8 @@ import decimal
 import io
 import json
 import math
+import re
+import uuid
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -34,6 +46,8 @@ Row = dict[str, Any]
 SUFFIXES = (".jsonl", ".json", ".csv", ".parquet")
 _SPLIT_NAMES = ("train", "test", "validation", "valid", "dev", "eval")
 _EXACT = 2**53  # up to which floats hold every whole number
+_DEEPEST = 100  # lists and objects in each other: far from where Python's own recursion ends
+_NOT_COMMAS = (";", "\t", "|")  # that other programs put between columns
 
 
 def read_file(
@@ -60,7 +74,7 @@ def read_file(
     text = _text(path)
     if suffix == ".csv":
         return _csv_rows(path, text, text_columns)
-    return plain_rows(_json_rows(path, text, split) if suffix == ".json" else _lines(path, text))
+    return _json_rows(path, text, split) if suffix == ".json" else _lines(path, text)
 
 
 def read_jsonl(path: Path) -> list[Row]:
@@ -72,24 +86,21 @@ def read_jsonl(path: Path) -> list[Row]:
     return _lines(path, _text(path))
 
 
-def plain_rows(rows: Sequence[Mapping[str, Any]]) -> list[Row]:
-    """Rows of a table by the rule above."""
-    return [{str(name): _plain(value) for name, value in row.items()} for row in rows]
-
-
 def table_rows(table: Any) -> list[Row]:
-    """The rows of an Arrow table by the rule above. A number of 16 or 32 bits is what is written for it, as 0.1."""
-    import numpy as np
+    """The rows of an Arrow table by the rule above. A number of 16 or 32 bits is what is written for it, as 0.1.
 
+    Raises:
+        ValueError: Two columns have one name, or a value cannot be read.
+    """
     columns = {}
     for field, column in zip(table.schema, table.columns, strict=True):
         if field.name in columns:
             raise ValueError(f"a table's columns must have different names, got {field.name!r} twice")
-        narrow = {"halffloat": np.float16, "float": np.float32}.get(str(field.type))
-        values = column.to_pylist()
-        columns[field.name] = values if narrow is None else [v if v is None else float(str(narrow(v))) for v in values]
+        values = column.to_pylist(maps_as_pydicts="lossy")  # the last of equal keys, as in JSON
+        has_narrow_floats = re.search(r"\b(half)?float\b", str(field.type)) is not None
+        columns[field.name] = [_shortest(v, field.type) for v in values] if has_narrow_floats else values
     rows = zip(*columns.values(), strict=True)
-    return plain_rows([dict(zip(columns, row, strict=True)) for row in rows])
+    return [_plain_row(dict(zip(columns, row, strict=True))) for row in rows]
 
 
 def json_splits(path: Path) -> list[str]:
@@ -98,15 +109,41 @@ def json_splits(path: Path) -> list[str]:
     Raises:
         ValueError: The file cannot be read.
     """
+    text = _text(path)
     try:
-        found = json.loads(_text(path))
-    except (ValueError, RecursionError):  # lines; or what reading it will say
+        content = _loads(text)
+    except ValueError:  # lines; or what reading it will say
         return []
-    tables = [name for name, rows in found.items() if _is_table(rows)] if isinstance(found, dict) else []
+    tables = [name for name, rows in content.items() if _is_table(rows)] if isinstance(content, dict) else []
     return tables if len(tables) > 1 or (len(tables) == 1 and tables[0] in _SPLIT_NAMES) else []
 
 
-def _plain(value: Any) -> Any:
+def _shortest(value: Any, kind: Any) -> Any:
+    """A value of an Arrow type with the shortest decimal for each of its numbers of 16 or 32 bits."""
+    import numpy as np
+    from pyarrow import types
+
+    if value is None:
+        return None
+    if types.is_float16(kind) or types.is_float32(kind):
+        return float(str((np.float16 if types.is_float16(kind) else np.float32)(value)))
+    if types.is_struct(kind):
+        return {field.name: _shortest(value[field.name], field.type) for field in kind}
+    if types.is_map(kind):
+        return {_shortest(key, kind.key_type): _shortest(item, kind.item_type) for key, item in value.items()}
+    if types.is_nested(kind) and isinstance(value, list):
+        return [_shortest(item, kind.value_type) for item in value]
+    return value
+
+
+def _plain_row(row: Mapping[Any, Any]) -> Row:
+    """A row by the rule above, but that a column without a value is there."""
+    return {_name(key): _plain(value, 1) for key, value in row.items()}
+
+
+def _plain(value: Any, depth: int = 0) -> Any:
+    if depth > _DEEPEST:
+        raise ValueError(f"values must be nested at most {_DEEPEST} deep")
     if isinstance(value, float):
         if math.isnan(value):
             return None
@@ -114,14 +151,20 @@ def _plain(value: Any) -> Any:
     if isinstance(value, decimal.Decimal):
         return _number(value)
     if isinstance(value, Mapping):
-        return {str(key): _plain(item) for key, item in value.items() if item is not None}
+        return {_name(key): _plain(item, depth + 1) for key, item in value.items() if item is not None}
     if isinstance(value, (list, tuple)):
-        return [_plain(item) for item in value]
+        return [_plain(item, depth + 1) for item in value]
     if isinstance(value, (datetime.date, datetime.time)):
         return value.isoformat()
-    if isinstance(value, datetime.timedelta):
+    if isinstance(value, (datetime.timedelta, uuid.UUID)):
         return str(value)
+    if isinstance(value, str) and not value.isascii():
+        return value.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
     return value.decode("utf-8", "replace") if isinstance(value, bytes) else value
+
+
+def _name(key: Any) -> str:
+    return str(_plain(key))
 
 
 def _number(value: decimal.Decimal) -> int | float | str | None:
@@ -139,6 +182,14 @@ def _text(path: Path) -> str:
         raise ValueError(f"{path} cannot be read: {error}") from error
 
 
+def _loads(text: str) -> Any:
+    """What JSON says; raises ValueError also where it is nested so deep that Python cannot read it."""
+    try:
+        return json.loads(text)
+    except RecursionError as error:
+        raise ValueError(f"values must be nested at most {_DEEPEST} deep") from error
+
+
 def _lines(path: Path, text: str) -> list[Row]:
     # by newlines alone: splitlines() would also cut at separators that may stand inside a JSON string
     rows = []
@@ -146,40 +197,41 @@ def _lines(path: Path, text: str) -> list[Row]:
         if not line.strip():
             continue
         try:
-            row = json.loads(line)
-        except (ValueError, RecursionError) as error:
-            raise ValueError(f"{path}:{number}: expected a JSON object, got {line[:60]!r}") from error
+            row = _loads(line)
+        except ValueError as error:
+            reason = getattr(error, "msg", error)  # of an error of JSON without its place in the line
+            raise ValueError(f"{path}:{number}: expected a JSON object, got {line[:60]!r}: {reason}") from error
         rows.append(_row(row, f"{path}:{number}"))
     return rows
 
 
 def _json_rows(path: Path, text: str, split: str) -> list[Row]:
     try:
-        found = json.loads(text)
-    except (ValueError, RecursionError) as error:
+        content = _loads(text)
+    except ValueError as error:
         if getattr(error, "msg", "") == "Extra data":  # more than one value: one a line
             return _lines(path, text)
         raise ValueError(f"{path} cannot be read: {error}") from error
-    if isinstance(found, dict):
-        found = _of_object(path, found, split)
-    if not isinstance(found, list):
-        raise ValueError(f"{path}: expected a list of objects, got {type(found).__name__}")
-    return [_row(row, f"{path}: row {number}") for number, row in enumerate(found)]
+    if isinstance(content, dict):
+        content = _of_object(path, content, split)
+    if not isinstance(content, list):
+        raise ValueError(f"{path}: expected a list of objects, got {type(content).__name__}")
+    return [_row(row, f"{path}: row {number}") for number, row in enumerate(content)]
 
 
-def _of_object(path: Path, found: dict[str, Any], split: str) -> list[Any]:
+def _of_object(path: Path, content: dict[str, Any], split: str) -> list[Any]:
     """The rows in an object: of a split, of its only list of objects, of its columns, or the object itself."""
-    tables = {name: rows for name, rows in found.items() if _is_table(rows)}
+    tables = {name: rows for name, rows in content.items() if _is_table(rows)}
     if split in tables:
         return tables[split]
-    if len(tables) == 1 and len(found) == 1:
+    if len(tables) == 1 and len(content) == 1:
         return next(iter(tables.values()))
     if len(tables) > 1:
         raise ValueError(f"{path} has no split {split!r}; it has {', '.join(tables)}")
-    columns = list(found.values())
+    columns = list(content.values())
     if columns and all(isinstance(c, list) for c in columns) and len({len(c) for c in columns}) == 1:
-        return [dict(zip(found, values, strict=True)) for values in zip(*columns, strict=True)]
-    return [found]
+        return [dict(zip(content, values, strict=True)) for values in zip(*columns, strict=True)]
+    return [content]
 
 
 def _is_table(rows: Any) -> bool:
@@ -189,11 +241,15 @@ def _is_table(rows: Any) -> bool:
 def _row(row: Any, where: str) -> Row:
     if not isinstance(row, dict):
         raise ValueError(f"{where}: expected a JSON object, got {type(row).__name__}")
-    return row
+    try:
+        return _plain_row(row)
+    except ValueError as error:
+        raise ValueError(f"{where}: {error}") from error
 
 
 def _csv_rows(path: Path, text: str, text_columns: Sequence[str]) -> list[Row]:
     csv.field_size_limit(2**31 - 1)  # a prompt may be longer than the default of 128 KiB
+    _check_separator(path, text)
     reader = csv.reader(io.StringIO(text, newline=""), strict=True)
     rows: list[Row] = []
     try:
@@ -216,6 +272,18 @@ def _csv_rows(path: Path, text: str, text_columns: Sequence[str]) -> list[Row]:
     return rows
 
 
+def _check_separator(path: Path, text: str) -> None:
+    """Raises ValueError where the first line is one column with another program's separator in its name."""
+    line = text.lstrip("\r\n").partition("\n")[0].partition("\r")[0]
+    names = next(csv.reader([line]), [])  # not strict: a quoted name before another separator is an error there
+    for separator in _NOT_COMMAS:
+        if len(names) == 1 and separator in names[0]:
+            raise ValueError(
+                f"{path}: its first line is {line[:60]!r}, one column with {separator!r} in its name: columns must be "
+                "separated by commas; write the file anew with commas, or as .jsonl"
+            )
+
+
 def _cell(cell: str, *, is_text: bool) -> Any:
     if cell == "":
         return None
@@ -230,10 +298,10 @@ def _cell(cell: str, *, is_text: bool) -> Any:
     if cell.lstrip()[:1] not in ("[", "{"):
         return text
     try:
-        found = _plain(json.loads(cell))
+        value = _plain(_loads(cell))
     except ValueError:  # a text that begins with a bracket
         return text
-    return found if _is_table(found) or not is_text else text
+    return value if _is_table(value) or not is_text else text
 
 
 def _parquet_rows(path: Path) -> list[Row]:
@@ -242,5 +310,5 @@ def _parquet_rows(path: Path) -> list[Row]:
 
     try:
         return table_rows(parquet.read_table(path))
-    except (OSError, arrow.ArrowException) as error:
+    except (OSError, ValueError, OverflowError, arrow.ArrowException) as error:
         raise ValueError(f"{path} cannot be read: {described(error)}") from error

@@ -78,16 +78,16 @@ def open_dataset(name: str, config: str | None, text_columns: Sequence[str], kno
     is_saved = (path / "dataset_dict.json").is_file() or (path / "state.json").is_file()
     source = str(path.resolve()) if path.is_dir() else name
     try:
-        found = datasets.load_from_disk(source) if is_saved else datasets.load_dataset_builder(source, config)
+        dataset = datasets.load_from_disk(source) if is_saved else datasets.load_dataset_builder(source, config)
     except Exception as error:
         kinds = [f"a built-in task ({', '.join(known)})"] if known else []
         kinds += [f"a file ({', '.join(SUFFIXES)})", "a folder or a name on the Hub"]
         raise ValueError(f"dataset_name must be {', '.join(kinds)}, got {name!r}: {described(error)}") from error
     if is_saved:
-        return _of_tables(found, where)
+        return _of_tables(dataset, where)
     if path.is_dir():
-        _check_one_kind(path, found, where)
-    return _of_files(found, where, text_columns)
+        _check_one_kind(path, dataset, where)
+    return _of_files(dataset, where, text_columns)
 
 
 def _of_file(path: Path, where: str, text_columns: Sequence[str]) -> Splits:
@@ -99,10 +99,10 @@ def _of_file(path: Path, where: str, text_columns: Sequence[str]) -> Splits:
     return Splits(where, {name: reader(name) for name in names or [_ONLY]}, is_single=not names)
 
 
-def _of_tables(found: Any, where: str) -> Splits:
+def _of_tables(dataset: Any, where: str) -> Splits:
     """What ``save_to_disk`` wrote, or a builder prepared: one dataset or several by their split."""
-    single = not isinstance(found, dict)
-    tables = {_ONLY: found} if single else found
+    single = not isinstance(dataset, dict)
+    tables = {_ONLY: dataset} if single else dataset
 
     def reader(table: Any) -> Callable[[], list[Row]]:
         return lambda: table_rows(table.with_format("arrow")[:]) if len(table) else []

@@ -352,7 +352,7 @@ class GRPOLoop:
         parts = parts if self.accelerator.num_processes == 1 else gather_object(parts)
         names = dict.fromkeys(name for part in parts for name in part)
         values = {name: [value for part in parts for value in part.get(name, ())] for name in names}
-        return {name: sum(found) / len(found) for name, found in values.items()}
+        return {name: sum(logged) / len(logged) for name, logged in values.items()}
 
     def _length_metrics(self, rollout: Rollout) -> dict[str, float]:
         """Of all completions; adds up the tokens."""

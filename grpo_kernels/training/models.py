@@ -46,8 +46,8 @@ def load_pretrained(recipe: Recipe) -> tuple[PreTrainedModel, PreTrainedTokenize
         use_cache_if_unreachable()
     elif not any((Path(name) / file).is_file() for file in ("config.json", ADAPTERS_CONFIG)):
         inside = sorted(path.parent.name for path in Path(name).glob("*/config.json"))
-        found = f"; there is one in {', '.join(inside)}" if inside else ""
-        raise ValueError(f"model_name_or_path {name!r} cannot be loaded: the folder has no config.json{found}")
+        hint = f"; there is one in {', '.join(inside)}" if inside else ""
+        raise ValueError(f"model_name_or_path {name!r} cannot be loaded: the folder has no config.json{hint}")
     try:
         tokenizer = load_tokenizer(name, trust_remote_code=recipe.trust_remote_code)
         has_adapters = (Path(name) / ADAPTERS_CONFIG).is_file()

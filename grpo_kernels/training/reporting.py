@@ -72,7 +72,7 @@ class SamplesFile(_LinesFile):
     def write(self, step: int, samples: Sequence[Sample]) -> None:
         """Appends the samples of a step by one system call, each with all its fields, and those that rewards logged."""
         fields = [sample._asdict() for sample in samples]
-        self._append([{"step": step, **(found.pop("extra", None) or {}), **found} for found in fields])
+        self._append([{"step": step, **(record.pop("extra", None) or {}), **record} for record in fields])
 
 
 class Lines(NamedTuple):

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
@@ -149,25 +150,45 @@ def load_stages(name: str, overrides: Sequence[str] = ()) -> tuple[Path, list[St
         ValueError: A key is unknown, a value does not fit, or a stage is named that does not come before.
     """
     path = recipe_path(name)
-    content = read_yaml(path)
-    unknown = sorted(content.keys() - {"output_dir", "common", "stages"})
-    if unknown or not content.get("stages"):
-        raise ValueError(f"{path}: expected output_dir, common and stages, got {', '.join(unknown) or 'no stages'}")
-    root, overrides = _output_dir(content.get("output_dir", f"runs/{path.stem}"), overrides)
+    content = {"output_dir": f"runs/{path.stem}", "common": {}} | read_yaml(path)
+    _check_content(path, content)
+    root, overrides = _output_dir(content["output_dir"], overrides)
     stages: list[Stage] = []
     for stage_name, values in content["stages"].items():
         where = f"{path}: stage {stage_name}"
-        if not isinstance(values, dict) or "kind" not in values:
+        if not isinstance(values, dict) or not isinstance(values.get("kind"), str):
             raise ValueError(f"{where}: expected keys and values with a kind, got {values!r}")
+        if "model" in values and "model_name_or_path" in values:
+            raise ValueError(f"{where}: either model or model_name_or_path can be given, got both")
         _check_keys(where, values["kind"], values)
         values = values | {"output_dir": str(root / stage_name)}
-        stages.append(_stage(where, stage_name, values, content.get("common", {}), overrides))
+        stages.append(_stage(where, stage_name, values, content["common"], overrides))
         for role, kinds in _ROLES.items():
             earlier = getattr(stages[-1], role)
             fitting = [before.name for before in stages[:-1] if before.kind in kinds]
             if earlier is not None and earlier not in fitting and not (role == "data" and is_file(earlier)):
                 raise ValueError(f"{where}: {role} must be one of {fitting}, got {earlier!r}")
     return root, stages
+
+
+def _check_content(path: Path, content: dict[str, Any]) -> None:
+    """Raises ValueError where a file of several stages has other keys or values, or a name that no folder can have."""
+    unknown = [str(key) for key in content if key not in ("output_dir", "common", "stages")]
+    if unknown or not content.get("stages"):
+        raise ValueError(f"{path}: expected output_dir, common and stages, got {', '.join(unknown) or 'no stages'}")
+    for key, kind in (("output_dir", str), ("common", dict), ("stages", dict)):
+        if not isinstance(content[key], kind):
+            expected = "a text" if kind is str else "a mapping"
+            raise ValueError(f"{path}: {key} must be {expected}, got {content[key]!r:.80}")
+    for name in content["stages"]:
+        is_name = isinstance(name, str) and name.isprintable() and name not in ("", ".", "..", "summary.jsonl")
+        if not is_name or Path(name).name != name:
+            raise ValueError(f"{path}: the name of a stage must be a text that can name its folder, got {name!r:.80}")
+    for where, values in (("common", content["common"]), *content["stages"].items()):
+        if isinstance(values, dict) and "output_dir" in values:
+            raise ValueError(
+                f"{path}: output_dir has no effect in {where}: the folder of all stages is named beside it"
+            )
 
 
 def load_stage(kind: str, name: str | None, overrides: Sequence[str] = ()) -> Stage:
@@ -263,12 +284,12 @@ def _output_dir(root: str, overrides: Sequence[str]) -> tuple[Path, list[str]]:
 def _value(text: str) -> Any:
     try:
         return yaml.safe_load(text)
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, RecursionError) as error:
         raise argparse.ArgumentTypeError(f"expected YAML, got {text!r}") from error
 
 
 def _is_number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool)
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and not math.isnan(value)
 
 
 def _is_count(value: Any) -> bool:
@@ -294,7 +315,14 @@ _CHECKS: dict[str, tuple[Callable[[Any], bool], str]] = {
     "samples": (_is_count, "an integer of at least 1"),
     "num_rows": (lambda value: value is None or _is_count(value), "an integer of at least 1"),
     "keep": (
-        lambda value: value is None or (isinstance(value, dict) and all(map(_is_number, value.values()))),
+        lambda value: (
+            value is None
+            or (
+                isinstance(value, dict)
+                and all(map(_is_number, value.values()))
+                and all(isinstance(name, str) for name in value)
+            )
+        ),
         "a mapping of reward functions to numbers",
     ),
     "ways": (_is_listed(lambda way: way in WAYS), f"a list of some of {', '.join(WAYS)}"),

@@ -13,8 +13,9 @@
 
 A stage's folder has ``config.yaml``, by which it runs alone (a GRPO stage by ``grpo-kernels train``, without ``data``),
 ``metrics.jsonl``, ``samples.jsonl``, its checkpoint or its ``rows.jsonl``, and, once it is done, ``done.json``: it is
-not run again then, and refused where a stage that it used has been made anew since, of which ``used.json`` tells. A
-GRPO stage that was interrupted goes on from its newest checkpoint; any other begins again, and ends the same.
+not run again then. ``used.json`` tells what it read, and it is refused where that has changed since: a stage that was
+made anew, or a local model, dataset or reward function. A GRPO stage that was interrupted goes on from its newest
+checkpoint; any other begins again, and ends the same.
 """
 
 from __future__ import annotations
@@ -34,26 +35,29 @@ from transformers import set_seed
 from transformers.utils.logging import disable_progress_bar
 
 from grpo_kernels.files import replace_text
+from grpo_kernels.training.arguments import read_yaml
 from grpo_kernels.training.checkpoint import clear_run, list_checkpoints
 from grpo_kernels.training.html_report import versions
 from grpo_kernels.training.recipe import Recipe
 from grpo_kernels.training.reporting import has_records
 from grpo_kernels.training.run import SAMPLES
 from grpo_kernels.training.stage_config import Stage, is_file
+from grpo_kernels.training.stage_inputs import fingerprints
 from grpo_kernels.training.stage_work import ROWS, WORK, Outcome
 from grpo_kernels.training.state import MAY_DIFFER, MAY_DIFFER_ON_RESUME
 from grpo_kernels.training.trackers import METRICS, tracker_names
 
 CONFIG, DONE, SUMMARY = "config.yaml", "done.json", "summary.jsonl"
-USED = "used.json"  # by key, the digest of the stage that was used
+USED = "used.json"  # by key, the digest of the stage that was used; under "files", of what was read beside
 
 
 def run_stages(root: Path, stages: Sequence[Stage]) -> list[dict[str, Any]]:
     """Runs what is not done yet, in order; returns a line of the summary for each.
 
     Raises:
-        ValueError: A stage that is done was another one, or used one that has been redone since; delete its folder to
-            run it again. Or there are several processes, which would write into one folder.
+        ValueError: A stage that is done was another one, used one that has been redone since, or read files that have
+            changed since; delete its folder to run it again. Or there are several processes, which would write into
+            one folder.
         FileExistsError: A stage's folder holds another run that was not finished.
         OSError: A file cannot be written, as on a full disk; the message names the stage.
     """
@@ -78,7 +82,7 @@ def run_stage(stage: Stage, stages: dict[str, Stage] | None = None) -> dict[str,
     """
     _check_alone(stage.recipe)
     recipe, config = _resolved(stage, stages or {})
-    used = _used(stage, stages or {})
+    used = _used(stage, stages or {}) | {"files": fingerprints(config)}
     line = None if recipe.overwrite_output_dir else _finished(stage.folder, config, used)
     if line is not None:
         return line
@@ -129,7 +133,8 @@ def _resolved(stage: Stage, stages: dict[str, Stage]) -> tuple[Recipe, dict[str,
     if stage.teacher is not None:
         paths["teacher_model_name_or_path"] = str(_model_of(stages[stage.teacher]))
     if stage.data is not None:
-        paths["data"] = stage.data if is_file(stage.data) else str(stages[stage.data].folder / ROWS)
+        data = Path(stage.data).expanduser() if is_file(stage.data) else stages[stage.data].folder / ROWS
+        paths["data"] = str(data)
     return recipe, json.loads(json.dumps(stage.written(recipe, **paths)))
 
 
@@ -141,19 +146,27 @@ def _model_of(stage: Stage) -> Path:
 
 
 def _done(folder: Path) -> dict[str, Any]:
-    path = folder / DONE
+    return _read_record(folder / DONE, ("config", "line"))
+
+
+def _read_record(path: Path, mappings: Sequence[str], **defaults: Any) -> dict[str, Any]:
+    """What a stage wrote as JSON, with mappings under these keys; raises ValueError where it is anything else."""
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        record = defaults | content if isinstance(content, dict) else {}
+        if not all(isinstance(record.get(key), dict) for key in mappings):
+            raise ValueError(f"expected a mapping with {' and '.join(mappings)}")
+    except (OSError, ValueError, RecursionError) as error:
         raise ValueError(f"{path} cannot be read: {error}") from error
+    return record
 
 
-def _finished(folder: Path, config: dict[str, Any], used: dict[str, str]) -> dict[str, Any] | None:
+def _finished(folder: Path, config: dict[str, Any], used: dict[str, Any]) -> dict[str, Any] | None:
     """The line of a stage that is done; None if it is not."""
     if not (folder / DONE).exists():
         return None
-    found = _done(folder)
-    differing = _differing(found.get("config", {}), config)
+    done = _done(folder)
+    differing = _differing(done["config"], config)
     if differing:
         raise ValueError(
             f"{folder} holds a stage with another {', '.join(differing)}; delete it to run it again, or name another "
@@ -162,17 +175,31 @@ def _finished(folder: Path, config: dict[str, Any], used: dict[str, str]) -> dic
     redone = _redone(folder, used)
     if redone:
         raise ValueError(f"{folder} holds a stage on a {redone} that was made anew since; delete it to run it again")
-    return found["line"]
+    changed = _changed(folder, used)
+    if changed:
+        raise ValueError(
+            f"{folder} holds a stage that read {changed}, which has changed since; delete it, or set "
+            "overwrite_output_dir, to run it again"
+        )
+    return done["line"]
 
 
-def _redone(folder: Path, used: dict[str, str]) -> str:
+def _redone(folder: Path, used: dict[str, Any]) -> str:
     """The keys, in words, whose stage is not the one that a folder's was begun on."""
+    recorded = _recorded(folder)
+    return " and ".join(key for key in used if key != "files" and recorded.get(key) != used[key])
+
+
+def _changed(folder: Path, used: dict[str, Any]) -> str:
+    """The names, in words, of what is not as a folder's stage read it; of what it has no record of nothing is known."""
+    recorded = _recorded(folder)["files"]
+    return " and ".join(name for name, value in used["files"].items() if recorded.get(name, value) != value)
+
+
+def _recorded(folder: Path) -> dict[str, Any]:
+    """What ``used.json`` has, which versions of before wrote without files or not at all."""
     path = folder / USED
-    try:
-        found = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
-        return " and ".join(key for key in used if found.get(key) != used[key])
-    except (OSError, ValueError, AttributeError) as error:
-        raise ValueError(f"{path} cannot be read: {error}") from error
+    return _read_record(path, ("files",), files={}) if path.exists() else {"files": {}}
 
 
 def _differing(found: dict[str, Any], config: dict[str, Any]) -> list[str]:
@@ -180,7 +207,7 @@ def _differing(found: dict[str, Any], config: dict[str, Any]) -> list[str]:
     return sorted(name for name in names if found.get(name) != config.get(name))
 
 
-def _begin(stage: Stage, recipe: Recipe, config: dict[str, Any], used: dict[str, str]) -> None:
+def _begin(stage: Stage, recipe: Recipe, config: dict[str, Any], used: dict[str, Any]) -> None:
     """An empty folder but for the stage's configuration, or that of a GRPO stage to go on with.
 
     Raises:
@@ -190,12 +217,9 @@ def _begin(stage: Stage, recipe: Recipe, config: dict[str, Any], used: dict[str,
     if recipe.overwrite_output_dir:
         clear_run(folder)
     elif _is_begun(folder) and (folder / CONFIG).exists():
-        try:
-            found = yaml.safe_load((folder / CONFIG).read_text(encoding="utf-8"))
-            differing = [name for name in _differing(found, config) if name in found]  # a run of GRPO has no stage's
-            differing = [name for name in differing if stage.kind != "grpo" or name not in MAY_DIFFER_ON_RESUME]
-        except (yaml.YAMLError, AttributeError) as error:
-            raise ValueError(f"{folder / CONFIG} cannot be read: {error}") from error
+        begun = read_yaml(folder / CONFIG)
+        differing = [name for name in _differing(begun, config) if name in begun]  # a run of GRPO has no stage's
+        differing = [name for name in differing if stage.kind != "grpo" or name not in MAY_DIFFER_ON_RESUME]
         if differing:
             raise FileExistsError(f"{folder} holds a stage with another {', '.join(differing)} that was not finished; "
                                   "delete it, name another output_dir or set overwrite_output_dir")  # fmt: skip

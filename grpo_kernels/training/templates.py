@@ -116,7 +116,7 @@ def encode_prompts(prompts: Sequence[str], tokenizer: PreTrainedTokenizerBase) -
     Raises:
         ThirdPartyError: The tokenizer failed.
     """
-    found: dict[int, list[int]] = {}
+    ids: dict[int, list[int]] = {}
     for is_chat in (False, True):
         own = [i for i, prompt in enumerate(prompts) if isinstance(prompt, ChatText) == is_chat]
         if own:
@@ -126,8 +126,8 @@ def encode_prompts(prompts: Sequence[str], tokenizer: PreTrainedTokenizerBase) -
             except Exception as error:
                 whose = f"the tokenizer {tokenizer.name_or_path!r} failed on {len(texts)} prompts"
                 raise third_party_error(whose, error) from error
-            found |= zip(own, encoded, strict=True)
-    return [_without_second_bos(found[i], tokenizer.bos_token_id) for i in range(len(prompts))]
+            ids |= zip(own, encoded, strict=True)
+    return [_without_second_bos(ids[i], tokenizer.bos_token_id) for i in range(len(prompts))]
 
 
 def _without_second_bos(ids: list[int], bos: int | None) -> list[int]:
