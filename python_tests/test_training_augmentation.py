@@ -255,6 +255,8 @@ def test_hindsight_takes_a_function_for_other_tasks_and_holds_it_to_the_completi
     (found,) = relabel([row], random.Random(0), restate=restate)
     assert (found["prompt"], found["answer"], found["source"]) == ("the capital of France?", "Paris", "hindsight")
     assert relabel([{**row, "answer": "Paris"}], random.Random(0), restate=restate) == []
+    reached = {**row, "answer": 5.0, "completion": "<think> a </think> <answer> 5 </answer>"}
+    assert relabel([reached], random.Random(0), restate=restate) == []  # numbers are compared by value
     assert relabel([row], random.Random(0), restate=lambda row: None) == []
     with pytest.raises(ValueError, match="restate must give the answer that the completion reaches, got 'Lyon'"):
         relabel([row], random.Random(0), restate=lambda row: {"prompt": "Lyon?", "answer": "Lyon"})

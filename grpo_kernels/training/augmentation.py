@@ -12,7 +12,7 @@ import random
 from collections.abc import Callable, Hashable, Sequence
 from typing import Any
 
-from grpo_kernels.training.rewards import extract_answer, format_reward
+from grpo_kernels.training.rewards import accuracy_reward, format_reward
 from grpo_kernels.training.rewards.completions import message_text
 from grpo_kernels.training.tasks import Row, SyntheticTask, step_boundaries
 from grpo_kernels.training.templates import joined, question
@@ -195,7 +195,7 @@ def prompt_key(row: Row) -> Hashable:
 
 
 def _reaches(completion: str, answer: Any) -> bool:
-    return extract_answer(completion) == "".join(str(answer).split())
+    return accuracy_reward([""], [completion], answer=[answer]) == [1.0]
 
 
 def _made(row: Row, source: str) -> Row:
