@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import threading
 import time
 
 import pytest
+from testing.threads import seconds_in_a_thread
 
 from grpo_kernels.training.rewards import BUILT_IN, resolve
 from grpo_kernels.training.rewards.math_answers import read_answer
@@ -21,15 +21,6 @@ PIECES = [
 LENGTH = 100_000  # characters
 ELSEWHERE = ("code", "language_consistency")
 SECONDS = 2.5  # less than math_accuracy's own limit; what is quadratic takes minutes
-
-
-def seconds_in_a_thread(function, *arguments) -> float:
-    """How long a call takes outside the main thread; at most a minute is waited for it."""
-    begun = time.perf_counter()
-    worker = threading.Thread(target=function, args=arguments, daemon=True)
-    worker.start()
-    worker.join(60)
-    return time.perf_counter() - begun
 
 
 @pytest.mark.parametrize("name", [name for name in BUILT_IN if name not in ELSEWHERE])

@@ -13,10 +13,11 @@ from grpo_kernels.training.rewards.answers import (
     extract_answer,
     math_accuracy_reward,
 )
-from grpo_kernels.training.rewards.code import CodeReward, extract_program
+from grpo_kernels.training.rewards.code import CodeReward
 from grpo_kernels.training.rewards.completions import completion_text
 from grpo_kernels.training.rewards.language import LanguageConsistencyReward, reasoning_of
 from grpo_kernels.training.rewards.length import CosineLengthReward, LengthReward, OverlongReward
+from grpo_kernels.training.rewards.program_text import extract_program
 from grpo_kernels.training.rewards.registry import BUILT_IN, check_name, look_in, resolve, reward_factory
 from grpo_kernels.training.rewards.reward_model import RewardModel
 from grpo_kernels.training.rewards.scoring import RewardFunction, RewardLog, columns_of, score, total

@@ -79,12 +79,14 @@ class LengthReward(_Judged):
 
     def __call__(self, prompts: Sequence[Any], completions: Sequence[Any], **columns: Any) -> list[float | None]:
         lengths = self._lengths(completions, columns)
+        keys = [repr(prompt) for prompt in prompts]  # a prompt of chat messages cannot be hashed
         groups: dict[str, list[int]] = defaultdict(list)
-        for prompt, length in zip(prompts, lengths, strict=True):
-            groups[repr(prompt)].append(length)  # a prompt of chat messages cannot be hashed
+        for key, length in zip(keys, lengths, strict=True):
+            groups[key].append(length)
+        ranges = {key: (min(of_one_prompt), max(of_one_prompt)) for key, of_one_prompt in groups.items()}
         rewards: list[float | None] = []
-        for prompt, length, right in zip(prompts, lengths, self._right(prompts, completions, columns), strict=True):
-            shortest, longest = min(groups[repr(prompt)]), max(groups[repr(prompt)])
+        for key, length, right in zip(keys, lengths, self._right(prompts, completions, columns), strict=True):
+            shortest, longest = ranges[key]
             share = 0.5 - (length - shortest) / (longest - shortest) if longest > shortest else 0.0
             rewards.append(None if right is None else share if right else min(0.0, share))
         return rewards

@@ -6,6 +6,7 @@ import re
 import unicodedata
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 from grpo_kernels.training.rewards.completions import completion_text
@@ -13,16 +14,14 @@ from grpo_kernels.training.rewards.language import UNSPACED, script_of
 from grpo_kernels.training.rewards.length import token_lists
 from grpo_kernels.training.rewards.parameters import check_integer, check_number
 
-_FORMAT = re.compile(
-    r"\s*<think>((?!</?think>|</?answer>).)*</think>\s*<answer>((?!</?think>|</?answer>).)*</answer>\s*", re.DOTALL
-)
 _UNITS = ("words", "characters", "tokens")
-_TAGS = ("<think>", "</think>", "<answer>", "</answer>")
+_TAGS = ["<think>", "</think>", "<answer>", "</answer>"]
+_TAG = re.compile(f"({'|'.join(_TAGS)})")
 
 
 def format_reward(prompts: Sequence[Any], completions: Sequence[Any], **columns: Any) -> list[float]:
     """1 where the completion is one ``<think>`` element and one ``<answer>`` element and nothing else, else 0."""
-    return [float(_FORMAT.fullmatch(completion_text(c)) is not None) for c in completions]
+    return [float(_has_format(completion_text(c))) for c in completions]
 
 
 def tag_count_reward(prompts: Sequence[Any], completions: Sequence[Any], **columns: Any) -> list[float]:
@@ -77,6 +76,11 @@ class RepetitionReward:
         return self.max_penalty * repeated if repeated else 0.0  # no negative zero
 
 
+def _has_format(text: str) -> bool:
+    pieces = _TAG.split(text)
+    return pieces[1::2] == _TAGS and not any(pieces[i].strip() for i in (0, 4, 8))  # before, between and after
+
+
 def _words(text: str) -> list[str]:
     words = text.split()
     return words if text.isascii() else [part for word in words for part in _split_unspaced(word)]
@@ -84,12 +88,12 @@ def _words(text: str) -> list[str]:
 
 def _split_unspaced(word: str) -> list[str]:
     """A word between white space, with each letter of an unspaced script as a word of its own."""
-    parts: list[str] = []
-    for character in word:
+    starts: list[int] = []
+    part_is_unspaced = False  # the letter that the last part begins with
+    for i, character in enumerate(word):
         is_mark = unicodedata.category(character)[0] == "M"
         is_unspaced = script_of(character) in UNSPACED
-        if parts and (is_mark or not (is_unspaced or script_of(parts[-1][0]) in UNSPACED)):
-            parts[-1] += character
-        else:
-            parts.append(character)
-    return parts
+        if not starts or (not is_mark and (is_unspaced or part_is_unspaced)):
+            starts.append(i)
+            part_is_unspaced = is_unspaced
+    return [word[start:end] for start, end in pairwise([*starts, len(word)])]
