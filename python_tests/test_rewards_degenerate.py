@@ -45,7 +45,9 @@ def test_no_repetition_of_a_length_that_is_read_takes_long(piece: str) -> None:
         assert seconds_in_a_thread(read_answer, piece * (length // len(piece))) < SECONDS
 
 
-@pytest.mark.parametrize("text", ["|x|" * 300, r"(10^{9999})^{9999}", "(" * 400 + "x" + ")" * 400])
+@pytest.mark.parametrize(
+    "text", ["|x|" * 300, r"(10^{9999})^{9999}", "(" * 400 + "x" + ")" * 400, r"\sqrt[3]{2(3^{20000} + 1)}"]
+)
 def test_what_takes_long_to_parse_or_to_work_out_is_no_formula(text: str) -> None:
     values = [0]
     assert seconds_in_a_thread(lambda: values.append(parse_formula(text))) < 2 * SECONDS

@@ -15,16 +15,38 @@ _CLOSING = {"$$": "$$", r"\(": r"\)", r"\[": r"\]"}
 _INLINE = re.compile(r"(?:\\\$|[^$\n])+\$(?!\d)")
 _BETWEEN_FORMULAS = re.compile(r"\s*(?:\\?%\s*)?(?:,|,?\s*(?:and|or)\b)\s*")
 _ANNOUNCED = re.compile(r"answer[^$]{0,50}\Z", re.IGNORECASE)
+_NEGATION = r"(?:\b(?:not|never|cannot)|n['’]t)"
+_WRONG = (
+    r"(?:an?\s+|the\s+)?(?:wrong|incorrect|false|invalid|impossible|extraneous|too\s+(?:small|large|big|high|low))\b"
+)
+_RIGHT = r"(?:an?\s+|the\s+)?(?:right|correct|valid|possible|true|(?:final\s+|correct\s+)?(?:answer|solution))\b"
 _DENIED_BEFORE = re.compile(
-    r"(?:\b(?:not|never|cannot\s+be|isn['’]t)|不是|\b(?:not|isn['’]t|false)\s+(?:(?:the\s+case|true)\s+)?that\s+"
-    r"(?:the\s+(?:final\s+)?answer\s+is)?)[\s:$*`]*\Z",
+    rf"(?:{_NEGATION}\}}?(?:\s+(?:be|equal(?:\s+to)?))?|不是"
+    rf"|(?:{_NEGATION}|\b(?:false|impossible))\s+(?:(?:the\s+case|true|believe|think)\s+)?(?:that\s+)?(?:the\s+)?(?:final\s+)?answer\s+is"
+    r"|\b(?:wrong|incorrect)\s+(?:answer|result|value)\s+(?:is|of)"
+    r"|\b(?:at\s+(?:least|most)|(?:less|more|greater|fewer|larger|smaller)\s+than|multiple\s+of|either|between|almost|nearly|up\s+to)"
+    r")[\s$*`]*\Z",
     re.IGNORECASE,
 )
 _DENIED_AFTER = re.compile(
-    r"[\s$*`.,;!)\]]*(?:\?[\s$*`]*(?:no|nope|wait|not)\b|no[\s,.!]+wait\b|(?:(?:no|but|hmm|oh|sorry|actually)[\s,.!]+)*"
-    r"(?:wait[\s,.!]*(?:(?:no|that|this|it)\b(?!\s+(?:is|was)\s+(?:right|correct)))|"
-    r"(?:(?:that|this|which|it)(?:\s+(?:is|was)|['’]s)|is|was)\s+(?:not\s+(?!hard|easy|surpris)|(?:an?\s+|the\s+)?(?:wrong|incorrect)\b)))",
+    r"[\s$*`)\]]*(?:[.,;!?]*[\s$*`]*(?:(?:but|no|nope|hmm|oh|oops|sorry|actually|wait)\b[\s,.!]*)*"
+    r"(?:I\s+do(?:\s+not|n['’]t)\s+(?:think|believe)\b"
+    rf"|(?:(?:which|that|this|it)\s*)?(?:(?:is|['’]s|was|would\s+be|seems)\s+{_WRONG}"
+    rf"|(?:is|['’]s|was)(?:\s+not|n['’]t)\s+{_RIGHT}"
+    rf"|(?:is|was)n['’]t\s+{_RIGHT}|(?:cannot|can['’]t|could\s*n[o'’]t)\s+be\s+{_RIGHT}"
+    r"|does(?:\s+not|n['’]t)\s+work|fails\b)"
+    r"|(?:I\s+made\s+)?(?:a\s+mistake|an\s+error)\b|correction\b|(?:it|the\s+answer)\s+should\s+be\b)"
+    r"|\((?:wrong|incorrect|false|rejected|extraneous)\b|\?[\s$*`]*(?:no|nope|wait|not)\b|[.,;!]*\s*no[\s,.!]+wait\b"
+    r"|,?\s*(?:and|or|或|和)\s+(?:maybe\s+)?\$?(?:-?\d|more\b|less\b|fewer\b))",
     re.IGNORECASE,
+)
+# Mathematics next to a box, which is then a part of a formula.
+_PART_BEFORE = re.compile(
+    r"(?:[+/^]|[\w)}$\s][<>]|(?<=[$\s(])-|\\(?:cdot|times|div|pm|ne|neq|[lg]eq?|[lg]t|frac\{))\s*\Z"
+)
+_PART_AFTER = re.compile(
+    r"\s*(?:[+*/_]\s*[\w\\(]|\^(?!\s*\{?\s*\\circ)|\\(?:pi|sqrt|cdot|times|div|pm|over)\b|\.\d|\}\s*\{"
+    r"|\$?\s*(?:dozen|hundred|thousand|million|billion|trillion)s?\b)"
 )
 
 
@@ -69,9 +91,11 @@ def last_formula(text: str) -> Place | None:
 
 
 def is_denied(text: str, place: Place) -> bool:
-    """Whether the words around a place say that what stands there is not the answer."""
+    """Whether what stands around a place says that it is not the answer, or not all of it."""
     before, after = text[max(0, place.start - 80) : place.start], text[place.end : place.end + 80]
-    return _DENIED_BEFORE.search(before) is not None or _DENIED_AFTER.match(after) is not None
+    is_box = text.startswith("\\", place.start) and not text.startswith(("\\(", "\\["), place.start)
+    is_part = is_box and (_PART_BEFORE.search(before) or _PART_AFTER.match(after))
+    return bool(is_part or _DENIED_BEFORE.search(before) or _DENIED_AFTER.match(after))
 
 
 def _box(text: str, opening: re.Match[str]) -> Place | None:

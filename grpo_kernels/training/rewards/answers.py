@@ -67,8 +67,8 @@ def math_accuracy_reward(
     """1 where the completion's answer equals the ``answer`` column as mathematics, else 0; parsed by math-verify.
 
     The column holds LaTeX, with or without dollars or a ``\\boxed``, a number, or a solution that ends in ``#### 42``,
-    as GSM8K's do; or one word, a ``\\text{...}`` or a choice such as (B), which are compared as text. Where it holds
-    several plain words, an empty text or None, the reward abstains.
+    as GSM8K's do; or one word, a ``\\text{...}`` or a choice such as (B), which are compared as text; or a list of
+    these, all of which have to be given. Where it holds several plain words, an empty text or None the reward abstains.
 
     The completion's answer is its last complete ``<answer>`` element; else what follows its last ``####``; else its
     last ``\\boxed``; else its last formula in LaTeX, one that the word answer announces before others. A box or formula
@@ -96,7 +96,7 @@ def math_accuracy_reward(
     """
     math_answers = _import_math_answers()
     with TimeLimit(_SECONDS) as limit:
-        golds = [_limited(limit, _read_gold, "" if a is None else str(a)) for a in answer]
+        golds = [_limited(limit, _read_gold, _text_of(a)) for a in answer]
         answers = [gold and _limited(limit, _read_completion, c) for gold, c in zip(golds, completions, strict=True)]
         return [
             gold and float(read is not None and bool(_limited(limit, math_answers.same_answer, gold, read)))
@@ -166,6 +166,13 @@ def _limited(limit: TimeLimit, function: Callable[..., Any], *arguments: Any) ->
         return limit.call(function, *arguments)
     except (TimeoutError, RecursionError):
         return None
+
+
+def _text_of(answer: Any) -> str:
+    """A value of the ``answer`` column as text; of a list of answers, all of them."""
+    if isinstance(answer, (list, tuple)):
+        return ", ".join(map(_text_of, answer))
+    return "" if answer is None else str(answer)
 
 
 def _read_gold(text: str) -> Any:

@@ -16,17 +16,25 @@ from grpo_kernels.training.rewards.math_text import split_answer
 
 _LONGEST = 2000  # characters of an answer
 _DIGITS = 50  # to which irrational values have to agree, besides those of the integers in them
+_MOST_DIGITS = 20_000
 _POINTS = ["0.3713", "-0.8329", "5.3117", "-17.7139", "1234.5671", "-98765.4321"]  # where formulas have to agree
 
 _SPACE = re.compile(r"(?<!\w)\s+|\s+(?!\w)")  # which says nothing: 3 4 is not 34
 _PUNCTUATION = re.compile(r"[().,:;!?\"'*`\[\]{}]+")
 _ANNOUNCEMENT = re.compile(
-    r"\A(?:(?:so |thus |therefore )?(?:the )?(?:final |correct |right )?(?:answer|option|choice)(?: is)? |"
-    r"故?(?:答案)?(?:为|是|选|選) ?)"
+    r"\s*(?:(?:so|thus|therefore|hence|the|final|correct|right|die|la|le|richtige|bonne)\s+)*"
+    r"(?:(?:answer|option|choice|antwort|respuesta|opción|réponse)[\s:]*"
+    r"(?:(?:is|the|correct|option|choice|ist|es|est|correcta)\b[\s:]*)*|(?:(?:故|所以|正确|答案|选项|选|選|应|为|是)[\s:]*)+)",
+    re.IGNORECASE,
 )
-_CHOICE = re.compile("[A-J]|[(][A-J][)]")
-_EXPLAINED_CHOICE = re.compile(r"\(?([A-J])[).:](?!(?:is|was|isn['’]t|wrong|incorrect|false|not)\b|不|错)(.+)")
-_OTHER_CHOICE = re.compile(r"(?<![A-Za-z])[B-J](?![A-Za-z])|\(A\)")
+# A choice alone, or with what it says; one that words deny or join to another is none.
+_CHOICE = re.compile(
+    r"(?:\(\s*([A-J])\s*\)|([A-J])(?:[.:)]|\s*\Z))[\s.:)]*(?P<rest>.*)|([A-J])\s+\((?P<inner>[^()]*)\)\s*", re.DOTALL
+)
+_NO_CHOICE = re.compile(
+    r"\b(?:wrong|incorrect|false|maybe|perhaps|not\s+(?:right|correct|the)|isn['’]t)\b|[不错錯]"
+    r"|(?<![A-Za-z])(?:\([A-Ja-j]\)|[A-Ja-j][).:](?!\d))|(?:\b(?:or|and|is|was)|,)\s+[A-J]\b|\A(?:(?:is|was|[A-HJ])\b|[,&/+=-])",
+)
 _STEPS = (sympy.floor, sympy.ceiling, sympy.Mod)  # points do not tell them apart
 
 
@@ -39,6 +47,7 @@ class MathAnswer(NamedTuple):
     unit: str
     is_letter_unit: bool
     words: str  # the text in lower case, without punctuation
+    choice: str  # B of "Option B", "(B)" and "B. Paris"; empty where it is none
     is_words: bool  # it is nothing but words
 
     @property
@@ -54,7 +63,7 @@ def read_answer(text: str) -> MathAnswer:
     """
     text = re.sub(r"[^\S\n]+", " ", text).strip()
     if len(text) > _LONGEST:
-        return MathAnswer(_SPACE.sub("", text), None, None, "", False, text, True)
+        return MathAnswer(_SPACE.sub("", text), None, None, "", False, text, "", True)
     parts = split_answer(text)
     words = " ".join(_PUNCTUATION.sub(" ", parts.latex).split()).casefold()
     without_unit = None if parts.formula is None else parse_formula(parts.formula)
@@ -67,7 +76,8 @@ def read_answer(text: str) -> MathAnswer:
         without_unit=without_unit,
         unit=parts.unit,
         is_letter_unit=parts.is_letter_unit,
-        words=_ANNOUNCEMENT.sub("", words) or words,
+        words=_ANNOUNCEMENT.sub("", words, count=1) or words,
+        choice=_choice_of(parts.latex),
         is_words=parts.is_words,
     )
 
@@ -84,8 +94,8 @@ def _same_answer(gold: MathAnswer, answer: MathAnswer) -> bool:
     has_other_unit = bool(gold.unit and answer.unit and gold.unit != answer.unit)
     if gold.text and gold.text == answer.text:
         return not has_other_unit
-    if gold.is_words or _CHOICE.fullmatch(gold.text):
-        return gold.words == answer.words or gold.words == _explained_choice(answer.text)
+    if gold.choice or gold.is_words:
+        return gold.words == answer.words or bool(gold.choice and gold.choice == answer.choice)
     if gold.as_formula is not None and answer.as_formula is not None and equal(gold.as_formula, answer.as_formula):
         return True
     if has_other_unit or gold.value is None or answer.without_unit is None or (gold.is_letter_unit and not answer.unit):
@@ -96,16 +106,18 @@ def _same_answer(gold: MathAnswer, answer: MathAnswer) -> bool:
     return equal(gold.value, answer.without_unit)
 
 
-def _explained_choice(text: str) -> str | None:
-    """b of "(B) 12" and "B. Paris"; None where words deny it or another choice is named."""
-    choice = _EXPLAINED_CHOICE.match(text)
-    return choice[1].casefold() if choice and not _OTHER_CHOICE.search(choice[2]) else None
+def _choice_of(latex: str) -> str:
+    announcement = _ANNOUNCEMENT.match(latex)
+    choice = _CHOICE.fullmatch(latex[announcement.end() :] if announcement else latex)
+    if choice is None or _NO_CHOICE.search(choice["rest"] or choice["inner"] or ""):
+        return ""
+    return choice[1] or choice[2] or choice[4]
 
 
 def spelling_of_answer(answer: MathAnswer) -> str | None:
     """One text for answers that are the same; None where not all of an answer was read."""
-    if answer.is_words or re.fullmatch("[a-j]", answer.words):
-        return answer.words
+    if answer.choice or answer.is_words:
+        return answer.choice.casefold() or answer.words
     try:
         return None if answer.value is None else spelling(answer.value)
     except Exception:  # as above
@@ -267,13 +279,21 @@ def _equal_expressions(a: Any, b: Any) -> bool:
     if a.is_Rational and b.is_Rational:
         return False
     integers = [n for x in (a, b) for rational in x.atoms(sympy.Rational) for n in (rational.p, rational.q)]
-    digits = _DIGITS + sum(int(n).bit_length() // 3 for n in integers)
+    digits = _DIGITS + sum(int(n).bit_length() // 3 for n in integers) + _digits_of_powers(a) + _digits_of_powers(b)
+    if digits > _MOST_DIGITS:
+        return False
     left, right = _values(a, symbols, digits), _values(b, symbols, digits)
     return (
         left is not None
         and right is not None
         and all(_agree(*pair, digits - 10) for pair in zip(left, right, strict=True))
     )
+
+
+def _digits_of_powers(a: Any) -> int:
+    """How many decimal digits the irrational powers of a constant may have before the point, at most."""
+    powers = [x for x in a.atoms(sympy.Pow) if x.exp.is_Integer and x.base.is_number and not x.base.is_Rational]
+    return sum(int(abs(x.exp) * abs(sympy.log(abs(sympy.N(x.base)), 10))) + 1 for x in powers if sympy.N(x.base) != 0)
 
 
 def _is_rounding(decimal: Any, exact: Any) -> bool:

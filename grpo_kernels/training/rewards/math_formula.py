@@ -19,6 +19,7 @@ from sympy.core.relational import Relational
 _MAX_LENGTH = 1000  # characters of a formula
 _MAX_STEPS = 100_000  # of the parser, which tries all ways to read an ambiguous text: about a second
 _MAX_BITS = 100_000  # of a number: 2004! has 19,000
+_MAX_ROOT_BITS = 1000  # of a sum whose root is taken, for which sympy factors it
 _PLAIN = re.compile(r"([+-]?)\s*(\d{1,4000}(?:\.\d{0,4000})?|\.\d{1,4000})(?:\s*/\s*(\d{1,4000}))?")
 _FRACTION = re.compile(r"\\frac\{(\d+)\}\{(\d+)\}")
 _TOO_LARGE = re.compile(r"\^\{?-?\d{6}|\d{5,}\s*\)?!|!\s*\)*!|\\binom\s*\{\d{5}|\^\{?\d+\^\{?\d+\^|\^\{\d+\^\{?\d{2,}")
@@ -63,7 +64,7 @@ class _Reader(_Latex2Sympy):
     def convert_postfix_list(self, arr: list[Any], i: int = 0) -> Any:
         texts = [postfix.getText() for postfix in arr]
         mixed = _FRACTION.fullmatch(texts[1]) if len(arr) == 2 and texts[0].isdigit() else None
-        if any(right[0] in ".0123456789" for _, right in pairwise(texts)):
+        if any(right[0] in ".0123456789" and left[-1] != "!" for left, right in pairwise(texts)):
             raise ValueError("two numbers side by side are no number")
         if mixed:
             if int(mixed[1]) >= int(mixed[2]):
@@ -169,10 +170,20 @@ def _evaluated(a: Any) -> Any:
     if not isinstance(a, sympy.Expr) or a.has(*UNEVALUATED):
         return a
     _bits(a)
-    value = a.xreplace({sympy.Symbol("i", real=True): sympy.I}).doit()
+    value = _with_real_roots(a).xreplace({sympy.Symbol("i", real=True): sympy.I}).doit()
     if value.has(sympy.nan, sympy.zoo):
         raise ValueError("no number")
     return value
+
+
+def _with_real_roots(a: Any) -> Any:
+    """-2 for the third root of -8, as at school, where sympy has a complex one."""
+
+    def is_odd_root(x: Any) -> bool:
+        is_root = isinstance(x, sympy.Pow) and x.exp.is_Rational and x.exp.q > 1 and x.exp.q % 2 == 1
+        return bool(is_root and x.base.is_number and x.base.is_real and sympy.N(x.base) < 0)
+
+    return a.replace(is_odd_root, lambda x: (-1) ** x.exp.p * (-x.base) ** x.exp)
 
 
 def _bits(a: Any) -> int:
@@ -182,6 +193,13 @@ def _bits(a: Any) -> int:
     elif isinstance(a, (sympy.Pow, sympy.exp)) and not a.exp.free_symbols:
         _bits(a.exp)
         exponent = abs(sympy.N(a.exp))
+        if (
+            not a.exp.is_Integer
+            and isinstance(a, sympy.Pow)
+            and a.base.has(sympy.Add)
+            and _bits(a.base) > _MAX_ROOT_BITS
+        ):
+            raise OverflowError("a root of a number that would have to be factored")
         bits = max(_bits(a.base), 2) * (int(exponent) + 1) if exponent < _MAX_BITS else _MAX_BITS + 1
     elif isinstance(a, sympy.factorial) and not a.free_symbols:
         _bits(a.args[0])

@@ -25,6 +25,7 @@ _SUBSCRIPTS = str.maketrans("₀₁₂₃₄₅₆₇₈₉", "0123456789")
 _CHARACTERS = str.maketrans(
     {
         "−": "-",
+        "‐": "-",
         "∈": r"\in ",
         "γ": r"\gamma ",
         "·": r"\cdot ",
@@ -58,30 +59,36 @@ _MARKUP = [
     (r"\A\s*(?:#+\s|\*\*)", ""),
     (r"\A\s*(?:Rs\.?|US)(?=\s*\$?\s*\d)", ""),
     (r"</?(?:b|i|u|em|strong|code|p|br)\s*/?>", " "),
+    (r"~~[^~]*~~", " "),
+    (r"\A[\s$]*(?:[→⇒∴]|=>|\\(?:[rR]ightarrow|therefore|implies)(?![a-z]))\s*", ""),
     (r"\A\s*–", "-"),
     (r"\*\*", "^"),
 ]
 _FORMS = [
+    (r"(?<=\d),\\!\s*(?=\d{3})", ","),
     (r"\\left(?![a-z])\.?|\\right(?![a-z])\.?|\\[Bb]ig+[lr]?(?![a-z])|\\displaystyle|\\limits|\\!", ""),
     # numbers side by side, the second with a sign, are no sum
     (r"(?<![\\&,\s])\s*(?:\\q?quad(?![a-z])\s*)+(?=[-+])|(?<![\\&,\s])[^\S\n]*\n\s*(?=[-+])", ", "),
-    (r"\A([\s$]*(?:[a-z]\s*=\s*)?[-+]?\d[\d.,]*)(?:\\ |\s)+([-+]\d[\d.,]*[\s$]*)\Z", r"\1, \2"),
+    (r"\A([\s$]*(?:[a-z]\s*=\s*)?[-+]?\d+(?:[.,]\d+)*)(?:\\ |\s)+([-+]\d[\d.,]*[\s$]*)\Z", r"\1, \2"),
     (r"(?<!\\)\\[,;: ]|~|\\q?quad(?![a-z])", " "),
     (r"\\\[|\\\]|\\\(|\\\)|\\?\$", " "),
     (r"\\(?:d|t|c)frac", r"\\frac"),
     (r"\\(?:color|phantom)\s*\{[^{}]*\}|\\(?:tiny|small|normalsize|[lL]arge|LARGE|[hH]uge|bf|it)(?![a-zA-Z])", ""),
     (r"\\langle(?![a-z])", "("),
     (r"\\rangle(?![a-z])", ")"),
+    (
+        r"\A\s*\\\{\s*([a-z])\s*(?:\\in\s*\\mathbb\s*\{?R\}?\s*)?(?:\\mid(?![a-z])|(?:\\middle)?\||:)\s*(?=.*\b\1\b)(.*)\\\}\s*\Z",
+        r"\2",
+    ),
     (r"\\mathbb\s*(?:R(?![a-zA-Z])|\{\s*R\s*\})", r"(-\\infty, \\infty)"),
     (r"(?<=[\w})])\s*;\s*(?=[-+(\w\\])", ", "),
     (r"\\(?:text|mbox|textbf|textit|textrm|textnormal|textsf|texttt)\s*\{([^{}]*)\}", r" \1 "),
     (r"\\(?:mathrm|mathbf|mathit|mathsf|bm|boldsymbol|rm)\s*\{([^{}]*)\}", r"\1"),
     (r"\A\W*(?:there\s+(?:is|are)\s+)?(?:no|0|zero)\s+(?:real\s+)?solutions?\W*\Z", r"\\emptyset"),
     (r"\A\W*(?:the\s+)?empty\s+set\W*\Z", r"\\emptyset"),
-    (r"\A\W*(?:[a-zA-Z]\s+is\s+)?all\s+real(?:s|\s+numbers)\W*\Z", r"\\mathbb{R}"),
+    (r"(?i:\A\W*(?:[a-z]\s+is\s+)?all\s+real(?:s|\s+numbers)\W*\Z)", r"(-\\infty, \\infty)"),
     (r"\A(\W*\d+)\s+(?:in|out\s+of)\s+(\d+\W*)\Z", r"\1/\2"),
     (r"\bper\s+cent\b", "percent"),
-    (r"\A\W*\\\{\s*([a-z])\s*(?:\\mid|\||:)\s*(\1\b.*|.*\b\1)\s*\\\}\W*\Z", r"\2"),
     (r"\\lbrace(?![a-z])", r"\\{"),
     (r"\\rbrace(?![a-z])", r"\\}"),
     (r"\^\s*\{\s*\\(?:circ|degree)\s*\}|\^\s*\\(?:circ|degree)(?![a-z])|\\degree(?![a-z])", r"^\\circ "),
@@ -92,11 +99,14 @@ _FORMS = [
     (r"\\(?:dots|cdots)(?![a-z])|\.\.\.", r"\\ldots "),
     (r"\\(?:begin|end)\{(?:align|aligned|gathered|equation|split)\*?\}", " "),
     (r"&(?!.*\\end\{)", " "),
-    (r"\{,\}", ","),
+    (r"(?<=\d)\{,\}(?=\d{3}(?!\d))", ","),
+    (r"(?<=\d)\{,\}(?=\d)", "."),
     (r"\\frac\s*(\d)\s*(\d)(?!\d)", r"\\frac{\1}{\2}"),
     (r"\\frac\s*(\{[^{}]*\})\s*(\d)", r"\\frac\1{\2}"),
     (r"\\frac\s*(\d)\s*\{", r"\\frac{\1}{"),
-    (r"\\sqrt\s*(\d|[a-zA-Z](?![a-zA-Z]))", r"\\sqrt{\1}"),
+    (r"\\sqrt\s*(\[[^\[\]]*\])?\s*(\d|[a-zA-Z](?![a-zA-Z]))", lambda m: rf"\sqrt{m[1] or ''}{{{m[2]}}}"),
+    (r"\\lg(?![a-z])", r"\\log_{10}"),
+    (r"(?<![\\a-zA-Z])C_\{?(\d+)\}?\s*\^\s*\{?(\d+)\}?", r"\\binom{\1}{\2}"),
     (
         r"(?<![\\a-zA-Z])(sqrt|sin|cos|tan|sec|csc|cot|arcsin|arccos|arctan|log|ln|pi|infinity|infty|exp)(?![a-zA-Z])",
         r"\\\1",
@@ -119,11 +129,21 @@ _FORMS = [
     (r"(?<=\d)[eE]([+-]?)(\d+)(?!\w)", r" \\cdot 10^{\1\2}"),
     (r"\^\s*\(([^()]*)\)", r"^{\1}"),
     (r"\^\s*(-?\d+)", r"^{\1}"),
-    (r"(?<![\\a-zA-Z])C\s*\((\d+), *(\d+)\)", r"\\binom{\1}{\2}"),
+    # a name before a point, or before what a value is said to be
+    (r"\A[A-Z]\s*(\([^()]*,[^()]*\))\Z", r"\1"),
+    (
+        r"\A\s*(?:[a-zA-Z]'{1,3}(?:\([a-z]\))?|\\frac\{d[a-z]\}\{d[a-z]\}|\\angle\s*[A-Z]+|P\([^()\\]*\)|[fghFGH]\(-?\d+\))\s*=(?!=)",
+        "",
+    ),
+    (r"\A\s*[a-zA-Z]_(?:\{?\\(?:max|min|triangle\s*[A-Z]+)\}?|\{\s*[a-zA-Z]{2,}\s*\})\s*=(?!=)", ""),
     # a product, not a function: x(x + 1), but f(x)
     (r"(?<![\\a-zA-Z])(?![fghFGHPQ]\()([a-zA-Z]|\\pi\s*)\(", r"\1 \\cdot ("),
+    (r"\b(and|or)\s*,", r"\1"),
+    (r"(?<=[\w})\]])\s*(?:或者?|\b(?:oder|ou)\b)\s*(?=[\w\\({-])", " or "),
+    (r"(?<=[\d})\]])\s*(?:和|以及|\b(?:und|et)\b)\s*(?=[\d\\({-])", " and "),
     (r",?\s+(and|or)\s+(?=[^a-zA-Z\s]|[a-zA-Z]\b)", lambda m: _connective(m[1], m.string)),
     (r"\b(?:either|both)\s+", ""),
+    (r"\s*\n\s*(?=[a-z]\s*=)", ", "),
     (r"(?<=[\d}])\s+(hundred|thousand|million|billion|trillion)\b", lambda m: rf"\cdot 10^{{{_POWERS[m[1]]}}}"),
 ]
 _POWERS = {"hundred": 2, "thousand": 3, "million": 6, "billion": 9, "trillion": 12}
@@ -140,6 +160,7 @@ L l liter liters litre litres|mL ml milliliter milliliters|gallon gallons gal|cu
 s second seconds sec secs|min minute minutes mins|h hour hours hr hrs|day days|week weeks|month months|year years yr yrs
 ms millisecond milliseconds|Hz hertz|kHz|N newton newtons|J joule joules|kJ|W watt watts|kW|V volt volts
 A amp amps ampere amperes|\\Omega Ω ohm ohms|Pa pascal pascals
+kPa|MPa|kN|nm|eV|MeV|mA|mV|MHz|GHz|k\\Omega kΩ kohm
 mol moles|K kelvin|degree degrees deg ^\\circ|^\\circC|^\\circF
 rad radian radians|dollar dollars USD bucks|cent cents|euro euros EUR|GBP|yen JPY|rupee rupees INR Rs|% \\% percent pct
 """
@@ -155,22 +176,26 @@ _UNITS_AT_END = (
 )
 _SHORT_WORDS = (
     "[iI]s|[oO]f|[iI]n|[tT]o|[aA]t|[iI]t|[wW]e|[sS]o|[aA]n|[bB]y|[oO]n|[hH]e|[mM]y|[aA]s|[iI]f|[oO]r|[nN]o|be|up|"
-    "[lL][ae]|[eE]s|ne|é|è"
+    "[lL][aeo]|[iI]l|[eE][lsn]|[aA]u|[uU]n|de|us|ne|é|è|ha"
 )
 _PROSE_WORD = (
-    rf"(?<![\\a-zA-Z])(?:(?:{_SHORT_WORDS})(?![a-zA-Z])|[a-zA-Zß-ÿ]{{3,}}(?:['’-][a-zA-Z]+)*|[^\W\d_a-zA-Zµ-ÿΑ-ω]+)"
+    rf"(?<![\\a-zA-Z])(?:(?:[iI]t|[hH]e)['’]s(?![a-zA-Z])|"
+    rf"[iI]l\s+y\s+a(?![a-zA-Z])|(?:{_SHORT_WORDS})(?![a-zA-Z])|"
+    rf"[a-zA-ZÀ-ÖØ-öø-ÿ]{{3,}}(?:['’-][a-zA-Z]+)*|[^\W\d_a-zA-Zµ-ÿΑ-ω]+)"
 )
 _NEXT_WORD = rf"(?:[aAI](?=\s+[a-zA-Z]{{2,}})|{_PROSE_WORD})"
 _HEAD = re.compile(rf"\s*(?:{_NEXT_WORD}(?:[\s,;:]|\.(?!\d))*)+")
 _STATEMENT = re.compile(r"[^\W\d][^\\\d=<>+*/^|(){}\[\]]*\b(?:is|are|equals)\s+", re.IGNORECASE)  # The value of x is
 _TAIL = re.compile(
     rf"(?P<unit>(?:(?<=\d)|(?<=[\s}})!])|(?=\\|%|\^))\s*{_UNITS_AT_END})?"
-    rf"(?P<words>(?:(?:[\s,.;:]+|(?<=\d)(?=[{CJK}]))(?:{_NEXT_WORD}|\((?:{_PROSE_WORD}[\s,.]*)+\)))*)[\s.,;:]*\Z"
+    rf"(?P<words>(?:(?:[\s,.;:]+|(?<=\d)(?=\(?[{CJK}]))"
+    rf"(?:{_NEXT_WORD}(?:/[{CJK}]+)?|\((?:{_PROSE_WORD}[\s,.]*)+\)))*)[\s.,;:]*\Z"
 )
 _OPERATOR = re.compile(r"\s*(?:[+*/^_<>!)]|-\s|\\(?:cdot|times|div|le|ge|pm)(?![a-z]))")
 _INNER_WORD = re.compile(rf"(?<!\S){_PROSE_WORD}")
+_MEMBER_UNIT = re.compile(rf"(?<=[\d}}\s])({_UNITS_AT_END})(?=\s*,)")  # of one of a list
 _TRIGONOMETRY = re.compile(r"\\(?:sin|cos|tan|cot|sec|csc)")
-_BASE = re.compile(r"\(?(\w+)\)?(?:_\{?|\s+(?:in\s+)?base\s+)(\d+)\}?")
+_BASE = re.compile(r"\(?(\w+)\)?(?:_\{?\(?|\s+(?:in\s+)?base\s+)(\d+)\)?\}?")
 _THOUSANDS = re.compile(r"\d[kK](?!\w)")
 
 
@@ -186,20 +211,25 @@ def split_answer(text: str) -> AnswerText:
     base = _BASE.fullmatch(latex)
     if base and base[1][0].isdigit():
         return AnswerText(latex, base[1], unit=f"base {base[2]}")
-    head = _STATEMENT.match(latex) or _HEAD.match(latex)
-    rest = latex[head.end() :] if head else latex
-    if head and not rest.strip(" .,;:!?"):
+    statement = _STATEMENT.match(latex)
+    head = _HEAD.match(latex, statement.end() if statement else 0) or statement
+    before = latex[: head.end()] if head else ""
+    rest = latex[len(before) :]
+    if before and not rest.strip(" .,;:!?"):
         return AnswerText(latex, None, is_words=True)
-    if head and _OPERATOR.match(rest):
-        head, rest = None, latex  # of abc + 3 nothing is a word
+    if before and _OPERATOR.match(rest):
+        before, rest = "", latex  # of abc + 3 nothing is a word
     tail = _TAIL.search(rest)
     formula = re.sub(r"\A\s*(?:=|\\approx)\s*", "", rest[: tail.start()] if tail else rest)
     formula = formula.lstrip(" ,;:").rstrip(" .,;:")
     unit, is_letter = _unit_of(tail["unit"] or "" if tail else "")
-    before, after = head[0] if head else "", tail["words"] if tail else ""
+    if unit:
+        formula = _MEMBER_UNIT.sub(lambda m: "" if _unit_of(m[1])[0] == unit else m[0], formula)
+    after = tail["words"] if tail else ""
     is_function = before[-1:].isalpha() and rest.startswith("(")
     is_statement = before and rest.lstrip().startswith("=")
     is_more = is_function or not formula or _INNER_WORD.search(formula) or _THOUSANDS.search(latex)
+    is_more = is_more or bool(currency and unit == "K")
     is_more = is_more or not leave_number(before + "=" * bool(is_statement), after)
     if unit == "degree" and _TRIGONOMETRY.search(formula):
         return AnswerText(latex, None, is_formula=not is_more and not after)  # there it is no unit, but pi/180
@@ -225,6 +255,7 @@ def clean(text: str) -> str:
     text = re.sub(r"[^\S\n]+", " ", text).strip().rstrip(" .,;:")
     text = re.sub(r"\A([\"'])(.*)\1\Z", r"\2", text).rstrip(" .,;:")
     text = re.sub(rf"(?<=[\d}}]) *\\frac\{{\s*({_UNIT})\s*\}}\{{\s*({_UNIT})\s*\}}\Z", r" \1/\2", text)
+    text = re.sub(rf"\A\\\{{([^{{}}]*,[^{{}}]*?{_UNITS_AT_END})\s*\\\}}\Z", r"\1", text)  # a set with units is a list
     text = re.sub(rf"(?<=[\d}}]) +[(\[]({_UNITS_AT_END})[)\]]\Z", r" \1", text)
     return re.sub(r"\A(?:=|\\approx)\s*", "", text)
 
