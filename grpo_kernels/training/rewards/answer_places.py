@@ -15,39 +15,51 @@ _CLOSING = {"$$": "$$", r"\(": r"\)", r"\[": r"\]"}
 _INLINE = re.compile(r"(?:\\\$|[^$\n])+\$(?!\d)")
 _BETWEEN_FORMULAS = re.compile(r"\s*(?:\\?%\s*)?(?:,|,?\s*(?:and|or)\b)\s*")
 _ANNOUNCED = re.compile(r"answer[^$]{0,50}\Z", re.IGNORECASE)
-_NEGATION = r"(?:\b(?:not|never|cannot)|n['’]t)"
+_NOT = r"(?:\b(?:not|never|cannot)|n['’]t)"
 _WRONG = (
-    r"(?:an?\s+|the\s+)?(?:wrong|incorrect|false|invalid|impossible|extraneous|too\s+(?:small|large|big|high|low))\b"
+    r"(?:an?\s|the\s)?\s*(?:wrong|incorrect|false|invalid|impossible|extraneous|too\s(?:small|large|big|high|low))\b"
 )
-_RIGHT = r"(?:an?\s+|the\s+)?(?:right|correct|valid|possible|true|(?:final\s+|correct\s+)?(?:answer|solution))\b"
-_DENIED_BEFORE = re.compile(
-    rf"(?:{_NEGATION}\}}?(?:\s+(?:be|equal(?:\s+to)?))?|不是"
-    rf"|(?:{_NEGATION}|\b(?:false|impossible))\s+(?:(?:the\s+case|true|believe|think)\s+)?(?:that\s+)?(?:the\s+)?(?:final\s+)?answer\s+is"
-    r"|\b(?:wrong|incorrect)\s+(?:answer|result|value)\s+(?:is|of)"
-    r"|\b(?:at\s+(?:least|most)|(?:less|more|greater|fewer|larger|smaller)\s+than|multiple\s+of|either|between|almost|nearly|up\s+to)"
-    r")[\s$*`]*\Z",
-    re.IGNORECASE,
+_RIGHT = r"(?:an?\s|the\s)?\s*(?:right|correct|valid|possible|true|(?:final\s|correct\s)?(?:answer|solution))\b"
+_NUMBER_WORD = r"(?:dozen|hundred|thousand|million|billion|trillion)s?\b"
+
+# Words that end where an answer begins, and deny it or say less than that it is the answer.
+_BEFORE = (
+    rf"{_NOT}\}}?(?:\s(?:be|equal(?:\sto)?))?",  # it is not 5
+    r"不是",
+    rf"(?:{_NOT}|\b(?:false|impossible))\s(?:(?:the\scase|true|believe|think)\s)?(?:that\s)?(?:the\s(?:final\s)?)?answer\sis",
+    r"\b(?:wrong|incorrect)\s(?:answer|result|value)\s(?:is|of)",
+    r"\b(?:at\sleast|at\smost|(?:less|more|greater|fewer|larger|smaller)\sthan|multiple\sof)",
+    r"\b(?:either|between|almost|nearly|up\sto)",
 )
+# Words that begin where an answer ends: in its sentence,
+_SAME_SENTENCE = (
+    r"\((?:wrong|incorrect|false|rejected|extraneous)\b",
+    r"\?[\s$*`]*(?:no|nope|wait|not)\b",  # 5? No, 6
+    r"[.,;!]*\s*no[\s,.!]+wait\b",
+    r",?\s*(?:and|or|或|和)\s+(?:maybe\s+)?\$?(?:-?\d|more\b|less\b|fewer\b)",  # 5 or 6
+)
+# and in the same sentence or the next one, also behind "Wait," and the like.
+_NEXT_SENTENCE = (
+    rf"(?:(?:which|that|this|it)\s*)?(?:is|['’]s|was|would\sbe|seems)\s{_WRONG}",
+    rf"(?:(?:which|that|this|it)\s*)?(?:(?:is|['’]s|was)\snot|(?:is|was)n['’]t|cannot\sbe|can['’]t\sbe)\s{_RIGHT}",
+    r"(?:(?:which|that|this|it)\s)?(?:does(?:\snot|n['’]t)\swork|fails)\b",
+    r"I\sdo(?:\snot|n['’]t)\s(?:think|believe)\b",
+    r"(?:I\smade\s)?(?:a\smistake|an\serror)\b",
+    r"correction\b",
+    r"(?:it|the\sanswer)\sshould\sbe\b",
+)
+_HESITATION = r"(?:(?:but|no|nope|hmm|oh|oops|sorry|actually|wait)\b[\s,.!]*)*"
+_DENIED_BEFORE = re.compile(rf"(?:{'|'.join(_BEFORE)})[\s$*`]*\Z", re.IGNORECASE)
 _DENIED_AFTER = re.compile(
-    r"[\s$*`)\]]*(?:[.,;!?]*[\s$*`]*(?:(?:but|no|nope|hmm|oh|oops|sorry|actually|wait)\b[\s,.!]*)*"
-    r"(?:I\s+do(?:\s+not|n['’]t)\s+(?:think|believe)\b"
-    rf"|(?:(?:which|that|this|it)\s*)?(?:(?:is|['’]s|was|would\s+be|seems)\s+{_WRONG}"
-    rf"|(?:is|['’]s|was)(?:\s+not|n['’]t)\s+{_RIGHT}"
-    rf"|(?:is|was)n['’]t\s+{_RIGHT}|(?:cannot|can['’]t|could\s*n[o'’]t)\s+be\s+{_RIGHT}"
-    r"|does(?:\s+not|n['’]t)\s+work|fails\b)"
-    r"|(?:I\s+made\s+)?(?:a\s+mistake|an\s+error)\b|correction\b|(?:it|the\s+answer)\s+should\s+be\b)"
-    r"|\((?:wrong|incorrect|false|rejected|extraneous)\b|\?[\s$*`]*(?:no|nope|wait|not)\b|[.,;!]*\s*no[\s,.!]+wait\b"
-    r"|,?\s*(?:and|or|或|和)\s+(?:maybe\s+)?\$?(?:-?\d|more\b|less\b|fewer\b))",
+    rf"[\s$*`)\]]*(?:{'|'.join(_SAME_SENTENCE)}|[.,;!?]*[\s$*`]*{_HESITATION}(?:{'|'.join(_NEXT_SENTENCE)}))",
     re.IGNORECASE,
 )
+
 # Mathematics next to a box, which is then a part of a formula.
-_PART_BEFORE = re.compile(
-    r"(?:[+/^]|[\w)}$\s][<>]|(?<=[$\s(])-|\\(?:cdot|times|div|pm|ne|neq|[lg]eq?|[lg]t|frac\{))\s*\Z"
-)
-_PART_AFTER = re.compile(
-    r"\s*(?:[+*/_]\s*[\w\\(]|\^(?!\s*\{?\s*\\circ)|\\(?:pi|sqrt|cdot|times|div|pm|over)\b|\.\d|\}\s*\{"
-    r"|\$?\s*(?:dozen|hundred|thousand|million|billion|trillion)s?\b)"
-)
+_OPERATOR_BEFORE = r"[+/^]|[\w)}$\s][<>]|(?<=[$\s(])-|\\(?:cdot|times|div|pm|ne|neq|[lg]eq?|[lg]t|frac\{)"
+_OPERATOR_AFTER = r"[+*/_]\s*[\w\\(]|\^(?!\s*\{?\s*\\circ)|\\(?:pi|sqrt|cdot|times|div|pm|over)\b|\.\d|\}\s*\{"
+_PART_BEFORE = re.compile(rf"(?:{_OPERATOR_BEFORE})\s*\Z")
+_PART_AFTER = re.compile(rf"\s*(?:{_OPERATOR_AFTER}|\$?\s*{_NUMBER_WORD})")
 
 
 class Place(NamedTuple):
@@ -93,6 +105,7 @@ def last_formula(text: str) -> Place | None:
 def is_denied(text: str, place: Place) -> bool:
     """Whether what stands around a place says that it is not the answer, or not all of it."""
     before, after = text[max(0, place.start - 80) : place.start], text[place.end : place.end + 80]
+    before, after = (re.sub(r"[^\S\n]+", " ", part) for part in (before, after))
     is_box = text.startswith("\\", place.start) and not text.startswith(("\\(", "\\["), place.start)
     is_part = is_box and (_PART_BEFORE.search(before) or _PART_AFTER.match(after))
     return bool(is_part or _DENIED_BEFORE.search(before) or _DENIED_AFTER.match(after))
