@@ -149,7 +149,7 @@ def test_another_vocabulary_teaches_by_samples_alone(tmp_path: Path, capsys: pyt
 
 
 def test_a_stage_that_names_another_needs_a_recipe_of_several() -> None:
-    with pytest.raises(ValueError, match=r"data must be a \.jsonl file, got 'rejection'"):
+    with pytest.raises(ValueError, match=r"data must be a file \(\.jsonl, .*\.parquet\), got 'rejection'"):
         load_stage("sft", None, ["--data", "rejection", "--sft_steps", "1"])
     with pytest.raises(ValueError, match="unknown key 'teacher'"):
         load_stage("eval", None, ["--teacher", "grpo"])

@@ -205,17 +205,17 @@ def test_a_dataset_that_is_nowhere_is_named_beside_the_built_in_ones(monkeypatch
 def test_a_line_that_is_no_row_is_named_and_an_empty_one_is_none(tmp_path):
     path = tmp_path / "sums.jsonl"
     path.write_text('{"prompt": "1 + 1 =", "answer": 2}\n\n{"prompt": "2 + 2 =", "answer": 4}\n')
-    assert [row["answer"] for row in data.read_jsonl(path)] == [2, 4]
+    assert [row["answer"] for row in data.read_file(path)] == [2, 4]
     path.write_text('{"prompt": "1 + 1 ="}\nnot json\n')
     with pytest.raises(ValueError, match=r"sums\.jsonl:2: expected a JSON object, got 'not json'"):
-        data.read_jsonl(path)
+        data.read_file(path)
 
 
 def test_a_line_separator_inside_a_json_string_cuts_no_row(tmp_path):
     path = tmp_path / "rows.jsonl"
     row = {"prompt": "one\u2028two\x85three", "answer": "3"}
     path.write_text(json.dumps(row, ensure_ascii=False) + "\r\n" + json.dumps(row), encoding="utf-8")
-    assert data.read_jsonl(path) == [row, row]
+    assert data.read_file(path) == [row, row]
 
 
 def test_without_a_template_prompts_are_rendered_as_ever():

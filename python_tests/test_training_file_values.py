@@ -169,3 +169,25 @@ def test_rows_for_a_stage_are_read_by_the_same_rule(tmp_path: Path) -> None:
     (row,) = read_rows(tmp_path / "rows.jsonl", ("prompt", "completion"))
     assert row == {"prompt": "p", "answer": 5, "completion": "10", "score": None, "of": {"b": 1}}
     assert row == load_rows(str(tmp_path / "rows.jsonl"))[0]
+
+
+@pytest.mark.parametrize("suffix", [".jsonl", ".json", ".csv", ".parquet"])
+def test_a_stage_reads_rows_of_every_kind_of_file(tmp_path: Path, suffix: str) -> None:
+    rows = [{"prompt": "1 + 1 =", "answer": 2, "completion": "007"}, {"prompt": "a; b", "answer": 3, "completion": "5"}]
+    path = write(tmp_path / f"rows{suffix}", rows)
+    assert [(row["prompt"], row["completion"]) for row in read_rows(path, ("prompt", "completion"))] == [
+        ("1 + 1 =", "007"), ("a; b", "5"),
+    ]  # fmt: skip
+
+
+def test_columns_by_row_number_are_named(tmp_path: Path) -> None:
+    (tmp_path / "rows.json").write_text('{"prompt": {"0": "a", "1": "b"}, "answer": {"0": 1, "1": 2}}')  # pandas
+    with pytest.raises(ValueError, match=r'expected a list of objects, got columns by row number; .*orient="records"'):
+        load_rows(str(tmp_path / "rows.json"))
+
+
+def test_a_column_may_have_another_separator_in_its_name(tmp_path: Path) -> None:
+    (tmp_path / "rows.csv").write_text("What is 3;4?\nseven\n")
+    assert load_rows(str(tmp_path / "rows.csv"), prompt_column="What is 3;4?", needs_answer=False) == [
+        {"prompt": "seven"}
+    ]

@@ -162,7 +162,7 @@ def test_the_shapes_of_a_json_file(tmp_path: Path, content: str, rows: int) -> N
         ("a.csv", b'\n"prompt";"answer"\r\n"a, b";1\r\n', r"a\.csv: its first line is .* separated by commas"),
         ("a.csv", b"prompt\tanswer\na\t1, 2\n", r"a\.csv: its first line is 'prompt\\tanswer', one column with '\\t'"),
         ("a.csv", b"sep=;\nprompt;answer\na;1\n", r"a\.csv: its first line is 'sep=;'"),
-        ("a.csv", b"prompt" * 30_000 + b"|answer\n", r"a\.csv: its first line is 'promptprompt"),
+        ("a.csv", b"prompt" * 30_000 + b"|answer\na|1\n", r"a\.csv: its first line is 'promptprompt"),
         ("a.jsonl", b'{"prompt": {"a": 1}, "answer": 1}', "row 0 must have a text or chat messages as its prompt, got"),
     ],
     ids=lambda value: repr(value)[:40],

@@ -72,7 +72,7 @@ def test_a_stage_that_is_done_says_what_has_changed(
         capsys.readouterr()
         assert cli.main(arguments) == 2
         out, err = capsys.readouterr()
-        assert f"holds a stage that read {name}, which has changed since; delete it, or set overwrite_output_dir" in err
+        assert f"holds a stage that read {name}, which has changed since; delete it to run it again, or set" in err
         assert err.count("\n") == 1 and "accuracy" not in out
         path.write_bytes(content) if content is not None else path.unlink()
     for path in folder.rglob("*"):  # times alone are no change
@@ -141,7 +141,9 @@ def test_rows_of_an_earlier_stage_that_were_edited_are_noticed(folder: Path) -> 
         run_stages(root, stages)
 
 
-def test_a_reward_function_may_be_mended_before_a_run_goes_on(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_reward_function_may_be_mended_before_a_run_goes_on_and_that_is_said(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     content = {
         "output_dir": "runs/grpo",
         "common": {"dataset_name": "addition", "num_eval_prompts": 0, "device": "cpu", "disable_tqdm": True,
@@ -165,6 +167,7 @@ def test_a_reward_function_may_be_mended_before_a_run_goes_on(folder: Path, monk
             run_stages(*load_stages("grpo.yaml"))
     (folder / "stage_reward.py").write_text(REWARD + "\n")
     (line,) = run_stages(*load_stages("grpo.yaml"))
+    assert "goes on with stage_reward:right, which has changed since the run began" in capsys.readouterr().out
     assert line["stage"] == "grpo" and run_stages(*load_stages("grpo.yaml")) == [line]
 
 

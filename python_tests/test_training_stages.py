@@ -262,7 +262,7 @@ def test_several_processes_are_refused(
         ("stages:", "phases:", "expected output_dir, common and stages, got phases"),
         ("kind: sft, data: samples", "data: samples", "stage student: expected keys and values with a kind"),
         ("prompts: 6", "prompts: many", "stage 'samples': prompts must be an integer of at least 1, got 'many'"),
-        ("keep: {language_consistency: 0}", "keep: {fluency: 0}", "expected one of accuracy, .* got 'fluency'"),
+        ("keep: {language_consistency: 0}", "keep: {fluency: 0}", "keep: expected one of accuracy, .* got 'fluency'"),
         ("kind: sft, data: samples", "kind: distill", "either teacher or teacher_model_name_or_path must be given"),
         (
             "kind: sft, data: samples",

@@ -13,7 +13,7 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from grpo_kernels.training.augmentation import prompt_key
-from grpo_kernels.training.dataset_files import read_jsonl
+from grpo_kernels.training.dataset_files import read_file
 from grpo_kernels.training.dataset_splits import open_dataset
 from grpo_kernels.training.gsm8k import with_solutions
 from grpo_kernels.training.models import load_pretrained
@@ -62,7 +62,7 @@ def load_task(recipe: Recipe, rows: Sequence[Row] | None = None, *, least: int |
         )
     reward_functions = {name: resolve(name) for name in recipe.reward_funcs}
     if recipe.check is not None:
-        resolve(recipe.check)  # before any work
+        resolve(recipe.check, key="check")  # before any work
     model, tokenizer = load_model(recipe)
     return Task(model, tokenizer, train_rows, eval_rows, reward_functions)
 
@@ -160,7 +160,7 @@ def load_rows(
 
 
 def read_rows(path: Path, columns: Sequence[str]) -> list[Row]:
-    """The rows of a .jsonl file that a stage wrote, or a person.
+    """The rows of a file that a stage wrote, or a person: .jsonl, .json, .csv or .parquet.
 
     Args:
         path: The file.
@@ -169,7 +169,7 @@ def read_rows(path: Path, columns: Sequence[str]) -> list[Row]:
     Raises:
         ValueError: The file cannot be read, has no row, or a row lacks one of the columns; the message names it.
     """
-    rows = read_jsonl(path)
+    rows = read_file(path, text_columns=("prompt", "answer", "completion"))
     if not rows:
         raise ValueError(f"{path} must have rows, got none")
     for number, row in enumerate(rows):

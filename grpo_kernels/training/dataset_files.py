@@ -77,15 +77,6 @@ def read_file(
     return _json_rows(path, text, split) if suffix == ".json" else _lines(path, text)
 
 
-def read_jsonl(path: Path) -> list[Row]:
-    """One JSON object a line; blank lines are skipped.
-
-    Raises:
-        ValueError: The file cannot be read, or a line is not a JSON object; the message names it.
-    """
-    return _lines(path, _text(path))
-
-
 def table_rows(table: Any) -> list[Row]:
     """The rows of an Arrow table by the rule above. A number of 16 or 32 bits is what is written for it, as 0.1.
 
@@ -229,6 +220,8 @@ def _of_object(path: Path, content: dict[str, Any], split: str) -> list[Any]:
     if len(tables) > 1:
         raise ValueError(f"{path} has no split {split!r}; it has {', '.join(tables)}")
     columns = list(content.values())
+    if columns and all(isinstance(c, dict) and c and list(c) == [str(i) for i in range(len(c))] for c in columns):
+        raise ValueError(f'{path}: expected a list of objects, got columns by row number; write it by orient="records"')
     if columns and all(isinstance(c, list) for c in columns) and len({len(c) for c in columns}) == 1:
         return [dict(zip(content, values, strict=True)) for values in zip(*columns, strict=True)]
     return [content]
@@ -273,11 +266,11 @@ def _csv_rows(path: Path, text: str, text_columns: Sequence[str]) -> list[Row]:
 
 
 def _check_separator(path: Path, text: str) -> None:
-    """Raises ValueError where the first line is one column with another program's separator in its name."""
-    line = text.lstrip("\r\n").partition("\n")[0].partition("\r")[0]
+    """Raises ValueError where the first line is one column, and it and the next have another program's separator."""
+    line, *following = re.split(r"[\r\n]+", text.lstrip("\r\n"), maxsplit=2)
     names = next(csv.reader([line]), [])  # not strict: a quoted name before another separator is an error there
     for separator in _NOT_COMMAS:
-        if len(names) == 1 and separator in names[0]:
+        if len(names) == 1 and separator in names[0] and (not following or separator in following[0]):
             raise ValueError(
                 f"{path}: its first line is {line[:60]!r}, one column with {separator!r} in its name: columns must be "
                 "separated by commas; write the file anew with commas, or as .jsonl"

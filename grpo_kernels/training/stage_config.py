@@ -16,6 +16,7 @@ import yaml
 
 from grpo_kernels.training.arguments import given_keys, read_yaml
 from grpo_kernels.training.augmentation import WAYS
+from grpo_kernels.training.dataset_files import SUFFIXES
 from grpo_kernels.training.recipe import Recipe, recipe_path, with_overrides
 from grpo_kernels.training.rewards import resolve
 
@@ -97,8 +98,10 @@ class Stage:
         for name, (is_good, expected) in _CHECKS.items():
             if name in KEYS[self.kind] and not is_good(getattr(self, name)):
                 self._refuse(f"{name} must be {expected}, got {getattr(self, name)!r}")
-        for name in (*(self.keep or {}), *filter(None, [self.recipe.check]), *self._rewards()):
-            resolve(name)  # which imports what it names, before anything is written
+        named = [("keep", name) for name in self.keep or {}] + [("reward_funcs", name) for name in self._rewards()]
+        named += [("check", self.recipe.check)] if self.recipe.check else []
+        for key, name in named:
+            resolve(name, key=key)  # which imports what it names, before anything is written
         if self.kind == "sample" and not self.keep:
             self._refuse("keep must say what a completion must earn")
         if self.kind in ("sft", "distill") and not self.recipe.sft_steps:
@@ -219,7 +222,7 @@ def load_stage(kind: str, name: str | None, overrides: Sequence[str] = ()) -> St
             path = "model_name_or_path" if role == "model" else "teacher_model_name_or_path"
             raise ValueError(f"{role} names a stage of a recipe, and there is none: use {path}")
     if stage.data is not None and not is_file(stage.data):
-        raise ValueError(f"data must be a .jsonl file, got {stage.data!r}")
+        raise ValueError(f"data must be a file ({', '.join(SUFFIXES)}), got {stage.data!r}")
     return stage
 
 
@@ -259,7 +262,7 @@ def _check_keys(where: str, kind: str, keys: Iterable[str]) -> None:
 
 def is_file(data: str) -> bool:
     """Whether a stage's ``data`` is a file, not a stage."""
-    return data.endswith(".jsonl")
+    return data.lower().endswith(SUFFIXES)
 
 
 def _stage(where: str, name: str, values: dict[str, Any], common: dict[str, Any], overrides: Sequence[str]) -> Stage:

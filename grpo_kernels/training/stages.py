@@ -178,8 +178,8 @@ def _finished(folder: Path, config: dict[str, Any], used: dict[str, Any]) -> dic
     changed = _changed(folder, used)
     if changed:
         raise ValueError(
-            f"{folder} holds a stage that read {changed}, which has changed since; delete it, or set "
-            "overwrite_output_dir, to run it again"
+            f"{folder} holds a stage that read {changed}, which has changed since; delete it to run it again, or set "
+            "overwrite_output_dir, with which every stage of a recipe is run again"
         )
     return done["line"]
 
@@ -226,6 +226,9 @@ def _begin(stage: Stage, recipe: Recipe, config: dict[str, Any], used: dict[str,
         redone = _redone(folder, used) if stage.kind == "grpo" else ""  # any other begins again
         if redone:
             raise FileExistsError(f"{folder} holds a stage on a {redone} that was made anew since; delete it")
+        changed = _changed(folder, used) if stage.kind == "grpo" else ""
+        if changed:  # a reward function that was mended, say
+            print(f"  goes on with {changed}, which has changed since the run began", flush=True)
     elif _is_begun(folder):
         raise FileExistsError(f"{folder} holds another run; name another output_dir or set overwrite_output_dir")
     (folder / DONE).unlink(missing_ok=True)

@@ -192,10 +192,15 @@ def _read_completion(completion: Any) -> Any:
         return _read(_after_hashes(answers[-1]))
     hashes = text.rfind("####")
     box = last_box(text)
+    has_box = box is not None
     if hashes >= 0 and not (box and box.end > text.find("\n", hashes) % (len(text) + 1)):
         return _read(_after_hashes(text))
-    candidate = box or last_formula(text)
-    return None if candidate is None or is_denied(text, candidate) else _read(candidate.text)
+    while box and is_denied(text, box):
+        box, text = last_box(text[: box.start]), text[: box.start]
+    if box:
+        return _read(box.text)
+    formula = None if has_box else last_formula(text)
+    return None if formula is None or is_denied(text, formula) else _read(formula.text)
 
 
 def _read(text: str) -> Any:

@@ -12,7 +12,7 @@ from latex2sympy2_extended.logic import And
 from sympy.core.relational import Relational
 
 from grpo_kernels.training.rewards.math_formula import UNEVALUATED, parse_formula, solutions
-from grpo_kernels.training.rewards.math_text import split_answer
+from grpo_kernels.training.rewards.math_text import AnswerText, split_answer
 
 _LONGEST = 2000  # characters of an answer
 _DIGITS = 50  # to which irrational values have to agree, besides those of the integers in them
@@ -65,19 +65,23 @@ def read_answer(text: str) -> MathAnswer:
     if len(text) > _LONGEST:
         return MathAnswer(_SPACE.sub("", text), None, None, "", False, text, "", True)
     parts = split_answer(text)
-    words = " ".join(_PUNCTUATION.sub(" ", parts.latex).split()).casefold()
+    latex = parts.latex
+    choice, said = _choice_of(latex)
+    if choice:  # what it says may be an answer, but its letter is no formula
+        parts = split_answer(said) if said else AnswerText(latex, None, is_words=parts.is_words)
+    words = " ".join(_PUNCTUATION.sub(" ", latex).split()).casefold()
     without_unit = None if parts.formula is None else parse_formula(parts.formula)
     as_formula = None
     if parts.is_formula:
         as_formula = without_unit if parts.formula == parts.latex else parse_formula(parts.latex)
     return MathAnswer(
-        text=_SPACE.sub("", parts.latex),
+        text=_SPACE.sub("", latex),
         as_formula=as_formula,
         without_unit=without_unit,
         unit=parts.unit,
         is_letter_unit=parts.is_letter_unit,
         words=_ANNOUNCEMENT.sub("", words, count=1) or words,
-        choice=_choice_of(parts.latex),
+        choice=choice,
         is_words=parts.is_words,
     )
 
@@ -95,7 +99,9 @@ def _same_answer(gold: MathAnswer, answer: MathAnswer) -> bool:
     if gold.text and gold.text == answer.text:
         return not has_other_unit
     if gold.choice or gold.is_words:
-        return gold.words == answer.words or bool(gold.choice and gold.choice == answer.choice)
+        is_same = gold.words == answer.words or bool(gold.choice and gold.choice == answer.choice)
+        if is_same or answer.choice or gold.value is None:
+            return is_same
     if gold.as_formula is not None and answer.as_formula is not None and equal(gold.as_formula, answer.as_formula):
         return True
     if has_other_unit or gold.value is None or answer.without_unit is None or (gold.is_letter_unit and not answer.unit):
@@ -106,12 +112,14 @@ def _same_answer(gold: MathAnswer, answer: MathAnswer) -> bool:
     return equal(gold.value, answer.without_unit)
 
 
-def _choice_of(latex: str) -> str:
+def _choice_of(latex: str) -> tuple[str, str]:
+    """B and 12 of "Option B" that says 12; two empty texts where there is no choice."""
     announcement = _ANNOUNCEMENT.match(latex)
     choice = _CHOICE.fullmatch(latex[announcement.end() :] if announcement else latex)
-    if choice is None or _NO_CHOICE.search(choice["rest"] or choice["inner"] or ""):
-        return ""
-    return choice[1] or choice[2] or choice[4]
+    said = choice and (choice["rest"] or choice["inner"] or "")
+    if choice is None or _NO_CHOICE.search(said):
+        return "", ""
+    return choice[1] or choice[2] or choice[4], said
 
 
 def spelling_of_answer(answer: MathAnswer) -> str | None:

@@ -89,6 +89,8 @@ _FORMS = [
     (r"(?i:\A\W*(?:[a-z]\s+is\s+)?all\s+real(?:s|\s+numbers)\W*\Z)", r"(-\\infty, \\infty)"),
     (r"\A(\W*\d+)\s+(?:in|out\s+of)\s+(\d+\W*)\Z", r"\1/\2"),
     (r"\bper\s+cent\b", "percent"),
+    (r"\{:\}", ":"),
+    (r"(?<=\d:\d\d)\s*([aApP])\.?\s*[mM]\b\.?", lambda m: f" {m[1].upper()}M"),
     (r"\\lbrace(?![a-z])", r"\\{"),
     (r"\\rbrace(?![a-z])", r"\\}"),
     (r"\^\s*\{\s*\\(?:circ|degree)\s*\}|\^\s*\\(?:circ|degree)(?![a-z])|\\degree(?![a-z])", r"^\\circ "),

@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
-from grpo_kernels.training.errors import third_party_error
+from grpo_kernels.training.errors import ThirdPartyError, third_party_error
 from grpo_kernels.training.rewards.answers import JUDGES, accuracy_reward, exact_match_reward, math_accuracy_reward
 from grpo_kernels.training.rewards.code import CodeReward
 from grpo_kernels.training.rewards.language import LanguageConsistencyReward
@@ -71,18 +71,29 @@ def check_name(check: str | None, reward_funcs: Sequence[str]) -> str:
     return (judging + own + ["accuracy"])[0]
 
 
-def resolve(name: str) -> RewardFunction:
+def resolve(name: str, *, key: str = "reward_funcs") -> RewardFunction:
     """A reward function by its built-in name, as ``module:function``, or a reward model by its folder or Hub name.
 
     The first two may be followed by parameters, ``repetition(n=3, max_penalty=-1.0)``, whose values are Python
     literals; of a module, what is called with them is a class or function that makes the reward function, marked by
     ``reward_factory``. Nothing else is called here, but a module that is named is imported: it is code that runs.
 
+    Args:
+        name: As above.
+        key: Where the name stands, for messages.
+
     Raises:
         ValueError: There is no such module or function, what has parameters is not marked, it has no such parameter,
             or a value is no literal or out of range.
         ThirdPartyError: The module was found and raised when it was imported.
     """
+    try:
+        return _resolved(name)
+    except (ValueError, ThirdPartyError) as error:
+        raise type(error)(f"{key}: {error}") from error.__cause__
+
+
+def _resolved(name: str) -> RewardFunction:
     base, arguments = _split(name)
     is_path = "/" in base or (base != "" and Path(base).expanduser().is_dir())
     if base not in BUILT_IN and ":" not in base and arguments is None and is_path:
@@ -90,19 +101,19 @@ def resolve(name: str) -> RewardFunction:
     if base in BUILT_IN:
         function = BUILT_IN[base]
         if arguments is not None and not isinstance(function, type):
-            raise ValueError(f"reward_funcs: {base!r} has no parameters, got {name!r}")
+            raise ValueError(f"{base!r} has no parameters, got {name!r}")
     else:
         function = _imported(base)
     if arguments is None and not isinstance(function, type):
         return function
     if not any(function is known for known in _FACTORIES):
         raise ValueError(
-            f"reward_funcs: {base!r} must be marked by @reward_factory to be called for {name!r}; what is not "
+            f"{base!r} must be marked by @reward_factory to be called for {name!r}; what is not "
             "yours can be made in a module of your own, and be named as module:what_was_made"
         )
     made = _made(base, function, arguments or {})
     if not callable(made):
-        raise ValueError(f"reward_funcs: {name!r} must make a reward function, got {type(made).__name__}")
+        raise ValueError(f"{name!r} must make a reward function, got {type(made).__name__}")
     return made
 
 
@@ -120,21 +131,19 @@ def _split(name: str) -> tuple[str, dict[str, Any] | None]:
             raise ValueError("a key is missing or there twice")
         return match[1], {keyword.arg: ast.literal_eval(keyword.value) for keyword in call.keywords}
     except (SyntaxError, ValueError) as error:
-        raise ValueError(
-            f'reward_funcs: expected "name(key=value, ...)" with literal values, got {name!r}: {error}'
-        ) from error
+        raise ValueError(f'expected "name(key=value, ...)" with literal values, got {name!r}: {error}') from error
 
 
 def _imported(name: str) -> Callable[..., Any]:
     module_name, _, function_name = name.partition(":")
     if function_name and not re.fullmatch(r"[^\W\d]\w*(?:\.[^\W\d]\w*)*", module_name.removesuffix(".py")):
-        raise ValueError(f'reward_funcs: "module:function" names a module, as my_rewards:right, got {name!r}')
+        raise ValueError(f'"module:function" names a module, as my_rewards:right, got {name!r}')
     module_name = module_name.removesuffix(".py")
     if not function_name:
         near = difflib.get_close_matches(name, BUILT_IN, n=1)
         hint = f"; did you mean {near[0]!r}?" if near else ""
         raise ValueError(
-            f'reward_funcs: expected one of {", ".join(BUILT_IN)} or "module:function", got {name!r}{hint} (a reward '
+            f'expected one of {", ".join(BUILT_IN)} or "module:function", got {name!r}{hint} (a reward '
             "model is named by its folder or as owner/model)"
         )
     try:
@@ -142,14 +151,12 @@ def _imported(name: str) -> Callable[..., Any]:
     except Exception as error:
         is_missing = isinstance(error, ModuleNotFoundError) and f"{module_name}.".startswith(f"{error.name}.")
         if not is_missing:
-            raise third_party_error(f"reward_funcs: {name!r} cannot be imported", error) from error
+            raise third_party_error(f"{name!r} cannot be imported", error) from error
         places = "".join(f" or in {folder}" for folder in _FOLDERS)
-        raise ValueError(
-            f"reward_funcs: {name!r} cannot be imported: {error} among the installed packages{places}"
-        ) from error
+        raise ValueError(f"{name!r} cannot be imported: {error} among the installed packages{places}") from error
     function = getattr(module, function_name, None)
     if not callable(function):
-        raise ValueError(f"reward_funcs: module {module_name!r} ({module.__file__}) has no function {function_name!r}")
+        raise ValueError(f"module {module_name!r} ({module.__file__}) has no function {function_name!r}")
     return function
 
 
@@ -159,13 +166,13 @@ def _made(name: str, factory: Callable[..., Any], arguments: dict[str, Any]) -> 
     takes_any = any(p.kind is p.VAR_KEYWORD for p in signature.parameters.values())
     for key in arguments:
         if key not in known and not takes_any:
-            raise ValueError(f"reward_funcs: {name!r} has no parameter {key!r}; it has {', '.join(known) or 'none'}")
+            raise ValueError(f"{name!r} has no parameter {key!r}; it has {', '.join(known) or 'none'}")
     missing = [
         key for key in known if key not in arguments and signature.parameters[key].default is inspect.Parameter.empty
     ]
     if missing:
-        raise ValueError(f'reward_funcs: {name!r} needs {", ".join(missing)}, as in "{name}({missing[0]}=...)"')
+        raise ValueError(f'{name!r} needs {", ".join(missing)}, as in "{name}({missing[0]}=...)"')
     try:
         return factory(**arguments)
     except ValueError as error:
-        raise ValueError(f"reward_funcs: {name!r}: {error}") from error
+        raise ValueError(f"{name!r}: {error}") from error

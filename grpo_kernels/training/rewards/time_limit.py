@@ -19,7 +19,7 @@ class _Overrun(BaseException):
 class TimeLimit:
     """Ends calls of the thread that enters it after ``seconds`` each. One thread beside it watches all of them.
 
-    Python code is interrupted, but no single call into C.
+    Python code is interrupted, but no single call into C. Limited calls cannot be made within each other.
 
     Example:
         >>> with TimeLimit(2.0) as limit:
