@@ -31,6 +31,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments, rest = parser.parse_known_args(argv)
     debug = "--debug" in rest  # a traceback with every error
     rest = [text for text in rest if text != "--debug"]
+    takes_recipe = arguments.command in ("train", *commands.STAGES) and arguments.recipe is None
+    if takes_recipe and rest and not rest[0].startswith("-"):
+        return commands.fail(f"{arguments.command} takes a recipe by name: --recipe {rest[0]}")
+    if arguments.command == "recipe" and "--recipe" in rest:
+        return commands.fail(f"recipe takes a file of stages without an option: grpo-kernels recipe {arguments.name}")
     if arguments.command == "train":
         return commands.train(arguments.recipe, rest, debug=debug)
     if arguments.command == "recipe":

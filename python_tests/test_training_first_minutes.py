@@ -334,3 +334,22 @@ def test_a_model_takes_the_attention_of_its_class(tmp_path: Path, name: str) -> 
         max_completion_length=3, num_eval_prompts=0, disable_tqdm=True, completions_steps=0,
     )  # fmt: skip
     assert train(recipe).checkpoint.name == "checkpoint-1"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["train", "mine.yaml"], "train takes a recipe by name: --recipe mine.yaml"),
+        (["eval", "mine.yaml", "--ks", "1"], "eval takes a recipe by name: --recipe mine.yaml"),
+        (
+            ["recipe", "--recipe", "mine.yaml"],
+            "recipe takes a file of stages without an option: grpo-kernels recipe mine",
+        ),
+    ],
+)
+def test_a_recipe_in_the_other_commands_way_is_told(
+    arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.main(arguments) == 2
+    out, err = capsys.readouterr()
+    assert message in err and err.count("\n") == 1 and not out

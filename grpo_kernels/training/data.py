@@ -56,9 +56,9 @@ def load_task(recipe: Recipe, rows: Sequence[Row] | None = None, *, least: int |
         needed = f"{recipe.prompts_per_generation} training rows (one generation's prompts)"
         raise ValueError(
             f"dataset {recipe.dataset_name!r} must have at least "
-            f"{needed if least is None else f'{least} training rows'}, got {len(train_rows)} beside "
-            f"{len(eval_rows)} that are held out, with all rows that ask the same: give more rows, or set a smaller "
-            "num_eval_prompts"
+            f"{needed if least is None else f'{least} training rows'}, got {len(train_rows)} beside the "
+            f"{len(eval_rows)} that num_eval_prompts holds out, with all rows that ask the same: give more rows, or "
+            "set a smaller num_eval_prompts"
         )
     reward_functions = {name: resolve(name) for name in recipe.reward_funcs}
     if recipe.check is not None:
