@@ -13,7 +13,7 @@ from grpo_kernels.loss.config import GRPOLossConfig
 from grpo_kernels.named_arguments import refuse_unknown
 from grpo_kernels.ops.head.linear_grpo_loss import linear_grpo_loss
 from grpo_kernels.ops.rows.grpo_loss import GRPOLossOutput, grpo_loss
-from grpo_kernels.validation import check_flag
+from grpo_kernels.validation import as_flag
 
 _CONFIG_FIELDS = frozenset(field.name for field in fields(GRPOLossConfig))
 
@@ -37,7 +37,7 @@ class GRPOLoss(nn.Module):
 
     function: ClassVar[Callable[..., GRPOLossOutput]] = staticmethod(grpo_loss)
 
-    def __init__(self, config: GRPOLossConfig | None = None, *unexpected: Any, **options: Any) -> None:
+    def __init__(self, /, config: GRPOLossConfig | None = None, *unexpected: Any, **options: Any) -> None:
         super().__init__()
         config = GRPOLossConfig() if config is None else config
         if unexpected or not isinstance(config, GRPOLossConfig):
@@ -52,7 +52,7 @@ class GRPOLoss(nn.Module):
         refuse_unknown(type(self).__name__, options, (*arguments, *sorted(_CONFIG_FIELDS)), what)
         for name, value in options.items():
             if isinstance(arguments.get(name), bool):
-                check_flag(name, value)
+                options[name] = as_flag(name, value)
         self.config = replace(config, **{name: options.pop(name) for name in _CONFIG_FIELDS & options.keys()})
         self.options = options
 

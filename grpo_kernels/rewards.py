@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+import operator
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -21,6 +23,7 @@ from grpo_kernels.validation import (
     check_number,
     check_real,
     check_shape,
+    is_bool,
 )
 
 
@@ -114,7 +117,7 @@ def mask_truncated(
     Args:
         completion_ids: The sampled tokens.
         completion_mask: 0 excludes a token.
-        eos_token_id: The id of the end-of-text token, or several.
+        eos_token_id: The id of the end-of-text token, or several; integers of Python, NumPy or torch.
         cu_seqlens: Where each packed completion begins, and the end.
 
     Returns:
@@ -129,11 +132,7 @@ def mask_truncated(
     check_shape("completion_mask", completion_mask, completion_ids.shape)
     check_device(completion_ids.device, [("completion_mask", completion_mask)])
     check_cu_seqlens(cu_seqlens, completion_ids, False)
-    eos_ids = eos_token_id.flatten().tolist() if isinstance(eos_token_id, Tensor) else eos_token_id
-    eos_ids = list(eos_ids) if isinstance(eos_ids, (list, tuple, set)) else [eos_ids]
-    if not eos_ids or not all(isinstance(token, int) and not isinstance(token, bool) for token in eos_ids):
-        raise ValueError(f"eos_token_id must be an id, or several, got {eos_token_id!r}")
-    ends = torch.tensor(eos_ids, device=completion_ids.device)
+    ends = torch.tensor(_eos_ids(eos_token_id), device=completion_ids.device)
     sequences = Sequences.of(completion_ids, cu_seqlens)
     mask = completion_mask != 0
     counts = sequences.sum(mask.to(torch.int64))
@@ -141,3 +140,15 @@ def mask_truncated(
     is_last = mask & (rank == sequences.spread(counts.cumsum(0)))
     is_complete = sequences.sum((is_last & torch.isin(completion_ids, ends)).to(torch.int64)) > 0
     return torch.where(sequences.spread(is_complete), completion_mask, completion_mask.new_zeros(()))
+
+
+def _eos_ids(eos_token_id: Any) -> list[int]:
+    ids = eos_token_id.flatten().tolist() if hasattr(eos_token_id, "flatten") else eos_token_id  # a tensor or an array
+    ids = list(ids) if isinstance(ids, (list, tuple, set)) else [ids]
+    try:
+        indices = [operator.index(token) for token in ids if not is_bool(token)]
+    except TypeError:  # of text, a fraction or a nested list
+        indices = []
+    if not ids or len(indices) < len(ids):
+        raise ValueError(f"eos_token_id must be an id, or several, got {eos_token_id!r}")
+    return indices

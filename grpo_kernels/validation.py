@@ -35,20 +35,32 @@ def check_real(name: str, tensor: Tensor) -> None:
 
 
 def check_number(name: str, value: Any) -> None:
-    """Raises TypeError unless ``value`` is a number, or what turns into one, as a 0-dim tensor."""
-    if not isinstance(value, (int, float)) and not hasattr(value, "__float__"):
+    """Raises TypeError unless ``value`` is a number, or what turns into one, as a 0-dim tensor; a bool is none."""
+    if is_bool(value) or not (isinstance(value, (int, float)) or hasattr(value, "__float__")):
         raise TypeError(f"{name} must be a number, got {value!r}")
 
 
-def check_flag(name: str, value: Any) -> None:
-    """Raises TypeError unless ``value`` is True or False."""
-    if not isinstance(value, bool):
+def is_bool(value: Any) -> bool:
+    """Whether ``value`` is a truth value of Python's, NumPy's or, as a tensor, torch's."""
+    if isinstance(value, (bool, int, float)):  # the usual ones, which torch.compile can trace
+        return isinstance(value, bool)
+    return _is_numpy_bool(value) or (isinstance(value, Tensor) and value.dtype == torch.bool)
+
+
+def _is_numpy_bool(value: Any) -> bool:
+    return type(value).__module__ == "numpy" and type(value).__name__ in ("bool", "bool_")
+
+
+def as_flag(name: str, value: Any) -> bool:
+    """``value`` as Python's bool. Raises TypeError unless it is True or False, Python's or NumPy's."""
+    if not isinstance(value, bool) and not _is_numpy_bool(value):
         raise TypeError(f"{name} must be True or False, got {value!r}")
+    return bool(value)
 
 
 def check_integer(name: str, value: Any) -> None:
-    """Raises TypeError unless ``value`` is an integer."""
-    if not isinstance(value, int) and not hasattr(value, "__index__"):
+    """Raises TypeError unless ``value`` is an integer; a bool is none."""
+    if is_bool(value) or not (isinstance(value, int) or hasattr(value, "__index__")):
         raise TypeError(f"{name} must be an integer, got {value!r}")
 
 
@@ -108,12 +120,10 @@ def check_logits(logits: Tensor, ids: Tensor, ids_name: str = "ids") -> None:
 
 def check_transform(temperature: float, softcap: float | None, logit_scale: float, prefix: str = "") -> None:
     """Raises ValueError unless temperature, scale and the softcap, if there is one, are positive and finite."""
-    if not isinstance(temperature, (int, float)):
-        check_number(f"{prefix}temperature", temperature)
-    if softcap is not None and not isinstance(softcap, (int, float)):
+    check_number(f"{prefix}temperature", temperature)
+    if softcap is not None:
         check_number(f"{prefix}softcap", softcap)
-    if not isinstance(logit_scale, (int, float)):
-        check_number(f"{prefix}logit_scale", logit_scale)
+    check_number(f"{prefix}logit_scale", logit_scale)
     if not (temperature > 0 and math.isfinite(temperature)):
         raise ValueError(f"{prefix}temperature must be finite and greater than 0, got {temperature!r}")
     if softcap is not None and not (softcap > 0 and math.isfinite(softcap)):
@@ -157,22 +167,21 @@ def check_id_range(name: str, ids: Tensor, mask: Tensor | None, vocab: int, debu
         raise ValueError(f"{name} must lie in [0, {vocab}) where unmasked, got {ids[tuple(at)].item()} at {at}")
 
 
-def check_num_items(num_items_in_batch: float | Tensor | None, mask: Tensor, debug: bool) -> None:
-    """Raises unless the divisor is one finite number, and above 0 where tokens are unmasked, if values may be read."""
+def check_num_items(num_items_in_batch: float | Tensor | None, mask: Tensor, debug: bool, *, divides: bool) -> None:
+    """Raises unless it is one finite number, if values may be read; above 0 if it divides and tokens are unmasked."""
     if num_items_in_batch is None:
         return
     items = num_items_in_batch
+    check_number("num_items_in_batch", items)
     if isinstance(items, Tensor):
         if items.numel() != 1:
             raise ValueError(f"num_items_in_batch must be a number or a 0-dim tensor, got shape {list(items.shape)}")
         if not may_read(items, debug):
             return
         items = items.item()
-    else:
-        check_number("num_items_in_batch", items)
     if not 0 <= items < math.inf:
         raise ValueError(f"num_items_in_batch must be finite and at least 0, got {items!r}")
-    if items == 0 and may_read(mask, debug) and mask.any():
+    if divides and items == 0 and may_read(mask, debug) and mask.any():
         raise ValueError("num_items_in_batch must be greater than 0 where tokens are unmasked, got 0")
 
 

@@ -8,6 +8,7 @@ from dataclasses import replace
 from itertools import pairwise
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from testing.calls import BACKENDS
@@ -149,6 +150,44 @@ def test_a_step_without_a_token_has_no_items(items: Any, backend: str) -> None:
     nan = torch.full((B, T), torch.nan)
     options = {"old_logprobs": nan, "num_items_in_batch": items, "debug": True, "backend": backend}
     assert policy_loss(LOGPROBS, nan[:, 0], torch.zeros(B, T), **options).loss == 0
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"loss_type": "bnpo"},
+        {"loss_type": "ppo"},
+        {"loss_type": "grpo"},
+        {"loss_type": "dapo", "loss_agg_mode": "seq-mean-token-mean"},
+    ],
+)
+def test_no_items_are_refused_only_where_the_loss_divides_by_them(fields: dict[str, Any]) -> None:
+    config = GRPOLossConfig(**fields)
+    losses = [policy_loss(LOGPROBS, torch.ones(B), MASK, num_items_in_batch=n, config=config).loss for n in (0, None)]
+    assert torch.equal(*losses)
+    with pytest.raises(ValueError, match="num_items_in_batch must be greater than 0"):
+        policy_loss(LOGPROBS, torch.ones(B), MASK, num_items_in_batch=0)
+
+
+def test_truth_values_of_numpy_are_flags() -> None:
+    for flag in (np.True_, np.False_):
+        config = GRPOLossConfig(use_bias_correction_kl=flag)
+        assert config.use_bias_correction_kl is bool(flag) and config == GRPOLossConfig(
+            use_bias_correction_kl=bool(flag)
+        )
+        assert GRPOLoss(inplace=flag).options == {"inplace": bool(flag)}
+        losses = [
+            grpo_loss(LOGITS.clone(), IDS, torch.ones(B), MASK, inplace=value, debug=value).loss
+            for value in (flag, bool(flag))
+        ]
+        assert torch.equal(*losses)
+
+
+@pytest.mark.parametrize("ids", [
+    np.int64(2), [np.int64(2), np.int32(3)], np.array([2, 3]), np.array(2), torch.tensor([2, 3]), [torch.tensor(2)],
+])  # fmt: skip
+def test_an_end_of_text_token_is_whatever_is_an_index(ids: Any) -> None:
+    assert mask_truncated(torch.tensor([[5, 2], [5, 6]]), torch.ones(2, 2), ids).tolist() == [[1, 1], [0, 0]]
 
 
 def test_modules_take_fields_of_the_configuration() -> None:

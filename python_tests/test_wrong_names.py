@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import inspect
 
+import numpy as np
 import pytest
+import torch
 from testing.wrong_calls import NAMES, check_wrong_call
 
 import grpo_kernels
@@ -111,10 +113,7 @@ WRONG_NAMES = [
     ("token_logprobs(logits, ids, completion_mask=mask)",
      TypeError, "token_logprobs has no argument 'completion_mask': did you mean mask=...?"),
     ("token_divergence(logits, logits, beta=0.1)",
-     TypeError,
-     "token_divergence has no argument 'beta': it has backend, debug, divergence, divergence_temperature, ids, "
-     "inplace_backward, logit_scale, logits, mask, mixture, reference_logit_scale, reference_logits, "
-     "reference_softcap, softcap, temperature"),
+     TypeError, "token_divergence has no argument 'beta': did you mean mixture=...?"),
     ("linear_token_divergence(hidden, head, ref_logits=logits)",
      TypeError, "linear_token_divergence has no argument 'ref_logits': did you mean reference_logits=...?"),
     ("linear_token_logprobs(hidden, weight=head, ids=ids)",
@@ -137,8 +136,99 @@ WRONG_NAMES = [
      TypeError, "mask_truncated has no argument 'backend', which is an argument of the functions that run kernels"),
     ('check_device_values(devices="cpu")',
      TypeError, "check_device_values has no argument 'devices': did you mean device=...?"),
+    ("policy_loss(logprobs, advantages, mask, kl_loss_coef=0.1)",
+     TypeError,
+     "policy_loss has no argument 'kl_loss_coef', which is a field of its configuration: "
+     "config=GRPOLossConfig(beta=...)"),
+    ("policy_loss(logprobs, advantages, mask, clip_ratio_high=0.2)",
+     TypeError,
+     "policy_loss has no argument 'clip_ratio_high', which is a field of its configuration: "
+     "config=GRPOLossConfig(epsilon_high=...)"),
+    ("policy_loss(logprobs, advantages, mask, clip_eps_high=0.2)",
+     TypeError,
+     "policy_loss has no argument 'clip_eps_high', which is a field of its configuration: "
+     "config=GRPOLossConfig(epsilon_high=...)"),
+    ("policy_loss(logprobs, advantages, mask, eps_clip=0.2)",
+     TypeError,
+     "policy_loss has no argument 'eps_clip', which is a field of its configuration: "
+     "config=GRPOLossConfig(epsilon_low=...)"),
+    ("policy_loss(logprobs, advantages, mask, cliprange=0.2)",
+     TypeError,
+     "policy_loss has no argument 'cliprange', which is a field of its configuration: "
+     "config=GRPOLossConfig(epsilon_low=...)"),
+    ("policy_loss(logprobs, advantages, mask, epsilon_hig=0.2)",
+     TypeError,
+     "policy_loss has no argument 'epsilon_hig', which is a field of its configuration: "
+     "config=GRPOLossConfig(epsilon_high=...)"),
+    ("grpo_loss(logits, ids, advantages, mask, log_probs=logprobs)",
+     TypeError, "grpo_loss has no argument 'log_probs', which is logprobs, an argument of policy_loss"),
+    ('grpo_loss(logits, ids, advantages, mask, adv_estimator="rloo")',
+     TypeError, "grpo_loss has no argument 'adv_estimator', which is estimator, an argument of group_advantages"),
+    ("grpo_loss(logits, labels=ids)",
+     TypeError, "grpo_loss has no argument 'labels': did you mean completion_ids=...?"),
+    ("token_logprobs(logits, labels=ids)",
+     TypeError, "token_logprobs has no argument 'labels': did you mean ids=...?"),
+    ("token_logprobs(logits, ids, return_entropy=True)",
+     TypeError, "token_logprobs has no argument 'return_entropy': did you mean outputs=\"entropy\"?"),
+    ("token_logprobs(logits, ids, compute_entropy=True)",
+     TypeError, "token_logprobs has no argument 'compute_entropy': did you mean outputs=\"entropy\"?"),
+    ("distillation_loss(student_logits=logits)",
+     TypeError, "distillation_loss has no argument 'student_logits': did you mean hidden_states=...?"),
+    ("distillation_loss(hidden, head, ids, mask, beta=0.5)",
+     TypeError, "distillation_loss has no argument 'beta': did you mean mixture=...?"),
+    ("grpo_loss(hidden_states=hidden)",
+     TypeError,
+     "grpo_loss has no argument 'hidden_states', which is an argument of linear_grpo_loss, "
+     "linear_token_logprobs and linear_token_divergence"),
+    ('GRPOLossConfig(kl_type="k1")',
+     TypeError, "GRPOLossConfig has no field 'kl_type': did you mean kl_estimator=...?"),
+    ("GRPOLossConfig(clip_eps_high=0.3)",
+     TypeError, "GRPOLossConfig has no field 'clip_eps_high': did you mean epsilon_high=...?"),
+    ('GRPOLossConfig(adv_estimator="rloo")',
+     TypeError, "GRPOLossConfig has no field 'adv_estimator', which is estimator, an argument of group_advantages"),
+    ("GRPOLossConfig(group_size=8)",
+     TypeError,
+     "GRPOLossConfig has no field 'group_size', which is num_generations, an argument of grpo_loss, "
+     "linear_grpo_loss and group_advantages"),
+    ("GRPOLoss(self=3)",
+     TypeError,
+     "GRPOLoss has no option 'self': it has the fields of GRPOLossConfig and the keyword arguments of "
+     "grpo_loss"),
+    ("AdaptiveEntropy(self=3)",
+     TypeError, "AdaptiveEntropy has no argument 'self': it has coef, delta, last_entropy, least, most, target"),
+    ("grpo_loss(logits, ids, advantages, mask, js)",
+     TypeError,
+     "positional arguments of grpo_loss must be at most 4, with the others by name, as config=..., got 5"),
+    ("AdaptiveEntropy(1, 2, 3, 4, 5, 6, 7)",
+     TypeError, "positional arguments of AdaptiveEntropy must be at most 6, got 7"),
     ("AdaptiveEntropy(coeff=0.1)",
      TypeError, "AdaptiveEntropy has no argument 'coeff': did you mean coef=...?"),
+]  # fmt: skip
+
+WRONG_TRUTH_VALUES = [
+    ("mask_truncated(ids, mask, [2, np.True_])",
+     ValueError, "eos_token_id must be an id, or several, got " + repr([2, np.True_])),
+    ("GRPOLossConfig(use_bias_correction_kl=1)",
+     TypeError, "use_bias_correction_kl must be True or False, got 1"),
+    ("GRPOLossConfig.verl(use_kl_loss=1)",
+     TypeError, "use_kl_loss must be True or False, got 1"),
+    ("GRPOLossConfig(beta=True)",
+     TypeError, "beta must be a number, got True"),
+    ("group_advantages(rewards, True)",
+     TypeError, "num_generations must be an integer, got True"),
+    ("token_logprobs(logits, ids, temperature=True)",
+     TypeError, "temperature must be a number, got True"),
+    ("token_logprobs(logits, ids, softcap=np.True_)",
+     TypeError, "softcap must be a number, got " + repr(np.True_)),
+    ("policy_loss(logprobs, advantages, mask, num_items_in_batch=True)",
+     TypeError, "num_items_in_batch must be a number, got True"),
+    ("policy_loss(logprobs, advantages, mask, num_items_in_batch=torch.tensor(True))",
+     TypeError, "num_items_in_batch must be a number, got tensor(True)"),
+    ("policy_loss(logprobs, advantages, mask, entropy=logprobs, entropy_threshold=torch.tensor(True), "
+     "config=GRPOLossConfig(top_entropy_quantile=0.5))",
+     TypeError, "entropy_threshold must be a number, got tensor(True)"),
+    ("GRPOLoss(inplace=0)",
+     TypeError, "inplace must be True or False, got 0"),
 ]  # fmt: skip
 
 
@@ -156,9 +246,45 @@ def test_every_function_lists_its_arguments(name: str) -> None:
 def test_the_options_for_trl_are_listed() -> None:
     pytest.importorskip("trl", reason="TRL is not installed")
     options = "backend, max_logits_bytes, speculate, workspace_bytes"
-    check_wrong_call(
-        "apply_grpo_kernels_to_trl(xyzzy=1)", TypeError, f"apply has no argument 'xyzzy': it has {options}"
-    )
+    for unknown, end in (("xyzzy", f": it has {options}"), ("specualte", ": did you mean speculate=...?")):
+        message = f"apply_grpo_kernels_to_trl has no argument {unknown!r}{end}"
+        check_wrong_call(f"apply_grpo_kernels_to_trl({unknown}=1)", TypeError, message)
+
+
+@pytest.mark.parametrize(
+    ("name", "unknown"),
+    [
+        ("grpo_loss", "prompt_mask"),
+        ("grpo_loss", "prompt_ids"),
+        ("grpo_loss", "sampling_logits"),
+        ("distillation_loss", "teacher"),
+        ("dpo_loss", "rejected_ids"),
+        ("gae", "next_values"),
+        ("policy_loss", "completion_ids"),
+    ],
+)
+def test_another_tensor_is_not_suggested(name: str, unknown: str) -> None:
+    arguments = ", ".join(sorted(inspect.signature(NAMES[name]).parameters))
+    message = f"{name} has no argument {unknown!r}: it has {arguments}"
+    check_wrong_call(f"{name}({unknown}=logits)", TypeError, message)
+
+
+@pytest.mark.parametrize(("unknown", "end"), [
+    ("beta", ", which is a field of its configuration: config=GRPOLossConfig"),
+    ("log_prob", ": did you mean logprobs="),
+    ("xyzzy", ": it has advantages, "),
+])  # fmt: skip
+def test_a_wrong_name_is_told_while_a_graph_is_traced(unknown: str, end: str) -> None:
+    torch._dynamo.reset()
+    loss = torch.compile(grpo_kernels.policy_loss, fullgraph=True, backend="eager")
+    with pytest.raises(torch._dynamo.exc.Unsupported, match=f"policy_loss has no argument '{unknown}'{end}"):
+        loss(NAMES["logprobs"], NAMES["advantages"], NAMES["mask"], **{unknown: NAMES["logprobs"]})
+
+
+@pytest.mark.parametrize(("call", "error", "message"), WRONG_TRUTH_VALUES, ids=[row[0] for row in WRONG_TRUTH_VALUES])
+def test_a_truth_value_is_no_number(call: str, error: type[Exception], message: str) -> None:
+    """And a number is no truth value."""
+    check_wrong_call(call, error, message)
 
 
 @pytest.mark.parametrize(("name", "flag"), FLAGS)

@@ -190,22 +190,22 @@ class GRPOLossConfig:
         return f"GRPOLossConfig({', '.join(changed)})"
 
     @classmethod
-    def verl(cls, **options: Any) -> GRPOLossConfig:
+    def verl(cls, /, **options: Any) -> GRPOLossConfig:
         """verl's actor loss by verl 0.9's names: see ``grpo_kernels.integrations.presets.verl``."""
         return cls._translated("verl", options)
 
     @classmethod
-    def nemo_rl(cls, **options: Any) -> GRPOLossConfig:
+    def nemo_rl(cls, /, **options: Any) -> GRPOLossConfig:
         """NeMo-RL's by the names of NeMo-RL 0.6's ``loss_fn``: see ``grpo_kernels.integrations.presets.nemo_rl``."""
         return cls._translated("nemo_rl", options)
 
     @classmethod
-    def openrlhf(cls, **options: Any) -> GRPOLossConfig:
+    def openrlhf(cls, /, **options: Any) -> GRPOLossConfig:
         """OpenRLHF's actor loss by the names of OpenRLHF 0.11: see ``grpo_kernels.integrations.presets.openrlhf``."""
         return cls._translated("openrlhf", options)
 
     @classmethod
-    def trl(cls, **options: Any) -> GRPOLossConfig:
+    def trl(cls, /, **options: Any) -> GRPOLossConfig:
         """TRL's by the names of TRL 1.16's ``GRPOConfig``: see ``grpo_kernels.integrations.presets.trl``."""
         return cls._translated("trl", options)
 

@@ -21,8 +21,8 @@ from grpo_kernels.loss.options import (
     Level,
     Surrogate,
 )
-from grpo_kernels.named_arguments import SYNONYMS, likely_meant, refuse_unknown
-from grpo_kernels.validation import check_number
+from grpo_kernels.named_arguments import known_as, likely_meant, refuse_unknown
+from grpo_kernels.validation import as_flag, check_number
 
 Config = TypeVar("Config", bound=type)
 Preset = Callable[..., dict[str, Any]]
@@ -31,6 +31,8 @@ Preset = Callable[..., dict[str, Any]]
 def refuse_unknown_fields(presets: Mapping[str, Preset]) -> Callable[[Config], Config]:
     """Lets a dataclass whose fields are keywords name an unknown one, with what was likely meant.
 
+    A field whose default is True or False must be one of them.
+
     Args:
         presets: Functions that take other names, by the class method that calls them.
     """
@@ -38,12 +40,15 @@ def refuse_unknown_fields(presets: Mapping[str, Preset]) -> Callable[[Config], C
     def decorate(cls: Config) -> Config:
         generated = cls.__init__
         known = frozenset(field.name for field in fields(cls))
+        flags = frozenset(field.name for field in fields(cls) if isinstance(field.default, bool))
 
         @functools.wraps(generated)
-        def __init__(self: Any, *positional: Any, **values: Any) -> None:
+        def __init__(self: Any, /, *positional: Any, **values: Any) -> None:
             if positional or not values.keys() <= known:
                 unknown = next((name for name in values if name not in known), None)
                 raise TypeError(_refusal(cls.__name__, positional, unknown, tuple(generated.__kwdefaults__), presets))
+            for name in flags & values.keys():
+                values[name] = as_flag(name, values[name])
             generated(self, **values)
 
         cls.__init__ = __init__
@@ -57,7 +62,8 @@ def _refusal(
 ) -> str:
     if unknown is None:
         return f"{owner} takes its fields by name, as loss_type=..., got {positional[0]!r} without one"
-    hints = [f"{SYNONYMS[unknown]}=..."] if SYNONYMS.get(unknown) in known else []
+    synonym = known_as(unknown, known)
+    hints = [] if synonym is None else [f"{synonym}=..."]
     hints += [
         f"{owner}.{name}({unknown}=...)"
         for name, preset in sorted(presets.items(), key=lambda item: item[0] != "trl")
@@ -79,7 +85,6 @@ def check_config(config: Any) -> None:
     check_choice("kl_estimator", config.kl_estimator, (*KL_ESTIMATORS, *DIVERGENCES))
     check_choice("kl_gradient", config.kl_gradient, tuple(KL_GRADIENTS))
     check_choice("rollout_correction", config.rollout_correction, (None, *ROLLOUT_CORRECTIONS))
-    check_choice("use_bias_correction_kl", config.use_bias_correction_kl, (True, False))
     for name in ("epsilon_low", "epsilon_high", "beta", "rollout_clip_min", "cispo_ratio_low"):
         _check_field(config, name, "at least 0", lambda value: value >= 0)
     for name in ("delta", "temperature", "rollout_clip_max", "log_ratio_clamp", "kl_clamp", "max_completion_length"):

@@ -11,7 +11,7 @@ from grpo_kernels.loss.config import GRPOLossConfig
 from grpo_kernels.loss.fields import TokenFields
 from grpo_kernels.loss.options import Level, Surrogate
 from grpo_kernels.loss.sequences import Sequences
-from grpo_kernels.loss.weights import loss_weights, rollout_weights, token_mean
+from grpo_kernels.loss.weights import divides_by_items, loss_weights, rollout_weights, token_mean
 from grpo_kernels.validation import (
     check_cu_seqlens,
     check_device,
@@ -77,7 +77,7 @@ class PolicyInputs:
         reads_reference = config.beta != 0 and not config.has_exact_divergence
         reads_sampler = config.off_policy_mask_threshold is not None
         mask = completion_mask if completion_mask.dtype == torch.bool else completion_mask != 0
-        check_num_items(num_items_in_batch, mask, debug)
+        check_num_items(num_items_in_batch, mask, debug, divides=divides_by_items(config))
         weights = loss_weights(mask, sequences, config, num_items_in_batch, loss_scale, dtype)
         rollout = None
         if rollout_is_weights is not None:
@@ -224,12 +224,12 @@ def _check_threshold(entropy_threshold: Tensor | float | None, config: GRPOLossC
         return
     if config.top_entropy_quantile == 1:
         raise ValueError(f"entropy_threshold has no effect with top_entropy_quantile=1, got {entropy_threshold!r}")
+    check_number("entropy_threshold", entropy_threshold)
     if isinstance(entropy_threshold, Tensor):
         if entropy_threshold.numel() != 1:
             shape = list(entropy_threshold.shape)
             raise ValueError(f"entropy_threshold must be a number or a 0-dim tensor, got shape {shape}")
         return
-    check_number("entropy_threshold", entropy_threshold)
     if entropy_threshold != entropy_threshold:
         raise ValueError(f"entropy_threshold must be a number, got {entropy_threshold!r}")
 

@@ -27,7 +27,7 @@ def loss_weights(
 
     A mean over no token has an infinite weight, which no token reads.
     """
-    takes_items = config.aggregation == "token-mean" and config.loss_type not in ("bnpo", "ppo")
+    takes_items = divides_by_items(config)
     if takes_items and isinstance(num_items_in_batch, Tensor):
         items = num_items_in_batch.to(device=mask.device, dtype=dtype).reshape(())
         return torch.div(loss_scale, items.clamp(min=1))
@@ -41,6 +41,11 @@ def loss_weights(
     if not tensors:
         return mask.new_full((), factor, dtype=dtype)
     return torch.div(factor, reduce(torch.mul, tensors))  # one launch; a number over a tensor as `/` writes it is two
+
+
+def divides_by_items(config: GRPOLossConfig) -> bool:
+    """Whether the loss type's mean divides by ``num_items_in_batch``, where it is given."""
+    return config.aggregation == "token-mean" and config.loss_type not in ("bnpo", "ppo")
 
 
 def token_mean(mask: Tensor, dtype: torch.dtype, loss_scale: float) -> Tensor:  # []

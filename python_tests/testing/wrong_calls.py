@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -16,7 +17,7 @@ REWARDS = torch.tensor([0.0, 1.0])
 #: What a call may name: the package's own names, and inputs that fit.
 NAMES: dict[str, Any] = {
     **{name: getattr(grpo_kernels, name) for name in grpo_kernels.__all__},
-    **{"torch": torch, "inf": math.inf, "B": B, "T": T, "V": V, "H": H},
+    **{"torch": torch, "np": np, "inf": math.inf, "B": B, "T": T, "V": V, "H": H},
     "ids": torch.tensor([[0, 1, 2], [3, 4, 6]]),
     "mask": torch.ones(B, T),
     "rewards": REWARDS,

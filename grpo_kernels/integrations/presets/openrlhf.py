@@ -5,8 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 from grpo_kernels.integrations.presets.shared import CORRECTIONS, delta_of_dual_clip
+from grpo_kernels.named_arguments import check_keywords
 
 
+@check_keywords()
 def openrlhf(
     *,
     policy_loss_type: str = "ppo",

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
+from grpo_kernels.named_arguments import check_keywords
+
 _TRL_LOSS_TYPES = ("grpo", "bnpo", "dr_grpo", "dapo", "luspo", "cispo", "sapo", "vespo")
 
 
+@check_keywords()
 def trl(
     *,
     loss_type: str = "dapo",

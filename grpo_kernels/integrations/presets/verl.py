@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from grpo_kernels.integrations.presets.shared import delta_of_dual_clip
+from grpo_kernels.named_arguments import check_keywords
 
 _VERL_MEANS = ("token-mean", "seq-mean-token-mean", "seq-mean-token-sum", "seq-mean-token-sum-norm")
 _VERL_LOSS_TYPES = {
@@ -20,6 +21,7 @@ _VERL_LOSS_TYPES = {
 _VERL_ESTIMATORS = {"kl": "k1", "low_var_kl": "k3"}
 
 
+@check_keywords()
 def verl(
     *,
     loss_mode: str = "vanilla",

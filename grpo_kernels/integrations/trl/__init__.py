@@ -215,7 +215,7 @@ class Applied:
             unapply()
 
 
-@check_keywords()
+@check_keywords(owner="apply_grpo_kernels_to_trl")
 def apply(
     *,
     speculate: bool = True,
