@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import re
 import unicodedata
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 from functools import cache, lru_cache
-from itertools import groupby
+from itertools import chain, groupby
 from typing import Any, NamedTuple
 
 from grpo_kernels.training.rewards.completions import completion_text
+from grpo_kernels.training.rewards.prose import prose_of
 
 # The first word of a letter's Unicode name is its script, but for these. Chinese and Japanese share theirs.
 _SAME_SCRIPT = dict.fromkeys(("CJK", "IDEOGRAPHIC", "HIRAGANA", "KATAKANA", "KATAKANA-HIRAGANA", "BOPOMOFO"), "HAN")
@@ -31,18 +32,11 @@ _COUNTRIES = {"cn": "zh", "cz": "cs", "dk": "da", "gr": "el", "jp": "ja", "kr": 
 _SURE, _SURE_OF_FEW = 0.85, 0.95  # lingua's confidence in the target
 _LETTERS, _FEW_LETTERS = 20, 12  # fewer in a shared script are too few
 _SURE_OF_OTHER, _SURE_OF_HALF, _LETTERS_OF_OTHER = 0.99, 0.1, 40
+_LETTERS_OF_OTHER_IN_POOL = 24
+_NEAR_LIKELIEST = 0.05  # of the confidence in the likeliest language
 _HAN_LETTERS = 12  # as many without kana are not Japanese
 _LONGEST_WORD = 60  # characters; lingua's time grows with the square of a word's length
 
-_OPENING = re.compile(r"(?P<fence>`{3,}|~{3,})|`|\$\$|(?<!\\)\$|\\[(\[]|\\begin\{(?P<environment>\w+\*?)\}")
-# A code span, or what may be a formula: as in Pandoc, no digit follows it.
-_SPAN = re.compile(r"`[^`\n]*`|\$(?P<formula>(?:\\.|[^$\\\n])+)\$(?!\d)")
-_CLOSING = {r"\(": r"\)", r"\[": r"\]"}
-_COMMAND = re.compile(r"\\[A-Za-z]+(?:\{[^{}]*\})?")
-_WORDS_IN_A_ROW = re.compile(r"[^\W\d_]{2,}(?:[\s,]+[^\W\d_]{2,}){2}")
-_NOT_PROSE = re.compile(
-    r"\\[A-Za-z]+|</?\w+>|https?://\S+|(?<![A-Za-z\d_])[A-Za-z\d_]*[\d_][A-Za-z\d_]*|\b[a-z]+[A-Z][A-Za-z]*"
-)
 _END_OF_SENTENCE = re.compile(r"[.!?]\s|[\n。！？।؟۔]")
 _END_OF_REASONING = re.compile(r"</think>|<answer>")
 
@@ -76,13 +70,18 @@ class LanguageConsistencyReward:
     3. they are foreign if there are at least 40 letters and its confidence in another language is 0.99. In Latin
        letters, where it is as sure of slang and noise, they also need that language in either half of the words, with
        0.1 or more, and most of them must not look like names (capitalized) or abbreviations;
-    4. the words of all other sentences are judged alike, as one text, where 12 letters will do with 0.95; and if that
-       tells nothing, they are the target's if they are along with those that are.
+    4. all other sentences are judged alike, as one text, where 24 letters will do for another language. If they are in
+       one, those are foreign in which lingua finds no language 20 times likelier than it;
+    5. the sentences left are judged alike as two texts: those in which lingua finds no language 20 times likelier than
+       the target, and the others. For the target 12 letters will do with 0.95. If that tells nothing of the first
+       text, it is the target's if it is along with the words of 2; of the second, foreign is what 4 says.
 
     The reward is the share of the target's words among those judged. It abstains with None where there is no evidence:
-    no words, as in an empty reasoning, or half of the letters or more in words that cannot be judged. Sentences are not
-    divided: a few foreign words in one do not count, if they are in its script, and one that is half in another
-    language is in either or cannot be judged.
+    no words, as in an empty reasoning; half of the letters or more in words that cannot be judged; or, in those of them
+    where another language is 20 times likelier, at least half as many letters as are judged. Fewer are left out of the
+    share, so that a short sentence or two in another language may go unnoticed. Sentences are not divided: a few
+    foreign words in one do not count, if they are in its script, and one that is half in another language is in either
+    or cannot be judged.
 
     lingua cannot be relied on to tell apart Indonesian and Malay, Bosnian, Croatian and Serbian, and the two written
     forms of Norwegian: of two such the one is never foreign to the other, and the reward often abstains. Name both,
@@ -136,67 +135,82 @@ def _share_of(vocabulary: frozenset[str], words: list[str]) -> float:
 
 def _share_in(targets: frozenset[str], text: str) -> float | None:
     """The share of the words of a natural text that are in one of the languages; None without evidence."""
-    prose = _NOT_PROSE.sub(" ", _without_code_and_formulas(text))
     by_verdict: dict[bool | None, list[_Word]] = {True: [], False: [], None: []}
-    for sentence in _END_OF_SENTENCE.split(prose):
+    undecided: dict[str, list[list[_Word]]] = {}
+    for sentence in _END_OF_SENTENCE.split(prose_of(text)):
         for words in _by_script(_without_names(_words_of(sentence), targets)):
-            by_verdict[_is_in(targets, words)] += words
-    undecided, by_verdict[None] = by_verdict[None], []
-    for words in _by_script(undecided):
-        verdict = _is_in(targets, words, _FEW_LETTERS)
-        of_target = [word for word in by_verdict[True] if word.script == words[0].script]
-        if verdict is None and of_target and _is_in(targets, of_target + words):
-            verdict = True
-        by_verdict[verdict] += words
+            verdict = _is_in(targets, words)
+            if verdict is None:
+                undecided.setdefault(words[0].script, []).append(words)
+            else:
+                by_verdict[verdict] += words
+    of_target = {script: [w for w in by_verdict[True] if w.script == script] for script in undecided}
+    unlikely_letters = 0
+    for script, sentences in undecided.items():
+        foreign, sentences = _split_foreign(targets, sentences)
+        likely, unlikely = _split_by_likelihood(targets, sentences)
+        unlikely_foreign, unlikely = _split_foreign(targets, unlikely)
+        by_verdict[False] += foreign + unlikely_foreign
+        by_verdict[_pool_verdict(targets, _joined(likely), of_target[script])] += _joined(likely)
+        verdict = _pool_verdict(targets, _joined(unlikely), [])
+        by_verdict[verdict] += _joined(unlikely)
+        unlikely_letters += 0 if verdict else _letters(_joined(unlikely))
     judged = by_verdict[True] + by_verdict[False]
-    return len(by_verdict[True]) / len(judged) if _letters(judged) > _letters(by_verdict[None]) else None
+    has_evidence = _letters(judged) > max(_letters(by_verdict[None]), 2 * unlikely_letters)
+    return len(by_verdict[True]) / len(judged) if has_evidence else None
 
 
-def _without_code_and_formulas(text: str) -> str:
-    prose: list[str] = []
-    unclosed: set[str] = set()
-    copied = position = 0
-    while opening := _OPENING.search(text, position):
-        position = opening.end()
-        end = _end_of(opening, unclosed)
-        if end is not None:
-            prose.append(text[copied : opening.start()])
-            copied = position = end
-    return " ".join([*prose, text[copied:]])
+def _split_foreign(targets: frozenset[str], sentences: list[list[_Word]]) -> tuple[list[_Word], list[list[_Word]]]:
+    """Words of the sentences of one script that together are in another language, and the other sentences."""
+    if not sentences or _is_in(targets, _joined(sentences), is_pool=True) is not False:
+        return [], sentences
+    likely, unlikely = _split_by_likelihood(_likeliest(_confidences(_joined(sentences))), sentences)
+    foreign = _joined(likely)
+    if not foreign or _is_in(targets, foreign, is_pool=True) is not False:
+        return [], sentences
+    return foreign, unlikely
 
 
-def _end_of(opening: re.Match[str], unclosed: set[str]) -> int | None:
-    """Where the code or the formula ends that a sign opens, None if it opens none.
+def _split_by_likelihood(
+    languages: frozenset[str], sentences: list[list[_Word]]
+) -> tuple[list[list[_Word]], list[list[_Word]]]:
+    """Sentences in which lingua finds no language far likelier than these, and the others."""
+    likely: list[list[_Word]] = []
+    unlikely: list[list[_Word]] = []
+    for words in sentences:
+        (likely if _may_be_in(languages, words) else unlikely).append(words)
+    return likely, unlikely
 
-    What closes nothing in the rest of the text is put in ``unclosed``: looking for it again would take quadratic time.
+
+def _pool_verdict(targets: frozenset[str], pool: list[_Word], of_target: list[_Word]) -> bool | None:
+    """True if words of several sentences are in one of the languages, by themselves or along with words that are."""
+    verdict = _is_in(targets, pool, is_pool=True) if pool else None
+    if verdict is None and pool and of_target:
+        verdict = _is_in(targets, of_target + pool)
+    return verdict or None
+
+
+def _may_be_in(languages: frozenset[str], words: list[_Word]) -> bool:
+    """Whether lingua finds no language far likelier than these in words of one script, or knows none of them in it."""
+    script = words[0].script
+    if script not in _SHARED or not languages & _languages_in(script):
+        return True
+    confidences = _confidences(words)
+    confidence = sum(confidences.get(name, 0.0) for name in languages)
+    return confidence >= _NEAR_LIKELIEST * max(confidences.values(), default=0.0)
+
+
+def _is_in(targets: frozenset[str], words: list[_Word], *, is_pool: bool = False) -> bool | None:
+    """Whether words of one script are in one of the languages, None if that cannot be told.
+
+    A pool of sentences needs fewer letters than a sentence.
     """
-    text, sign = opening.string, opening.group()
-    if sign in ("`", "$"):
-        span = _SPAN.match(text, opening.start())
-        if span is None or (sign == "$" and _is_between_prices(span["formula"])):
-            return None
-        return span.end()
-    closing = rf"\end{{{opening['environment']}}}" if opening["environment"] else _CLOSING.get(sign, sign)
-    end = -1 if closing in unclosed else text.find(closing, opening.end())
-    if end >= 0:
-        return end + len(closing)
-    unclosed.add(closing)
-    return len(text) if opening["fence"] else None
-
-
-def _is_between_prices(text: str) -> bool:
-    """Whether what stands between two dollars is prose: with a space at one end alone, or with words in a row."""
-    return text[0].isspace() != text[-1].isspace() or _WORDS_IN_A_ROW.search(_COMMAND.sub(" ", text)) is not None
-
-
-def _is_in(targets: frozenset[str], words: list[_Word], least_letters: int = _LETTERS) -> bool | None:
-    """Whether words of one script are in one of the languages, None if that cannot be told."""
     script = words[0].script
     if any(script in _ALSO_IN.get(target, ()) for target in targets):
         return None
     if script in _SHARED and not targets & _languages_in(script):
         return False
-    if script in _SHARED and _letters(words) < least_letters:
+    if script in _SHARED and _letters(words) < (_FEW_LETTERS if is_pool else _LETTERS):
         return None
     confidences = _confidences(words)
     confidence = sum(confidences.get(target, 0.0) for target in targets)
@@ -207,17 +221,18 @@ def _is_in(targets: frozenset[str], words: list[_Word], least_letters: int = _LE
     if confidence >= _SURE:
         return True if confidence >= _SURE_OF_FEW or _letters(words) >= _LETTERS else None
     without_names = [word for word in words if word.text.islower()]
-    if len(without_names) < len(words) and without_names and _is_in(targets, without_names, least_letters):
+    if len(without_names) < len(words) and without_names and _is_in(targets, without_names, is_pool=is_pool):
         return True
+    if _letters(words) < (_LETTERS_OF_OTHER_IN_POOL if is_pool else _LETTERS_OF_OTHER):
+        return None
     return False if _is_in_another(targets, words, confidences) else None
 
 
 def _is_in_another(targets: frozenset[str], words: list[_Word], confidences: dict[str, float]) -> bool:
     """Whether words of a shared script are in a language that is no target, nor close to one."""
-    likeliest = max(confidences, key=lambda name: confidences[name], default="")
-    others = next((group for group in _CLOSE if likeliest in group), frozenset({likeliest}))
+    others = _likeliest(confidences)
     names = [w for w in words if w.text[0].isupper() and (len(w.text) <= 4 or not w.text.isupper())]
-    if others & targets or 3 * len(names) > 2 * len(words) or _letters(words) < _LETTERS_OF_OTHER:
+    if others & targets or 3 * len(names) > 2 * len(words):
         return False
     if sum(confidences.get(name, 0.0) for name in others) < _SURE_OF_OTHER:
         return False
@@ -227,6 +242,16 @@ def _is_in_another(targets: frozenset[str], words: list[_Word], confidences: dic
     middle = len(words) // 2
     halves = [_confidences(words[:middle]), _confidences(words[middle:])]
     return all(sum(half.get(name, 0.0) for name in others) >= _SURE_OF_HALF for half in halves)
+
+
+def _likeliest(confidences: dict[str, float]) -> frozenset[str]:
+    """The likeliest language, and those that lingua cannot be relied on to tell apart from it."""
+    likeliest = max(confidences, key=lambda name: confidences[name], default="")
+    return next((group for group in _CLOSE if likeliest in group), frozenset({likeliest}))
+
+
+def _joined(sentences: Iterable[list[_Word]]) -> list[_Word]:
+    return list(chain.from_iterable(sentences))
 
 
 def _letters(words: list[_Word]) -> int:
