@@ -58,7 +58,7 @@ _LINE_MARK = re.compile(
 )
 _LAST_TOKEN = re.compile(rf"(?:{_SPECIAL_TOKEN})\Z")
 
-_PYTHON = re.compile(r"i?py(?:thon)?[\d.]*|.*\.py")
+_PYTHON = re.compile(r"(?:i?py(?:thon)?|pypy)[\d.]*|.*\.py")
 _WORD = re.compile(r"[\w.+#/-]+")
 _MARKDOWN = ("markdown", "md")
 _DIRECTIVES = ("code", "code-block", "code-cell", "sourcecode")  # {code-block} python

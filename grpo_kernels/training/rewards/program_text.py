@@ -21,6 +21,7 @@ from grpo_kernels.training.rewards.python_outline import Outline, outline, reads
 
 _PROMPT = re.compile(r">>>( |$)|In \[\d+\]:|[$%] ")  # of a transcript
 _MOST_BLOCKS = 1000  # each is parsed
+_NEAR = 20  # blocks before one that it may repeat a part of
 
 
 class _Program(NamedTuple):
@@ -45,9 +46,10 @@ def extract_program(completion: str | Sequence[dict[str, Any]]) -> str | None:
     Fences are those of CommonMark, indented as deep as you like, in lists and quotes, and also one that ends on a line
     of code, is not closed, or stands behind words. Of several blocks the last one labelled as Python counts
     (``python``, ``py``, ``Python3``, ``{.python}``, ``main.py`` and the like), else the last without a label. Those
-    that are only an expression, constants, imports or statements on names that nothing defines come after all others,
-    and so do examples and tests: blocks that use what one before them defines and define nothing themselves but tests
-    (``test_x``, a ``TestCase``, ``main``). Blocks with other labels, empty ones and transcripts (``>>> x``) are no
+    that are only an expression, constants, imports, functions without a body, statements that print nothing or are on
+    names that nothing defines come after all others. So do excerpts, examples and tests: blocks that repeat a part of
+    one before them, or use what it defines, outside functions of their own that are no tests (``test_x``, a
+    ``TestCase``, ``main``). Blocks with other labels, empty ones and transcripts (``>>> x``) are no
     programs; one labelled ``markdown`` is looked into if there is none outside. Of more than 1000 blocks the last ones
     count. A fence in a string or comment of a block, a docstring say, does not end it. Special tokens (``<|im_end|>``)
     end a block and are no part of it.
@@ -97,10 +99,14 @@ def _program_of(blocks: list[Block]) -> _Program | None:
             defined_by.setdefault(name, i)
     best, best_rank = None, None
     for i, (block, block_outline) in enumerate(zip(blocks, outlines, strict=True)):
-        is_usage = block_outline.definitions <= block_outline.tests and (
-            any(defined_by.get(name, i) < i for name in block_outline.needed) or (i > 0 and block_outline.runs_tests)
-        )
-        strength = 0 if is_usage else _strength(block.label, block_outline)
+        needed = block_outline.needed_at_once
+        if block_outline.definitions <= block_outline.tests:
+            needed = block_outline.needed
+        elif "Solution" in block_outline.definitions:  # which an earlier block may only give types
+            needed = frozenset()
+        is_usage = any(defined_by.get(name, i) < i for name in needed) or (i > 0 and block_outline.runs_tests)
+        is_repeated = any(f"\n{block.program}\n" in f"\n{earlier.program}\n" for earlier in blocks[:i][-_NEAR:])
+        strength = 0 if is_usage or is_repeated else _strength(block.label, block_outline)
         is_python = block.label == "python"
         rank = (
             strength > 0,
@@ -117,7 +123,7 @@ def _program_of(blocks: list[Block]) -> _Program | None:
 def _strength(label: str | None, of_program: Outline) -> int:
     """2 for a program, 1 for what may be one, 0 for an expression or prose."""
     is_python = label == "python"
-    if of_program.has_statement or (is_python and not of_program.is_parsed and of_program.definitions):
+    if of_program.has_effect or (is_python and not of_program.is_parsed and of_program.definitions):
         return 2
     return int(of_program.may_be_program or (not of_program.is_parsed and (is_python or bool(of_program.definitions))))
 

@@ -23,11 +23,13 @@ _NEIGHBOURS = re.compile(r"\b([^\W\d]\w*)[ \t]+(?=([^\W\d]\w*))")
 _DEFINED = re.compile(r"^(?:async\s+)?(?:def|class)\s+(\w+).*\n+[ \t]+\S", re.MULTILINE)  # with a body
 _CALLED = re.compile(r"(?<!\.)\b(\w+)\s*\(")
 _TEST = re.compile(
-    r"_*(?:tests?|check|verify|example|demo|run_\w*|main)(?![a-z])|_*tests?_?\w*|\w*_tests?$", re.IGNORECASE
+    r"_*(?:tests?|check|verify|example|demo|benchmark|run_\w*|main)(?![a-z])|_*tests?_?\w*|\w*_tests?$", re.IGNORECASE
 )
 _PREDEFINED = {*dir(builtins), "__file__"}
 _TEST_RUNNERS = ("doctest", "pytest", "unittest")
 _NAMED = (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef, ast.ExceptHandler, ast.MatchAs, ast.MatchStar)
+_DEFINITIONS = (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)
+_OUTPUT = ("print", "exec", "write", "writelines", "system")  # what is called to write something
 _LONGEST = 50_000  # characters of a text that is parsed
 
 
@@ -35,17 +37,19 @@ _LONGEST = 50_000  # characters of a text that is parsed
 class Outline:
     """The top level of a program.
 
-    ``definitions`` are its functions and classes, ``tests`` those of them that test or show others, and ``needed`` the
-    names that it uses and does not define. Of a text that does not parse they are what its lines look like.
+    ``definitions`` are its functions and classes with a body, ``tests`` those of them that test or show others, and
+    ``needed`` the names that it uses and does not define, ``needed_at_once`` those that it uses outside them. Of a text
+    that does not parse they are what its lines look like.
     """
 
     is_parsed: bool
-    has_statement: bool  # more than expressions, annotations, imports and constants, and every name is defined
+    has_effect: bool  # it defines or prints something, and every name is defined
     may_be_program: bool  # an excerpt, imports or constants
     runs_tests: bool  # that stand elsewhere
     definitions: frozenset[str]
     tests: frozenset[str]
     needed: frozenset[str]
+    needed_at_once: frozenset[str]
 
 
 def outline(text: str) -> Outline:
@@ -54,11 +58,12 @@ def outline(text: str) -> Outline:
         code = _without_strings(text)
         definitions = frozenset(_DEFINED.findall(code))
         tests = frozenset(name for name in definitions if _TEST.match(name))
-        return Outline(False, False, False, False, definitions, tests, frozenset(_CALLED.findall(code)) - definitions)
+        called = frozenset(_CALLED.findall(code)) - definitions
+        return Outline(False, False, False, False, definitions, tests, called, frozenset())
     definitions: set[str] = set()
     tests: set[str] = set()
     for node in tree.body:
-        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
+        if isinstance(node, _DEFINITIONS) and not _is_stub(node):
             definitions.add(node.name)
             if _TEST.match(node.name) or (isinstance(node, ast.ClassDef) and "TestCase" in map(_last_name, node.bases)):
                 tests.add(node.name)
@@ -66,16 +71,18 @@ def outline(text: str) -> Outline:
             definitions.update(target.id for target in node.targets if isinstance(target, ast.Name))
     needed = _needed(tree) - definitions
     has_statement = any(_is_statement(node) for node in tree.body)
-    is_excerpt = has_statement and not definitions and not needed <= _PREDEFINED
+    is_excerpt = has_statement and not definitions and (not needed <= _PREDEFINED or not _prints(tree))
+    at_once = ast.Module([node for node in tree.body if not isinstance(node, _DEFINITIONS)], [])
     modules = {name.split(".")[0] for node in tree.body for name in _imported(node)}
     return Outline(
         is_parsed=True,
-        has_statement=has_statement and not is_excerpt,
+        has_effect=has_statement and not is_excerpt,
         may_be_program=is_excerpt or any(isinstance(n, ast.Assign | ast.Import | ast.ImportFrom) for n in tree.body),
         runs_tests=definitions <= tests and not modules.isdisjoint(_TEST_RUNNERS),
         definitions=frozenset(definitions),
         tests=frozenset(tests),
         needed=frozenset(needed),
+        needed_at_once=frozenset(needed & _needed(at_once)),
     )
 
 
@@ -103,13 +110,28 @@ def _parsed(text: str) -> ast.Module | None:
 
 
 def _without_strings(text: str) -> str:
-    return _LEXEME.sub('""', text)
+    return _LEXEME.sub(lambda lexeme: '""' if lexeme["quoted"] else " ", text)
+
+
+def _is_stub(node: ast.stmt) -> bool:
+    """Whether a function or class has nothing in it but what stands for a body."""
+    if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
+        return all(map(_is_stub, node.body))
+    if isinstance(node, ast.Raise):
+        error = node.exc.func if isinstance(node.exc, ast.Call) else node.exc
+        return error is not None and _last_name(error) == "NotImplementedError"
+    return isinstance(node, ast.Pass) or (isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant))
+
+
+def _prints(node: ast.AST) -> bool:
+    return any(isinstance(call, ast.Call) and _last_name(call.func) in _OUTPUT for call in ast.walk(node))
 
 
 def _is_statement(node: ast.stmt) -> bool:
     if isinstance(node, ast.Expr):
-        calls = (call.func for call in ast.walk(node) if isinstance(call, ast.Call))
-        return any(isinstance(function, ast.Name) and function.id in ("print", "exec") for function in calls)
+        return _prints(node)
+    if isinstance(node, _DEFINITIONS):
+        return not _is_stub(node)
     if isinstance(node, ast.Assign):
         return any(isinstance(part, ast.Name | ast.Call) for part in ast.walk(node.value))
     return not isinstance(node, ast.AnnAssign | ast.Pass | ast.Return | ast.Import | ast.ImportFrom)
