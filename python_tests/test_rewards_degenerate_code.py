@@ -14,10 +14,11 @@ PIECES = [
     "Code:```py\nx\n```\n", "````markdown\n", "```markdown\n```py\n", "```py\ndef f(): f()\n```\n", "# ```\n",
     "# ```python\nx\n# ```\n", "#```py\n", "```py\n#```\n~~~\n", "```py\n(\n'```'\n", "```py\n# <answer>\n",
     "<answer>", "</answer>", "<answer>1</answer>", "```py\n<answer>\n", "<think>", "</think>", "[THINK]",
-    "assistantfinal",
+    "assistantfinal", "[PYTHON]", "[PYTHON]\n", "[PYTHON]\n[/PYTHON]\n", "<|python_tag|>", "```py\nclass A:\n pass\n",
     "<|im_end|>", "<|a|>\n", "<|", "<eos> ", "```py\n<|im_end|>\n", "<a>", "<", "'", '"', "'''", '"""', "\\", "\\'",
     "\\'''", "\\\n", "'\\", "> ", ">\n", "> ```\n", "> ```py\n> x\n", "- ", "- a\n", "1. ", "1```\n", "\t", " ", "\n",
     "\0",
+    "def f():\n \n",
     "#", "(", "[", "-", "not ", "a.", "1+", "lambda:", "x = 1\n", "def f():\n", "python\n", "a b ", "\u0301", "\ud800",
 ]  # fmt: skip
 LENGTH = 100_000  # characters
@@ -35,6 +36,12 @@ def test_many_programs_that_seem_to_go_on_are_not_all_read_to_the_end() -> None:
     """Each block ends in a comment, so that all which follows could be part of it."""
     text = "# ```python\nx = (\n# ```\n" * (4 * LENGTH // 24)
     assert seconds_in_a_thread(extract_program, text) < 4 * SECONDS
+
+
+def test_many_programs_behind_a_long_one_are_not_long_to_look_for_in_it() -> None:
+    long = "print(1)\n" * 5000
+    text = f"```py\n{long}```\n" + f"```py\n{'print(1)' * 2}\n```\n```py\n{long[:81]}print(2)\n```\n" * 500
+    assert seconds_in_a_thread(extract_program, text) < SECONDS
 
 
 @pytest.mark.parametrize(

@@ -43,22 +43,25 @@ def _tag_pattern(tag: str) -> str:
 _TAG_PATTERNS = [_tag_pattern(tag) for pair in REASONING_TAGS for tag in pair]
 # A tag in quotes or in a code span of its own is spoken of, not used.
 _TAG = rf"(?!(?<!```)(?<=[\"'`])</?\w+>[\"'`])(?:{'|'.join([*ANSWER_TAGS, *_TAG_PATTERNS])})"
-_SPECIAL_TOKEN = r"<[|｜][^|｜<>\n]{1,40}[|｜]>|</s>|<(?:eos|end_of_turn)>(?=\s*$)"
+_SPECIAL_TOKEN = r"<[|｜][^|｜<>\n]{1,40}[|｜]>|</s>|\[/PYTHON\]|<(?:eos|end_of_turn)>(?=\s*$)"
 _LONGEST_SPECIAL_TOKEN = 44
 _RUN = r"`{3,}|~{3,}"
+# What programs stand behind without a fence: Llama's token for code to run, and CodeLlama's tag.
+_START = r"(?:<\|python_tag\|>|(?m:^)[ \t]*\[PYTHON\])(?!\s*(?:```|~~~))"
+_LABEL = r"(?:i?py(?:thon)?|pypy)[\d.]*"
 
-_MARK = re.compile(rf"(?P<run>{_RUN})|(?P<tag>{_TAG})")
+_MARK = re.compile(rf"(?P<run>{_RUN})|(?P<start>{_START})|(?P<tag>{_TAG})")
 # What ends a program where strings and comments hide it, and where they do not.
 _CODE_MARK = re.compile(
     rf"{QUOTED}|\#[^\n]*|\\.|(?P<run>{_RUN})|(?P<tag>{_TAG})|(?P<token>{_SPECIAL_TOKEN})", re.DOTALL | re.MULTILINE
 )
 _LINE_MARK = re.compile(
-    rf"(?P<run>{_RUN})[ \t]*(?:(?i:i?py(?:thon)?[\d.]*)[ \t]*)?$|(?P<tag>{_TAG})|(?P<token>{_SPECIAL_TOKEN})$",
+    rf"(?P<run>{_RUN})[ \t]*(?:(?i:{_LABEL})[ \t]*)?$|(?P<tag>{_TAG})|(?P<token>{_SPECIAL_TOKEN})$",
     re.MULTILINE,
 )
 _LAST_TOKEN = re.compile(rf"(?:{_SPECIAL_TOKEN})\Z")
 
-_PYTHON = re.compile(r"(?:i?py(?:thon)?|pypy)[\d.]*|.*\.py")
+_PYTHON = re.compile(rf"{_LABEL}|.*\.py")
 _WORD = re.compile(r"[\w.+#/-]+")
 _MARKDOWN = ("markdown", "md")
 _DIRECTIVES = ("code", "code-block", "code-cell", "sourcecode")  # {code-block} python
@@ -66,7 +69,7 @@ _STATEMENT = (
     r"(?:(?:async\s+)?def\s+\w+\s*\(|class\s+\w+\s*[(:]|import\s+\w|from\s+[\w.]+\s+import\b|for\s.*\bin\b"
     r"|(?:while|if|with)\s.*:|try\s*:|print\s*\(|@\w|\w+\s=\s)"
 )
-_CODE_IN_INFO = re.compile(rf"\s*(?:python3?(?={_STATEMENT})|i?py(?:thon)?[\d.]*\s+(?={_STATEMENT}))", re.IGNORECASE)
+_CODE_IN_INFO = re.compile(rf"\s*(?:python3?(?={_STATEMENT})|{_LABEL}\s+(?={_STATEMENT}))", re.IGNORECASE)
 _CODE = re.compile(rf"\s*(?={_STATEMENT})")
 _ATTACHED = re.compile(r"[\w{.]")
 _WORD_IN_INFO = re.compile(r"[ \t]*[\w.+#=:{}-]*[ \t]*")
@@ -160,6 +163,11 @@ class _Scanner:
                 self._end_segment()
                 self.segments.append(Segment(_KINDS.get(mark["tag"].lower(), mark["tag"])))
                 text_start = floor = position
+                continue
+            if mark["start"]:
+                self._texts.append(text[text_start:start])
+                fence = _Fence("```", "python", position, indent=0, has_code=False)
+                text_start = floor = position = self._read_block(text, fence, is_in_markdown=markdown is not None)
                 continue
             before = text[max(line_start, floor, start - _LONGEST_PREFIX) : start]
             is_quoted = not in_quote and _QUOTED_LINE.match(before) is not None

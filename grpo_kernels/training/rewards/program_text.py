@@ -20,8 +20,8 @@ from grpo_kernels.training.rewards.completions import completion_text
 from grpo_kernels.training.rewards.python_outline import Outline, outline, reads_as_code
 
 _PROMPT = re.compile(r">>>( |$)|In \[\d+\]:|[$%] ")  # of a transcript
+_SOLUTION = "Solution"  # LeetCode's class: what stands before it may be the types that it is given
 _MOST_BLOCKS = 1000  # each is parsed
-_NEAR = 20  # blocks before one that it may repeat a part of
 
 
 class _Program(NamedTuple):
@@ -44,15 +44,16 @@ def extract_program(completion: str | Sequence[dict[str, Any]]) -> str | None:
     tag without a beginning. Tags in a string or comment of a program are part of the program.
 
     Fences are those of CommonMark, indented as deep as you like, in lists and quotes, and also one that ends on a line
-    of code, is not closed, or stands behind words. Of several blocks the last one labelled as Python counts
-    (``python``, ``py``, ``Python3``, ``{.python}``, ``main.py`` and the like), else the last without a label. Those
-    that are only an expression, constants, imports, functions without a body, statements that print nothing or are on
-    names that nothing defines come after all others. So do excerpts, examples and tests: blocks that repeat a part of
-    one before them, or use what it defines, outside functions of their own that are no tests (``test_x``, a
-    ``TestCase``, ``main``). Blocks with other labels, empty ones and transcripts (``>>> x``) are no
-    programs; one labelled ``markdown`` is looked into if there is none outside. Of more than 1000 blocks the last ones
-    count. A fence in a string or comment of a block, a docstring say, does not end it. Special tokens (``<|im_end|>``)
-    end a block and are no part of it.
+    of code, is not closed, or stands behind words. ``[PYTHON]`` at the start of a line and ``<|python_tag|>`` open a
+    block, too. Of several blocks the last one labelled as Python counts (``python``, ``py``, ``Python3``, ``pypy3``,
+    ``{.python}``, ``main.py`` and the like), else the last without a label. Those that are only an expression,
+    constants, imports, functions without a body or statements on names that nothing defines come after all others, and
+    so do examples and tests: blocks that use what one before them defines and redefine none of it but tests
+    (``test_x``, a ``TestCase``, ``main``). Those that neither define nor print anything come after those that do. Lines
+    of the program that stand once more in a block below do not replace it. Blocks with other labels, empty ones and
+    transcripts (``>>> x``) are no programs; one labelled ``markdown`` is looked into if there is none outside. Of more
+    than 1000 blocks the last ones count. A fence in a string or comment of a block, a docstring say, does not end it.
+    Special tokens (``<|im_end|>``, ``[/PYTHON]``) end a block and are no part of it.
 
     Example:
         >>> extract_program("<think>Try x = 0.</think>\\n<answer>\\n~~~py\\nx = 1\\n~~~\\n</answer>")
@@ -93,20 +94,17 @@ def _program_of(blocks: list[Block]) -> _Program | None:
     blocks = [b for b in blocks if b.label is not None and b.program.strip()]
     blocks = [b for b in blocks if not _PROMPT.match(b.program.lstrip())][-_MOST_BLOCKS:]
     outlines = [outline(block.program) for block in blocks]
-    defined_by: dict[str, int] = {}  # the first block with the name
-    for i, block_outline in enumerate(outlines):
-        for name in block_outline.definitions:
-            defined_by.setdefault(name, i)
-    best, best_rank = None, None
+    defined: set[str] = set()  # by the blocks before that can run alone
+    best, best_rank, best_lines = None, None, ""
     for i, (block, block_outline) in enumerate(zip(blocks, outlines, strict=True)):
-        needed = block_outline.needed_at_once
-        if block_outline.definitions <= block_outline.tests:
-            needed = block_outline.needed
-        elif "Solution" in block_outline.definitions:  # which an earlier block may only give types
-            needed = frozenset()
-        is_usage = any(defined_by.get(name, i) < i for name in needed) or (i > 0 and block_outline.runs_tests)
-        is_repeated = any(f"\n{block.program}\n" in f"\n{earlier.program}\n" for earlier in blocks[:i][-_NEAR:])
-        strength = 0 if is_usage or is_repeated else _strength(block.label, block_outline)
+        is_usage = (i > 0 and block_outline.runs_tests) or (
+            not defined.isdisjoint(block_outline.needed)
+            and _SOLUTION not in block_outline.definitions
+            and defined.isdisjoint(block_outline.definitions - block_outline.tests)
+        )
+        if not is_usage:
+            defined |= block_outline.definitions
+        strength = 0 if is_usage else _strength(block.label, block_outline)
         is_python = block.label == "python"
         rank = (
             strength > 0,
@@ -115,16 +113,22 @@ def _program_of(blocks: list[Block]) -> _Program | None:
             is_python,
             is_python or reads_as_code(block.program),
         )
-        if best_rank is None or rank >= best_rank:
-            best, best_rank = _Program(block.program, strength > 0), rank
+        lines = _lines(block.program)
+        if best_rank is None or rank > best_rank or (rank == best_rank and lines not in best_lines):
+            best, best_rank, best_lines = _Program(block.program, strength > 0), rank, lines
     return best
 
 
+def _lines(program: str) -> str:
+    """The lines of a program, each between line breaks, without indents and empty ones."""
+    return "\n".join(["", *(line.strip() for line in program.split("\n") if line.strip()), ""])
+
+
 def _strength(label: str | None, of_program: Outline) -> int:
-    """2 for a program, 1 for what may be one, 0 for an expression or prose."""
+    """3 for a program, 2 for one without effect, 1 for what may be one, 0 for an expression or prose."""
     is_python = label == "python"
-    if of_program.has_effect or (is_python and not of_program.is_parsed and of_program.definitions):
-        return 2
+    if of_program.has_statement or (is_python and not of_program.is_parsed and of_program.definitions):
+        return 2 + of_program.has_effect
     return int(of_program.may_be_program or (not of_program.is_parsed and (is_python or bool(of_program.definitions))))
 
 
