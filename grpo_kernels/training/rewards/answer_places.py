@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterator
 from typing import NamedTuple
 
-_LONGEST = 2000  # characters in a box, and before it that may belong to the answer
+_LONGEST = 2000  # characters in a box, or in several that are joined
 _BOX = re.compile(r"\\(?:boxed|fbox)(?:\s*(?P<brace>\{)|\s+(?P<bare>-?\w+))")
 _BETWEEN_BOXES = re.compile(r"[\s$*]*(?:(?:,|;|,?\s*(?:and|or)\b)[\s$*]*)?(?:[a-zA-Z]\s*=\s*)?")
 _PERCENT = re.compile(r"[\s$]{0,5}(\\?%)")
@@ -70,26 +70,34 @@ class Place(NamedTuple):
     end: int
 
 
-def last_box(text: str) -> Place | None:
-    """What stands in the last ``\\boxed``, with those before it that a comma, "and" or "or" joins to it.
+def boxes(text: str) -> Iterator[Place]:
+    r"""What stands in each ``\boxed``, from the last to the first; none where the last one is not closed.
+
+    Boxes that a comma, "and" or "or" joins are one place.
 
     Example:
-        >>> last_box(r"We get \boxed{3}. So x is \boxed{4} or \boxed{5}.").text
-        '4, 5'
+        >>> [place.text for place in boxes(r"We get \boxed{3}. So x is \boxed{4} or \boxed{5}.")]
+        ['4, 5', '3']
     """
-    boxes = list(_BOX.finditer(text))[-_LONGEST:]
-    last: Place | None = None
-    for opening in reversed(boxes):
+    joined: Place | None = None
+    for opening in reversed(list(_BOX.finditer(text))):
         place = _box(text, opening)
-        if last is None:
-            last = place
-        elif place is None or not _BETWEEN_BOXES.fullmatch(text, place.end, last.start):
-            return last
+        if place is None:
+            break
+        if joined is None:
+            joined = place
+        elif len(joined.text) < _LONGEST and _BETWEEN_BOXES.fullmatch(text, place.end, joined.start):
+            joined = Place(f"{place.text}, {joined.text}", place.start, joined.end)
         else:
-            last = Place(f"{place.text}, {last.text}", place.start, last.end)
-        if last is None or len(last.text) > _LONGEST:
-            return last
-    return last
+            yield joined
+            joined = place
+    if joined is not None:
+        yield joined
+
+
+def last_box(text: str) -> Place | None:
+    """The last of ``boxes``."""
+    return next(boxes(text), None)
 
 
 def last_formula(text: str) -> Place | None:

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from decimal import Context, Decimal
 from typing import Any
 
-from grpo_kernels.training.rewards.answer_places import is_denied, last_box, last_formula
+from grpo_kernels.training.rewards.answer_places import boxes, is_denied, last_box, last_formula
 from grpo_kernels.training.rewards.completions import completion_text
 from grpo_kernels.training.rewards.time_limit import TimeLimit
 
@@ -192,15 +192,11 @@ def _read_completion(completion: Any) -> Any:
         return _read(_after_hashes(answers[-1]))
     hashes = text.rfind("####")
     box = last_box(text)
-    has_box = box is not None
     if hashes >= 0 and not (box and box.end > text.find("\n", hashes) % (len(text) + 1)):
         return _read(_after_hashes(text))
-    while box and is_denied(text, box):
-        box, text = last_box(text[: box.start]), text[: box.start]
-    if box:
-        return _read(box.text)
-    formula = None if has_box else last_formula(text)
-    return None if formula is None or is_denied(text, formula) else _read(formula.text)
+    candidates = boxes(text) if box else filter(None, [last_formula(text)])
+    place = next((each for each in candidates if not is_denied(text, each)), None)
+    return None if place is None else _read(place.text)
 
 
 def _read(text: str) -> Any:

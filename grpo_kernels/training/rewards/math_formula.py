@@ -86,12 +86,12 @@ def parse_formula(text: str) -> Any:
         return -value if plain[1] == "-" else value
     if len(text) > _MAX_LENGTH or _TOO_LARGE.search(text):
         return None
-    if re.search(r"\\(?:land|lor)(?![a-z])", text):
-        return _connected(text)
     if "'" in text:  # the parser would transpose what stands before it
         return None
     exact, approx, rounded = text.partition(r"\approx")
     try:
+        if re.search(r"\\(?:land|lor)(?![a-z])", text):
+            return _connected(text)
         if approx:
             return _approximated(parse_formula(exact.strip()), parse_formula(rounded.strip()))
         if text.count(r"\pm") == 1 and r"\{\pm" not in text.replace(" ", ""):
