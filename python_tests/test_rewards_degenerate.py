@@ -16,7 +16,8 @@ PIECES = [
     "`", "```\n", "```python\n'''", "~~~ ", "<answer>", "</answer>", "<answer>1</answer>", "<think>", "$", "$a ", "$$",
     "$1$ and ", "\\(", "\\[", "\\(1\\) ", "{", "(", "[", "9", "1,", " ", "\n", "> ", "- ", "*a", "<a ", "\\boxed{",
     "\\boxed{5} ",
-    "\\boxed{5} is wrong. ", "\\boxed{5}, ", "\\frac{", "\\begin{pmatrix}", "answer ", "answer is not ", "#### ", "\0", "\ud800",
+    "\\boxed{5} is wrong. ", "\\boxed{5}, ", "\\frac{", "\\begin{pmatrix}", "answer ", "answer is not ",
+    "#### ", "\0", "\ud800",
     "\u0301", "中", "x", "a b ", "|x|", "\\log(", "(1,2)\\cup ",
 ]  # fmt: skip
 LENGTH = 100_000  # characters
