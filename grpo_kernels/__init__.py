@@ -23,7 +23,7 @@ from grpo_kernels.ops.tokens.gae import GAEOutput, gae
 from grpo_kernels.ops.tokens.group_advantages import group_advantages
 from grpo_kernels.ops.tokens.policy_loss import PolicyLossOutput, policy_loss
 from grpo_kernels.preferences import PreferenceOutput, dpo_loss, reward_model_loss
-from grpo_kernels.rewards import kl_penalized_rewards, mask_truncated
+from grpo_kernels.reward_shaping import kl_penalized_rewards, mask_truncated
 from grpo_kernels.version import __version__
 
 __all__ = [

@@ -74,7 +74,7 @@ def one_thread() -> Iterator[None]:
 @pytest.fixture
 def isolated() -> None:
     """Skips, with the reason, where the machine has no sandbox for untrusted programs."""
-    from grpo_kernels.training import sandbox  # what runs on a GPU machine needs none of training
+    from grpo_kernels.rewards import sandbox  # what runs on a GPU machine needs none of training
 
     reason = sandbox.unavailable()
     if reason:

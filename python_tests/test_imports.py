@@ -14,7 +14,7 @@ import grpo_kernels
 PACKAGE = Path(grpo_kernels.__file__).parent
 #: From the bottom up. Modules of one room may import each other, in no circle.
 ROOMS = (
-    ("version", "files"),
+    ("version", "files", "errors", "hub"),
     ("dtypes", "calls", "computed_once", "validation", "named_arguments", "device_values", "triton_probe"),
     ("measured_backends", "backends"),
     ("loss",),
@@ -22,10 +22,11 @@ ROOMS = (
     ("ops.tokens",),
     ("ops.rows",),
     ("ops.head",),
-    ("objectives", "preferences", "modules", "rewards", "adaptive_entropy", "info"),
+    ("objectives", "preferences", "modules", "reward_shaping", "adaptive_entropy", "info"),
     ("integrations.presets", "presets"),
     ("integrations",),
     ("",),  # the package's own names
+    ("rewards",),
     ("training",),
     ("cli",),
 )

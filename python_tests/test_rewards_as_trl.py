@@ -13,9 +13,10 @@ import pytest
 import torch
 from transformers import Qwen2Config, Qwen2ForSequenceClassification
 
-from grpo_kernels.training import addition, rewards
-from grpo_kernels.training.errors import ThirdPartyError
-from grpo_kernels.training.rewards import RewardLog, RewardModel, columns_of, resolve, score
+from grpo_kernels import rewards
+from grpo_kernels.errors import ThirdPartyError
+from grpo_kernels.rewards import RewardLog, RewardModel, columns_of, resolve, score
+from grpo_kernels.training import addition
 from grpo_kernels.training.tasks import build_model
 
 CHAT = [{"role": "user", "content": "1 + 1 ="}]

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from grpo_kernels.training.rewards import extract_program
+from grpo_kernels.rewards import extract_program
 
 CASES = yaml.safe_load((Path(__file__).parent / "reward_cases" / "code.yaml").read_text(encoding="utf-8"))
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from testing.threads import seconds_in_a_thread
 
-from grpo_kernels.training.rewards import RepetitionReward, extract_program, format_reward
+from grpo_kernels.rewards import RepetitionReward, extract_program, format_reward
 
 PIECES = [
     "`", "```\n", "``` ", "```x", "```python\n", "```python\nx = 1\n```\n", "```python\n'''", "```python\n'''\n```\n",

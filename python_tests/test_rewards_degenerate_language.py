@@ -7,7 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from grpo_kernels.training.rewards import LanguageConsistencyReward
+from grpo_kernels.rewards import LanguageConsistencyReward
 
 PIECES = [
     "\\(", "\\[", "$", "$$", "$a ", "$5 ", "$\\a{", "\\$", "\\begin{pmatrix}", "\\begin{a}\\end{b}", "```", "~~~ ",

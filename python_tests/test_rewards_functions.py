@@ -8,15 +8,16 @@ import threading
 
 import pytest
 
-from grpo_kernels.training import rewards, sandbox
-from grpo_kernels.training.rewards import (
+from grpo_kernels import rewards
+from grpo_kernels.rewards import (
     CodeReward,
     CosineLengthReward,
     LengthReward,
     OverlongReward,
     RepetitionReward,
+    sandbox,
 )
-from grpo_kernels.training.rewards.length import token_counts
+from grpo_kernels.rewards.length import token_counts
 
 
 def called(reward, *completions, **columns):
@@ -86,7 +87,7 @@ def test_math_accuracy_works_outside_the_main_thread():
 
 
 def test_math_accuracy_gives_up_on_what_takes_too_long(monkeypatch):
-    monkeypatch.setattr("grpo_kernels.training.rewards.answers._SECONDS", 1)
+    monkeypatch.setattr("grpo_kernels.rewards.answers._SECONDS", 1)
     assert called(rewards.math_accuracy_reward, "<answer>9^{9^{9^9}}</answer>", answer="42") == [0.0]
 
 

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from grpo_kernels.training import rewards
-from grpo_kernels.training.rewards import LanguageConsistencyReward, language
+from grpo_kernels import rewards
+from grpo_kernels.rewards import LanguageConsistencyReward, language
 
 CASES = yaml.safe_load((Path(__file__).parent / "reward_cases" / "language.yaml").read_text(encoding="utf-8"))
 ENGLISH = "We know that there are two cases, so the answer must be smaller than this one."

@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from grpo_kernels.training import rewards
-from grpo_kernels.training.rewards.answers import EXTRACTS, math_answer
+from grpo_kernels import rewards
+from grpo_kernels.rewards.answers import EXTRACTS, math_answer
 
 CASES = yaml.safe_load((Path(__file__).parent / "reward_cases/math.yaml").read_text())
 EVIL = [

@@ -13,8 +13,8 @@ import numpy as np
 import pytest
 import torch
 
-from grpo_kernels.training import rewards
-from grpo_kernels.training.rewards import OverlongReward, RepetitionReward
+from grpo_kernels import rewards
+from grpo_kernels.rewards import OverlongReward, RepetitionReward
 
 
 @rewards.reward_factory
@@ -152,7 +152,7 @@ def test_arrays_and_tensors_are_rewards():
 
 def test_rewards_take_their_parameters_from_their_name():
     assert rewards.resolve("accuracy") is rewards.accuracy_reward
-    assert rewards.resolve("grpo_kernels.training.rewards:format_reward") is rewards.format_reward
+    assert rewards.resolve("grpo_kernels.rewards:format_reward") is rewards.format_reward
     assert rewards.resolve("repetition") == RepetitionReward()
     assert rewards.resolve("repetition()") == RepetitionReward()
     assert rewards.resolve(" repetition(n=2, max_penalty=-0.5) ") == RepetitionReward(n=2, max_penalty=-0.5)
@@ -160,7 +160,7 @@ def test_rewards_take_their_parameters_from_their_name():
     made = rewards.resolve("language_consistency(vocabulary=['1', '(', ','])")
     assert made(["p"], ["1 , ( x"]) == [0.75]
     assert rewards.resolve("test_rewards_scoring:constant(value=2)")(["p"], ["c"]) == [2]
-    assert rewards.resolve("grpo_kernels.training.rewards:RepetitionReward(n=1)") == RepetitionReward(n=1)
+    assert rewards.resolve("grpo_kernels.rewards:RepetitionReward(n=1)") == RepetitionReward(n=1)
 
 
 @pytest.mark.parametrize(
@@ -187,7 +187,7 @@ def test_rewards_take_their_parameters_from_their_name():
         ("test_rewards_scoring:fraction()", "must make a reward function, got Fraction"),
         ("fractions:Fraction(numerator=1)", "'fractions:Fraction' must be marked by @reward_factory"),
         ("test_rewards_scoring:SlowLength", "'test_rewards_scoring:SlowLength' must be marked by @reward_factory"),
-        ("grpo_kernels.training.rewards:nothing", "has no function 'nothing'"),
+        ("grpo_kernels.rewards:nothing", "has no function 'nothing'"),
         ("no_such_module:mine", "'no_such_module:mine' cannot be imported: No module named 'no_such_module'"),
     ],
 )

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from grpo_kernels.training import sandbox
+from grpo_kernels.rewards import sandbox
 
 # A program starts with this, so that its processes can be found from outside, where their names are seen.
 NAMED = """

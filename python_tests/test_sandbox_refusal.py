@@ -8,7 +8,7 @@ import subprocess
 
 import pytest
 
-from grpo_kernels.training import sandbox
+from grpo_kernels.rewards import sandbox
 
 
 def test_there_is_a_sandbox_where_there_are_namespaces():

@@ -20,9 +20,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from grpo_kernels import cli
 from grpo_kernels.files import replace_text, replacing
+from grpo_kernels.hub import load_tokenizer
 from grpo_kernels.training import addition
 from grpo_kernels.training.checkpoint import clear_run, list_checkpoints, save_checkpoint, standing
-from grpo_kernels.training.models import load_tokenizer
 from grpo_kernels.training.reporting import MetricsFile, heading, plot_curves, read_metrics
 
 

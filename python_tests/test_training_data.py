@@ -9,7 +9,8 @@ import datasets
 import pytest
 import torch
 
-from grpo_kernels.training import addition, cold_start, data, gsm8k, rewards, templates
+from grpo_kernels import rewards
+from grpo_kernels.training import addition, cold_start, data, gsm8k, templates
 from grpo_kernels.training.evaluation import evaluate_samples
 from grpo_kernels.training.filtering import informative_groups, pass_rate_filter
 from grpo_kernels.training.loop import GRPOLoop

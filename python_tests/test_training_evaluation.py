@@ -11,12 +11,12 @@ import pytest
 import torch
 from accelerate import Accelerator
 
+from grpo_kernels.rewards import columns_of, resolve
 from grpo_kernels.training import evaluation
 from grpo_kernels.training.data import load_task
 from grpo_kernels.training.evaluation import evaluate, evaluate_samples, judge
 from grpo_kernels.training.filtering import filtered_task
 from grpo_kernels.training.recipe import Recipe
-from grpo_kernels.training.rewards import columns_of, resolve
 from grpo_kernels.training.rollout import teacher_forced
 from grpo_kernels.training.scores import Score, _student, cons_at_k, interval, pass_at_k, pass_rates
 

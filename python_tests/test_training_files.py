@@ -14,7 +14,7 @@ import pyarrow as arrow
 import pytest
 from pyarrow import parquet
 
-from grpo_kernels.training import rewards
+from grpo_kernels import rewards
 from grpo_kernels.training.data import load_rows, load_task_rows, read_rows
 from grpo_kernels.training.recipe import Recipe
 

@@ -13,8 +13,8 @@ import transformers
 from huggingface_hub import constants
 from transformers import PreTrainedModel
 
-from grpo_kernels import cli
-from grpo_kernels.training import addition, hub
+from grpo_kernels import cli, hub
+from grpo_kernels.training import addition
 from grpo_kernels.training.data import load_task_rows
 from grpo_kernels.training.metrics import SilentRewards
 from grpo_kernels.training.models import load_pretrained

@@ -5,7 +5,8 @@ from __future__ import annotations
 import datasets
 import pytest
 
-from grpo_kernels.training import addition, data, rewards
+from grpo_kernels import rewards
+from grpo_kernels.training import addition, data
 from grpo_kernels.training.recipe import Recipe, load_recipe
 
 

@@ -15,7 +15,7 @@ import torch
 from safetensors.torch import load_file
 
 from grpo_kernels import cli
-from grpo_kernels.training.rewards import extract_answer
+from grpo_kernels.rewards import extract_answer
 from grpo_kernels.training.stage_config import Stage, load_stage, load_stages
 from grpo_kernels.training.stages import run_stage, run_stages
 from grpo_kernels.training.tasks import TASKS

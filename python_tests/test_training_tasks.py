@@ -10,7 +10,8 @@ import random
 import pytest
 import torch
 
-from grpo_kernels.training import addition, data, rewards
+from grpo_kernels import rewards
+from grpo_kernels.training import addition, data
 from grpo_kernels.training.recipe import Recipe
 from grpo_kernels.training.tasks import TASKS, build_model, get_task, step_boundaries
 

@@ -11,10 +11,10 @@ from tokenizers.processors import TemplateProcessing
 from transformers import PreTrainedTokenizerBase
 
 from grpo_kernels import cli
+from grpo_kernels.errors import ThirdPartyError
+from grpo_kernels.rewards import accuracy_reward, format_reward
 from grpo_kernels.training import addition
-from grpo_kernels.training.errors import ThirdPartyError
 from grpo_kernels.training.recipe import load_recipe
-from grpo_kernels.training.rewards import accuracy_reward, format_reward
 from grpo_kernels.training.rollout import completion_texts, teacher_forced
 from grpo_kernels.training.tasks import build_model
 from grpo_kernels.training.templates import (

@@ -13,11 +13,11 @@ import transformers
 from torch import Tensor
 
 from grpo_kernels.loss.metrics import PolicyMetrics
+from grpo_kernels.rewards import columns_of, score
 from grpo_kernels.training.data import Row, Task
 from grpo_kernels.training.loop import Batch, GRPOLoop, Sample
 from grpo_kernels.training.optimizer import build_optimizer
 from grpo_kernels.training.recipe import Recipe
-from grpo_kernels.training.rewards import columns_of, score
 from grpo_kernels.training.rollout import Rollout, completion_tokens, end_mask
 from grpo_kernels.training.sampling import correction_metrics, correction_statistics
 

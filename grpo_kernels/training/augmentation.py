@@ -12,8 +12,8 @@ import random
 from collections.abc import Callable, Hashable, Sequence
 from typing import Any
 
-from grpo_kernels.training.rewards import accuracy_reward, format_reward
-from grpo_kernels.training.rewards.completions import message_text
+from grpo_kernels.rewards import accuracy_reward, format_reward
+from grpo_kernels.rewards.completions import message_text
 from grpo_kernels.training.tasks import Row, SyntheticTask, step_boundaries
 from grpo_kernels.training.templates import joined, question
 

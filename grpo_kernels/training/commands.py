@@ -113,7 +113,7 @@ def _recipe_of(overrides: Sequence[str]) -> str | None:
 
 def _look_beside(name: str | None) -> None:
     """Has ``module:function`` looked for in the folder at hand, which a console script leaves out, and the recipe's."""
-    from grpo_kernels.training.rewards import look_in
+    from grpo_kernels.rewards import look_in
 
     look_in(Path.cwd())
     if name is not None and Path(name).is_file():
@@ -137,7 +137,7 @@ def _guarded(run: Callable[[], None], left: Callable[[], str], debug: bool) -> i
         print(f"\ninterrupted; {left()}", file=sys.stderr)
         return INTERRUPTED
     except Exception as error:
-        from grpo_kernels.training.errors import ThirdPartyError, third_party_traceback
+        from grpo_kernels.errors import ThirdPartyError, third_party_traceback
 
         if isinstance(error, ThirdPartyError):
             print(f"\nstopped; {left()}", file=sys.stderr)

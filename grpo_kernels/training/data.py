@@ -12,15 +12,15 @@ from typing import Any, NamedTuple
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from grpo_kernels.rewards import RewardFunction, check_name, completion_text, resolve
+from grpo_kernels.rewards.completions import plain_message
+from grpo_kernels.rewards.scoring import ARGUMENTS
 from grpo_kernels.training.augmentation import prompt_key
 from grpo_kernels.training.dataset_files import read_file
 from grpo_kernels.training.dataset_splits import open_dataset
 from grpo_kernels.training.gsm8k import with_solutions
 from grpo_kernels.training.models import load_pretrained
 from grpo_kernels.training.recipe import Recipe
-from grpo_kernels.training.rewards import RewardFunction, check_name, completion_text, resolve
-from grpo_kernels.training.rewards.completions import plain_message
-from grpo_kernels.training.rewards.scoring import ARGUMENTS
 from grpo_kernels.training.tasks import TASKS, Row, build_model
 
 _LOGGER = logging.getLogger(__name__)

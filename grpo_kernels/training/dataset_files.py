@@ -39,7 +39,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from grpo_kernels.training.errors import described
+from grpo_kernels.errors import described
 
 Row = dict[str, Any]
 

@@ -10,10 +10,10 @@ import torch
 from accelerate import Accelerator
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from grpo_kernels.rewards import RewardFunction, check_name, columns_of, resolve, score
+from grpo_kernels.rewards.answers import extract_of
 from grpo_kernels.training.data import Row, Task
 from grpo_kernels.training.recipe import Recipe
-from grpo_kernels.training.rewards import RewardFunction, check_name, columns_of, resolve, score
-from grpo_kernels.training.rewards.answers import extract_of
 from grpo_kernels.training.rollout import completion_texts, completion_tokens, end_token_ids, generate
 from grpo_kernels.training.sampling import context_length_of, rows_that_fit
 from grpo_kernels.training.scores import Score, cons_at_k, pass_at_k, pass_rates

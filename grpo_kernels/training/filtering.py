@@ -18,10 +18,10 @@ from torch import Tensor
 
 from grpo_kernels.files import replace_text
 from grpo_kernels.ops.tokens.reference import all_equal
+from grpo_kernels.rewards import total
 from grpo_kernels.training.data import Task
 from grpo_kernels.training.evaluation import evaluate_samples
 from grpo_kernels.training.recipe import Recipe
-from grpo_kernels.training.rewards import total
 from grpo_kernels.training.rollout import Rollout, joined
 from grpo_kernels.training.sampling import context_length_of, rows_that_fit
 from grpo_kernels.training.tasks import Row

@@ -25,13 +25,13 @@ from torch import Tensor
 from transformers import get_scheduler
 
 from grpo_kernels import PolicyMetrics, check_device_values, group_advantages
+from grpo_kernels.rewards import RewardLog, columns_of, score, total
 from grpo_kernels.training.data import Row, Task
 from grpo_kernels.training.filtering import Scored, differing_groups, together
 from grpo_kernels.training.metrics import SilentRewards, length_metrics, reward_metrics
 from grpo_kernels.training.optimizer import build_optimizer
 from grpo_kernels.training.policy import Policy, has_adapters, training_mode
 from grpo_kernels.training.recipe import Recipe
-from grpo_kernels.training.rewards import RewardLog, columns_of, score, total
 from grpo_kernels.training.rollout import (
     Rollout,
     completion_texts,

@@ -24,8 +24,8 @@ import torch
 from torch import Tensor
 
 from grpo_kernels.ops.tokens.reference import nanstd
+from grpo_kernels.rewards import total
 from grpo_kernels.training.filtering import differing_groups
-from grpo_kernels.training.rewards import total
 
 _LOGGER = logging.getLogger(__name__)
 _SILENT_GENERATIONS = 10  # of a run, after which it ends if nothing was scored

@@ -15,15 +15,12 @@ from transformers import (
     MODEL_FOR_CAUSAL_LM_MAPPING,
     AutoConfig,
     AutoModelForCausalLM,
-    AutoTokenizer,
     PreTrainedModel,
     PreTrainedTokenizerBase,
-    PreTrainedTokenizerFast,
 )
-from transformers.models.auto.tokenization_auto import get_tokenizer_config
 from transformers.utils import is_flash_attn_2_available
 
-from grpo_kernels.training.hub import check_folder, use_cache_if_unreachable
+from grpo_kernels.hub import check_folder, check_loaded, load_tokenizer, use_cache_if_unreachable
 from grpo_kernels.training.recipe import Recipe
 
 ADAPTERS, ADAPTERS_CONFIG = "adapter_model.safetensors", "adapter_config.json"  # peft's names
@@ -110,24 +107,6 @@ def _base_of(folder: Path) -> str:
         if base.is_dir():
             return str(base)
     raise ValueError(f"its adapters are of a model that has no name and is in neither {saved[0]} nor {saved[1]}")
-
-
-def check_loaded(found: dict[str, Any], name: str) -> None:
-    """Raises ValueError where ``from_pretrained`` has filled weights that the files lack with random numbers."""
-    missing = sorted(found["missing_keys"])
-    if missing:
-        more = f" and {len(missing) - 3} more" if len(missing) > 3 else ""
-        raise ValueError(f"{name} lacks weights of the model: {', '.join(missing[:3])}{more}")
-
-
-def load_tokenizer(name: str, *, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
-    """A model's tokenizer, padding on the left; one that was saved without a class of its own is what its file says.
-
-    ``AutoTokenizer`` would take the class of the model's family for it, which splits and joins words in its own way.
-    """
-    saved = get_tokenizer_config(name).get("tokenizer_class")
-    kind = PreTrainedTokenizerFast if saved in ("TokenizersBackend", "PreTrainedTokenizerFast") else AutoTokenizer
-    return kind.from_pretrained(name, padding_side="left", trust_remote_code=trust_remote_code)
 
 
 def prepared(model: PreTrainedModel, recipe: Recipe) -> Any:

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from grpo_kernels.training.rewards import BUILT_IN
+from grpo_kernels.rewards import BUILT_IN
 from grpo_kernels.training.tasks import TASKS
 
 _HASHED = 2**24  # bytes: of larger files, as weights are, the size and the time of the last change must do

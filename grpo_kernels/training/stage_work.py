@@ -16,6 +16,7 @@ from torch import Tensor
 from transformers import set_seed
 
 from grpo_kernels.files import replace_text
+from grpo_kernels.rewards import RewardFunction, columns_of, resolve, score, total
 from grpo_kernels.training.augmentation import SEED, augment, is_right
 from grpo_kernels.training.checkpoint import save_checkpoint
 from grpo_kernels.training.cold_start import SupervisedStep, cold_start
@@ -25,7 +26,6 @@ from grpo_kernels.training.evaluation import EvalReport, evaluate_samples, held_
 from grpo_kernels.training.loop import Sample
 from grpo_kernels.training.recipe import Recipe
 from grpo_kernels.training.reporting import Progress, SamplesFile
-from grpo_kernels.training.rewards import RewardFunction, columns_of, resolve, score, total
 from grpo_kernels.training.rollout import completion_texts, completion_tokens, end_token_ids, generate
 from grpo_kernels.training.run import SAMPLES, train
 from grpo_kernels.training.sampling import context_length_of, rows_that_fit

@@ -15,9 +15,9 @@ from typing import Any, NamedTuple
 
 from transformers import PreTrainedTokenizerBase
 
+from grpo_kernels.errors import ThirdPartyError, third_party_error
+from grpo_kernels.rewards.completions import message_text, plain_message
 from grpo_kernels.training.arguments import mapping
-from grpo_kernels.training.errors import ThirdPartyError, third_party_error
-from grpo_kernels.training.rewards.completions import message_text, plain_message
 from grpo_kernels.training.tasks import Row
 
 # The structure of DeepSeek-R1-Zero's template (arXiv:2501.12948, table 1) in other words. It ends without <think>.

@@ -7,21 +7,22 @@ string, or a list of one message where the prompt is a chat. A function may be a
 completion has no reward of this function. A sequence classifier is a reward model.
 """
 
-from grpo_kernels.training.rewards.answers import (
+from grpo_kernels.reward_shaping import kl_penalized_rewards, mask_truncated
+from grpo_kernels.rewards.answers import (
     accuracy_reward,
     exact_match_reward,
     extract_answer,
     math_accuracy_reward,
 )
-from grpo_kernels.training.rewards.code import CodeReward
-from grpo_kernels.training.rewards.completions import completion_text
-from grpo_kernels.training.rewards.language import LanguageConsistencyReward, reasoning_of
-from grpo_kernels.training.rewards.length import CosineLengthReward, LengthReward, OverlongReward
-from grpo_kernels.training.rewards.program_text import extract_program
-from grpo_kernels.training.rewards.registry import BUILT_IN, check_name, look_in, resolve, reward_factory
-from grpo_kernels.training.rewards.reward_model import RewardModel
-from grpo_kernels.training.rewards.scoring import RewardFunction, RewardLog, columns_of, score, total
-from grpo_kernels.training.rewards.text import RepetitionReward, format_reward, tag_count_reward
+from grpo_kernels.rewards.code import CodeReward
+from grpo_kernels.rewards.completions import completion_text
+from grpo_kernels.rewards.language import LanguageConsistencyReward, reasoning_of
+from grpo_kernels.rewards.length import CosineLengthReward, LengthReward, OverlongReward
+from grpo_kernels.rewards.program_text import extract_program
+from grpo_kernels.rewards.registry import BUILT_IN, check_name, look_in, resolve, reward_factory
+from grpo_kernels.rewards.reward_model import RewardModel
+from grpo_kernels.rewards.scoring import RewardFunction, RewardLog, columns_of, score, total
+from grpo_kernels.rewards.text import RepetitionReward, format_reward, tag_count_reward
 
 __all__ = [
     "BUILT_IN",
@@ -42,7 +43,9 @@ __all__ = [
     "extract_answer",
     "extract_program",
     "format_reward",
+    "kl_penalized_rewards",
     "look_in",
+    "mask_truncated",
     "math_accuracy_reward",
     "reasoning_of",
     "resolve",

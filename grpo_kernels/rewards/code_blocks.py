@@ -10,7 +10,7 @@ import re
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-from grpo_kernels.training.rewards.python_outline import QUOTED, parses
+from grpo_kernels.rewards.python_outline import QUOTED, parses
 
 #: The tags around a model's reasoning. Those that begin with "<" count in any case; "[think]" may index a list.
 REASONING_TAGS = (

@@ -1,4 +1,4 @@
-"""Names on the Hugging Face Hub, and what is said where one cannot be had."""
+"""Models and datasets by their names on the Hugging Face Hub, and what is said where one cannot be had."""
 
 from __future__ import annotations
 
@@ -7,9 +7,12 @@ import ssl
 import sys
 import urllib.request
 from pathlib import Path
+from typing import Any
 from urllib.error import HTTPError, URLError
 
 from huggingface_hub import constants
+from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
+from transformers.models.auto.tokenization_auto import get_tokenizer_config
 
 _SECONDS = 5.0  # for the Hub to answer at all
 
@@ -35,6 +38,24 @@ def use_cache_if_unreachable() -> None:
         constants.HF_HUB_OFFLINE = True
     if constants.is_offline_mode() and "datasets" in sys.modules:
         sys.modules["datasets"].config.HF_HUB_OFFLINE = True
+
+
+def check_loaded(found: dict[str, Any], name: str) -> None:
+    """Raises ValueError where ``from_pretrained`` has filled weights that the files lack with random numbers."""
+    missing = sorted(found["missing_keys"])
+    if missing:
+        more = f" and {len(missing) - 3} more" if len(missing) > 3 else ""
+        raise ValueError(f"{name} lacks weights of the model: {', '.join(missing[:3])}{more}")
+
+
+def load_tokenizer(name: str, *, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
+    """A model's tokenizer, padding on the left; one that was saved without a class of its own is what its file says.
+
+    ``AutoTokenizer`` would take the class of the model's family for it, which splits and joins words in its own way.
+    """
+    saved = get_tokenizer_config(name).get("tokenizer_class")
+    kind = PreTrainedTokenizerFast if saved in ("TokenizersBackend", "PreTrainedTokenizerFast") else AutoTokenizer
+    return kind.from_pretrained(name, padding_side="left", trust_remote_code=trust_remote_code)
 
 
 @functools.cache

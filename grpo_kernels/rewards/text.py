@@ -9,10 +9,10 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
 
-from grpo_kernels.training.rewards.completions import completion_text
-from grpo_kernels.training.rewards.language import UNSPACED, script_of
-from grpo_kernels.training.rewards.length import token_lists
-from grpo_kernels.training.rewards.parameters import check_integer, check_number
+from grpo_kernels.rewards.completions import completion_text
+from grpo_kernels.rewards.language import UNSPACED, script_of
+from grpo_kernels.rewards.length import token_lists
+from grpo_kernels.rewards.parameters import check_integer, check_number
 
 _UNITS = ("words", "characters", "tokens")
 _TAGS = ["<think>", "</think>", "<answer>", "</answer>"]

@@ -6,7 +6,7 @@ import re
 import unicodedata
 from typing import NamedTuple
 
-from grpo_kernels.training.rewards.math_words import CJK, leave_number
+from grpo_kernels.rewards.math_words import CJK, leave_number
 
 
 class AnswerText(NamedTuple):

@@ -16,9 +16,9 @@ import torch
 from torch import Tensor, nn
 from transformers import TrainerState
 
+from grpo_kernels.errors import ThirdPartyError, ThirdPartyTypeError, third_party_error
 from grpo_kernels.ops.tokens.reference import weighted_sum
-from grpo_kernels.training.errors import ThirdPartyError, ThirdPartyTypeError, third_party_error
-from grpo_kernels.training.rewards.reward_model import RewardModel
+from grpo_kernels.rewards.reward_model import RewardModel
 
 _NOT_COLUMNS = ("prompt", "completion")  # given under names of their own
 #: What a function is given beside a dataset's columns; a column of such a name gives way.

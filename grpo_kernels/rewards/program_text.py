@@ -6,7 +6,7 @@ import re
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-from grpo_kernels.training.rewards.code_blocks import (
+from grpo_kernels.rewards.code_blocks import (
     ANSWER_TAGS,
     REASONING_END,
     REASONING_START,
@@ -16,8 +16,8 @@ from grpo_kernels.training.rewards.code_blocks import (
     split_at_tags,
     without_language_line,
 )
-from grpo_kernels.training.rewards.completions import completion_text
-from grpo_kernels.training.rewards.python_outline import Outline, outline, reads_as_code
+from grpo_kernels.rewards.completions import completion_text
+from grpo_kernels.rewards.python_outline import Outline, outline, reads_as_code
 
 _PROMPT = re.compile(r">>>( |$)|In \[\d+\]:|[$%] ")  # of a transcript
 _SOLUTION = "Solution"  # LeetCode's class: what stands before it may be the types that it is given

@@ -9,10 +9,10 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, ClassVar
 
-from grpo_kernels.training.rewards.answers import JUDGES
-from grpo_kernels.training.rewards.completions import completion_text
-from grpo_kernels.training.rewards.parameters import check_integer, check_number
-from grpo_kernels.training.rewards.scoring import RewardFunction, score
+from grpo_kernels.rewards.answers import JUDGES
+from grpo_kernels.rewards.completions import completion_text
+from grpo_kernels.rewards.parameters import check_integer, check_number
+from grpo_kernels.rewards.scoring import RewardFunction, score
 
 _UNITS = ("characters", "tokens")
 

@@ -12,14 +12,14 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
-from grpo_kernels.training.errors import ThirdPartyError, third_party_error
-from grpo_kernels.training.rewards.answers import JUDGES, accuracy_reward, exact_match_reward, math_accuracy_reward
-from grpo_kernels.training.rewards.code import CodeReward
-from grpo_kernels.training.rewards.language import LanguageConsistencyReward
-from grpo_kernels.training.rewards.length import CosineLengthReward, LengthReward, OverlongReward
-from grpo_kernels.training.rewards.reward_model import RewardModel
-from grpo_kernels.training.rewards.scoring import RewardFunction
-from grpo_kernels.training.rewards.text import RepetitionReward, format_reward, tag_count_reward
+from grpo_kernels.errors import ThirdPartyError, third_party_error
+from grpo_kernels.rewards.answers import JUDGES, accuracy_reward, exact_match_reward, math_accuracy_reward
+from grpo_kernels.rewards.code import CodeReward
+from grpo_kernels.rewards.language import LanguageConsistencyReward
+from grpo_kernels.rewards.length import CosineLengthReward, LengthReward, OverlongReward
+from grpo_kernels.rewards.reward_model import RewardModel
+from grpo_kernels.rewards.scoring import RewardFunction
+from grpo_kernels.rewards.text import RepetitionReward, format_reward, tag_count_reward
 
 # A class makes reward functions of its parameters; a function is one.
 BUILT_IN: dict[str, RewardFunction] = {

@@ -7,9 +7,9 @@ from collections.abc import Callable, Sequence
 from decimal import Context, Decimal
 from typing import Any
 
-from grpo_kernels.training.rewards.answer_places import boxes, is_denied, last_box, last_formula
-from grpo_kernels.training.rewards.completions import completion_text
-from grpo_kernels.training.rewards.time_limit import TimeLimit
+from grpo_kernels.rewards.answer_places import boxes, is_denied, last_box, last_formula
+from grpo_kernels.rewards.completions import completion_text
+from grpo_kernels.rewards.time_limit import TimeLimit
 
 _ANSWER = re.compile(r"<answer\s*>((?:(?!</?answer\s*>).)*)</answer\s*>", re.DOTALL | re.IGNORECASE)
 _HEADING = re.compile(r"\W*(?:the )?(?:final )?(?:answer|result|solution)\W*", re.IGNORECASE)
@@ -155,7 +155,7 @@ def _import_math_answers() -> Any:
         import math_verify  # noqa: F401 - seconds of import that only this reward needs
     except ImportError as error:
         raise ImportError("the reward math_accuracy needs math-verify: pip install math-verify") from error
-    from grpo_kernels.training.rewards import math_answers
+    from grpo_kernels.rewards import math_answers
 
     return math_answers
 
@@ -201,7 +201,7 @@ def _read_completion(completion: Any) -> Any:
 
 def _read(text: str) -> Any:
     """A text that is an answer, or else its last ``\\boxed`` if nothing but words follows that."""
-    from grpo_kernels.training.rewards.math_answers import read_answer
+    from grpo_kernels.rewards.math_answers import read_answer
 
     answer = read_answer(text)
     box = last_box(text) if answer.value is None else None

@@ -11,8 +11,8 @@ from latex2sympy2_extended import is_expr_of_only_symbols
 from latex2sympy2_extended.logic import And
 from sympy.core.relational import Relational
 
-from grpo_kernels.training.rewards.math_formula import UNEVALUATED, parse_formula, solutions
-from grpo_kernels.training.rewards.math_text import AnswerText, split_answer
+from grpo_kernels.rewards.math_formula import UNEVALUATED, parse_formula, solutions
+from grpo_kernels.rewards.math_text import AnswerText, split_answer
 
 _LONGEST = 2000  # characters of an answer
 _DIGITS = 50  # to which irrational values have to agree, besides those of the integers in them

@@ -10,8 +10,8 @@ from functools import cache, lru_cache
 from itertools import chain, groupby
 from typing import Any, NamedTuple
 
-from grpo_kernels.training.rewards.completions import completion_text
-from grpo_kernels.training.rewards.prose import prose_of
+from grpo_kernels.rewards.completions import completion_text
+from grpo_kernels.rewards.prose import prose_of
 
 # The first word of a letter's Unicode name is its script, but for these. Chinese and Japanese share theirs.
 _SAME_SCRIPT = dict.fromkeys(("CJK", "IDEOGRAPHIC", "HIRAGANA", "KATAKANA", "KATAKANA-HIRAGANA", "BOPOMOFO"), "HAN")

@@ -11,9 +11,9 @@ import torch
 from torch import nn
 from transformers import AutoConfig, AutoModelForSequenceClassification, PreTrainedTokenizerBase
 
-from grpo_kernels.training.errors import described
-from grpo_kernels.training.hub import check_folder, use_cache_if_unreachable
-from grpo_kernels.training.rewards.completions import completion_text
+from grpo_kernels.errors import described
+from grpo_kernels.hub import check_folder, check_loaded, load_tokenizer, use_cache_if_unreachable
+from grpo_kernels.rewards.completions import completion_text
 
 
 class RewardModel:
@@ -80,8 +80,6 @@ class RewardModel:
 
 @functools.cache
 def _loaded(name: str) -> nn.Module:
-    from grpo_kernels.training.models import check_loaded  # see below
-
     options = {"num_labels": 1, "use_safetensors": True, "output_loading_info": True}
     model, loading_info = AutoModelForSequenceClassification.from_pretrained(name, **options)
     check_loaded(loading_info, name)
@@ -90,6 +88,4 @@ def _loaded(name: str) -> nn.Module:
 
 @functools.cache
 def _tokenizer(name: str) -> PreTrainedTokenizerBase:
-    from grpo_kernels.training.models import load_tokenizer  # which imports recipes, and they rewards
-
     return load_tokenizer(name)
