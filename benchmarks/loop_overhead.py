@@ -21,10 +21,9 @@ import torch
 from transformers import set_seed
 
 from grpo_kernels.training import loop as loop_module
-from grpo_kernels.training.cold_start import cold_start
-from grpo_kernels.training.data import load_task
 from grpo_kernels.training.loop import Batch, GRPOLoop
 from grpo_kernels.training.recipe import load_recipe
+from grpo_kernels.training.task import load_task, train_on_traces
 
 #: Parts in the order of a step. The first four are the model's; the loop would be of no use without them.
 GENERATE, REFERENCE, FORWARD, BACKWARD = "sampling", "log-probs of the reference", "loss, forward", "backward"
@@ -85,10 +84,10 @@ def measure(steps: int) -> tuple[Counter[str], float]:
     torch.set_num_threads(recipe.num_threads)
     set_seed(recipe.seed)
     task = load_task(recipe)
-    for _ in cold_start(task.model, task.tokenizer, task.train_rows, recipe):
+    for _ in train_on_traces(task.model, task.tokenizer, task.train_rows, recipe):
         pass
     loop = GRPOLoop(task, recipe)
-    clock, run = Clock(), loop.run()
+    clock, run = Clock(), loop.steps()
     for _ in range(WARM_UP):
         next(run)
     with contextlib.ExitStack() as stack:

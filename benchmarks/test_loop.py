@@ -15,9 +15,9 @@ pytest.importorskip("trl")
 
 import trl_trainer
 
-from grpo_kernels.training.data import Task
 from grpo_kernels.training.loop import GRPOLoop
 from grpo_kernels.training.recipe import Recipe
+from grpo_kernels.training.task import Task
 
 REFERENCE = f"{OURS}, torch"
 
@@ -40,7 +40,7 @@ def test_loop(benchmark: BenchmarkFixture, report: Callable[[Comparison], None],
         torch.manual_seed(0)
 
     def run(name: str) -> None:
-        norms[name] = [step.metrics["grad_norm"] for step in loops[name].run()][-1]
+        norms[name] = [step.metrics["grad_norm"] for step in loops[name].steps()][-1]
 
     comparison = Comparison(
         "loop_step",

@@ -19,9 +19,8 @@ import torch
 import torch.distributed as dist
 from test_training_loop import recipe_of
 
-from grpo_kernels.training.data import load_task
 from grpo_kernels.training.loop import GRPOLoop
-from grpo_kernels.training.models import prepared
+from grpo_kernels.training.task import load_task, prepare_model
 
 Answer = tuple[int, Any]
 
@@ -192,4 +191,4 @@ def loop_for(server, **changes):
     torch.manual_seed(0)
     recipe = recipe_for(server, **changes)
     task = load_task(recipe)
-    return GRPOLoop(task._replace(model=prepared(task.model, recipe)), recipe)
+    return GRPOLoop(task._replace(model=prepare_model(task.model, recipe)), recipe)

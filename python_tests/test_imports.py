@@ -77,6 +77,10 @@ def _room(module: str) -> int:
     return max(found)[1] if found else -1
 
 
+#: What reads a recipe: it is made there, and everything else takes named values.
+READS_RECIPES = {"recipe", "task", "run", "loop", "commands", "stage_config", "stages", "stage_work", "trackers"}
+
+
 def test_every_module_has_a_room() -> None:
     packages = {"ops"}  # which hold rooms
     assert {module for module in MODULES if _room(module) < 0} == packages
@@ -134,3 +138,20 @@ def test_files_and_functions_are_short(module: str) -> None:
     for node in ast.walk(_tree(module)):
         if isinstance(node, ast.FunctionDef) and not _is_kernel(node):
             assert _lines(node) < 60, f"{node.name}: {_lines(node)} lines"
+
+
+@pytest.mark.parametrize("module", [m for m in MODULES if m.startswith("training.")])
+def test_a_recipe_is_seen_at_the_edge_alone(module: str) -> None:
+    if module.removeprefix("training.") in READS_RECIPES:
+        return
+    assert "training.recipe" not in set(_imports(module))
+    for node in ast.walk(_tree(module)):
+        if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
+            names = {x.arg for x in (*node.args.posonlyargs, *node.args.args, *node.args.kwonlyargs)}
+            assert "recipe" not in names, f"{node.name}: {names}"
+
+
+def test_of_the_loop_the_constructor_alone_takes_a_recipe() -> None:
+    for node in ast.walk(_tree("training.loop")):
+        if isinstance(node, ast.FunctionDef) and node.name != "__init__":
+            assert "recipe" not in {x.arg for x in (*node.args.args, *node.args.kwonlyargs)}, node.name

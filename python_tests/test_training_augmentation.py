@@ -10,8 +10,8 @@ import pytest
 from test_training_tasks import every_task, problems, right, worked_out
 
 from grpo_kernels import rewards
-from grpo_kernels.training import gsm8k, templates
 from grpo_kernels.training.augmentation import augment, is_right, prompt_key, relabel, vary_goal, vary_start
+from grpo_kernels.training.data import gsm8k, templates
 from grpo_kernels.training.tasks import get_task
 
 SEEDS = range(6)

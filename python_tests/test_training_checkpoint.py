@@ -22,7 +22,7 @@ from grpo_kernels import cli
 from grpo_kernels.files import replace_text, replacing
 from grpo_kernels.hub import load_tokenizer
 from grpo_kernels.training import addition
-from grpo_kernels.training.checkpoint import clear_run, list_checkpoints, save_checkpoint, standing
+from grpo_kernels.training.checkpoint import clear_run, list_checkpoints, save_checkpoint, status_line
 from grpo_kernels.training.reporting import MetricsFile, heading, plot_curves, read_metrics
 
 
@@ -144,7 +144,7 @@ def test_a_full_disk_leaves_the_earlier_checkpoint_and_nothing_else(tmp_path, mo
         with pytest.raises(OSError, match=r"checkpoint-2 could not be written: .*No space left"):
             save_checkpoint(tmp_path, 2, model, tokenizer, keep=1)
     assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-1"]
-    assert standing(tmp_path).startswith(f"last complete checkpoint: {tmp_path / 'checkpoint-1'}; metrics: ")
+    assert status_line(tmp_path).startswith(f"last complete checkpoint: {tmp_path / 'checkpoint-1'}; metrics: ")
     AutoModelForCausalLM.from_pretrained(tmp_path / "checkpoint-1")
 
 

@@ -12,16 +12,17 @@ from typing import Any
 
 import pytest
 import torch
+from testing.training import completion_logits
 
 from grpo_kernels import cli
 from grpo_kernels.integrations.transformers.model_head import open_head
 from grpo_kernels.training import addition
 from grpo_kernels.training.checkpoint import save_checkpoint
-from grpo_kernels.training.data import columns_needed, load_task_rows
-from grpo_kernels.training.distillation import check_vocabularies, teaching_loss
 from grpo_kernels.training.recipe import Recipe
-from grpo_kernels.training.rollout import completion_logits, teacher_forced
+from grpo_kernels.training.rollout import teacher_forced
 from grpo_kernels.training.stage_config import RECIPE_KEYS, load_stage
+from grpo_kernels.training.supervised import check_vocabularies, teaching_loss
+from grpo_kernels.training.task import columns_needed, load_task_rows
 from grpo_kernels.training.tasks import build_model
 
 SMALL: dict[str, Any] = {

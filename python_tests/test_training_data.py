@@ -8,14 +8,19 @@ from types import SimpleNamespace
 import datasets
 import pytest
 import torch
+from accelerate import Accelerator
+from testing.training import report_of
 
 from grpo_kernels import rewards
-from grpo_kernels.training import addition, cold_start, data, gsm8k, templates
-from grpo_kernels.training.evaluation import evaluate_samples
-from grpo_kernels.training.filtering import informative_groups, pass_rate_filter
+from grpo_kernels.training import addition, supervised
+from grpo_kernels.training.data import gsm8k, templates
+from grpo_kernels.training.data.rows import load_rows, read_file
+from grpo_kernels.training.filtering import filter_by_pass_rate
 from grpo_kernels.training.loop import GRPOLoop
+from grpo_kernels.training.metrics import informative_groups
 from grpo_kernels.training.recipe import Recipe
 from grpo_kernels.training.rollout import teacher_forced
+from grpo_kernels.training.task import load_task, train_on_traces
 
 CLIPS = (
     "Natalia sold 48/2 = <<48/2=24>>24 clips in May.\n"
@@ -63,24 +68,24 @@ def model_settings(tmp_path):
 
 
 def test_gsm8k_gives_prompts_final_numbers_and_solutions(gsm8k_folder):
-    rows = data.load_rows(gsm8k_folder, config="main")
+    rows = load_rows(gsm8k_folder, config="main")
     assert [row["prompt"] for row in rows] == [f"main: {row['question']}" for row in GSM8K_ROWS]
     assert [row["answer"] for row in rows] == ["72", "70000", "-5"]
     assert rows[0]["solution"] == CLIPS.removesuffix("\n#### 72")
     assert rows[2]["solution"] == "It fell by 5 degrees."
     assert "question" not in rows[0]
-    assert data.load_rows(gsm8k_folder, config="socratic", split="test")[0]["prompt"].startswith("socratic: Natalia")
+    assert load_rows(gsm8k_folder, config="socratic", split="test")[0]["prompt"].startswith("socratic: Natalia")
 
 
 def test_a_gsm8k_solution_is_a_completion_that_its_rewards_accept(gsm8k_folder):
-    for row in data.load_rows(gsm8k_folder, config="main"):
+    for row in load_rows(gsm8k_folder, config="main"):
         assert "<<" not in row["completion"]
         assert rewards.format_reward([""], [row["completion"]]) == [1.0]
         assert rewards.accuracy_reward([""], [row["completion"]], answer=[row["answer"]]) == [1.0]
 
 
 def test_a_recipe_trains_on_gsm8k_and_evaluates_on_its_test_split(gsm8k_folder, model_settings):
-    task = data.load_task(
+    task = load_task(
         Recipe(dataset_name=gsm8k_folder, dataset_config="main", eval_dataset_split="test", **model_settings)
     )
     assert [row["answer"] for row in task.train_rows] == ["72", "70000", "-5"]
@@ -91,7 +96,7 @@ def test_an_answer_without_a_final_number_is_named(tmp_path):
     path = tmp_path / "rows.jsonl"
     path.write_text("\n".join(json.dumps({"question": "?", "answer": answer}) for answer in ("a\n#### 1", "a, so 2")))
     with pytest.raises(ValueError, match=r"rows\.jsonl': the answer of row 1 must end in a line #### .* got 'a, so 2'"):
-        data.load_rows(str(path))
+        load_rows(str(path))
     assert gsm8k.split_solution("#### heading\ntext") is None
     assert gsm8k.split_solution("text\n####") is None
     assert gsm8k.split_solution("text\n#### 1,234,567.5 ") == ("text", "1234567.5")
@@ -101,7 +106,7 @@ def test_answers_of_another_kind_stay_as_they_are(tmp_path):
     path = tmp_path / "rows.jsonl"
     rows = [{"prompt": "a", "answer": 2}, {"prompt": "b", "answer": "text #### 3"}, {"prompt": "c", "answer": "1,000"}]
     path.write_text("\n".join(map(json.dumps, rows)))
-    assert data.load_rows(str(path)) == rows
+    assert load_rows(str(path)) == rows
 
 
 @pytest.mark.parametrize("kind", ["jsonl", "json", "csv", "parquet", "saved", "splits", "folder"])
@@ -119,7 +124,7 @@ def test_columns_of_other_names_are_mapped_for_every_kind_of_dataset(tmp_path, k
         table.to_parquet(path / "train.parquet")
     else:
         getattr(table, f"to_{kind}")(path)
-    found = data.load_rows(str(path), prompt_column="problem", answer_column="result")
+    found = load_rows(str(path), prompt_column="problem", answer_column="result")
     assert [(row["prompt"], str(row["answer"]), row["level"]) for row in found] == [
         (f"{i} + 1", str(i + 1), i) for i in range(4)
     ]
@@ -129,8 +134,8 @@ def test_columns_of_other_names_are_mapped_for_every_kind_of_dataset(tmp_path, k
 def test_a_named_column_wins_over_one_that_has_our_name(tmp_path):
     path = tmp_path / "rows.jsonl"
     path.write_text(json.dumps({"prompt": "template 7", "question": "1 + 1", "answer": "no", "label": 2}))
-    assert data.load_rows(str(path))[0]["prompt"] == "template 7"
-    found = data.load_rows(str(path), prompt_column="question", answer_column="label")
+    assert load_rows(str(path))[0]["prompt"] == "template 7"
+    found = load_rows(str(path), prompt_column="question", answer_column="label")
     assert found == [{"prompt": "1 + 1", "answer": 2}]
 
 
@@ -140,25 +145,25 @@ def test_a_missing_column_or_value_is_named_with_what_there_is(tmp_path):
     with pytest.raises(
         ValueError, match="row 0 must have columns prompt and answer; it lacks prompt and has answer, problem"
     ):
-        data.load_rows(str(path))
+        load_rows(str(path))
     with pytest.raises(ValueError, match="row 1 must have columns problem and answer; it lacks answer and has problem"):
-        data.load_rows(str(path), prompt_column="problem")
+        load_rows(str(path), prompt_column="problem")
     path.write_text(json.dumps({"problem": "1 + 1", "answer": None}))
     with pytest.raises(ValueError, match="row 0 must have a value in column answer, got None"):
-        data.load_rows(str(path), prompt_column="problem")
+        load_rows(str(path), prompt_column="problem")
 
 
 def test_a_missing_split_is_named_and_one_split_is_not_used_twice(tmp_path):
     table = datasets.Dataset.from_list([{"prompt": "1 + 1", "answer": "2"}])
     datasets.DatasetDict({"train": table}).save_to_disk(tmp_path / "splits")
     with pytest.raises(ValueError, match="has no split 'test'; it has train"):
-        data.load_rows(str(tmp_path / "splits"), split="test")
+        load_rows(str(tmp_path / "splits"), split="test")
     table.save_to_disk(tmp_path / "single")
     table.to_json(tmp_path / "rows.jsonl")
     for name in ("single", "rows.jsonl"):
         recipe = Recipe(dataset_name=str(tmp_path / name), eval_dataset_split="test")
         with pytest.raises(ValueError, match=r"eval_dataset_split must be None for .* which has one split, got 'test'"):
-            data.load_task(recipe)
+            load_task(recipe)
 
 
 def test_no_question_is_on_both_sides_of_a_cut(tmp_path, model_settings):
@@ -166,7 +171,7 @@ def test_no_question_is_on_both_sides_of_a_cut(tmp_path, model_settings):
     rows = [{"prompt": f"{i % 10} + 1", "answer": str(i % 10 + 1)} for i in range(40)]
     path.write_text("\n".join(map(json.dumps, rows)))
     for seed in range(5):
-        task = data.load_task(Recipe(dataset_name=str(path), seed=seed, **model_settings))
+        task = load_task(Recipe(dataset_name=str(path), seed=seed, **model_settings))
         held_out = {row["prompt"] for row in task.eval_rows}
         assert len(task.eval_rows) == 2
         assert not held_out & {row["prompt"] for row in task.train_rows}
@@ -186,11 +191,11 @@ def test_a_hub_dataset_is_read_from_its_files_as_they_are(monkeypatch, tmp_path)
         return SimpleNamespace(config=SimpleNamespace(data_files=files))
 
     monkeypatch.setattr(datasets, "load_dataset_builder", load_dataset_builder)
-    assert [row["answer"] for row in data.load_rows("openai/gsm8k")] == ["007", 5, 0.5]
-    assert data.load_rows("openai/gsm8k", config="socratic", split="test")[0]["prompt"] == "test?"
-    assert [row["prompt"] for row in data.load_rows("someone/sums", split="train[1:]")] == ["more?", "last?"]
+    assert [row["answer"] for row in load_rows("openai/gsm8k")] == ["007", 5, 0.5]
+    assert load_rows("openai/gsm8k", config="socratic", split="test")[0]["prompt"] == "test?"
+    assert [row["prompt"] for row in load_rows("someone/sums", split="train[1:]")] == ["more?", "last?"]
     with pytest.raises(ValueError, match="'someone/sums' has no split 'dev'; it has train, test"):
-        data.load_rows("someone/sums", split="dev")
+        load_rows("someone/sums", split="dev")
     assert calls[:3] == [("openai/gsm8k", "main"), ("openai/gsm8k", "socratic"), ("someone/sums", None)]
 
 
@@ -200,23 +205,23 @@ def test_a_dataset_that_is_nowhere_is_named_beside_the_built_in_ones(monkeypatch
 
     monkeypatch.setattr(datasets, "load_dataset_builder", load_dataset_builder)
     with pytest.raises(ValueError, match=r"addition, .* subtraction, .* got 'substraction': .* doesn't exist"):
-        data.load_rows("substraction")
+        load_rows("substraction")
 
 
 def test_a_line_that_is_no_row_is_named_and_an_empty_one_is_none(tmp_path):
     path = tmp_path / "sums.jsonl"
     path.write_text('{"prompt": "1 + 1 =", "answer": 2}\n\n{"prompt": "2 + 2 =", "answer": 4}\n')
-    assert [row["answer"] for row in data.read_file(path)] == [2, 4]
+    assert [row["answer"] for row in read_file(path)] == [2, 4]
     path.write_text('{"prompt": "1 + 1 ="}\nnot json\n')
     with pytest.raises(ValueError, match=r"sums\.jsonl:2: expected a JSON object, got 'not json'"):
-        data.read_file(path)
+        read_file(path)
 
 
 def test_a_line_separator_inside_a_json_string_cuts_no_row(tmp_path):
     path = tmp_path / "rows.jsonl"
     row = {"prompt": "one\u2028two\x85three", "answer": "3"}
     path.write_text(json.dumps(row, ensure_ascii=False) + "\r\n" + json.dumps(row), encoding="utf-8")
-    assert data.read_file(path) == [row, row]
+    assert read_file(path) == [row, row]
 
 
 def test_without_a_template_prompts_are_rendered_as_ever():
@@ -302,38 +307,30 @@ def test_a_row_in_the_middle_of_its_solution_goes_on_in_the_assistants_turn():
 def test_the_pass_rate_filter_keeps_what_is_sometimes_solved():
     rows = [{"prompt": str(i)} for i in range(5)]
     rates = [0.0, 0.125, 0.5, 0.875, 1.0]
-    assert pass_rate_filter(rows, rates) == rows[1:4]
-    assert pass_rate_filter(rows, rates, 0.125, 0.9) == rows[2:4]
-    assert pass_rate_filter(rows, rates, -1.0, 2.0) == rows
-    with pytest.raises(ValueError, match=r"rates must have one rate per row \(5\), got 4"):
-        pass_rate_filter(rows, rates[1:])
-    with pytest.raises(ValueError, match=r"rates must be between 0 and 1, got nan for row 1"):
-        pass_rate_filter(rows[:2], [0.5, float("nan")])
-    with pytest.raises(ValueError, match=r"low must be less than high, got 0\.5 and 0\.5"):
-        pass_rate_filter(rows, rates, 0.5, 0.5)
+    here = Accelerator(cpu=True)
+    for low, high, expected in (
+        (0.0, 1.0, rows[1:4]), (0.125, 0.9, rows[2:4]), (None, 1.0, rows[:4]), (0.0, None, rows[1:])
+    ):  # fmt: skip
+        bounds = {"min_pass_rate": low, "max_pass_rate": high}
+        assert filter_by_pass_rate(rows, rates, least=1, accelerator=here, **bounds) == expected
 
 
-def test_groups_are_informative_where_rewards_differ():
+@pytest.mark.parametrize("aggregation", ["sum_then_normalize", "normalize_then_sum"])
+def test_groups_are_informative_where_rewards_differ(aggregation):
     nan = float("nan")
     groups = [[1.0, 1.0, 1.0], [0.0, 1.0, 0.0], [nan, 1.0, 1.0], [nan, 0.0, 1.0], [nan, nan, nan], [nan, nan, 1.0]]
-    found = informative_groups(torch.tensor(groups).flatten(), 3)
+    found = informative_groups(torch.tensor(groups).view(-1, 1), 3, None, aggregation)
     assert found.tolist() == [False, True, False, True, False, False]
-    assert informative_groups(torch.empty(0), 3).shape == (0,)
-    with pytest.raises(ValueError, match=r"B a multiple of num_generations \(4\), got \[18\]"):
-        informative_groups(torch.tensor(groups).flatten(), 4)
-    with pytest.raises(ValueError, match=r"rewards must have shape \[B\].* got \[6, 3\]"):
-        informative_groups(torch.tensor(groups), 3)
-    with pytest.raises(TypeError, match=r"rewards must be floating point, got torch\.int64"):
-        informative_groups(torch.tensor([0, 1, 1]), 3)
+    assert informative_groups(torch.empty(0, 1), 3, None, aggregation).shape == (0,)
 
 
 def test_a_recipe_names_columns_and_template(tmp_path, model_settings):
     path = tmp_path / "rows.jsonl"
     path.write_text("\n".join(json.dumps({"problem": f"{i} + 1 =", "label": i + 1}) for i in range(6)))
     columns = {"prompt_column": "problem", "answer_column": "label"}
-    task = data.load_task(Recipe(dataset_name=str(path), **columns, **model_settings))
+    task = load_task(Recipe(dataset_name=str(path), **columns, **model_settings))
     assert {row["answer"] for row in [*task.train_rows, *task.eval_rows]} == set(range(1, 7))
-    chat = data.load_task(Recipe(prompt_template="chat", device="cpu"))
+    chat = load_task(Recipe(prompt_template="chat", device="cpu"))
     assert templates.render_prompt(chat.train_rows[0], chat.tokenizer, "chat").endswith("= <assistant>")
     assert chat.model.config.vocab_size == len(chat.tokenizer)
 
@@ -354,9 +351,9 @@ def test_the_loop_and_the_evaluation_reward_the_whole_completion():
 
     settings = {"max_completion_length": 3, "num_eval_prompts": 2, "device": "cpu", "max_steps": 1}
     recipe = Recipe(prompt_template="{prompt} <think>", **settings)
-    task = data.load_task(recipe)
-    next(GRPOLoop(task._replace(reward_functions={"collected": collected}), recipe).run())
-    evaluate_samples(task.model, task.tokenizer, task.eval_rows, recipe, check=collected)
+    task = load_task(recipe)
+    next(GRPOLoop(task._replace(reward_functions={"collected": collected}), recipe).steps())
+    report_of(task, task.eval_rows, recipe, check=collected)
     assert len(seen) == recipe.generation_batch_size + 2 * recipe.eval_samples + 2
     assert all(completion.startswith("<think>") for completion in seen)
 
@@ -368,9 +365,9 @@ def test_the_cold_start_teaches_what_the_prompt_leaves(monkeypatch):
         texts.extend(prompt + completion for prompt, completion in zip(prompts, completions, strict=True))
         return teacher_forced(tokenizer, prompts, completions)
 
-    monkeypatch.setattr(cold_start, "teacher_forced", recorded)
+    monkeypatch.setattr(supervised, "teacher_forced", recorded)
     recipe = Recipe(prompt_template="{prompt} <think>", sft_steps=2, device="cpu")
-    task = data.load_task(recipe)
-    assert len(list(cold_start.cold_start(task.model, task.tokenizer, task.train_rows, recipe))) == 2
+    task = load_task(recipe)
+    assert len(list(train_on_traces(task.model, task.tokenizer, task.train_rows, recipe))) == 2
     assert len(texts) == 64
     assert all(text.count("<think>") == 1 for text in texts)

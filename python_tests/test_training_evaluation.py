@@ -4,21 +4,19 @@ from __future__ import annotations
 
 import itertools
 import math
-from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 from accelerate import Accelerator
+from testing.training import ScriptedSampler, accuracies_of, report_of
 
 from grpo_kernels.rewards import columns_of, resolve
-from grpo_kernels.training import evaluation
-from grpo_kernels.training.data import load_task
-from grpo_kernels.training.evaluation import evaluate, evaluate_samples, judge
-from grpo_kernels.training.filtering import filtered_task
+from grpo_kernels.training.filtering import filter_by_pass_rate, measure_pass_rates
 from grpo_kernels.training.recipe import Recipe
 from grpo_kernels.training.rollout import teacher_forced
 from grpo_kernels.training.scores import Score, _student, cons_at_k, interval, pass_at_k, pass_rates
+from grpo_kernels.training.task import evaluation_options, load_task
 
 
 def rights(*counts, samples):
@@ -168,17 +166,16 @@ def task(one_thread):
     return load_task(recipe_of())
 
 
+class Script(ScriptedSampler, dict):
+    """Completions by prompt, handed out in order; the last one also to who asks greedily."""
+
+    def __init__(self, task):
+        super().__init__(task, lambda prompt, t: self[prompt][-1] if t == 0 else self[prompt].pop(0))
+
+
 @pytest.fixture
-def script(monkeypatch):
-    """Completions by prompt, handed out in order; the last also to a greedy sampler."""
-    answers = {}
-
-    def sampler(model, tokenizer, prompts, *, temperature, **options):
-        texts = [answers[p][-1] if temperature == 0 else answers[p].pop(0) for p in prompts]
-        return teacher_forced(tokenizer, prompts, texts)
-
-    monkeypatch.setattr(evaluation, "generate", sampler)
-    return answers
+def script(task):
+    return Script(task)
 
 
 def answered(digits):
@@ -190,7 +187,7 @@ def test_a_report_has_samples_rates_and_scores_in_the_order_of_the_rows(task, sc
     right = [row["answer"] for row in rows]
     script[rows[0]["prompt"]] = [answered(text) for text in (right[0], "7", right[0], None, right[0])]
     script[rows[1]["prompt"]] = [answered(text) for text in ("7", "8", "8", right[1], "9")]
-    report = evaluate_samples(task.model, task.tokenizer, rows, recipe_of(eval_batch_size=3))
+    report = report_of(task, rows, recipe_of(eval_batch_size=3), script)
     assert [[s.right for s in group] for group in report.samples] == [[True, False, True, False], [False] * 3 + [True]]
     assert [s.answer for s in report.samples[0]] == [right[0], "7", right[0], None]
     assert [s.prompt for s in report.greedy] == [row["prompt"] for row in rows]
@@ -203,13 +200,13 @@ def test_a_report_has_samples_rates_and_scores_in_the_order_of_the_rows(task, sc
 
 def test_metrics_of_a_report_are_those_of_evaluate_with_intervals(task):
     recipe = recipe_of()
-    report = evaluate_samples(task.model, task.tokenizer, task.eval_rows, recipe, ks=[1, 2])
+    report = report_of(task, task.eval_rows, recipe, ks=[1, 2])
     metrics = report.metrics()
     assert metrics.keys() == {
         "eval_accuracy", "eval_accuracy_low", "eval_accuracy_high", "eval_pass@2", "eval_cons@2",
         "eval_accuracy_greedy", "eval_accuracy_greedy_low", "eval_accuracy_greedy_high",
     }  # fmt: skip
-    plain = evaluate(task.model, task.tokenizer, task.eval_rows, recipe)
+    plain = accuracies_of(task, task.eval_rows, recipe)
     assert {name: metrics[name] for name in plain} == pytest.approx(plain)
     assert metrics["eval_accuracy_low"] <= metrics["eval_accuracy"] <= metrics["eval_accuracy_high"]
 
@@ -224,9 +221,7 @@ def test_the_check_and_the_extraction_are_the_callers(task, script):
         seen.extend(zip(prompts, level, strict=True))
         return [None if c == "4" else 1.0 if c == "3" else 0.9 for c in completions]
 
-    found = evaluate_samples(
-        task.model, task.tokenizer, rows, recipe_of(), ks=(3,), check=check, extract=lambda text: text
-    )
+    found = report_of(task, rows, recipe_of(), script, ks=(3,), check=check, extract=lambda text: text)
     assert found.pass_rates == [0.5, 0.5]  # only a whole 1 is right
     assert found.scores["cons@3"].value == 1.0
     assert set(seen) == {(row["prompt"], row["level"]) for row in rows}
@@ -247,29 +242,30 @@ def test_the_recipes_judge_says_what_is_right(task, script, tmp_path, monkeypatc
     """In evaluations, votes and the pass-rate filter, whatever form it reads an answer from."""
     rows, said = task.eval_rows[:2], []
 
-    def sampler(model, tokenizer, prompts, *, temperature, **options):
+    def sampler(prompts, *, temperature, **options):
         said[:] = [script[p][-1] if temperature == 0 else script[p].pop(0) for p in prompts]
-        return teacher_forced(tokenizer, prompts, ["1"] * len(prompts))
+        return teacher_forced(task.tokenizer, prompts, ["1"] * len(prompts))
 
-    monkeypatch.setattr(evaluation, "generate", sampler)
+    sampler.end_ids = []
     monkeypatch.setattr(
-        evaluation, "completion_texts", lambda rollout, tokenizer, end_ids: list(said)
+        "grpo_kernels.training.rollout.completion_texts", lambda rollout, tokenizer, end_ids: list(said)
     )  # not the task's words
     right = [row["answer"] for row in rows]
     script[rows[0]["prompt"]] = [boxed(text) for text in (right[0], "7", "0" + right[0], "8", right[0])]
     script[rows[1]["prompt"]] = [boxed(text) for text in ("7", "8", "8", right[1], "9")]
     before = {prompt: list(texts) for prompt, texts in script.items()}
     recipe = recipe_of(**changes)
-    report = evaluate_samples(task.model, task.tokenizer, rows, recipe)
+    report = report_of(task, rows, recipe, sampler)
     assert {name: score.value for name, score in report.scores.items()} == {
         "pass@1": 0.375, "pass@4": 1.0, "cons@4": 0.5, "greedy": 0.5,
     }  # fmt: skip
     script.update({prompt: list(texts) for prompt, texts in before.items()})
-    assert evaluate(task.model, task.tokenizer, rows, recipe) == {"eval_accuracy": 0.375, "eval_accuracy_greedy": 0.5}
+    assert accuracies_of(task, rows, recipe, sampler) == {"eval_accuracy": 0.375, "eval_accuracy_greedy": 0.5}
     script.update({prompt: list(texts) for prompt, texts in before.items()})
-    few = replace(recipe, min_pass_rate=0.3, pass_rate_samples=4, num_generations=2, per_device_train_batch_size=2)
-    kept = filtered_task(task._replace(train_rows=rows), few, Accelerator(cpu=True), tmp_path, known=False)
-    assert kept.train_rows == rows[:1]
+    here = Accelerator(cpu=True)
+    rates = measure_pass_rates(sampler, task.tokenizer, rows, tmp_path, here, **evaluation_options(recipe))
+    kept = filter_by_pass_rate(rows, rates, min_pass_rate=0.3, max_pass_rate=None, least=1, accelerator=here)
+    assert rates == [0.5, 0.25] and kept == rows[:1]
 
 
 def test_by_default_the_first_reward_that_judges_is_the_judge():
@@ -278,9 +274,9 @@ def test_by_default_the_first_reward_that_judges_is_the_judge():
         (["format", "code(seconds=1.0)"], "code(seconds=1.0)"),
         (["format"], "accuracy"),
     ):
-        assert judge(recipe_of(reward_funcs=names)) == resolve(expected)
+        assert evaluation_options(recipe_of(reward_funcs=names))["check"] == resolve(expected)
     with pytest.raises(ValueError, match="expected one of accuracy"):
-        judge(recipe_of(check="fluency"))
+        evaluation_options(recipe_of(check="fluency"))
 
 
 def test_a_judge_without_answers_has_no_vote(task, script):
@@ -291,7 +287,7 @@ def test_a_judge_without_answers_has_no_vote(task, script):
     def check(prompts, completions, **columns):
         return [float(c == "3") for c in completions]
 
-    report = evaluate_samples(task.model, task.tokenizer, rows, recipe_of(), check=check)
+    report = report_of(task, rows, recipe_of(), script, check=check)
     assert report.scores.keys() == {"pass@1", "pass@4", "greedy"} and report.greedy[0].answer is None
 
 
@@ -307,7 +303,7 @@ def test_every_column_reaches_a_check_and_the_tokens_do(task, script):
         assert completion_ids == [task.tokenizer("1 2 <eos>")["input_ids"]] * len(completions)
         return [None] * len(completions)
 
-    evaluate_samples(task.model, task.tokenizer, rows, recipe_of(eval_batch_size=2), check=check)
+    report_of(task, rows, recipe_of(eval_batch_size=2), script, check=check)
     assert set(seen) == {None, 3}
     found = columns_of(rows, [[1], [2]])
     assert found["level"] == [None, 3] and "prompt" not in found and found["completion_ids"] == [[1], [2]]
@@ -315,18 +311,18 @@ def test_every_column_reaches_a_check_and_the_tokens_do(task, script):
 
 def test_samples_are_repeatable_and_the_random_state_is_put_back(task):
     state = torch.get_rng_state()
-    first = evaluate_samples(task.model, task.tokenizer, task.eval_rows, recipe_of())
+    first = report_of(task, task.eval_rows, recipe_of())
     assert torch.equal(torch.get_rng_state(), state)
     torch.manual_seed(5)
-    assert evaluate_samples(task.model, task.tokenizer, task.eval_rows, recipe_of()) == first
-    other = evaluate_samples(task.model, task.tokenizer, task.eval_rows, recipe_of(seed=1))
+    assert report_of(task, task.eval_rows, recipe_of()) == first
+    other = report_of(task, task.eval_rows, recipe_of(seed=1))
     assert other.samples != first.samples
     assert len({sample.completion for group in first.samples for sample in group}) > 6  # not one sample repeated
 
 
 def test_no_rows_and_too_large_a_k_are_refused_before_anything_is_sampled(task, script):
-    for function in (evaluate, evaluate_samples):
+    for function in (accuracies_of, report_of):
         with pytest.raises(ValueError, match="rows must have at least one problem to evaluate, got none"):
-            function(task.model, task.tokenizer, [], recipe_of())
+            function(task, [], recipe_of(), script)
     with pytest.raises(ValueError, match=r"at most eval_samples \(4\), got 5"):
-        evaluate_samples(task.model, task.tokenizer, task.eval_rows, recipe_of(), ks=[1, 5])
+        report_of(task, task.eval_rows, recipe_of(), script, ks=[1, 5])

@@ -14,7 +14,7 @@ import pytest
 from pyarrow import parquet
 from test_training_files import write
 
-from grpo_kernels.training.data import load_rows, read_rows
+from grpo_kernels.training.data.rows import load_rows, read_rows
 
 
 def test_values_that_only_tables_have(tmp_path: Path) -> None:

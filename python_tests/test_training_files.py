@@ -15,8 +15,9 @@ import pytest
 from pyarrow import parquet
 
 from grpo_kernels import rewards
-from grpo_kernels.training.data import load_rows, load_task_rows, read_rows
+from grpo_kernels.training.data.rows import load_rows, read_rows
 from grpo_kernels.training.recipe import Recipe
+from grpo_kernels.training.task import load_task_rows
 
 #: What every kind of file must give back. Numbers, texts and nulls stand in one column; what a table fills up is gone.
 ROWS: list[dict[str, Any]] = [

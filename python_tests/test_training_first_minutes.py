@@ -15,12 +15,12 @@ from transformers import PreTrainedModel
 
 from grpo_kernels import cli, hub
 from grpo_kernels.training import addition
-from grpo_kernels.training.data import load_task_rows
 from grpo_kernels.training.metrics import SilentRewards
 from grpo_kernels.training.models import load_pretrained
 from grpo_kernels.training.recipe import Recipe, load_recipe
 from grpo_kernels.training.run import train
 from grpo_kernels.training.stage_config import load_stage
+from grpo_kernels.training.task import load_task_rows
 from grpo_kernels.training.tasks import build_model
 
 REWARDS = """
@@ -298,7 +298,7 @@ def test_without_a_connection_a_hub_name_fails_at_once(
     hub._answers.cache_clear()
     try:
         with pytest.raises(ValueError, match="the Hub cannot be reached, and its cache has no model of this name"):
-            load_pretrained(Recipe(model_name_or_path="nobody/nothing-at-all", device="cpu"))
+            load_pretrained("nobody/nothing-at-all")
         assert constants.is_offline_mode()
         out = ["--output_dir", str(tmp_path)]
         assert cli.main(["train", "--dataset_name", "nobody/nothing-at-all", "--model_name_or_path", "x", *out]) == 2

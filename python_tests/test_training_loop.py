@@ -8,19 +8,18 @@ import math
 import pytest
 import torch
 from accelerate import Accelerator
+from testing.training import ScriptedSampler, accuracies_of, completion_logprobs
 
 from grpo_kernels import backends
 from grpo_kernels.device_values import first_bad
 from grpo_kernels.loss.metrics import PolicyMetrics
 from grpo_kernels.training import addition
-from grpo_kernels.training.cold_start import cold_start
-from grpo_kernels.training.data import Task, load_task
-from grpo_kernels.training.evaluation import evaluate
 from grpo_kernels.training.loop import GRPOLoop
 from grpo_kernels.training.recipe import Recipe, load_recipe
 from grpo_kernels.training.reporting import read_metrics
-from grpo_kernels.training.rollout import Rollout, completion_logprobs, teacher_forced
+from grpo_kernels.training.rollout import Rollout
 from grpo_kernels.training.run import train
+from grpo_kernels.training.task import Task, load_task, train_on_traces
 
 
 @pytest.fixture(autouse=True)
@@ -146,7 +145,7 @@ def test_old_and_reference_log_probs_exist_only_where_they_are_used():
 def test_the_reference_stays_where_it_was():
     loop = loop_of(beta=0.1, max_steps=2)
     before = [p.clone() for p in loop.reference.parameters()]
-    kl = [step.metrics["kl"] for step in loop.run()]
+    kl = [step.metrics["kl"] for step in loop.steps()]
     assert abs(kl[0]) < 1e-6 < kl[1]
     assert all(torch.equal(p, q) for p, q in zip(before, loop.reference.parameters(), strict=True))
     assert not all(torch.equal(p, q) for p, q in zip(before, loop.model.parameters(), strict=True))
@@ -166,7 +165,7 @@ def test_what_a_gpu_flagged_stops_the_run_before_the_step():
     before = [p.clone() for p in loop.model.parameters()]
     first_bad(torch.device("cpu"))[0] = 3
     with pytest.raises(ValueError, match=r"an id outside the vocabulary where unmasked, at 3"):
-        next(loop.run())
+        next(loop.steps())
     assert all(torch.equal(p, q) for p, q in zip(before, loop.model.parameters(), strict=True))
 
 
@@ -191,7 +190,7 @@ def test_shuffled_rewards_are_the_same_rewards_elsewhere():
 
 
 def test_metrics_have_trls_names():
-    metrics = next(loop_of(beta=0.1).run()).metrics
+    metrics = next(loop_of(beta=0.1).steps()).metrics
     name = "test_training_loop:odd_token_reward"
     assert metrics.keys() >= {
         "loss", "reward", "reward_std", "frac_reward_zero_std", f"rewards/{name}/mean", f"rewards/{name}/std",
@@ -222,7 +221,7 @@ def test_the_gradient_norm_is_clipped_and_the_learning_rate_decays():
     loop = loop_of(max_grad_norm=1e-3, max_steps=4)
     step, *_ = loop.optimizer_batches(loop.collect()[0])
     assert loop.optimizer_step(step)["grad_norm"] > 1e-3  # reported before clipping
-    rates = [step.metrics["learning_rate"] for step in loop_of(max_steps=4).run()]
+    rates = [step.metrics["learning_rate"] for step in loop_of(max_steps=4).steps()]
     assert rates == pytest.approx([1e-3, 7.5e-4, 5e-4, 2.5e-4])
 
 
@@ -230,37 +229,36 @@ def test_an_evaluation_is_repeatable_and_leaves_the_random_state():
     recipe = recipe_of(num_eval_prompts=8, eval_samples=2, eval_batch_size=3, reward_funcs=["accuracy"])
     task = load_task(recipe)
     state = torch.get_rng_state()
-    first = evaluate(task.model, task.tokenizer, task.eval_rows, recipe)
+    first = accuracies_of(task, task.eval_rows, recipe)
     assert torch.equal(torch.get_rng_state(), state)
     torch.manual_seed(5)
-    assert evaluate(task.model, task.tokenizer, task.eval_rows, recipe) == first
+    assert accuracies_of(task, task.eval_rows, recipe) == first
 
 
-def test_an_evaluation_counts_right_answers(monkeypatch):
+def test_an_evaluation_counts_right_answers():
     """A sampler that answers the first half of the problems rightly, and every problem when greedy."""
     recipe = recipe_of(num_eval_prompts=8, eval_samples=2, eval_batch_size=3, reward_funcs=["accuracy"])
     task = load_task(recipe)
     answers = {row["prompt"]: row["answer"] for row in task.eval_rows}
     known = set(list(answers)[:4])
 
-    def sampler(model, tokenizer, prompts, *, max_completion_length, temperature, synced):
-        digits = [" ".join(answers[p]) if temperature == 0 or p in known else "7" for p in prompts]
-        return teacher_forced(tokenizer, prompts, [f"<answer> {d} </answer>" for d in digits])
+    def said(prompt, temperature):
+        digits = " ".join(answers[prompt]) if temperature == 0 or prompt in known else "7"
+        return f"<answer> {digits} </answer>"
 
-    monkeypatch.setattr("grpo_kernels.training.evaluation.generate", sampler)
-    accuracies = evaluate(task.model, task.tokenizer, task.eval_rows, recipe)
+    accuracies = accuracies_of(task, task.eval_rows, recipe, ScriptedSampler(task, said))
     assert accuracies == {"eval_accuracy": 0.5, "eval_accuracy_greedy": 1.0}
 
 
 def test_the_cold_start_lowers_the_loss_and_needs_completions():
     recipe = recipe_of(sft_steps=20)
     task = load_task(recipe)
-    losses = [step.loss for step in cold_start(task.model, task.tokenizer, task.train_rows, recipe)]
+    losses = [step.loss for step in train_on_traces(task.model, task.tokenizer, task.train_rows, recipe)]
     assert len(losses) == 20
     assert losses[0] > math.log(len(task.tokenizer)) - 0.5
     assert losses[-1] < losses[0] - 0.5
     with pytest.raises(ValueError, match="sft_steps is 20, but no row of 'addition' has a completion"):
-        next(cold_start(task.model, task.tokenizer, [{"prompt": "1", "answer": "1"}], recipe))
+        next(train_on_traces(task.model, task.tokenizer, [{"prompt": "1", "answer": "1"}], recipe))
 
 
 def test_any_model_folder_trains_on_any_prompt_answer_file(tmp_path):
@@ -305,7 +303,7 @@ def test_the_backends_give_the_same_curve():
     if reason is not None:
         pytest.skip(reason)
     settings = {"num_iterations": 2, "beta": 0.1, "max_steps": 8, "temperature": 0.9}
-    runs = [[step.metrics for step in loop_of(backend=b, **settings).run()] for b in ("torch", "cpu")]
+    runs = [[step.metrics for step in loop_of(backend=b, **settings).steps()] for b in ("torch", "cpu")]
     for reference, kernels in zip(*runs, strict=True):
         del reference["step_time"], kernels["step_time"]
         assert kernels["reward"] == reference["reward"]
@@ -324,7 +322,7 @@ def test_the_reward_rises_unless_it_is_shuffled(shuffle):
         max_steps=30,
         learning_rate=3e-3,
     )
-    rewards = [step.metrics["reward"] for step in loop.run()]
+    rewards = [step.metrics["reward"] for step in loop.steps()]
     rise = sum(rewards[-4:]) / 4 - sum(rewards[:4]) / 4
     assert rise < 0.05 if shuffle else rise > 0.3
 

@@ -17,15 +17,19 @@ from test_training_loop import loop_of, one_thread, recipe_of  # noqa: F401  (a 
 from torch import Tensor
 
 from grpo_kernels import GRPOLossConfig, group_advantages
-from grpo_kernels.training import evaluation, stage_work
-from grpo_kernels.training.data import load_task
+from grpo_kernels.training import evaluation, samplers, stage_work
 from grpo_kernels.training.evaluation import EvalReport, EvalSample, evaluate
-from grpo_kernels.training.filtering import differing_groups
 from grpo_kernels.training.loop import Batch, GRPOLoop
-from grpo_kernels.training.metrics import length_metrics, reward_metrics
+from grpo_kernels.training.metrics import (
+    correction_metrics,
+    correction_statistics,
+    informative_groups,
+    length_metrics,
+    reward_metrics,
+)
 from grpo_kernels.training.rollout import Rollout, generate
 from grpo_kernels.training.run import train
-from grpo_kernels.training.sampling import correction_metrics, correction_statistics
+from grpo_kernels.training.task import load_task
 
 NAN = math.nan
 GIVEN: list[list[list[float | None]]] = []  # by call of a function, the rewards of a group
@@ -134,7 +138,7 @@ def test_what_is_counted_what_is_thrown_away_and_what_has_no_advantage_are_the_s
             group[1][0] = 5.0
         rows += group
     rewards = torch.tensor(rows)
-    differs = differing_groups(rewards, 4, weights, aggregation)
+    differs = informative_groups(rewards, 4, weights, aggregation)
     share = reward_metrics(rewards, ["a", "b", "c"], 4, weights, aggregation)["frac_reward_zero_std"]
     assert share == (~differs).sum().item() / 200 and 0.2 < share < 0.9
     for backend in ("torch", "auto"):
@@ -265,7 +269,7 @@ def test_the_time_of_a_step_is_its_own_and_the_first_has_the_generations(monkeyp
     monkeypatch.setattr(loop, "collect", taking(5.0, loop.collect))
     monkeypatch.setattr(loop, "optimizer_step", taking(2.0, loop.optimizer_step))
     times = []
-    for step in loop.run():
+    for step in loop.steps():
         times.append(step.metrics["step_time"])
         clock[0] += 100
     assert times == [7.0, 2.0]
@@ -319,7 +323,7 @@ def test_the_accuracy_of_several_processes_counts_every_row_once(monkeypatch: py
     sampled = {str(k): [j < count for j in range(4)] for k, count in enumerate((1, 0, 2, 3, 1, 4, 2))}
     greedy = {str(k): k in (2, 5) for k in range(7)}
 
-    def evaluated(model: Any, tokenizer: Any, mine: list[dict[str, str]], recipe: Any, **_: Any) -> EvalReport:
+    def evaluated(sampler: Any, tokenizer: Any, mine: list[dict[str, str]], **_: Any) -> EvalReport:
         def sample(is_right: bool) -> EvalSample:
             return EvalSample("", "", None, is_right)
 
@@ -329,19 +333,19 @@ def test_the_accuracy_of_several_processes_counts_every_row_once(monkeypatch: py
         )
 
     monkeypatch.setattr(evaluation, "evaluate_samples", evaluated)
-    recipe, model = recipe_of(eval_samples=4), SimpleNamespace(device=torch.device("cpu"))
     own: list[Tensor] = []
     for rank in range(3):
         processes = SimpleNamespace(
-            num_processes=3, process_index=rank, gather=lambda x: own.append(x) or x.repeat(3, 1)
+            num_processes=3, process_index=rank, device="cpu", gather=lambda x: own.append(x) or x.repeat(3, 1)
         )
-        evaluate(model, None, rows, recipe, processes)
-    processes = SimpleNamespace(num_processes=3, process_index=1, gather=lambda x: torch.cat(own))
+        evaluate(None, None, rows, processes, num_samples=4)
+    processes = SimpleNamespace(num_processes=3, process_index=1, device="cpu", gather=lambda x: torch.cat(own))
     expected = {
         "eval_accuracy": sum(map(sum, sampled.values())) / 28,
         "eval_accuracy_greedy": sum(greedy.values()) / 7,
     }
-    assert evaluate(model, None, rows, recipe, processes) == evaluate(model, None, rows, recipe) == expected
+    found = [evaluate(None, None, rows, accelerator, num_samples=4) for accelerator in (processes, None)]
+    assert found == [expected] * 2
 
 
 def test_a_stages_scores_reward_the_tokens_that_were_sampled(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -359,7 +363,7 @@ def test_a_stages_scores_reward_the_tokens_that_were_sampled(monkeypatch: pytest
     def tokens(prompts: list[str], completions: list[str], completion_ids: list[list[int]], **_: Any) -> list[float]:
         return [float(len(ids)) for ids in completion_ids]
 
-    monkeypatch.setattr(evaluation, "generate", recorded)
+    monkeypatch.setattr(samplers, "generate", recorded)
     found, report = stage_work._scores(task._replace(reward_functions={"tokens": tokens}), recipe)
     every = [n for batch in lengths for n in batch]
     assert len(every) == 18 and len(set(every)) > 1

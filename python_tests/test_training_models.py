@@ -18,11 +18,11 @@ from test_training_resume import SETTINGS, recipe_of
 from grpo_kernels import cli
 from grpo_kernels.training import addition
 from grpo_kernels.training.checkpoint import list_checkpoints, read_weights, save_checkpoint
-from grpo_kernels.training.data import load_model
-from grpo_kernels.training.models import load_pretrained, prepared
+from grpo_kernels.training.models import load_pretrained
 from grpo_kernels.training.recipe import Recipe
 from grpo_kernels.training.reporting import read_metrics
 from grpo_kernels.training.run import train
+from grpo_kernels.training.task import load_model, prepare_model
 
 ADAPTED: dict[str, Any] = {"use_peft": True, "lora_r": 4, "max_steps": 4, "learning_rate": 0.05}
 IDS = torch.arange(12)[None]
@@ -37,7 +37,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def loaded(name: Path, **options: Any) -> Any:
-    return load_pretrained(Recipe(model_name_or_path=str(name), device="cpu", **options))[0]
+    return load_pretrained(str(name), **options)[0]
 
 
 def test_a_resumed_run_of_adapters_is_bit_equal(run: Path, tmp_path: Path) -> None:
@@ -58,7 +58,7 @@ def test_a_checkpoint_of_adapters_is_their_base_with_them(run: Path) -> None:
     """Against adapters put by hand on a base made by hand."""
     recipe = recipe_of(run, **ADAPTED)
     torch.manual_seed(recipe.seed)
-    by_hand = prepared(load_model(recipe)[0], recipe)
+    by_hand = prepare_model(load_model(recipe)[0], recipe)
     base = by_hand(IDS).logits
     saved = load_file(run / "checkpoint-4" / "adapter_model.safetensors")
     own = get_peft_model_state_dict(by_hand, save_embedding_layers=False)
@@ -73,9 +73,9 @@ def test_a_checkpoint_of_adapters_is_their_base_with_them(run: Path) -> None:
 
 def test_adapters_on_what_adapters_made_keep_the_base_of_both(run: Path, tmp_path: Path) -> None:
     recipe = recipe_of(tmp_path, use_peft=True, lora_r=2, model_name_or_path=str(run / "checkpoint-4"))
-    model, tokenizer = load_pretrained(recipe)
+    model, tokenizer = load_pretrained(recipe.model_name_or_path)
     expected = model(IDS).logits
-    save_checkpoint(tmp_path, 5, prepared(model, recipe), tokenizer, keep=1)
+    save_checkpoint(tmp_path, 5, prepare_model(model, recipe), tokenizer, keep=1)
     torch.testing.assert_close(loaded(tmp_path / "checkpoint-5")(IDS).logits, expected)
 
 
@@ -111,7 +111,7 @@ def test_adapters_without_their_base_or_in_a_pickle_are_refused(run: Path, tmp_p
 def test_adapters_of_the_head_are_refused(targets: list[str]) -> None:
     model = addition.build_model(addition.build_tokenizer(), seed=0)
     with pytest.raises(ValueError, match="lora_target_modules must leave out the head"):
-        prepared(model, Recipe(use_peft=True, lora_target_modules=targets))
+        prepare_model(model, Recipe(use_peft=True, lora_target_modules=targets))
 
 
 class Touching:

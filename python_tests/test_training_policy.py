@@ -7,13 +7,14 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from testing.training import completion_logits
 from torch import Tensor
 
 from grpo_kernels import GRPOLossConfig, grpo_loss, token_logprobs
-from grpo_kernels.training.models import prepared
 from grpo_kernels.training.policy import Policy
 from grpo_kernels.training.recipe import Recipe
-from grpo_kernels.training.rollout import Rollout, completion_logits
+from grpo_kernels.training.rollout import Rollout
+from grpo_kernels.training.task import prepare_model
 
 COMMON = {
     "vocab_size": 131, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
@@ -173,7 +174,7 @@ def test_with_adapters_the_model_without_them_is_the_reference() -> None:
     model, rollout = model_of("untied"), rollout_of()
     plain = Policy(model_of("untied"), GRPOLossConfig(beta=0.1)).logprobs(rollout, 4)
     recipe = Recipe(use_peft=True, lora_r=4, gradient_checkpointing=True)
-    policy = Policy(prepared(model, recipe), GRPOLossConfig(beta=0.1))
+    policy = Policy(prepare_model(model, recipe), GRPOLossConfig(beta=0.1))
     assert policy.reference is policy.model
     trained = {name for name, p in policy.model.named_parameters() if p.requires_grad}
     assert trained and all("lora_" in name and "lm_head" not in name for name in trained)
@@ -232,7 +233,7 @@ def test_gradient_checkpointing_changes_no_gradient() -> None:
     rollout = rollout_of()
     found = []
     for checkpointing in (False, True):
-        model = prepared(model_of("untied"), Recipe(gradient_checkpointing=checkpointing))
+        model = prepare_model(model_of("untied"), Recipe(gradient_checkpointing=checkpointing))
         model.train(checkpointing)
         loss, *_ = Policy(model, GRPOLossConfig()).loss(rollout, ADVANTAGES)
         loss.backward()

@@ -10,9 +10,8 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState, GradientState
 from test_training_loop import loop_of, one_thread, recipe_of  # noqa: F401  (a fixture)
 
-from grpo_kernels.training.data import load_task
 from grpo_kernels.training.loop import Batch, GRPOLoop
-from grpo_kernels.training.models import prepared
+from grpo_kernels.training.task import load_task, prepare_model
 
 
 @pytest.fixture(autouse=True)
@@ -26,7 +25,7 @@ def adapted(**changes: Any) -> GRPOLoop:
     torch.manual_seed(0)
     recipe = recipe_of(use_peft=True, lora_r=4, **changes)
     task = load_task(recipe)
-    return GRPOLoop(task._replace(model=prepared(task.model, recipe)), recipe)
+    return GRPOLoop(task._replace(model=prepare_model(task.model, recipe)), recipe)
 
 
 def sampled(loop: GRPOLoop) -> Batch:

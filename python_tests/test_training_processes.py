@@ -69,7 +69,7 @@ def accelerator_of(mode: str) -> Any:
     from accelerate import Accelerator, DeepSpeedPlugin, PartialState
     from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
 
-    from grpo_kernels.training.wrapping import load_models_whole
+    from grpo_kernels.training.distributed import load_models_whole
 
     if mode.startswith("zero"):
         zero = {"stage": int(mode[-1]), "stage3_gather_16bit_weights_on_model_save": True}
@@ -102,8 +102,8 @@ def worker(folder: Path, mode: str) -> None:
 
 def loop_of(name: str, accelerator: Any) -> Any:
     from grpo_kernels.training import addition
-    from grpo_kernels.training.data import Task
     from grpo_kernels.training.loop import GRPOLoop
+    from grpo_kernels.training.task import Task
 
     tied, changes = CASES[name]
     tokenizer = addition.build_tokenizer()
@@ -117,10 +117,10 @@ def steps_of(folder: Path, mode: str, name: str, accelerator: Any) -> None:
 
     A third is taken by this loop and by one that goes on from the checkpoint, which DeepSpeed has not.
     """
-    from grpo_kernels.training.checkpoint import load_weights, save_checkpoint
+    from grpo_kernels.training.checkpoint import save_checkpoint
     from grpo_kernels.training.evaluation import evaluate
     from grpo_kernels.training.rollout import generate, teacher_forced
-    from grpo_kernels.training.state import read_state
+    from grpo_kernels.training.task import evaluation_options
 
     loop = loop_of(name, accelerator)
     if mode == "fsdp2":
@@ -141,8 +141,10 @@ def steps_of(folder: Path, mode: str, name: str, accelerator: Any) -> None:
     )
     sampled = accelerator.gather(accelerator.pad_across_processes(greedy.completion_ids, dim=1)).tolist()
     recipe = replace(loop.recipe, check="test_training_processes:of_even_length")
-    accuracies = evaluate(loop.model, loop.tokenizer, loop.rows[:5], recipe, accelerator)
-    checkpoint = save_checkpoint(folder / f"{mode}-{name}", 2, loop.model, loop.tokenizer, keep=1, loop=loop)
+    accuracies = evaluate(loop.sampler, loop.tokenizer, loop.rows[:5], accelerator, **evaluation_options(recipe))
+    checkpoint = save_checkpoint(
+        folder / f"{mode}-{name}", 2, loop.model, loop.tokenizer, keep=1, trained=loop.trained()
+    )
     weights = accelerator.get_state_dict(loop.policy.wrapped)
     weights = {key: value.clone() for key, value in weights.items()} if accelerator.is_main_process else {}
     if not mode.startswith("zero"):
@@ -150,8 +152,7 @@ def steps_of(folder: Path, mode: str, name: str, accelerator: Any) -> None:
         expected = accelerator.get_state_dict(loop.policy.wrapped)
         accelerator.free_memory()
         resumed = loop_of(name, accelerator)
-        load_weights(checkpoint, resumed)
-        read_state(checkpoint, resumed)
+        resumed.restore(checkpoint)
         resumed.optimizer_step(micro_batches)
         whole = accelerator.get_state_dict(resumed.policy.wrapped)
         assert all(torch.equal(whole[key], value) for key, value in expected.items())

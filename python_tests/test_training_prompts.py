@@ -10,20 +10,21 @@ from typing import Any
 import pytest
 import torch
 from accelerate import Accelerator
+from testing.training import completion_logits
 from tokenizers.processors import TemplateProcessing
 from transformers import PreTrainedTokenizerBase
 
 from grpo_kernels.training import addition
-from grpo_kernels.training.cold_start import cold_start, traces_that_fit, worked_batch
-from grpo_kernels.training.data import Task, load_task
-from grpo_kernels.training.evaluation import held_out
+from grpo_kernels.training.data.templates import PromptFormat, encode_prompts, render_prompt, rows_that_fit
 from grpo_kernels.training.recipe import Recipe
-from grpo_kernels.training.rollout import completion_logits, generate, teacher_forced
-from grpo_kernels.training.run import train
-from grpo_kernels.training.sampling import ContinuousSampler, ServerSampler, rows_that_fit
+from grpo_kernels.training.rollout import generate, teacher_forced
+from grpo_kernels.training.run import held_out_rows, train
+from grpo_kernels.training.samplers import ContinuousSampler
+from grpo_kernels.training.samplers.server import ServerSampler
+from grpo_kernels.training.samplers.vllm_client import Sampled
+from grpo_kernels.training.supervised import traces_that_fit, worked_batch
+from grpo_kernels.training.task import Task, load_task, train_on_traces
 from grpo_kernels.training.tasks import build_model
-from grpo_kernels.training.templates import encode_prompts, render_prompt
-from grpo_kernels.training.vllm_client import Sampled
 
 CHAT = "{{ bos_token }} {% for m in messages %}{{ m['content'] }}{% endfor %}"
 SETTINGS: dict[str, Any] = {"device": "cpu", "max_completion_length": 12, "num_eval_prompts": 4, "num_threads": 1}
@@ -61,6 +62,8 @@ def test_every_reader_of_a_chat_prompt_sees_the_same_tokens(tokenizer: PreTraine
     vars(server).update(
         model=model,
         tokenizer=tokenizer,
+        temperature=1.0,
+        end_ids=[tokenizer.eos_token_id],
         accelerator=Accelerator(cpu=True),
         _sent=0,
         _by_main=lambda _: [Sampled([5], [0.0])],
@@ -68,14 +71,15 @@ def test_every_reader_of_a_chat_prompt_sees_the_same_tokens(tokenizer: PreTraine
     for found in (
         generate(model, tokenizer, [prompt], max_completion_length=2, temperature=0),
         teacher_forced(tokenizer, [prompt], ["2"]),
-        worked_batch(model, tokenizer, [row], recipe),
-        ContinuousSampler(model, tokenizer, recipe)([prompt], 0),
-        server([prompt], 0),
+        worked_batch(model, tokenizer, [row], recipe.prompt_format),
+        ContinuousSampler(model, tokenizer, max_completion_length=12)([prompt]),
+        server([prompt]),
     ):
         assert found.prompt_ids[0].tolist() == expected and found.prompt_mask.all()
-    assert rows_that_fit([row], tokenizer, recipe, 12 + len(expected), least=1) == [row]
+    options = {"prompt_format": recipe.prompt_format, "max_completion_length": 12}
+    assert rows_that_fit([row], tokenizer, context_length=12 + len(expected), **options) == [row]
     with pytest.raises(ValueError, match="got 0 of 1"):
-        rows_that_fit([row], tokenizer, recipe, 12 + len(expected) - 1, least=1)
+        rows_that_fit([row], tokenizer, context_length=12 + len(expected) - 1, **options)
 
 
 def with_rows(**rows: list[dict[str, Any]]) -> Task:
@@ -89,21 +93,21 @@ def of_lengths(*lengths: int, **more: Any) -> list[dict[str, Any]]:
 def test_an_empty_prompt_is_left_out_and_counted(caplog: pytest.LogCaptureFixture) -> None:
     rows, tokenizer = of_lengths(3, 0, 5), addition.build_tokenizer()
     with caplog.at_level(logging.WARNING):
-        found = rows_that_fit(rows, tokenizer, Recipe(**SETTINGS), None, least=1)
+        found = rows_that_fit(rows, tokenizer, PromptFormat(), max_completion_length=12)
     assert found == [rows[0], rows[2]]
     assert "1 of 3 training prompts have no token and are left out" in caplog.text
     with pytest.raises(ValueError, match=r"at least 1 training prompts must have a token, got 0 of 1"):
-        rows_that_fit(rows[1:2], tokenizer, Recipe(**SETTINGS), None, least=1)
+        rows_that_fit(rows[1:2], tokenizer, PromptFormat(), max_completion_length=12)
 
 
 def test_held_out_prompts_that_leave_no_room_are_left_out_and_counted(caplog: pytest.LogCaptureFixture) -> None:
     task = with_rows(eval_rows=of_lengths(3, 117, 116, 0))  # a context of 128, 12 of a completion
     with caplog.at_level(logging.WARNING):
-        assert [len(row["prompt"].split()) for row in held_out(task, Recipe(**SETTINGS))] == [3, 116]
+        assert [len(row["prompt"].split()) for row in held_out_rows(task, Recipe(**SETTINGS))] == [3, 116]
     assert "1 of 4 held-out prompts are longer than 116 tokens and left out" in caplog.text
     with pytest.raises(ValueError, match="at least 1 held-out prompts"):
-        held_out(with_rows(eval_rows=of_lengths(117)), Recipe(**SETTINGS))
-    assert held_out(with_rows(eval_rows=[]), Recipe(**SETTINGS)) == []
+        held_out_rows(with_rows(eval_rows=of_lengths(117)), Recipe(**SETTINGS))
+    assert held_out_rows(with_rows(eval_rows=[]), Recipe(**SETTINGS)) == []
 
 
 def test_a_run_evaluates_and_filters_what_fits(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -118,10 +122,10 @@ def test_a_run_evaluates_and_filters_what_fits(tmp_path: Any, monkeypatch: pytes
         asked.extend(len(prompt.split()) for prompt in prompts)
         return original(model, tokenizer, prompts, **options)
 
-    monkeypatch.setattr("grpo_kernels.training.evaluation.generate", recorded)
+    monkeypatch.setattr("grpo_kernels.training.samplers.generate", recorded)
     settings = {"max_steps": 1, "num_generations": 4, "max_pass_rate": 1.0, "pass_rate_samples": 2, "eval_samples": 1}
     train(Recipe(**SETTINGS, **settings, output_dir=str(tmp_path), disable_tqdm=True))
-    assert len(asked) == 2 * 4 * 2 + 9 * 3 and max(asked) < 120
+    assert len(asked) == 2 * 4 * 2 + 9 * 2 + 8 and max(asked) < 120  # two evaluations, the filter, a generation
 
 
 def test_traces_beyond_the_context_are_not_trained_on(caplog: pytest.LogCaptureFixture) -> None:
@@ -129,12 +133,12 @@ def test_traces_beyond_the_context_are_not_trained_on(caplog: pytest.LogCaptureF
     task = with_rows()
     rows = of_lengths(116, 117, 0, completion="1 1 1 1 1 1 1 1 1 1 1")  # 11, and the end token: 128
     with caplog.at_level(logging.WARNING):
-        assert traces_that_fit(task.model, task.tokenizer, rows, recipe) == rows[:1]
+        assert traces_that_fit(task.model, task.tokenizer, rows, recipe.prompt_format) == rows[:1]
     assert "2 of 3 traces are left out" in caplog.text
-    (step,) = cold_start(task.model, task.tokenizer, rows, recipe)
+    (step,) = train_on_traces(task.model, task.tokenizer, rows, recipe)
     assert step.tokens == 12 * recipe.sft_batch_size
     with pytest.raises(ValueError, match="no longer than the context of 128 tokens, got 2 others"):
-        list(cold_start(task.model, task.tokenizer, rows[1:], recipe))
+        list(train_on_traces(task.model, task.tokenizer, rows[1:], recipe))
 
 
 def test_micro_batches_of_a_supervised_step_add_up() -> None:
@@ -143,7 +147,7 @@ def test_micro_batches_of_a_supervised_step_add_up() -> None:
     for count in (1, 7):
         model = build_model(task.tokenizer, 0).eval()
         recipe = Recipe(**SETTINGS, sft_steps=3, gradient_accumulation_steps=count)
-        steps = list(cold_start(model, task.tokenizer, task.train_rows, recipe))
+        steps = list(train_on_traces(model, task.tokenizer, task.train_rows, recipe))
         found.append(([step.loss for step in steps], model))
         assert "forward" not in vars(model)  # a copy of it must not go on to the model it was made from
     (whole, one), (cut, other) = found
@@ -161,17 +165,17 @@ def test_a_supervised_step_forms_no_logits_as_a_whole() -> None:
     note.__module__ = "torch.utils.notes"  # hooks of others are refused
     task.model.get_output_embeddings().register_forward_hook(note)
     recipe = Recipe(**SETTINGS, sft_steps=1, sft_batch_size=8)
-    list(cold_start(task.model, task.tokenizer, task.train_rows, recipe))
+    list(train_on_traces(task.model, task.tokenizer, task.train_rows, recipe))
     assert seen[-1][0] == 8 and seen[-1][-1] == 1
 
 
 def test_a_supervised_loss_is_the_mean_cross_entropy_of_completions() -> None:
     task, recipe = with_rows(), Recipe(**SETTINGS, sft_steps=1, sft_batch_size=8, per_device_train_batch_size=8)
     rows = random.Random(recipe.seed).choices([row for row in task.train_rows if row.get("completion")], k=8)
-    batch = worked_batch(task.model, task.tokenizer, rows, recipe)
+    batch = worked_batch(task.model, task.tokenizer, rows, recipe.prompt_format)
     with torch.no_grad():
         logits = completion_logits(task.model, batch)[:, :-1]
     kept = batch.completion_mask.bool()
     expected = torch.nn.functional.cross_entropy(logits[kept], batch.completion_ids[kept])
-    (step,) = cold_start(task.model, task.tokenizer, task.train_rows, recipe)
+    (step,) = train_on_traces(task.model, task.tokenizer, task.train_rows, recipe)
     assert step.loss == pytest.approx(expected.item(), rel=1e-5) and step.tokens == kept.sum()

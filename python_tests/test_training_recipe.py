@@ -6,8 +6,9 @@ import datasets
 import pytest
 
 from grpo_kernels import rewards
-from grpo_kernels.training import addition, data
+from grpo_kernels.training import addition
 from grpo_kernels.training.recipe import Recipe, load_recipe
+from grpo_kernels.training.task import load_task
 
 
 def write_recipe(folder, text):
@@ -106,10 +107,10 @@ def test_a_dataset_folder_gives_its_splits(tmp_path):
     datasets.DatasetDict({"train": train, "test": test}).save_to_disk(tmp_path / "both")
     train.save_to_disk(tmp_path / "one")
     settings = {"model_name_or_path": str(tmp_path / "model"), "device": "cpu", "num_eval_prompts": 2}
-    task = data.load_task(Recipe(dataset_name=str(tmp_path / "both"), eval_dataset_split="test", **settings))
+    task = load_task(Recipe(dataset_name=str(tmp_path / "both"), eval_dataset_split="test", **settings))
     assert task.train_rows == rows
     assert task.eval_rows == rows[:2]
-    task = data.load_task(Recipe(dataset_name=str(tmp_path / "one"), **settings))
+    task = load_task(Recipe(dataset_name=str(tmp_path / "one"), **settings))
     assert len(task.train_rows) == 7
     assert sorted([*task.train_rows, *task.eval_rows], key=lambda row: row["prompt"]) == rows
 
@@ -118,9 +119,9 @@ def test_a_dataset_without_a_model_is_refused(tmp_path):
     path = tmp_path / "sums.jsonl"
     path.write_text('{"prompt": "1 + 1 =", "answer": 2}\n' * 4)
     with pytest.raises(ValueError, match="model_name_or_path must be given"):
-        data.load_task(Recipe(dataset_name=str(path), num_eval_prompts=0))
+        load_task(Recipe(dataset_name=str(path), num_eval_prompts=0))
     with pytest.raises(ValueError, match=r"at least 1 training rows .* got 0"):
-        data.load_task(Recipe(dataset_name=str(path), num_eval_prompts=4))
+        load_task(Recipe(dataset_name=str(path), num_eval_prompts=4))
 
 
 def test_names_and_defaults_of_rollouts_are_trls():

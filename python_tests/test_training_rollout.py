@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
+from testing.training import completion_logits, completion_logprobs
 from transformers import GenerationConfig
 
 from grpo_kernels.training import addition, rollout
-from grpo_kernels.training.rollout import completion_logprobs, completion_texts, end_mask, ends, generate
+from grpo_kernels.training.rollout import completion_texts, end_mask, ends, generate
 
 PROMPTS = ["1 + 2 =", "4 7 + 3 8 =", "9", "4 7 + 3 8 = <think> units"]
 
@@ -108,7 +109,7 @@ def test_given_completions_take_the_shape_of_sampled_ones(tokenizer):
 def test_a_model_that_keeps_no_logits_is_cut_to_the_completion(model, tokenizer, monkeypatch):
     torch.manual_seed(0)
     sampled = generate(model, tokenizer, PROMPTS, max_completion_length=6, temperature=1.0)
-    expected = rollout.completion_logits(model, sampled)
+    expected = completion_logits(model, sampled)
     assert expected.shape == (4, sampled.completion_ids.shape[1] + 1, len(tokenizer))
     forward = model.forward
 
@@ -116,4 +117,4 @@ def test_a_model_that_keeps_no_logits_is_cut_to_the_completion(model, tokenizer,
         return forward(input_ids, attention_mask=attention_mask, position_ids=position_ids, use_cache=use_cache)
 
     monkeypatch.setattr(model, "forward", old_forward)
-    torch.testing.assert_close(rollout.completion_logits(model, sampled), expected)
+    torch.testing.assert_close(completion_logits(model, sampled), expected)

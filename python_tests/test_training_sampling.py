@@ -11,14 +11,16 @@ import torch
 import transformers
 from accelerate.utils import DistributedType
 from test_training_loop import loop_of, one_thread, recipe_of  # noqa: F401  (a fixture)
+from testing.training import completion_logprobs, sampler_of
 
-from grpo_kernels.training.data import load_task
-from grpo_kernels.training.filtering import Scored, differing_groups, together
+from grpo_kernels.training.data.templates import PromptFormat, rows_that_fit
 from grpo_kernels.training.loop import GRPOLoop
+from grpo_kernels.training.metrics import informative_groups
 from grpo_kernels.training.reporting import read_metrics
-from grpo_kernels.training.rollout import Rollout, completion_logprobs, joined, padded
+from grpo_kernels.training.rollout import Rollout, Scored, concat_rollouts, concat_scored, padded
 from grpo_kernels.training.run import train
-from grpo_kernels.training.sampling import ContinuousSampler, ModelSampler, build_sampler, rows_that_fit
+from grpo_kernels.training.samplers import ContinuousSampler
+from grpo_kernels.training.task import build_sampler, load_task
 
 SCORED = []
 CRASH_AT = [0]
@@ -70,20 +72,20 @@ def test_lists_become_a_rollout_and_rollouts_one():
     assert one.select(torch.tensor([0])).sampling_logprobs.tolist() == [[-1, -2]]
     assert padded([[5]], [[]], [1], pad_id=0, device="cpu").completion_mask.tolist() == [[0]]
     other = padded([[5, 6]], [[4, 4, 4, 4]], [1], pad_id=0, device="cpu", logprobs=[[-1.0] * 4])
-    both = joined([one, other])
+    both = concat_rollouts([one, other])
     assert both.prompt_ids.tolist() == [[0, 0, 5], [5, 6, 7], [0, 5, 6]]
     assert both.completion_mask.sum(dim=1).tolist() == [2, 0, 4] and both.completion_ids.shape == (3, 4)
     for k, part in ((0, one), (2, other)):
         row = torch.tensor([k])
         for got, expected in zip(both.select(row), part.select(torch.tensor([0])), strict=True):
             assert torch.equal(got, expected)
-    assert joined([one]) is one
+    assert concat_rollouts([one]) is one
 
 
 def test_groups_are_chosen_with_all_that_belongs_to_them():
     rollout = Rollout(*(torch.arange(8)[:, None] if k % 2 == 0 else torch.ones(8, 1).long() for k in range(4)))
     scored = Scored(rollout, torch.arange(16.0).view(8, 2), list("abcdefgh"), list("ABCDEFGH"), [{}] * 8, {})
-    chosen = together([scored, scored]).groups(torch.tensor([3, 1]), 4)
+    chosen = concat_scored([scored, scored]).groups(torch.tensor([3, 1]), 4)
     assert chosen.prompts == list("efghefgh") and chosen.completions == list("EFGHEFGH")
     assert chosen.rewards[:, 0].tolist() == [8, 10, 12, 14] * 2
     assert chosen.rollout.completion_ids[:, 0].tolist() == [4, 5, 6, 7] * 2
@@ -92,7 +94,7 @@ def test_groups_are_chosen_with_all_that_belongs_to_them():
 def test_a_group_differs_in_any_column():
     rewards = torch.tensor([[1.0, 0.0], [1.0, 0.0], [1.0, 2.0], [1.0, 3.0], [float("nan"), 1.0], [2.0, 1.0]])
     for weights, expected in ((None, [False, True, False]), ([1.0, 0.0], [False, False, False])):
-        assert differing_groups(rewards, 2, weights, "normalize_then_sum").tolist() == expected
+        assert informative_groups(rewards, 2, weights, "normalize_then_sum").tolist() == expected
 
 
 # dynamic sampling
@@ -118,7 +120,7 @@ def test_at_the_bound_the_groups_that_lack_stay_out_of_the_loss(caplog):
     loop = loop_of(dynamic_sampling=True, max_generation_batches=3, reward_funcs=named("reward_of_none"))
     before = [p.clone() for p in loop.model.parameters()]
     with caplog.at_level(logging.WARNING):
-        step = next(loop.run())
+        step = next(loop.steps())
     assert "after max_generation_batches=3 batches of prompts 4 of 4 groups still have equal rewards" in caplog.text
     assert step.metrics["dynamic_sampling/generation_batches"] == 3
     assert step.metrics["dynamic_sampling/groups_missing"] == 4
@@ -192,14 +194,13 @@ def easy_task_run(folder, monkeypatch, **changes):
     """A run whose base model solves the first problems always, the next half of the time, and the others never."""
     asked = []
 
-    def rates_of(model, tokenizer, rows, recipe, *, ks):
-        from grpo_kernels.training.evaluation import EvalReport
+    def counts_of(sampler, tokenizer, rows, accelerator, *, num_samples, greedy, **options):
+        asked.append((len(rows), num_samples))
+        assert not greedy
+        rates = [1.0 if i < 10 else 0.5 if i < 30 else 0.0 for i in range(len(rows))]
+        return torch.tensor([[rate * num_samples, 0] for rate in rates])
 
-        asked.append((len(rows), recipe.eval_samples))
-        known = [1.0 if i < 10 else 0.5 if i < 30 else 0.0 for i in range(len(rows))]
-        return EvalReport([], [], known, {})
-
-    monkeypatch.setattr("grpo_kernels.training.filtering.evaluate_samples", rates_of)
+    monkeypatch.setattr("grpo_kernels.training.filtering.right_counts", counts_of)
     SCORED.clear()
     train(recipe_of(output_dir=str(folder), reward_funcs=named("reward_of_some"), max_completion_length=3, **changes))
     return asked
@@ -266,11 +267,14 @@ def test_prompts_that_are_too_long_are_left_out_and_counted(caplog):
     assert [len(row["prompt"].split()) for row in loop.rows] == [3, 116, 8, 5]
     assert "2 of 6 training prompts are longer than 116 tokens and left out; the longest has 200" in caplog.text
     loop.collect()
-    fitting = rows_that_fit(rows, task.tokenizer, recipe_of(max_prompt_length=8, num_generations=8), 128)
+    options = {"max_completion_length": 12, "least": 4}
+    fitting = rows_that_fit(
+        rows, task.tokenizer, PromptFormat(), **options | {"least": 2}, max_prompt_length=8, context_length=128
+    )
     assert [len(row["prompt"].split()) for row in fitting] == [3, 8, 5]
     with pytest.raises(ValueError, match=r"at least 4 training prompts .* at most 7 tokens, got 2 of 6"):
-        rows_that_fit(rows, task.tokenizer, recipe_of(max_prompt_length=7), None)
-    assert rows_that_fit(rows, task.tokenizer, recipe_of(), None) == rows
+        rows_that_fit(rows, task.tokenizer, PromptFormat(), max_prompt_length=7, **options)
+    assert rows_that_fit(rows, task.tokenizer, PromptFormat(), **options) == rows
 
 
 def test_a_completion_as_long_as_the_context_leaves_no_prompt():
@@ -298,19 +302,18 @@ def test_continuous_batching_samples_the_models_distribution(monkeypatch):
         return found[-1]
 
     monkeypatch.setattr(type(task.model), "generate_batch", scored)
-    sampler = ContinuousSampler(task.model, task.tokenizer, recipe)
+    sampler = sampler_of(task, recipe)
     assert isinstance(sampler, ContinuousSampler)
     prompts = ["1 + 2 =", "4 7 + 3 8 =", "9"] * 4
-    rollout = sampler(prompts, 0)
+    rollout = sampler(prompts)
     rows = [row[m.bool()].tolist() for row, m in zip(rollout.prompt_ids, rollout.prompt_mask, strict=True)]
     assert rows == task.tokenizer(prompts)["input_ids"]
     expected = completion_logprobs(task.model, rollout, temperature=0.7, batch_size=12, backend="auto")
     for output, row, mask in zip(found[0].values(), expected, rollout.completion_mask.bool(), strict=True):
         torch.testing.assert_close(torch.tensor(output.logprobs), row[mask], atol=1e-4, rtol=1e-4)
     assert len({tuple(row) for row in rollout.completion_ids.tolist()}) > 9
-    sampler.recipe = recipe_of(temperature=1e-3)
-    greedy = ModelSampler(task.model, task.tokenizer, sampler.recipe, synced=False)(prompts, 0)
-    again = sampler(prompts, 0)
+    greedy = sampler_of(task, recipe_of())(prompts, temperature=1e-3)
+    again = sampler(prompts, temperature=1e-3)
     assert torch.equal(again.completion_ids * again.completion_mask, greedy.completion_ids * greedy.completion_mask)
 
 
@@ -319,7 +322,7 @@ def test_a_loop_trains_by_continuous_batching_and_is_repeatable():
     rewards = []
     for _ in range(2):
         loop = loop_of(use_transformers_continuous_batching=True, max_steps=2)
-        rewards.append([step.metrics["reward"] for step in loop.run()])
+        rewards.append([step.metrics["reward"] for step in loop.steps()])
         assert loop.model.config._attn_implementation == "sdpa"
     assert rewards[0] == rewards[1]
 
@@ -341,7 +344,7 @@ def test_continuous_batching_that_fails_is_an_error(monkeypatch):
         loop.collect()
     plain = type("Plain", (), {"config": loop.model.config})()
     with pytest.raises(RuntimeError, match=r"Plain of transformers \S+ cannot; 5\.8 and later can"):
-        ContinuousSampler(plain, loop.tokenizer, loop.recipe)
+        ContinuousSampler(plain, loop.tokenizer, max_completion_length=12)
     monkeypatch.setattr(transformers.generation, "ContinuousBatchingConfig", None)
     with pytest.raises(RuntimeError, match="use_transformers_continuous_batching: Qwen2ForCausalLM of transformers"):
         loop_of(use_transformers_continuous_batching=True)
@@ -352,7 +355,7 @@ def test_its_options_go_to_transformers():
         use_transformers_continuous_batching=True, transformers_continuous_batching_config='{"page_size": 16}'
     )
     task = load_task(recipe)
-    options = ContinuousSampler(task.model, task.tokenizer, recipe)._options([[5] * 4] * 3)
+    options = sampler_of(task, recipe)._cache_options([[5] * 4] * 3)
     assert options == {"page_size": 16, "num_blocks": 6, "max_batch_tokens": 256}
 
 

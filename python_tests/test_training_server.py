@@ -14,15 +14,16 @@ import torch
 from serving import hang_up, loop_for, recipe_for, starts_servers  # noqa: F401  (a fixture)
 from test_training_loop import one_thread, recipe_of, share_of_sevens  # noqa: F401  (a fixture; a reward by name)
 from testing.processes import end_worker
+from testing.training import completion_logprobs
 
-from grpo_kernels.training.data import load_task
 from grpo_kernels.training.loop import GRPOLoop
+from grpo_kernels.training.metrics import correction_metrics, correction_statistics
 from grpo_kernels.training.reporting import read_metrics
-from grpo_kernels.training.rollout import completion_logprobs
 from grpo_kernels.training.run import train
-from grpo_kernels.training.sampling import ServerSampler, correction_metrics, correction_statistics
-from grpo_kernels.training.vllm_client import ServerError, VLLMServer
-from grpo_kernels.training.weight_transfer import describe, whole_weights
+from grpo_kernels.training.samplers.server import ServerSampler
+from grpo_kernels.training.samplers.vllm_client import ServerError, VLLMServer
+from grpo_kernels.training.samplers.weight_transfer import describe, whole_weights
+from grpo_kernels.training.task import load_task
 
 
 def weights_of(model):
@@ -45,7 +46,7 @@ def test_the_reward_rises_through_a_server_that_has_the_weights_of_every_step(st
         learning_rate=5e-3,
     )
     rewards = []
-    for step in loop.run():
+    for step in loop.steps():
         rewards.append(step.metrics["reward"])
         if step.number % 2 == 1:  # a generation's first step: the server has the weights before it
             sampled_by = {name: value.clone() for name, value in weights_of(server.model).items()}

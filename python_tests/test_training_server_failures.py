@@ -12,8 +12,8 @@ import torch
 from serving import Server, hang_up, loop_for, starts_servers  # noqa: F401  (a fixture)
 from test_training_loop import one_thread, recipe_of  # noqa: F401  (a fixture)
 
-from grpo_kernels.training.data import load_task
-from grpo_kernels.training.vllm_client import ServerError, VLLMServer
+from grpo_kernels.training.samplers.vllm_client import ServerError, VLLMServer
+from grpo_kernels.training.task import load_task
 
 
 def first_choice(**changes):
@@ -136,7 +136,7 @@ def test_a_failed_request_waits_for_no_other(shared, others):
 
 def test_a_loop_whose_server_fails_ends(start):
     with pytest.raises(ServerError, match="/v1/completions: "):
-        next(loop_for(start(spoil={"/v1/completions": hang_up})).run())
+        next(loop_for(start(spoil={"/v1/completions": hang_up})).steps())
 
 
 def test_a_busy_server_is_asked_again(start):
@@ -258,6 +258,6 @@ def test_a_token_that_the_server_did_not_score_is_not_corrected(start, shared):
         assert [math.isnan(x) for x in group[0].logprobs] == [True] + [False] * (len(group[0].ids) - 1)
         assert not any(math.isnan(x) for completion in group[1:] for x in completion.logprobs)
     shared.spoil = {}
-    step = next(loop_for(start(spoil=unscored)).run())
+    step = next(loop_for(start(spoil=unscored)).steps())
     assert all(math.isfinite(step.metrics[name]) for name in ("loss", "grad_norm"))
     assert all(math.isfinite(value) for name, value in step.metrics.items() if name.startswith("sampling/"))

@@ -16,10 +16,10 @@ from safetensors.torch import load_file
 
 from grpo_kernels import cli
 from grpo_kernels.rewards import extract_answer
+from grpo_kernels.training.data.templates import join_texts
 from grpo_kernels.training.stage_config import Stage, load_stage, load_stages
 from grpo_kernels.training.stages import run_stage, run_stages
 from grpo_kernels.training.tasks import TASKS
-from grpo_kernels.training.templates import joined
 
 SMALL = """
 common: {dataset_name: addition-mixed, num_eval_prompts: 4, eval_samples: 2, sft_batch_size: 4, sft_steps: 2,
@@ -142,7 +142,7 @@ def test_augmentation_makes_problems_of_samples(further: Path) -> None:
     assert {row["source"] for row in rows_of(further / "made-of-samples")} <= {"seed", "goal"}
     asked = {task.key(row) for row in held_out}
     for row in rows:
-        whole = joined(row["completion_prefix"], row["completion"])
+        whole = join_texts(row["completion_prefix"], row["completion"])
         assert extract_answer(whole) == row["answer"] and task.key({"prompt": row["seed_prompt"]}) not in asked
     trained_on = {sample["prompt"] for sample in rows_of(further / "on-made", "samples.jsonl")}
     assert trained_on and trained_on <= {row["prompt"] for row in rows}

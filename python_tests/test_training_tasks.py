@@ -11,8 +11,9 @@ import pytest
 import torch
 
 from grpo_kernels import rewards
-from grpo_kernels.training import addition, data
+from grpo_kernels.training import addition
 from grpo_kernels.training.recipe import Recipe
+from grpo_kernels.training.task import load_task
 from grpo_kernels.training.tasks import TASKS, build_model, get_task, step_boundaries
 
 # of json.dumps(build_rows(seed=0, num_eval=200)), from before there was more than one task
@@ -144,7 +145,7 @@ def test_every_word_is_in_the_tokenizer_and_a_trace_fits_the_recipe(task):
 
 @every_task
 def test_a_recipe_names_a_task_and_gets_its_rows_and_a_model_of_its_words(task):
-    loaded = data.load_task(Recipe(dataset_name=task.name, num_eval_prompts=7, device="cpu"))
+    loaded = load_task(Recipe(dataset_name=task.name, num_eval_prompts=7, device="cpu"))
     assert (loaded.train_rows, loaded.eval_rows) == task.build_rows(0, 7)
     assert loaded.model.config.vocab_size == len(task.words) == len(set(task.words))
 

@@ -14,16 +14,16 @@ from grpo_kernels import cli
 from grpo_kernels.errors import ThirdPartyError
 from grpo_kernels.rewards import accuracy_reward, format_reward
 from grpo_kernels.training import addition
-from grpo_kernels.training.recipe import load_recipe
-from grpo_kernels.training.rollout import completion_texts, teacher_forced
-from grpo_kernels.training.tasks import build_model
-from grpo_kernels.training.templates import (
+from grpo_kernels.training.data.templates import (
     PromptFormat,
     encode_prompts,
     render_prompt,
     render_prompts,
     whole_completion,
 )
+from grpo_kernels.training.recipe import load_recipe
+from grpo_kernels.training.rollout import completion_texts, teacher_forced
+from grpo_kernels.training.tasks import build_model
 
 TURNS = "{% for m in messages %}<|{{ m.role }}|>{{ m.content }}<|end|>{% endfor %}"
 CHAT = TURNS + "{% if add_generation_prompt %}<|assistant|>{% endif %}"

@@ -14,12 +14,13 @@ from torch import Tensor
 
 from grpo_kernels.loss.metrics import PolicyMetrics
 from grpo_kernels.rewards import columns_of, score
-from grpo_kernels.training.data import Row, Task
+from grpo_kernels.training.data.files import Row
+from grpo_kernels.training.distributed import build_optimizer
 from grpo_kernels.training.loop import Batch, GRPOLoop, Sample
-from grpo_kernels.training.optimizer import build_optimizer
+from grpo_kernels.training.metrics import correction_metrics, correction_statistics
 from grpo_kernels.training.recipe import Recipe
 from grpo_kernels.training.rollout import Rollout, completion_tokens, end_mask
-from grpo_kernels.training.sampling import correction_metrics, correction_statistics
+from grpo_kernels.training.task import Task
 
 trl = pytest.importorskip("trl")
 
@@ -151,7 +152,7 @@ def of_the_loop(model: Any, options: dict[str, Any]) -> list[dict[str, float]]:
     rows = [{"prompt": prompt, "answer": ""} for prompt in PROMPTS]
     loop = Given(Task(model, tokenizer_of(), rows, [], REWARDS), recipe)
     loop.completions = Completions()
-    return [step.metrics for step in loop.run()]
+    return [step.metrics for step in loop.steps()]
 
 
 def of_micro_batches(parts: Sequence[PolicyMetrics]) -> PolicyMetrics:
@@ -268,7 +269,7 @@ def test_the_samplers_metrics_are_trls(mode: str, truncated: bool, tmp_path: Pat
 def test_weight_decay_passes_by_what_transformers_trainer_passes_by() -> None:
     model = model_of("Qwen2")
     decayed = set(transformers.Trainer.get_decay_parameter_names(None, model))
-    optimizer = build_optimizer(model, Recipe(weight_decay=0.1))
+    optimizer = build_optimizer(model, learning_rate=1e-6, weight_decay=0.1, betas=(0.9, 0.999), epsilon=1e-8)
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     found = [({names[id(p)] for p in group["params"]}, group["weight_decay"]) for group in optimizer.param_groups]
     every = set(names.values())

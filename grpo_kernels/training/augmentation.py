@@ -14,8 +14,8 @@ from typing import Any
 
 from grpo_kernels.rewards import accuracy_reward, format_reward
 from grpo_kernels.rewards.completions import message_text
+from grpo_kernels.training.data.templates import join_texts, question
 from grpo_kernels.training.tasks import Row, SyntheticTask, step_boundaries
-from grpo_kernels.training.templates import joined, question
 
 SEED, START, GOAL, HINDSIGHT = "seed", "start", "goal", "hindsight"  # the values of ``source``
 WAYS = (START, GOAL, HINDSIGHT)
@@ -216,7 +216,7 @@ def _restated(row: Row, problem: Row, source: str, function: str) -> Row:
 def _continued(prompt: str | list[dict[str, Any]], prefix: str) -> str | list[dict[str, Any]]:
     """The prompt with the beginning of its answer: after a text, or as the assistant's message in a chat."""
     if isinstance(prompt, str):
-        return joined(prompt, prefix)
+        return join_texts(prompt, prefix)
     return [*prompt, {"role": "assistant", "content": prefix}]
 
 

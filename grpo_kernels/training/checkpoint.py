@@ -13,9 +13,9 @@ from safetensors.torch import load_file
 from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from grpo_kernels.training.models import ADAPTERS, BASE, check_loaded
-from grpo_kernels.training.policy import base_model, has_adapters
-from grpo_kernels.training.state import write_state
+from grpo_kernels.hub import check_loaded
+from grpo_kernels.training.models import ADAPTERS, BASE, base_model, has_adapters
+from grpo_kernels.training.state import Trained, write_state
 
 _NAME = re.compile(r"checkpoint-(\d+)")
 
@@ -27,7 +27,7 @@ def save_checkpoint(
     tokenizer: PreTrainedTokenizerBase,
     *,
     keep: int,
-    loop: Any = None,
+    trained: Trained | None = None,
 ) -> Path:
     """Writes ``checkpoint-<step>``, loadable by ``from_pretrained``, and deletes all but the newest ``keep``.
 
@@ -39,19 +39,19 @@ def save_checkpoint(
     Args:
         output_dir: The run's folder.
         step: Optimizer steps so far.
-        model: What ``loop`` trains, not wrapped.
+        model: What is trained, not wrapped.
         tokenizer: Saved beside it.
         keep: How many to keep.
-        loop: Whose state to add, so that a run can go on from there; every process calls then.
+        trained: The state to add, so that a run can go on from there; every process calls then.
 
     Raises:
         OSError: It cannot be written, as on a full disk. Earlier ones stay, and of this one nothing.
     """
     final = output_dir / f"checkpoint-{step}"
     unfinished = output_dir / ".unfinished-checkpoint"
-    is_main = loop is None or loop.accelerator.is_main_process
+    is_main = trained is None or trained.accelerator.is_main_process
     try:
-        _write(unfinished, model, tokenizer, loop, is_main)
+        _write(unfinished, model, tokenizer, trained, is_main)
         if is_main:
             _remove(final)
             os.replace(unfinished, final)
@@ -65,16 +65,18 @@ def save_checkpoint(
     return final
 
 
-def _write(folder: Path, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, loop: Any, is_main: bool) -> None:
+def _write(
+    folder: Path, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, trained: Trained | None, is_main: bool
+) -> None:
     if is_main:
         _remove(folder)
         folder.mkdir(parents=True)
     weights = {"save_embedding_layers": False} if has_adapters(model) else {}  # no vocabulary is resized here
-    if loop is not None:
-        loop.accelerator.wait_for_everyone()
-        weights |= {"state_dict": loop.accelerator.get_state_dict(loop.policy.wrapped)}
-        write_state(folder, loop)
-        loop.accelerator.wait_for_everyone()
+    if trained is not None:
+        trained.accelerator.wait_for_everyone()
+        weights |= {"state_dict": trained.accelerator.get_state_dict(trained.model)}
+        write_state(folder, trained)
+        trained.accelerator.wait_for_everyone()
     if is_main:
         model.save_pretrained(folder, **weights)
         tokenizer.save_pretrained(folder)
@@ -94,20 +96,25 @@ def _write_base(folder: Path, model: Any, weights: dict[str, Any]) -> None:
     base_model(model).save_pretrained(folder / BASE, state_dict=own)
 
 
-def load_weights(folder: Path, loop: Any) -> None:
-    """Puts a checkpoint's weights, or those of its adapters, into the model of a loop; every process calls.
+def load_weights(folder: Path, model: Any, wrapped: Any) -> None:
+    """Puts a checkpoint's weights, or those of its adapters, into a model; every process calls.
+
+    Args:
+        folder: The checkpoint.
+        model: What is trained, not wrapped.
+        wrapped: The same as accelerate has wrapped it.
 
     Raises:
         ValueError: The checkpoint cannot be read, or is of another model.
     """
     try:
-        if has_adapters(loop.model):
+        if has_adapters(model):
             from peft import set_peft_model_state_dict
 
-            set_peft_model_state_dict(loop.model, load_file(folder / ADAPTERS))
+            set_peft_model_state_dict(model, load_file(folder / ADAPTERS))
         else:
             whole = StateDictOptions(full_state_dict=True)
-            set_model_state_dict(loop.policy.wrapped, read_weights(folder, loop.model), options=whole)
+            set_model_state_dict(wrapped, read_weights(folder, model), options=whole)
     except (OSError, RuntimeError, SafetensorError) as error:
         raise ValueError(f"checkpoint {folder} cannot be read, it may be cut short: {error}") from error
 
@@ -119,16 +126,16 @@ def read_weights(folder: Path, model: PreTrainedModel) -> dict[str, Any]:
         ValueError: It cannot be read, or lacks some.
     """
     try:
-        loaded, found = type(model).from_pretrained(
+        loaded, loading_info = type(model).from_pretrained(
             folder, dtype=model.dtype, use_safetensors=True, output_loading_info=True
         )
-        check_loaded(found, str(folder))
+        check_loaded(loading_info, str(folder))
     except (OSError, RuntimeError, SafetensorError, ValueError) as error:
         raise ValueError(f"checkpoint {folder} cannot be read, it may be cut short: {error}") from error
     return loaded.state_dict()
 
 
-def standing(output_dir: Path) -> str:
+def status_line(output_dir: Path) -> str:
     """What a run that stopped has left, in words."""
     complete = list_checkpoints(output_dir)
     kept = f"last complete checkpoint: {complete[-1]}" if complete else "no checkpoint yet"

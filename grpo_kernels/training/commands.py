@@ -8,8 +8,6 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from grpo_kernels.training.processes import end_process_group
-
 INTERRUPTED = 130  # what a shell reports for a process that SIGINT ended
 #: By command, its help; each but ``train`` is a stage of a recipe by itself.
 STAGES = {
@@ -83,7 +81,7 @@ def stage(kind: str, name: str | None, overrides: Sequence[str], *, debug: bool 
 def check_runs_here(recipe: Any) -> None:
     """Raises ValueError where the device or the backend that a recipe names cannot run here."""
     from grpo_kernels import backends
-    from grpo_kernels.training.data import pick_device
+    from grpo_kernels.training.models import pick_device
     from grpo_kernels.training.trackers import tracker_names
 
     tracker_names(recipe.report_to)
@@ -127,6 +125,8 @@ def _guarded(run: Callable[[], None], left: Callable[[], str], debug: bool) -> i
     """
     try:
         run()
+        from grpo_kernels.training.distributed import end_process_group
+
         end_process_group()
     except ImportError as error:
         is_module = error.name is not None  # else an error that says what to install
@@ -151,6 +151,6 @@ def _guarded(run: Callable[[], None], left: Callable[[], str], debug: bool) -> i
 
 
 def _left(output_dir: list[Path]) -> str:
-    from grpo_kernels.training.checkpoint import standing
+    from grpo_kernels.training.checkpoint import status_line
 
-    return standing(output_dir[0]) if output_dir else "nothing was begun"
+    return status_line(output_dir[0]) if output_dir else "nothing was begun"

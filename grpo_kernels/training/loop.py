@@ -13,9 +13,10 @@ from __future__ import annotations
 import contextlib
 import logging
 import math
-import random
 import time
 from collections.abc import Iterator
+from dataclasses import asdict
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -25,23 +26,31 @@ from torch import Tensor
 from transformers import get_scheduler
 
 from grpo_kernels import PolicyMetrics, check_device_values, group_advantages
-from grpo_kernels.rewards import RewardLog, columns_of, score, total
-from grpo_kernels.training.data import Row, Task
-from grpo_kernels.training.filtering import Scored, differing_groups, together
-from grpo_kernels.training.metrics import SilentRewards, length_metrics, reward_metrics
-from grpo_kernels.training.optimizer import build_optimizer
-from grpo_kernels.training.policy import Policy, has_adapters, training_mode
-from grpo_kernels.training.recipe import Recipe
-from grpo_kernels.training.rollout import (
-    Rollout,
-    completion_texts,
-    completion_tokens,
-    end_token_ids,
-    ends,
+from grpo_kernels.rewards import total
+from grpo_kernels.training.checkpoint import load_weights
+from grpo_kernels.training.data.files import Row
+from grpo_kernels.training.data.rows import RowOrder
+from grpo_kernels.training.distributed import (
+    backward,
+    build_accelerator,
+    build_optimizer,
+    wrap_policy,
+    wrap_reference,
 )
-from grpo_kernels.training.sampling import build_sampler, correction_metrics, correction_statistics, rows_that_fit
-from grpo_kernels.training.templates import render_prompts, whole_completion
-from grpo_kernels.training.wrapping import accelerator_for, backward, wrap_policy, wrap_reference
+from grpo_kernels.training.metrics import (
+    SilentRewards,
+    correction_metrics,
+    correction_statistics,
+    informative_groups,
+    length_metrics,
+    reward_metrics,
+)
+from grpo_kernels.training.models import has_adapters
+from grpo_kernels.training.policy import Policy, training_mode
+from grpo_kernels.training.recipe import Recipe
+from grpo_kernels.training.rollout import Rollout, Sampler, Scored, concat_scored, ends, score_rollout
+from grpo_kernels.training.state import Trained, read_state
+from grpo_kernels.training.task import Task, build_sampler, fitting_rows
 
 _LOGGER = logging.getLogger(__name__)
 
@@ -82,29 +91,6 @@ class Step(NamedTuple):
     is_whole: bool = True  # whether it was the last on its generation: nothing sampled is left to train on
 
 
-class RowOrder:
-    """An endless shuffle of the rows, each epoch in another order, that knows how far it is.
-
-    Args:
-        rows: What to shuffle.
-        seed: Of the orders.
-    """
-
-    def __init__(self, rows: list[Row], seed: int) -> None:
-        self.drawn = 0
-        self._rows, self._rng, self._epoch = rows, random.Random(seed), []
-
-    def take(self, count: int) -> list[Row]:
-        """The next rows."""
-        return [self._next() for _ in range(count)]
-
-    def _next(self) -> Row:
-        if not self._epoch:
-            self._epoch = self._rng.sample(self._rows, len(self._rows))[::-1]
-        self.drawn += 1
-        return self._epoch.pop()
-
-
 class GRPOLoop:
     """Trains ``task.model`` in place.
 
@@ -112,30 +98,69 @@ class GRPOLoop:
         task: The model, its tokenizer, the rows and the reward functions; the same in every process.
         recipe: The hyper-parameters. Batch sizes are a process's own.
         accelerator: Of the processes; by default one on the model's device.
+        sampler: Draws the completions; by default the recipe's.
     """
 
-    def __init__(self, task: Task, recipe: Recipe, accelerator: Accelerator | None = None) -> None:
+    def __init__(
+        self, task: Task, recipe: Recipe, accelerator: Accelerator | None = None, sampler: Sampler | None = None
+    ) -> None:
         self.model, self.tokenizer, self.rows = task.model, task.tokenizer, task.train_rows
-        self.accelerator = accelerator or accelerator_for(recipe, cpu=task.model.device.type == "cpu")
+        self.accelerator = accelerator or build_accelerator(bf16=recipe.bf16, cpu=task.model.device.type == "cpu")
         self.recipe = recipe
         self.config = recipe.loss_config()
         self.reward_functions = task.reward_functions
         self.policy = Policy(self.model, self.config, backend=recipe.backend, packing=recipe.packing,
                              aux_loss_coef=recipe.router_aux_loss_coef)  # fmt: skip
         self.reference = self.policy.reference
-        optimizer = build_optimizer(self.model, recipe)
-        self.policy.wrapped, self.optimizer = wrap_policy(self.model, optimizer, recipe, self.accelerator)
+        optimizer = build_optimizer(
+            self.model,
+            learning_rate=recipe.learning_rate,
+            weight_decay=recipe.weight_decay,
+            betas=(recipe.adam_beta1, recipe.adam_beta2),
+            epsilon=recipe.adam_epsilon,
+        )
+        self.policy.wrapped, self.optimizer = wrap_policy(
+            self.model,
+            optimizer,
+            self.accelerator,
+            bf16=recipe.bf16,
+            micro_batch_size=recipe.per_device_train_batch_size,
+            max_grad_norm=recipe.max_grad_norm,
+        )
         if self.reference is not None and not has_adapters(self.model):
             self.policy.reference = wrap_reference(self.reference, self.accelerator)
         self.schedule = get_scheduler(recipe.lr_scheduler_type, self.optimizer, recipe.warmup_steps, recipe.max_steps)
-        self.sampler = build_sampler(self.model, self.tokenizer, recipe, self.accelerator)
-        self.rows = rows_that_fit(task.train_rows, self.tokenizer, recipe, self.sampler.context_length)
+        self.sampler = sampler or build_sampler(self.model, self.tokenizer, recipe, self.accelerator)
+        self.rows = fitting_rows(
+            task.train_rows, task, recipe, self.sampler.context_length, least=recipe.prompts_per_generation
+        )
         self.row_order = RowOrder(self.rows, recipe.seed)
         self.number = 0  # of the last optimizer step
         self.num_tokens = 0  # of prompts and completions, of all processes, so far
         self._silent = SilentRewards(list(self.reward_functions))
 
-    def run(self) -> Iterator[Step]:
+    def trained(self) -> Trained:
+        """What a checkpoint keeps beside the model."""
+        place = {
+            "step": self.number,
+            "rows_drawn": self.row_order.drawn,
+            "rows": self.row_order.digest,
+            "schedule": self.schedule.state_dict(),
+            "num_tokens": self.num_tokens,
+        }
+        return Trained(self.policy.wrapped, self.optimizer, self.accelerator, place, asdict(self.recipe))
+
+    def restore(self, checkpoint: Path) -> None:
+        """Goes on from a checkpoint; raises ValueError where that is of another run, or cut short."""
+        load_weights(checkpoint, self.model, self.policy.wrapped)
+        place = read_state(checkpoint, self.trained())
+        if place["rows"] != self.row_order.digest:
+            raise ValueError(f"checkpoint {checkpoint} is of another run: the training rows are others now")
+        self.schedule.load_state_dict(place["schedule"])
+        self.row_order.take(place["rows_drawn"])
+        self.number, self.num_tokens = place["step"], place["num_tokens"]
+
+    def steps(self) -> Iterator[Step]:
         """Generations and their optimizer steps, until ``max_steps``."""
         while self.number < self.recipe.max_steps:
             start = time.perf_counter()
@@ -245,18 +270,19 @@ class GRPOLoop:
     def _sampled(self) -> Scored:
         """Completions of the next prompts, with their rewards."""
         recipe = self.recipe
-        rows = [row for row in self._next_rows() for _ in range(recipe.num_generations)]
-        texts = render_prompts(rows, self.tokenizer, recipe.prompt_format)
-        with self.accelerator.autocast():  # as the loss will see the model
-            rollout = self.sampler(texts, self.number)
-        sampled = completion_texts(rollout, self.tokenizer, end_token_ids(self.model, self.tokenizer))
-        completions = [whole_completion(*found) for found in zip(rows, texts, sampled, strict=True)]
-        columns = columns_of(rows, completion_tokens(rollout))
-        log = RewardLog(self.number, recipe.max_steps)
-        rewards = score(self.reward_functions, [row["prompt"] for row in rows], completions, columns, log)
+        scored = score_rollout(
+            self.sampler,
+            self.tokenizer,
+            [row for row in self._next_rows() for _ in range(recipe.num_generations)],
+            self.reward_functions,
+            prompt_format=recipe.prompt_format,
+            step=self.number,
+            max_steps=recipe.max_steps,
+            group_size=recipe.num_generations,
+        )
         if recipe.shuffle_rewards:
-            rewards = rewards[torch.randperm(len(rewards))]
-        return Scored(rollout, rewards, texts, completions, log.rows(len(rows)), log.metrics)
+            scored = scored._replace(rewards=scored.rewards[torch.randperm(len(scored.rewards))])
+        return scored
 
     def _informative(self, rounds: list[Scored]) -> tuple[Scored, Scored, int]:
         """Adds rounds until every process has a batch of groups whose rewards differ, or they are as many as may be.
@@ -267,8 +293,8 @@ class GRPOLoop:
         """
         recipe, wanted = self.recipe, self.recipe.prompts_per_generation
         while True:
-            sampled = together(rounds)
-            differs = differing_groups(
+            sampled = concat_scored(rounds)
+            differs = informative_groups(
                 sampled.rewards, recipe.num_generations, recipe.reward_weights, recipe.multi_objective_aggregation
             )
             missing = max(0, wanted - int(differs.sum()))
@@ -305,7 +331,7 @@ class GRPOLoop:
         old_logprobs = self.policy.logprobs(rollout, size) if needs_old else None
         ref_logprobs = None if self.reference is None else self.policy.logprobs(rollout, size, reference=True)
         if recipe.mask_truncated_completions:
-            ended = ends(rollout, end_token_ids(self.model, self.tokenizer))
+            ended = ends(rollout, self.sampler.end_ids)
             rollout = rollout._replace(completion_mask=rollout.completion_mask * ended[:, None])
         if dropped:
             kept = torch.arange(len(advantages), device=device) < len(advantages) - dropped
@@ -356,7 +382,7 @@ class GRPOLoop:
 
     def _length_metrics(self, rollout: Rollout) -> dict[str, float]:
         """Of all completions; adds up the tokens."""
-        ended = self._gathered(ends(rollout, end_token_ids(self.model, self.tokenizer)).long()).bool()
+        ended = self._gathered(ends(rollout, self.sampler.end_ids).long()).bool()
         masks = (rollout.prompt_mask, rollout.completion_mask)
         prompt_lengths, lengths = (self._gathered(mask.sum(dim=1)) for mask in masks)
         self.num_tokens += int(prompt_lengths.sum() + lengths.sum())

@@ -3,7 +3,7 @@
 Departures from TRL's trainer, which takes means of fp32 and of means:
 
 - ``frac_reward_zero_std`` is the share of groups whose rewards are exactly equal, those that dynamic sampling leaves
-  out (``filtering.differing_groups``). TRL takes an fp32 deviation of up to 1e-8 for zero, which that of rewards of 1.2
+  out (``informative_groups``). TRL takes an fp32 deviation of up to 1e-8 for zero, which that of rewards of 1.2
   exceeds, and no group of fewer than two rewards; with ``scale_rewards="batch"`` and
   ``multi_objective_aggregation="normalize_then_sum"`` it takes the whole batch's deviation.
 - A completion that the length limit cut off at a pad token counts as cut off.
@@ -23,12 +23,37 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from grpo_kernels.ops.tokens.reference import nanstd
+from grpo_kernels import GRPOLossConfig, Sequences, rollout_weights
+from grpo_kernels.ops.tokens.reference import all_equal, nanstd
 from grpo_kernels.rewards import total
-from grpo_kernels.training.filtering import differing_groups
 
 _LOGGER = logging.getLogger(__name__)
 _SILENT_GENERATIONS = 10  # of a run, after which it ends if nothing was scored
+
+
+def informative_groups(
+    rewards: Tensor,  # [B, K]
+    num_generations: int,
+    weights: Sequence[float] | None,
+    aggregation: str,
+) -> Tensor:  # [B // num_generations], bool
+    """Which groups have rewards that differ, and so a gradient: DAPO eq. 11 (arXiv:2503.14476).
+
+    Compared is what advantages are made of: the weighted sum of the functions, or with "normalize_then_sum" every
+    function that has a weight.
+
+    Args:
+        rewards: Of K functions, group after group; NaN, where one abstained, counts for nothing.
+        num_generations: Completions in a group.
+        weights: Of the functions; None means 1.
+        aggregation: TRL's ``multi_objective_aggregation``.
+    """
+    if aggregation == "sum_then_normalize":
+        columns = total(rewards, weights)[:, None]
+    else:
+        columns = rewards if weights is None else rewards * (torch.tensor(weights) != 0)
+    differs = [~all_equal(column.reshape(-1, num_generations))[:, 0] for column in columns.unbind(dim=1)]
+    return torch.stack(differs).any(dim=0)
 
 
 def reward_metrics(
@@ -49,7 +74,7 @@ def reward_metrics(
         aggregation: TRL's ``multi_objective_aggregation``: what advantages are made of.
     """
     totals = total(rewards, weights)
-    differs = differing_groups(rewards, num_generations, weights, aggregation)
+    differs = informative_groups(rewards, num_generations, weights, aggregation)
     metrics = {
         "reward": _mean(totals),
         "reward_std": _deviation(totals),
@@ -114,3 +139,46 @@ class SilentRewards:
                 f"no completion of {self._generations} generations has a reward: {', '.join(self.names)} returned None "
                 "for all of them"
             )
+
+
+def correction_statistics(
+    old_logprobs: Tensor,  # [B, T]
+    sampling_logprobs: Tensor,  # [B, T]
+    mask: Tensor,  # [B, T]
+    config: GRPOLossConfig,
+) -> Tensor:  # [B, 7]
+    """Of each completion, for ``correction_metrics``.
+
+    The tokens that the sampler scored, the sum and the largest of their differences of log-probabilities; the weights
+    that correct them, one a token or, where it is the sequence's, one: how many, their sum, the least, the largest.
+    """
+    kept = mask.bool()
+    scored = kept & ~sampling_logprobs.isnan()
+    gap = torch.where(scored, (old_logprobs - sampling_logprobs).abs(), 0)
+    ratios = rollout_weights(old_logprobs, sampling_logprobs, kept, Sequences.of(old_logprobs, None), config)
+    low, high = ratios.masked_fill(~kept, torch.inf).amin(dim=1), ratios.masked_fill(~kept, -torch.inf).amax(dim=1)
+    count, ratio_sum = kept.sum(dim=1), torch.where(kept, ratios, 0).sum(dim=1)
+    if (config.rollout_correction or "").startswith("sequence"):
+        count, ratio_sum = count.clamp(max=1), torch.where(count > 0, high, 0)
+    columns = [scored.sum(dim=1), gap.sum(dim=1), gap.amax(dim=1), count, ratio_sum, low, high]
+    return torch.stack([column.to(gap.dtype) for column in columns], dim=1)
+
+
+def correction_metrics(statistics: Tensor) -> dict[str, float]:  # [B, 7]
+    """TRL's metrics of how far the engine that sampled is from the model.
+
+    Args:
+        statistics: ``correction_statistics`` of all processes, on the host. A completion without a token has no part in
+            them; without any there is none.
+    """
+    known = statistics[statistics[:, 3] > 0].double()
+    if not len(known):
+        return {}
+    scored, gap, gap_max, ratios, ratio, low, high = known.unbind(dim=1)
+    return {
+        "sampling/sampling_logp_difference/mean": (gap.sum() / scored.sum().clamp(min=1)).item(),
+        "sampling/sampling_logp_difference/max": gap_max.max().item(),
+        "sampling/importance_sampling_ratio/min": low.min().item(),
+        "sampling/importance_sampling_ratio/mean": (ratio.sum() / ratios.sum()).item(),
+        "sampling/importance_sampling_ratio/max": high.max().item(),
+    }

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from grpo_kernels import GRPOLossConfig, GRPOLossOutput, PolicyMetrics, linear_grpo_loss, linear_token_logprobs
 from grpo_kernels.integrations.transformers.model_head import Headed, Projection, open_head
+from grpo_kernels.training.models import base_model, has_adapters
 from grpo_kernels.training.rollout import Rollout, forward_arguments
 
 _CHECKED_TOKENS = 12  # of each sequence that shows whether packing keeps them apart
@@ -206,16 +207,6 @@ class Policy:
         is_completion = nn.functional.pad(mask, (rollout.prompt_ids.shape[1], 0))
         packed = {name: arguments[name][kept][None] for name in ("input_ids", "position_ids")}
         return Reading(arguments | packed | {"logits_to_keep": is_completion[kept].nonzero()[:, 0] - 1}, 0, mask)
-
-
-def base_model(model: Any) -> Any:
-    """The model under its adapters, or itself."""
-    return model.get_base_model() if has_adapters(model) else model
-
-
-def has_adapters(model: Any) -> bool:
-    """Whether peft has put adapters on it."""
-    return hasattr(model, "disable_adapter")
 
 
 def _check_only_adapters_train(model: Any) -> None:

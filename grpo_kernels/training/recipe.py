@@ -17,7 +17,7 @@ from transformers import HfArgumentParser
 
 from grpo_kernels import BACKENDS, GRPOLossConfig
 from grpo_kernels.training.arguments import NEGATIVE, given_keys, mapping, read_yaml, with_yaml_lists
-from grpo_kernels.training.templates import PromptFormat, check_template
+from grpo_kernels.training.data.templates import PromptFormat, check_template
 
 
 def _option(default: Any, help_text: str) -> Any:
@@ -235,6 +235,19 @@ class Recipe:
         """Between which a problem's pass rate must lie."""
         low, high = self.min_pass_rate, self.max_pass_rate
         return float("-inf") if low is None else low, float("inf") if high is None else high
+
+    def server_options(self) -> dict[str, Any]:
+        """Where the vLLM server is, and how long to wait for it."""
+        return {
+            "base_url": self.vllm_server_base_url or f"http://{self.vllm_server_host}:{self.vllm_server_port}",
+            "timeout": self.vllm_server_timeout,
+            "generation_timeout": self.vllm_generation_timeout,
+            "group_port": self.vllm_group_port,
+        }
+
+    def continuous_batching_options(self) -> dict[str, Any]:
+        """For transformers' ``ContinuousBatchingConfig``."""
+        return json.loads(self.transformers_continuous_batching_config or "{}")
 
     def loss_config(self) -> GRPOLossConfig:
         """The loss that the recipe asks for; raises ValueError where ``GRPOLossConfig`` does."""

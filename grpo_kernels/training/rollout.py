@@ -1,19 +1,20 @@
-"""Sampling completions, and the model's logits on them."""
+"""From prompts to scored completions: the one way that training, evaluation, filters and rejection sampling take."""
 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Collection, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Collection, Mapping, Sequence
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from grpo_kernels import token_logprobs
 from grpo_kernels.integrations.transformers.model_head import Head
-from grpo_kernels.training.templates import encode_prompts
+from grpo_kernels.rewards.scoring import RewardFunction, RewardLog, columns_of, score
+from grpo_kernels.training.data.files import Row
+from grpo_kernels.training.data.templates import PromptFormat, encode_prompts, render_prompts, whole_completion
 
 
 class Rollout(NamedTuple):
@@ -37,6 +38,94 @@ class Rollout(NamedTuple):
             completion_mask[:, :length],
             None if self.sampling_logprobs is None else self.sampling_logprobs[indices, :length],
         )
+
+
+class Scored(NamedTuple):
+    """B completions of one process with their rewards, group after group."""
+
+    rollout: Rollout
+    rewards: Tensor  # [B, K], on the host
+    prompts: list[str]  # as the model saw them
+    completions: list[str]  # as the rewards did
+    extras: list[dict[str, Any]]  # what reward functions logged of each
+    metrics: dict[str, list[float]]  # and of them all
+
+    def groups(self, indices: Tensor, num_generations: int) -> Scored:
+        """The groups at ``indices``."""
+        rows = (indices[:, None] * num_generations + torch.arange(num_generations)).flatten()
+        prompts, completions, extras = ([values[i] for i in rows.tolist()] for values in self[2:5])
+        rollout = self.rollout.select(rows.to(self.rollout.completion_ids.device))
+        return Scored(rollout, self.rewards[rows], prompts, completions, extras, self.metrics)
+
+
+class Sampler(Protocol):
+    """What draws completions from the model that is trained; every process calls it alike."""
+
+    context_length: int | None  # tokens of a prompt and its completion; None where there is no bound
+    end_ids: list[int]  # the tokens that end a completion
+
+    def __call__(
+        self, prompts: Sequence[str], *, step: int = 0, group_size: int = 1, temperature: float | None = None
+    ) -> Rollout:
+        """A completion of each prompt of this process.
+
+        Args:
+            prompts: As rendered; each is repeated ``group_size`` times in a row.
+            step: Optimizer steps so far, by which a server knows whether its weights are old.
+            group_size: Completions of one prompt.
+            temperature: Divides the logits; 0 is greedy. None: the temperature that the sampler was made with.
+        """
+
+
+def score_rollout(
+    sampler: Sampler,
+    tokenizer: PreTrainedTokenizerBase,
+    rows: Sequence[Row],
+    reward_functions: Mapping[str, RewardFunction],
+    *,
+    prompt_format: PromptFormat,
+    step: int = 0,
+    max_steps: int = 0,
+    group_size: int = 1,
+    temperature: float | None = None,
+) -> Scored:
+    """Renders the prompts of rows, samples a completion of each and scores it.
+
+    Args:
+        sampler: Draws the completions.
+        tokenizer: Of prompts and completions.
+        rows: B problems, each ``group_size`` times in a row.
+        reward_functions: By the names that metrics and errors show.
+        prompt_format: How prompts are rendered.
+        step: Optimizer steps so far.
+        max_steps: Of the training, for reward functions to read.
+        group_size: Completions of one problem.
+        temperature: As for the sampler.
+
+    Raises:
+        ThirdPartyError: A reward function or a chat template failed.
+        ValueError: A reward is not finite, or there is not one per completion.
+    """
+    prompts = render_prompts(rows, tokenizer, prompt_format)
+    rollout = sampler(prompts, step=step, group_size=group_size, temperature=temperature)
+    texts = completion_texts(rollout, tokenizer, sampler.end_ids)
+    completions = [whole_completion(*each) for each in zip(rows, prompts, texts, strict=True)]
+    log = RewardLog(step, max_steps)
+    columns = columns_of(rows, completion_tokens(rollout))
+    rewards = score(reward_functions, [row["prompt"] for row in rows], completions, columns, log)
+    return Scored(rollout, rewards, prompts, completions, log.rows(len(rows)), log.metrics)
+
+
+def concat_scored(parts: Sequence[Scored]) -> Scored:
+    """All of them in one."""
+    if len(parts) == 1:
+        return parts[0]
+    prompts, completions, extras = ([value for part in parts for value in part[k]] for k in (2, 3, 4))
+    names = dict.fromkeys(name for part in parts for name in part.metrics)
+    metrics = {name: [value for part in parts for value in part.metrics.get(name, ())] for name in names}
+    rewards = torch.cat([part.rewards for part in parts])
+    rollout = concat_rollouts([part.rollout for part in parts])
+    return Scored(rollout, rewards, prompts, completions, extras, metrics)
 
 
 def generate(
@@ -125,7 +214,7 @@ def padded(
     return Rollout(prompt_ids, rows(ones(prompts), 0, torch.long, "left"), ids, mask, sampling_logprobs)
 
 
-def joined(rollouts: Sequence[Rollout]) -> Rollout:
+def concat_rollouts(rollouts: Sequence[Rollout]) -> Rollout:
     """The completions of several rollouts in one, padded to the longest prompt and completion of them all."""
     if len(rollouts) == 1:
         return rollouts[0]
@@ -197,14 +286,7 @@ def completion_tokens(rollout: Rollout) -> list[list[int]]:
     return [row[:n] for row, n in zip(rollout.completion_ids.tolist(), lengths, strict=True)]
 
 
-def completion_logits(model: PreTrainedModel, rollout: Rollout) -> Tensor:  # [B, T+1, V]
-    """Logits whose position t predicts completion token t; the last position predicts what would follow."""
-    length = rollout.completion_ids.shape[1]
-    logits = model(**forward_arguments(inspect.signature(model.forward).parameters, rollout)).logits
-    return logits if logits.shape[1] == length + 1 else logits[:, -(length + 1) :]
-
-
-def headed(model: PreTrainedModel, rollout: Rollout, head: Head) -> Any:
+def run_head(model: PreTrainedModel, rollout: Rollout, head: Head) -> Any:
     """What ``head`` makes of the hidden states [B, T+1, H], or of more before them; of a model by ``open_head``.
 
     The last T+1 are those whose position t predicts completion token t, and one more.
@@ -227,26 +309,6 @@ def forward_arguments(known: Collection[str], rollout: Rollout) -> dict[str, Any
     if "logits_to_keep" in known:
         found["logits_to_keep"] = rollout.completion_ids.shape[1] + 1
     return found
-
-
-@torch.no_grad()
-def completion_logprobs(
-    model: PreTrainedModel, rollout: Rollout, *, temperature: float, batch_size: int, backend: str
-) -> Tensor:  # [B, T]
-    """Log-probabilities, in nats, of the sampled tokens under ``model``; 0 on padding. Forms no gradient."""
-    dtype = torch.float64 if model.dtype == torch.float64 else torch.float32
-    logprobs = torch.zeros(rollout.completion_ids.shape, dtype=dtype, device=rollout.completion_ids.device)
-    for indices in torch.arange(len(logprobs), device=logprobs.device).split(batch_size):
-        part = rollout.select(indices)
-        values = token_logprobs(
-            completion_logits(model, part),
-            part.completion_ids,
-            temperature=temperature,
-            mask=part.completion_mask,
-            backend=backend,
-        ).logprobs
-        logprobs[indices, : values.shape[1]] = values
-    return logprobs
 
 
 def end_token_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:

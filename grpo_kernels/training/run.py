@@ -13,7 +13,6 @@ from typing import NamedTuple
 import torch
 import yaml
 from accelerate import Accelerator
-from tqdm import tqdm
 from transformers import set_seed
 from transformers.utils.logging import disable_progress_bar
 
@@ -22,20 +21,18 @@ from grpo_kernels.files import replace_text
 from grpo_kernels.training.checkpoint import (
     clear_run,
     list_checkpoints,
-    load_weights,
     read_weights,
     save_checkpoint,
-    standing,
+    status_line,
     step_of,
 )
-from grpo_kernels.training.cold_start import cold_start
-from grpo_kernels.training.data import Task, load_task
-from grpo_kernels.training.evaluation import evaluate, held_out, judge_name
-from grpo_kernels.training.filtering import filtered_task
+from grpo_kernels.training.data.files import Row
+from grpo_kernels.training.distributed import check_launch, is_deepspeed, load_models_whole
+from grpo_kernels.training.evaluation import evaluate
+from grpo_kernels.training.filtering import filter_by_pass_rate, measure_pass_rates, read_pass_rates
 from grpo_kernels.training.html_report import versions, write_report
 from grpo_kernels.training.loop import GRPOLoop, Step
-from grpo_kernels.training.models import prepared
-from grpo_kernels.training.policy import has_adapters
+from grpo_kernels.training.models import context_length_of, has_adapters
 from grpo_kernels.training.recipe import Recipe
 from grpo_kernels.training.reporting import (
     Progress,
@@ -47,10 +44,18 @@ from grpo_kernels.training.reporting import (
     read_metrics,
     show_samples,
 )
-from grpo_kernels.training.state import check_state, read_state
-from grpo_kernels.training.tasks import Row
+from grpo_kernels.training.rollout import Sampler
+from grpo_kernels.training.state import check_state
+from grpo_kernels.training.task import (
+    Task,
+    build_sampler,
+    evaluation_options,
+    fitting_rows,
+    load_task,
+    prepare_model,
+    train_on_traces,
+)
 from grpo_kernels.training.trackers import METRICS, MetricsLog, tracked
-from grpo_kernels.training.wrapping import check_launch, is_deepspeed, load_models_whole
 
 SAMPLES = "samples.jsonl"
 
@@ -96,7 +101,7 @@ def train(recipe: Recipe, accelerator: Accelerator | None = None, rows: Sequence
     load_models_whole(accelerator)
     set_seed(recipe.seed)
     task = load_task(recipe, rows)
-    task = task._replace(model=prepared(task.model, recipe), eval_rows=held_out(task, recipe))
+    task = task._replace(model=prepare_model(task.model, recipe), eval_rows=held_out_rows(task, recipe))
     backend = backends.resolve("grpo_loss", recipe.backend, task.model.device)
     parameters = task.model.num_parameters()
     accelerator.print(
@@ -104,10 +109,10 @@ def train(recipe: Recipe, accelerator: Accelerator | None = None, rows: Sequence
         f"{backend} backend, {len(task.train_rows)} training problems"
     )
     start = time.perf_counter()
-    run = _Run(recipe, output_dir, accelerator)
+    run = _RunFolder(recipe, output_dir, accelerator)
     try:
         try:
-            before, checkpoint, after = run.to_its_end(task)
+            before, checkpoint, after = run.train(task)
         finally:
             run.metrics.close()
             run.samples_file.close()
@@ -115,13 +120,13 @@ def train(recipe: Recipe, accelerator: Accelerator | None = None, rows: Sequence
             plot_curves(read_metrics(output_dir / METRICS), output_dir / "curves.png")
             write_report(output_dir)
     except OSError as error:
-        raise OSError(f"{error}; stopped after step {run.number}; {standing(output_dir)}") from error
+        raise OSError(f"{error}; stopped after step {run.number}; {status_line(output_dir)}") from error
     if accelerator.is_main_process:
         _print_summary(before, after, time.perf_counter() - start, checkpoint, recipe)
     return Result(checkpoint, before, after)
 
 
-class _Run:
+class _RunFolder:
     """A run's folder: what is in it, and what goes on from there."""
 
     def __init__(self, recipe: Recipe, output_dir: Path, accelerator: Accelerator) -> None:
@@ -142,42 +147,59 @@ class _Run:
             replace_text(folder / "config.yaml", yaml.safe_dump(asdict(recipe), sort_keys=False))
             replace_text(folder / "versions.json", json.dumps(versions(), indent=1))
 
-    def to_its_end(self, task: Task) -> tuple[dict[str, float], Path, dict[str, float]]:
+    def train(self, task: Task) -> tuple[dict[str, float], Path, dict[str, float]]:
         """Held-out accuracies before GRPO, the last checkpoint, and the accuracies after."""
         recipe = self.recipe
         if not self.checkpoints:
-            _run_cold_start(task, recipe)
-            before = self._evaluate(task, 0)
-            task = filtered_task(task, recipe, self.accelerator, self.output_dir, known=False)
+            _cold_start(task, recipe)
+            sampler = build_sampler(task.model, task.tokenizer, recipe, self.accelerator)
+            before = self._evaluate(task, sampler, 0)
+            task = self._filter(task, sampler)
             set_seed(recipe.seed + self.accelerator.process_index)  # each process samples other completions
-            loop = GRPOLoop(task, recipe, self.accelerator)
+            loop = GRPOLoop(task, recipe, self.accelerator, sampler)
             self._save(task, loop)
         else:
             records = read_metrics(self.output_dir / METRICS)
             before = {name: value for r in records if r["step"] == 0 for name, value in r.items() if name != "step"}
-            task = filtered_task(task, recipe, self.accelerator, self.output_dir, known=True)
-            loop = self._resumed(task)
+            loop = self._resume(self._filter(task, None))
         checkpoint = self._run_grpo(task, loop)
-        return before, checkpoint, self._evaluate(task, recipe.max_steps)
+        return before, checkpoint, self._evaluate(task, loop.sampler, recipe.max_steps)
 
-    def _resumed(self, task: Task) -> GRPOLoop:
+    def _filter(self, task: Task, sampler: Sampler | None) -> Task:
+        """The task with the training rows whose pass rate is within the bounds; without a sampler it is known."""
+        recipe = self.recipe
+        if recipe.min_pass_rate is None and recipe.max_pass_rate is None:
+            return task
+        least = recipe.prompts_per_generation
+        rows = fitting_rows(task.train_rows, task, recipe, context_length_of(task.model), least=least)
+        if sampler is None:
+            rates = read_pass_rates(self.output_dir)
+        else:
+            options = evaluation_options(recipe) | {"num_samples": recipe.pass_rate_samples}
+            rates = measure_pass_rates(sampler, task.tokenizer, rows, self.output_dir, self.accelerator, **options)
+        bounds = {"min_pass_rate": recipe.min_pass_rate, "max_pass_rate": recipe.max_pass_rate}
+        return task._replace(
+            train_rows=filter_by_pass_rate(rows, rates, least=least, accelerator=self.accelerator, **bounds)
+        )
+
+    def _resume(self, task: Task) -> GRPOLoop:
         """The loop as the newest checkpoint has it; its reference is what GRPO started from."""
         first, newest = self.checkpoints[0], self.checkpoints[-1]
         if step_of(first):
             raise ValueError(f"{self.output_dir} has no checkpoint-0, the reference of its run: it cannot be resumed")
-        check_state(newest, self.recipe, self.accelerator.num_processes)
+        check_state(newest, asdict(self.recipe), self.accelerator.num_processes)
         if not has_adapters(task.model):
             task.model.load_state_dict(read_weights(first, task.model))
         loop = GRPOLoop(task, self.recipe, self.accelerator)
-        load_weights(newest, loop)
-        read_state(newest, loop)
+        loop.restore(newest)
         self.number = loop.number
         self.accelerator.print(f"resumed after step {loop.number}, from {newest}")
         return loop
 
     def _save(self, task: Task, loop: GRPOLoop) -> Path:
+        keep = self.recipe.save_total_limit
         return save_checkpoint(
-            self.output_dir, loop.number, task.model, task.tokenizer, keep=self.recipe.save_total_limit, loop=loop
+            self.output_dir, loop.number, task.model, task.tokenizer, keep=keep, trained=loop.trained()
         )
 
     def _run_grpo(self, task: Task, loop: GRPOLoop) -> Path:
@@ -188,7 +210,7 @@ class _Run:
         is_hidden = recipe.disable_tqdm or not self.accelerator.is_main_process
         with Progress(recipe.max_steps - loop.number, "GRPO", disable=True if is_hidden else None) as progress:
             table = Table(progress.bar)
-            for step in loop.run():
+            for step in loop.steps():
                 self.number = step.number
                 self.metrics.write(step.number, step.metrics)
                 tokens = completions * step.metrics["completions/mean_length"]
@@ -211,16 +233,16 @@ class _Run:
             self.samples_file.write(step.number, samples)
             show_samples(step.number, samples, table.bar)
 
-    def _evaluate(self, task: Task, step: int) -> dict[str, float]:
+    def _evaluate(self, task: Task, sampler: Sampler, step: int) -> dict[str, float]:
         if not task.eval_rows:
             return {}
-        with self.accelerator.autocast():
-            accuracies = evaluate(task.model, task.tokenizer, task.eval_rows, self.recipe, self.accelerator)
+        options = evaluation_options(self.recipe)
+        accuracies = evaluate(sampler, task.tokenizer, task.eval_rows, self.accelerator, step=step, **options)
         self.metrics.write(step, accuracies)
         self.accelerator.print(
             f"held-out accuracy at step {step}: {accuracies['eval_accuracy']:.3f} at temperature 1, "
             f"{accuracies['eval_accuracy_greedy']:.3f} greedy ({len(task.eval_rows)} problems, judged by "
-            f"{judge_name(self.recipe)})"
+            f"{options['check_name']})"
         )
         return accuracies
 
@@ -243,19 +265,22 @@ def _prepare(output_dir: Path, overwrite: bool) -> None:
     output_dir.mkdir(parents=True, exist_ok=True)
 
 
-def _bar(recipe: Recipe, total: int, title: str) -> tqdm:
-    return tqdm(total=total, desc=title, disable=True if recipe.disable_tqdm else None, dynamic_ncols=True)
+def held_out_rows(task: Task, recipe: Recipe) -> list[Row]:
+    """The held-out rows whose prompt fits into the model's context beside a completion, of which one must be left."""
+    if not task.eval_rows:
+        return []
+    return fitting_rows(task.eval_rows, task, recipe, context_length_of(task.model), what="held-out")
 
 
-def _run_cold_start(task: Task, recipe: Recipe) -> None:
-    with _bar(recipe, recipe.sft_steps, "cold start") as bar:
-        losses = []
-        for loss, _ in cold_start(task.model, task.tokenizer, task.train_rows, recipe):
+def _cold_start(task: Task, recipe: Recipe) -> None:
+    if not recipe.sft_steps:
+        return
+    losses = []
+    with Progress(recipe.sft_steps, "cold start", disable=True if recipe.disable_tqdm else None) as progress:
+        for loss, tokens in train_on_traces(task.model, task.tokenizer, task.train_rows, recipe):
             losses.append(loss)
-            bar.update()
-            bar.set_postfix(loss=f"{loss:.3f}", refresh=False)
-    if losses:
-        print(f"cold start: {len(losses)} supervised steps, loss {losses[0]:.3f} -> {losses[-1]:.3f} nats per token")
+            progress.update(completions=recipe.sft_batch_size, tokens=tokens, loss=loss)
+    print(f"cold start: {len(losses)} supervised steps, loss {losses[0]:.3f} -> {losses[-1]:.3f} nats per token")
 
 
 def _print_summary(
@@ -268,6 +293,6 @@ def _print_summary(
             rise = after[key] - before[key]
             print(f"held-out accuracy {name}: {before[key]:.3f} -> {after[key]:.3f} ({rise:+.3f})")
     if before:
-        print(f"right answers judged by: {judge_name(recipe)}")
+        print(f"right answers judged by: {evaluation_options(recipe)['check_name']}")
     print(f"model: {checkpoint}\nmetrics: {output_dir / 'metrics.jsonl'}\ncurves: {output_dir / 'curves.png'}")
     print(f"report: {output_dir / 'report.html'}")

@@ -17,7 +17,7 @@ import yaml
 from grpo_kernels.rewards import resolve
 from grpo_kernels.training.arguments import given_keys, read_yaml
 from grpo_kernels.training.augmentation import WAYS
-from grpo_kernels.training.dataset_files import SUFFIXES
+from grpo_kernels.training.data.files import SUFFIXES
 from grpo_kernels.training.recipe import Recipe, recipe_path, with_overrides
 
 #: The kinds of stage, with the keys of each.

@@ -12,26 +12,37 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
 from transformers import set_seed
 
 from grpo_kernels.files import replace_text
-from grpo_kernels.rewards import RewardFunction, columns_of, resolve, score, total
+from grpo_kernels.rewards import columns_of, resolve, score, total
 from grpo_kernels.training.augmentation import SEED, augment, is_right
 from grpo_kernels.training.checkpoint import save_checkpoint
-from grpo_kernels.training.cold_start import SupervisedStep, cold_start
-from grpo_kernels.training.data import Task, columns_needed, load_model, load_task, load_task_rows, read_rows
-from grpo_kernels.training.distillation import check_vocabularies, distill
-from grpo_kernels.training.evaluation import EvalReport, evaluate_samples, held_out, judge_name
+from grpo_kernels.training.data.files import Row
+from grpo_kernels.training.data.rows import read_rows
+from grpo_kernels.training.distributed import build_accelerator
+from grpo_kernels.training.evaluation import EvalReport, evaluate_samples
 from grpo_kernels.training.loop import Sample
+from grpo_kernels.training.models import context_length_of
 from grpo_kernels.training.recipe import Recipe
 from grpo_kernels.training.reporting import Progress, SamplesFile
-from grpo_kernels.training.rollout import completion_texts, completion_tokens, end_token_ids, generate
-from grpo_kernels.training.run import SAMPLES, train
-from grpo_kernels.training.sampling import context_length_of, rows_that_fit
+from grpo_kernels.training.rollout import Sampler, score_rollout
+from grpo_kernels.training.run import SAMPLES, held_out_rows, train
 from grpo_kernels.training.stage_config import Stage
-from grpo_kernels.training.tasks import TASKS, Row
-from grpo_kernels.training.templates import render_prompts, whole_completion
+from grpo_kernels.training.supervised import SupervisedStep, check_vocabularies, distill
+from grpo_kernels.training.task import (
+    Task,
+    build_sampler,
+    columns_needed,
+    evaluation_options,
+    fitting_rows,
+    load_model,
+    load_task,
+    load_task_rows,
+    supervised_options,
+    train_on_traces,
+)
+from grpo_kernels.training.tasks import TASKS
 from grpo_kernels.training.trackers import MetricsLog, tracked
 
 ROWS = "rows.jsonl"
@@ -50,7 +61,7 @@ def sft(stage: Stage, recipe: Recipe, config: Config) -> Outcome:
     task = _measurable(recipe)
     rows = task.train_rows if stage.data is None else read_rows(Path(config["data"]), ("prompt", "completion"))
     with _log(recipe) as log:
-        steps = cold_start(task.model, task.tokenizer, rows, recipe)
+        steps = train_on_traces(task.model, task.tokenizer, rows, recipe)
         return _trained(stage, task, recipe, steps, log, traces=sum(bool(row.get("completion")) for row in rows))
 
 
@@ -116,10 +127,21 @@ def distilled(stage: Stage, recipe: Recipe, config: Config) -> Outcome:
             rows, line = _sampled(stage, teaching, recipe, problems, None)
         set_seed(recipe.seed)
         if stage.beta is None:
-            steps = cold_start(task.model, task.tokenizer, rows, recipe)
+            steps = train_on_traces(task.model, task.tokenizer, rows, recipe)
         else:
-            ways, problems = {"beta": stage.beta, "lmbda": stage.lmbda}, problems[: stage.prompts]
-            steps = distill(task.model, teacher, task.tokenizer, rows, problems, recipe, **ways)
+            steps = distill(
+                task.model,
+                teacher,
+                task.tokenizer,
+                rows,
+                problems[: stage.prompts],
+                sampler=_sampler(task, recipe),
+                beta=stage.beta,
+                lmbda=stage.lmbda,
+                temperature=recipe.temperature,
+                backend=recipe.backend,
+                **supervised_options(recipe),
+            )
         return _trained(stage, task, recipe, steps, log, **line)
 
 
@@ -127,7 +149,7 @@ def measured(stage: Stage, recipe: Recipe, config: Config) -> Outcome:
     """pass@1, pass@k and cons@k of the held-out problems, each with its 95% confidence interval, and greedy."""
     task = _measurable(recipe, least=0)
     print(f"  {recipe.model_name_or_path or 'a fresh model'}, {len(task.eval_rows)} held-out problems, right answers "
-          f"judged by: {judge_name(recipe)}")  # fmt: skip
+          f"judged by: {evaluation_options(recipe)['check_name']}")  # fmt: skip
     found, report = _scores(task, recipe, ks=stage.ks)
     for name, value in report.scores.items():
         print(f"  {value}")
@@ -148,12 +170,17 @@ WORK: dict[str, Callable[[Stage, Recipe, Config], Outcome]] = {
 def _measurable(recipe: Recipe, least: int = 1) -> Task:
     """The task with the held-out rows that fit into its model's context; found out before any training."""
     task = load_task(recipe, least=least)
-    return task._replace(eval_rows=held_out(task, recipe))
+    return task._replace(eval_rows=held_out_rows(task, recipe))
+
+
+def _sampler(task: Task, recipe: Recipe) -> Sampler:
+    accelerator = build_accelerator(bf16=recipe.bf16, cpu=task.model.device.type == "cpu")
+    return build_sampler(task.model, task.tokenizer, recipe, accelerator)
 
 
 def _problems(task: Task, recipe: Recipe) -> list[Row]:
     """The training rows whose prompt leaves room for a completion in the model's context."""
-    return rows_that_fit(task.train_rows, task.tokenizer, recipe, context_length_of(task.model), least=1)
+    return fitting_rows(task.train_rows, task, recipe, context_length_of(task.model))
 
 
 @contextlib.contextmanager
@@ -193,11 +220,15 @@ def _sampled(
     functions = {name: resolve(name) for name in stage.keep or {}}
     least = torch.tensor(list((stage.keep or {}).values()))
     asked = [row for row in rows[: stage.prompts] for _ in range(stage.samples)]
+    sampler = _sampler(task, recipe)
     kept: dict[tuple[str, str], Row] = {}
     samples = SamplesFile(stage.folder / SAMPLES)
     for number, begin in enumerate(range(0, len(asked), recipe.eval_batch_size), start=1):
         batch = asked[begin : begin + recipe.eval_batch_size]
-        completions, rewards = _scored(task, recipe, batch, functions)
+        scored = score_rollout(
+            sampler, task.tokenizer, batch, functions, prompt_format=recipe.prompt_format, temperature=1.0
+        )
+        completions, rewards = scored.completions, scored.rewards
         for row, completion, is_good in zip(batch, completions, (rewards >= least).all(dim=1).tolist(), strict=True):
             if is_good and completion:
                 kept[json.dumps(row["prompt"]), completion] = row | {"completion": completion}
@@ -215,25 +246,12 @@ def _sampled(
     return found, {"sampled": len(asked), "kept": len(found)}
 
 
-def _scored(
-    task: Task, recipe: Recipe, rows: list[Row], functions: dict[str, RewardFunction]
-) -> tuple[list[str], Tensor]:
-    """A completion of each row at temperature 1, and its rewards ``[B, K]``."""
-    prompts = render_prompts(rows, task.tokenizer, recipe.prompt_format)
-    rollout = generate(
-        task.model, task.tokenizer, prompts, max_completion_length=recipe.max_completion_length, temperature=1.0
-    )
-    sampled = completion_texts(rollout, task.tokenizer, end_token_ids(task.model, task.tokenizer))
-    completions = [whole_completion(*found) for found in zip(rows, prompts, sampled, strict=True)]
-    columns = columns_of(rows, completion_tokens(rollout))
-    return completions, score(functions, [row["prompt"] for row in rows], completions, columns)
-
-
 def _scores(task: Task, recipe: Recipe, **options: Any) -> tuple[dict[str, float], EvalReport | None]:
     """Held-out scores, and the mean of every reward function at temperature 1; nothing without held-out problems."""
     if not task.eval_rows:
         return {}, None
-    report = evaluate_samples(task.model, task.tokenizer, task.eval_rows, recipe, **options)
+    options |= evaluation_options(recipe)
+    report = evaluate_samples(_sampler(task, recipe), task.tokenizer, task.eval_rows, **options)
     found = {name: round(value, 4) for name, value in report.metrics().items()}
     rows = [row for row in task.eval_rows for _ in range(recipe.eval_samples)]
     completions = [sample.completion for group in report.samples for sample in group]

@@ -3,22 +3,20 @@
 A checkpoint is a folder of ``from_pretrained`` with four things more:
 
     optimizer.safetensors   the optimizer's tensors by parameter
-    trainer_state.json      step, schedule, parameter groups, rows drawn, a digest of the rows, tokens, the recipe
+    trainer_state.json      the place that the loop was at, the optimizer's groups, the configuration
     random-<rank>.safetensors, random-<rank>.json   of each process
 """
 
 from __future__ import annotations
 
-import hashlib
 import json
 import random
-from collections.abc import Sequence
-from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from accelerate import Accelerator
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -28,8 +26,7 @@ from torch.distributed.checkpoint.state_dict import (
     set_optimizer_state_dict,
 )
 
-from grpo_kernels.training.recipe import Recipe
-from grpo_kernels.training.wrapping import is_deepspeed
+from grpo_kernels.training.distributed import is_deepspeed
 
 STATE = "trainer_state.json"
 OPTIMIZER = "optimizer.safetensors"
@@ -48,37 +45,47 @@ _STATE = {"step": int, "rows_drawn": int, "schedule": dict, "param_groups": list
           "rows": str, "num_tokens": int}  # fmt: skip
 
 
-def write_state(folder: Path, loop: Any) -> None:
-    """Adds a loop's state to a checkpoint's folder; every process calls it, at the same step.
+class Trained(NamedTuple):
+    """What a run has beside its model: its optimizer, the place that it is at, what it was told."""
+
+    model: Any  # as accelerate has wrapped it
+    optimizer: Any  # likewise
+    accelerator: Accelerator
+    place: dict[str, Any]  # step, rows drawn and their digest, schedule, tokens
+    configuration: dict[str, Any]
+
+
+def write_state(folder: Path, trained: Trained) -> None:
+    """Adds a run's state to a checkpoint's folder; every process calls it, at the same step.
 
     Under DeepSpeed, whose engine keeps the optimizer to itself, nothing is added: no run can go on from there.
     """
-    if is_deepspeed(loop.accelerator):
+    accelerator = trained.accelerator
+    if is_deepspeed(accelerator):
         return
-    rank = loop.accelerator.process_index
-    state = get_optimizer_state_dict(loop.policy.wrapped, loop.optimizer.optimizer, options=_WHOLE)
-    if loop.accelerator.is_main_process:
+    state = get_optimizer_state_dict(trained.model, trained.optimizer.optimizer, options=_WHOLE)
+    if accelerator.is_main_process:
         tensors, groups = _split(state)
         save_file(tensors, folder / OPTIMIZER)
-        written = {"step": loop.number, "rows_drawn": loop.row_order.drawn, "schedule": loop.schedule.state_dict()}
-        written |= {"param_groups": groups, "recipe": asdict(loop.recipe), "processes": loop.accelerator.num_processes}
-        written |= {"rows": _digest(loop.rows), "num_tokens": loop.num_tokens}
+        written = {**trained.place, "param_groups": groups, "recipe": trained.configuration}
+        written["processes"] = accelerator.num_processes
         (folder / STATE).write_text(json.dumps(written, indent=1), encoding="utf-8")
     tensors, values = _random_state()
-    save_file(tensors, folder / f"random-{rank}.safetensors")
-    (folder / f"random-{rank}.json").write_text(json.dumps(values), encoding="utf-8")
+    save_file(tensors, folder / f"random-{accelerator.process_index}.safetensors")
+    (folder / f"random-{accelerator.process_index}.json").write_text(json.dumps(values), encoding="utf-8")
 
 
-def read_state(folder: Path, loop: Any) -> None:
-    """Puts a loop where the one that wrote the checkpoint was; its model is loaded before.
+def read_state(folder: Path, trained: Trained) -> dict[str, Any]:
+    """Puts optimizer and random state where the run that wrote the checkpoint had them; its model is loaded before.
+
+    Returns:
+        What that run wrote, with the place that it was at.
 
     Raises:
-        ValueError: The checkpoint is cut short, of another recipe, other rows or another number of processes.
+        ValueError: The checkpoint is cut short, of another recipe or another number of processes.
     """
-    state = check_state(folder, loop.recipe, loop.accelerator.num_processes)
-    if state["rows"] != _digest(loop.rows):
-        raise ValueError(f"checkpoint {folder} is of another run: the training rows are others now")
-    rank = loop.accelerator.process_index
+    rank = trained.accelerator.process_index
+    state = check_state(folder, trained.configuration, trained.accelerator.num_processes)
     try:
         tensors = load_file(folder / OPTIMIZER)
         random_tensors = load_file(folder / f"random-{rank}.safetensors")
@@ -86,15 +93,13 @@ def read_state(folder: Path, loop: Any) -> None:
         _check_shape(values, {"python": list, "numpy": list})
     except (OSError, ValueError, SafetensorError) as error:
         raise ValueError(f"checkpoint {folder} cannot be read, it may be cut short: {error}") from error
-    optimizer_state = _joined(tensors, state["param_groups"])
-    set_optimizer_state_dict(loop.policy.wrapped, loop.optimizer.optimizer, optimizer_state, options=_WHOLE)
-    loop.schedule.load_state_dict(state["schedule"])
-    loop.row_order.take(state["rows_drawn"])
-    loop.number, loop.num_tokens = state["step"], state["num_tokens"]
+    optimizer_state = _merge(tensors, state["param_groups"])
+    set_optimizer_state_dict(trained.model, trained.optimizer.optimizer, optimizer_state, options=_WHOLE)
     _set_random_state(random_tensors, values)
+    return state
 
 
-def check_state(folder: Path, recipe: Recipe, processes: int) -> dict[str, Any]:
+def check_state(folder: Path, configuration: dict[str, Any], processes: int) -> dict[str, Any]:
     """A checkpoint's ``trainer_state.json``; needs no model yet.
 
     Raises:
@@ -105,11 +110,10 @@ def check_state(folder: Path, recipe: Recipe, processes: int) -> dict[str, Any]:
         _check_shape(state, _STATE)
     except (OSError, ValueError) as error:
         raise ValueError(f"checkpoint {folder} cannot be read, it may be cut short: {error}") from error
-    if recipe.max_steps < state["step"]:
-        raise ValueError(
-            f"max_steps must be at least {state['step']}, the steps of checkpoint {folder}, got {recipe.max_steps}"
-        )
-    now = json.loads(json.dumps(asdict(recipe)))
+    step, max_steps = state["step"], configuration["max_steps"]
+    if max_steps < step:
+        raise ValueError(f"max_steps must be at least {step}, the steps of checkpoint {folder}, got {max_steps}")
+    now = json.loads(json.dumps(configuration))
     differing = {
         name: (state["recipe"].get(name), value)
         for name, value in now.items()
@@ -144,15 +148,7 @@ def _split(state: dict[str, Any]) -> tuple[dict[str, Tensor], list[dict[str, Any
     return tensors, [{**group, "params": list(group["params"])} for group in state["param_groups"]]
 
 
-def _digest(rows: Sequence[dict[str, Any]]) -> str:
-    """Of the rows in their order, so that a dataset that was changed between two runs is found."""
-    found = hashlib.sha256()
-    for row in rows:
-        found.update(repr(row).encode(errors="surrogatepass"))
-    return found.hexdigest()
-
-
-def _joined(tensors: dict[str, Tensor], groups: list[dict[str, Any]]) -> dict[str, Any]:
+def _merge(tensors: dict[str, Tensor], groups: list[dict[str, Any]]) -> dict[str, Any]:
     state: dict[str, dict[str, Tensor]] = {}
     for key, tensor in tensors.items():
         parameter, name = key.split(_SEPARATOR)

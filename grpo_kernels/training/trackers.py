@@ -12,9 +12,9 @@ from accelerate import Accelerator
 from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
 from accelerate.utils import LoggerType, ProjectConfiguration
 
+from grpo_kernels.training.distributed import build_accelerator
 from grpo_kernels.training.recipe import Recipe
 from grpo_kernels.training.reporting import MetricsFile
-from grpo_kernels.training.wrapping import accelerator_for
 
 METRICS = "metrics.jsonl"
 LOGS = "tracker_logs"  # of trackers that write to disk
@@ -31,7 +31,9 @@ def tracked(recipe: Recipe) -> Accelerator:
     folder = Path(recipe.output_dir)
     directories = ProjectConfiguration(project_dir=str(folder), logging_dir=str(folder / LOGS))
     names = tracker_names(recipe.report_to)
-    return accelerator_for(recipe, cpu=recipe.device == "cpu", log_with=names or None, project_config=directories)
+    return build_accelerator(
+        bf16=recipe.bf16, cpu=recipe.device == "cpu", log_with=names or None, project_config=directories
+    )
 
 
 def tracker_names(report_to: Sequence[str]) -> list[str]:

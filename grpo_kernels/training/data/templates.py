@@ -10,6 +10,8 @@ sample malformed.
 from __future__ import annotations
 
 import json
+import logging
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -18,7 +20,7 @@ from transformers import PreTrainedTokenizerBase
 from grpo_kernels.errors import ThirdPartyError, third_party_error
 from grpo_kernels.rewards.completions import message_text, plain_message
 from grpo_kernels.training.arguments import mapping
-from grpo_kernels.training.tasks import Row
+from grpo_kernels.training.data.files import Row
 
 # The structure of DeepSeek-R1-Zero's template (arXiv:2501.12948, table 1) in other words. It ends without <think>.
 R1_ZERO = (
@@ -31,6 +33,7 @@ R1_ZERO = (
 TEXT_TEMPLATES = {"none": "{prompt}", "r1_zero": R1_ZERO}
 TEMPLATES = (*TEXT_TEMPLATES, "chat")
 OPENING_TAG = "<think>"
+_LOGGER = logging.getLogger(__name__)
 
 
 class PromptFormat(NamedTuple):
@@ -130,6 +133,61 @@ def encode_prompts(prompts: Sequence[str], tokenizer: PreTrainedTokenizerBase) -
     return [_without_second_bos(ids[i], tokenizer.bos_token_id) for i in range(len(prompts))]
 
 
+def rows_that_fit(
+    rows: Sequence[Row],
+    tokenizer: PreTrainedTokenizerBase,
+    prompt_format: PromptFormat,
+    *,
+    max_completion_length: int,
+    max_prompt_length: int | None = None,
+    context_length: int | None = None,
+    what: str = "training",
+    least: int = 1,
+) -> list[Row]:
+    """The rows whose prompt has a token, is no longer than ``max_prompt_length`` and leaves room for a completion.
+
+    What is left out is counted in a warning.
+
+    Args:
+        rows: Problems.
+        tokenizer: Of their prompts.
+        prompt_format: How they are rendered.
+        max_completion_length: Tokens that a completion must have room for.
+        max_prompt_length: Tokens of a prompt at most; None where there is no bound but the context.
+        context_length: Tokens of a prompt and its completion; None where there is no bound.
+        what: Names the rows in messages.
+        least: How many must be left.
+
+    Raises:
+        ValueError: There is no room for a prompt, or fewer rows are left.
+    """
+    limits = [] if max_prompt_length is None else [max_prompt_length]
+    if context_length is not None:
+        room = context_length - max_completion_length
+        if room < 1:
+            raise ValueError(
+                f"max_completion_length must be less than the context of {context_length} tokens, "
+                f"got {max_completion_length}"
+            )
+        limits.append(room)
+    limit = min(limits, default=math.inf)
+    texts = render_prompts(rows, tokenizer, prompt_format)
+    lengths = [len(ids) for ids in encode_prompts(texts, tokenizer)]
+    empty, long = lengths.count(0), sum(length > limit for length in lengths)
+    if empty:
+        _LOGGER.warning("%d of %d %s prompts have no token and are left out", empty, len(rows), what)
+    if long:
+        _LOGGER.warning("%d of %d %s prompts are longer than %d tokens and left out; the longest has %d",
+                        long, len(rows), what, limit, max(lengths))  # fmt: skip
+    fitting = [row for row, length in zip(rows, lengths, strict=True) if 0 < length <= limit]
+    if len(fitting) < least:
+        at_most = f" and at most {limit} tokens" if limits else ""
+        raise ValueError(
+            f"at least {least} {what} prompts must have a token{at_most}, got {len(fitting)} of {len(rows)}"
+        )
+    return fitting
+
+
 def _without_second_bos(ids: list[int], bos: int | None) -> list[int]:
     return ids[1:] if bos is not None and ids[:2] == [bos, bos] else ids
 
@@ -157,7 +215,7 @@ def completion_opening(row: Row, rendered_prompt: str) -> str:
 
 def whole_completion(row: Row, rendered_prompt: str, completion: str) -> str:
     """A sampled completion with its opening before it: what format and language rewards must look at."""
-    return joined(completion_opening(row, rendered_prompt), completion)
+    return join_texts(completion_opening(row, rendered_prompt), completion)
 
 
 def remaining_completion(row: Row, rendered_prompt: str, completion: str) -> str:
@@ -165,14 +223,14 @@ def remaining_completion(row: Row, rendered_prompt: str, completion: str) -> str
     return completion.removeprefix(completion_opening(row, rendered_prompt))
 
 
-def joined(first: str, second: str) -> str:
+def join_texts(first: str, second: str) -> str:
     """Both texts, with a space between them where neither brings white space."""
     if not first or not second or first[-1].isspace() or second[0].isspace():
         return first + second
     return f"{first} {second}"
 
 
-def _continued(rendered: str, prefix: str, join: Callable[[str, str], str] = joined) -> str:
+def _continued(rendered: str, prefix: str, join: Callable[[str, str], str] = join_texts) -> str:
     """A rendered prompt and the beginning of its completion; a ``<think>`` that both have stands there once."""
     if _opens_reasoning(rendered) and prefix.lstrip().startswith(OPENING_TAG):
         prefix = prefix.lstrip().removeprefix(OPENING_TAG).lstrip()

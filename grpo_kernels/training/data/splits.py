@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 from grpo_kernels.errors import described
 from grpo_kernels.hub import check_folder, use_cache_if_unreachable
-from grpo_kernels.training.dataset_files import SUFFIXES, Row, json_splits, read_file, table_rows
+from grpo_kernels.training.data.files import SUFFIXES, Row, json_splits, read_file, table_rows
 
 _GSM8K = ("openai/gsm8k", "gsm8k")
 _COMPRESSED = (".gz", ".bz2", ".xz", ".zst")

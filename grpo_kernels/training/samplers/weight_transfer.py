@@ -22,8 +22,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from grpo_kernels.training.policy import base_model, has_adapters
-from grpo_kernels.training.vllm_client import ServerError, VLLMServer
+from grpo_kernels.training.models import base_model, has_adapters
+from grpo_kernels.training.samplers.vllm_client import ServerError, VLLMServer
 
 _STORE_PREFIX = "weight_transfer"
 

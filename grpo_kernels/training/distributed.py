@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 from typing import Any
 
@@ -9,21 +10,23 @@ import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedType, GradientAccumulationPlugin, fsdp2_prepare_model
-from torch import Tensor
+from torch import Tensor, distributed, nn
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
+from transformers.trainer_pt_utils import get_parameter_names
 
-from grpo_kernels.training.recipe import Recipe
+#: Names that weight decay passes by, those of transformers' ``Trainer.get_decay_parameter_names``.
+NOT_DECAYED = (r"bias", r"layernorm", r"rmsnorm", r"(?:^|\.)norm(?:$|\.)", r"_norm(?:$|\.)")
 
 
-def accelerator_for(recipe: Recipe, *, cpu: bool, **options: Any) -> Accelerator:
-    """An accelerator that computes as a recipe says and leaves the accumulation of gradients to the loop.
+def build_accelerator(*, bf16: bool, cpu: bool, **options: Any) -> Accelerator:
+    """An accelerator that leaves the accumulation of gradients to the loop.
 
     Args:
-        recipe: With ``bf16`` it wins over accelerate's configuration.
+        bf16: Compute in bfloat16 by autocast, whatever accelerate's configuration says.
         cpu: Whether to stay there.
         options: Accelerator's further ones.
     """
-    precision = "bf16" if recipe.bf16 else os.environ.get("ACCELERATE_MIXED_PRECISION", "no").lower()
+    precision = "bf16" if bf16 else os.environ.get("ACCELERATE_MIXED_PRECISION", "no").lower()
     if AcceleratorState._shared_state and AcceleratorState().mixed_precision != precision:
         AcceleratorState._reset_state()  # of an earlier run in this process, whose precision would stay
     accumulation = GradientAccumulationPlugin(num_steps=1)  # whatever accelerate's configuration or environment says
@@ -67,13 +70,33 @@ def check_trainable(model: Any, hint: str) -> None:
         raise ValueError(f"weights of {narrow.pop()} cannot be trained: most updates would be rounded away; {hint}")
 
 
+def build_optimizer(
+    model: Any, *, learning_rate: float, weight_decay: float, betas: tuple[float, float], epsilon: float
+) -> torch.optim.AdamW:
+    """AdamW of the trained parameters in one kernel; as in transformers, biases and norms do not decay."""
+    decayed = set(get_parameter_names(model, [nn.LayerNorm], NOT_DECAYED))
+    trained = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
+    groups = [
+        {"params": [parameter for name, parameter in trained if name in decayed], "weight_decay": weight_decay},
+        {"params": [parameter for name, parameter in trained if name not in decayed], "weight_decay": 0.0},
+    ]
+    groups = [group for group in groups if group["params"]]
+    return torch.optim.AdamW(groups, lr=learning_rate, betas=betas, eps=epsilon, fused=True)
+
+
 def wrap_policy(
-    model: Any, optimizer: torch.optim.Optimizer, recipe: Recipe, accelerator: Accelerator
+    model: Any,
+    optimizer: torch.optim.Optimizer,
+    accelerator: Accelerator,
+    *,
+    bf16: bool,
+    micro_batch_size: int,
+    max_grad_norm: float,
 ) -> tuple[Any, Any]:
-    """Model and optimizer as accelerate prepares them; what DeepSpeed clips and accumulates is the recipe's.
+    """Model and optimizer as accelerate prepares them; DeepSpeed is told the size of batches and the norm to clip to.
 
     Raises:
-        ValueError: The accelerator would divide gradients once more, or compute in another precision than the recipe
+        ValueError: The accelerator would divide gradients once more, or compute in another precision than ``bf16``
             says; or weights are to be trained in 16 bits, which most updates are too small for.
     """
     if accelerator.gradient_accumulation_steps != 1 and not is_deepspeed(accelerator):
@@ -81,15 +104,15 @@ def wrap_policy(
             "the accelerator must have gradient_accumulation_steps=1, for the loop divides the loss itself, got "
             f"{accelerator.gradient_accumulation_steps}"
         )
-    if recipe.bf16 and accelerator.mixed_precision != "bf16":
+    if bf16 and accelerator.mixed_precision != "bf16":
         raise ValueError(f"bf16 needs an accelerator with mixed_precision='bf16', got {accelerator.mixed_precision!r}")
     if not is_deepspeed(accelerator):  # its engine keeps weights of 32 bits beside them
         check_trainable(model, "set dtype=float32, with bf16=True to compute in bfloat16, or use_peft=True")
     else:
         accelerator.deepspeed_plugin.deepspeed_config.update(
-            train_micro_batch_size_per_gpu=recipe.per_device_train_batch_size,
+            train_micro_batch_size_per_gpu=micro_batch_size,
             gradient_accumulation_steps=1,  # the loss is divided already
-            gradient_clipping=recipe.max_grad_norm,
+            gradient_clipping=max_grad_norm,
             zero_allow_untested_optimizer=True,
         )
     return accelerator.prepare(model, optimizer)
@@ -108,3 +131,17 @@ def backward(loss: Tensor, accelerator: Accelerator, is_last: bool) -> None:
         accelerator.deepspeed_engine_wrapped.backward(loss, sync_gradients=is_last)
     else:
         accelerator.backward(loss)
+
+
+def end_process_group() -> None:
+    """Destroys torch's process group, if there is one, with the threads that gloo has for it.
+
+    A thread of gloo that releases a tensor while the interpreter ends aborts the process ("terminate called without an
+    active exception", exit status -6). Threads end with the last reference to their group: DDP and accelerate hold it
+    in cycles, which must be gone before the group is. Call it last, after a run that succeeded: it waits for
+    collectives that have begun, and those of a process that failed never end. Under FSDP2, which keeps references in
+    C++, gloo's threads stay.
+    """
+    gc.collect()
+    if distributed.is_available() and distributed.is_initialized():
+        distributed.destroy_process_group()

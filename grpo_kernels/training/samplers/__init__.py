@@ -1,0 +1,129 @@
+"""Who samples the completions: the model itself or transformers' continuous batching, and in ``server.py`` vLLM."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import transformers
+from transformers import PreTrainedTokenizerBase
+
+from grpo_kernels.training.data.templates import encode_prompts
+from grpo_kernels.training.models import base_model, context_length_of
+from grpo_kernels.training.rollout import Rollout, end_token_ids, generate, generation_config, padded
+
+_PAGE = 32  # tokens of a block of the paged cache, on a CPU
+_LEAST_BATCH_TOKENS = 256
+_MEMORY_SHARE = 0.5  # of a GPU's free memory for the paged cache: TRL's, which leaves room for the backward
+
+
+class ModelSampler:
+    """``model.generate``.
+
+    Args:
+        model: Any causal language model, on any device.
+        tokenizer: Must have a pad token.
+        max_completion_length: Tokens of a completion at most.
+        temperature: Divides the logits, unless a call says otherwise.
+        synced: Every process goes on until the last is done, as models whose parameters are divided need.
+        autocast: What the model runs in, so that it samples as the loss will see it.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        tokenizer: PreTrainedTokenizerBase,
+        *,
+        max_completion_length: int,
+        temperature: float = 1.0,
+        synced: bool = False,
+        autocast: Callable[[], contextlib.AbstractContextManager] = contextlib.nullcontext,
+    ) -> None:
+        self.model, self.tokenizer, self.synced, self.autocast = model, tokenizer, synced, autocast
+        self.max_completion_length, self.temperature = max_completion_length, temperature
+        self.context_length, self.end_ids = context_length_of(model), end_token_ids(model, tokenizer)
+
+    def __call__(
+        self, prompts: Sequence[str], *, step: int = 0, group_size: int = 1, temperature: float | None = None
+    ) -> Rollout:
+        with self.autocast():
+            return generate(
+                self.model,
+                self.tokenizer,
+                prompts,
+                max_completion_length=self.max_completion_length,
+                temperature=self.temperature if temperature is None else temperature,
+                synced=self.synced,
+            )
+
+
+class ContinuousSampler:
+    """transformers' ``generate_batch``: a sequence that ends makes room for the next, over a paged cache.
+
+    On a CPU the cache is as large as the batch needs; on a GPU transformers fits it into half of the free memory,
+    unless ``options`` say otherwise. Each process samples with its own whole model.
+
+    Args:
+        model: As for ``ModelSampler``, and so are ``tokenizer``, ``max_completion_length``, ``temperature`` and
+            ``autocast``.
+        options: For transformers' ``ContinuousBatchingConfig``.
+
+    Raises:
+        RuntimeError: This transformers, or this model, has no ``generate_batch`` with a configuration.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        tokenizer: PreTrainedTokenizerBase,
+        *,
+        max_completion_length: int,
+        temperature: float = 1.0,
+        options: Mapping[str, Any] | None = None,
+        autocast: Callable[[], contextlib.AbstractContextManager] = contextlib.nullcontext,
+    ) -> None:
+        self.model, self.tokenizer, self.autocast = base_model(model), tokenizer, autocast
+        self.max_completion_length, self.temperature, self.options = max_completion_length, temperature, options or {}
+        self._config_type = getattr(transformers.generation, "ContinuousBatchingConfig", None)
+        if self._config_type is None or not hasattr(self.model, "generate_batch"):
+            raise RuntimeError(
+                f"use_transformers_continuous_batching: {type(self.model).__name__} of transformers "
+                f"{transformers.__version__} cannot; 5.8 and later can, with generative models"
+            )
+        self.context_length, self.end_ids = context_length_of(model), end_token_ids(model, tokenizer)
+
+    def __call__(
+        self, prompts: Sequence[str], *, step: int = 0, group_size: int = 1, temperature: float | None = None
+    ) -> Rollout:
+        """Raises RuntimeError where parameters are divided over processes, or transformers gives a request up."""
+        if any(hasattr(parameter, "full_tensor") for parameter in self.model.parameters()):
+            raise RuntimeError("use_transformers_continuous_batching needs whole parameters, and these are FSDP2's")
+        ids = encode_prompts(prompts, self.tokenizer)
+        temperature = self.temperature if temperature is None else temperature
+        config = generation_config(self.model, self.tokenizer, self.max_completion_length, temperature)
+        with self.autocast():
+            results = self.model.generate_batch(
+                ids,
+                generation_config=config,
+                continuous_batching_config=self._config_type(**self._cache_options(ids)),
+                progress_bar=False,
+            )
+        outputs = list(results.values())
+        errors = [output.error for output in outputs if output.error is not None]
+        if errors or len(outputs) != len(ids):
+            raise RuntimeError(
+                f"continuous batching finished {len(outputs) - len(errors)} of {len(ids)} completions: "
+                f"{errors[0] if errors else 'its thread stopped, and logged why'}"
+            )
+        completions = [output.generated_tokens for output in outputs]
+        pad_id, device = self.tokenizer.pad_token_id, self.model.device
+        return padded(ids, completions, self.end_ids, pad_id=pad_id, device=device)
+
+    def _cache_options(self, ids: list[list[int]]) -> dict[str, Any]:
+        if self.model.device.type != "cpu":
+            return {"max_memory_percent": _MEMORY_SHARE, **self.options}
+        blocks = sum(math.ceil((len(row) + self.max_completion_length) / _PAGE) + 1 for row in ids)
+        batch_tokens = max(_LEAST_BATCH_TOKENS, len(ids))
+        return {"page_size": _PAGE, "num_blocks": blocks, "max_batch_tokens": batch_tokens, **self.options}

@@ -1,0 +1,308 @@
+"""Supervised training: on worked completions, and on a teacher's distributions over tokens.
+
+The latter is generalised knowledge distillation (arXiv:2306.13649), under the names of TRL's GKD and distillation
+trainers, for two models with one vocabulary.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import random
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from grpo_kernels import distillation_loss, sft_loss
+from grpo_kernels.integrations.transformers.model_head import Projection, open_head
+from grpo_kernels.training.data.files import Row
+from grpo_kernels.training.data.templates import PromptFormat, encode_prompts, remaining_completion, render_prompts
+from grpo_kernels.training.distributed import check_trainable
+from grpo_kernels.training.models import base_model, context_length_of
+from grpo_kernels.training.rollout import Rollout, Sampler, run_head, teacher_forced
+
+_LOGGER = logging.getLogger(__name__)
+
+
+class SupervisedStep(NamedTuple):
+    """What one optimizer step of a supervised training reports."""
+
+    loss: float  # nats per token
+    tokens: int  # that it was taken over
+
+
+def train_supervised(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    rows: Sequence[Row],
+    *,
+    batch_size: int,
+    seed: int,
+    prompt_format: PromptFormat,
+    **options: Any,
+) -> Iterator[SupervisedStep]:
+    """Trains on the rows that have a ``completion``, each step on ``batch_size`` of them.
+
+    Args:
+        model: Changed.
+        tokenizer: Of prompts and completions.
+        rows: Those without a completion are passed over.
+        batch_size: Rows in a step.
+        seed: Of the order.
+        prompt_format: How prompts are rendered.
+        options: Further ones of ``descend``.
+
+    Raises:
+        ValueError: No row has a completion, or none fits into the model's context.
+        RuntimeError: A gradient is not finite.
+    """
+    examples = [row for row in rows if row.get("completion")]
+    if not examples:
+        raise ValueError("no row has a completion to train on")
+    examples = traces_that_fit(model, tokenizer, examples, prompt_format)
+    rng = random.Random(seed)
+    model = base_model(model)
+
+    def next_batch() -> Rollout:
+        return worked_batch(model, tokenizer, rng.choices(examples, k=batch_size), prompt_format)
+
+    open_head(model)
+    yield from descend(model, next_batch, worked_loss, batch_size=batch_size, **options)
+
+
+def distill(
+    student: PreTrainedModel,
+    teacher: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    rows: Sequence[Row],
+    problems: Sequence[Row],
+    *,
+    sampler: Sampler,
+    beta: float,
+    lmbda: float,
+    temperature: float,
+    batch_size: int,
+    seed: int,
+    prompt_format: PromptFormat,
+    backend: str = "auto",
+    **options: Any,
+) -> Iterator[SupervisedStep]:
+    """Trains the student towards the teacher's distributions, each step on ``batch_size`` completions.
+
+    Args:
+        student: Changed.
+        teacher: Held fixed, on the same device; its width and dtype are its own.
+        tokenizer: Of both.
+        rows: With a ``completion``, for the steps that are not on the student's own samples.
+        problems: What the student samples from in the others.
+        sampler: Draws them.
+        beta: Of the divergence: 0 is KL from the teacher, 1 KL from the student, between them the generalised
+            Jensen-Shannon divergence with that much of the teacher in the mixture.
+        lmbda: The share of steps on the student's own samples.
+        temperature: Divides the logits of both.
+        batch_size: Completions in a step.
+        seed: Of the order.
+        prompt_format: How prompts are rendered.
+        backend: Of the kernels.
+        options: Further ones of ``descend``.
+
+    Raises:
+        ValueError: No row fits into the student's context.
+        RuntimeError: A gradient is not finite.
+    """
+    open_head(student)
+    open_head(teacher)
+    traces = traces_that_fit(student, tokenizer, rows, prompt_format) if rows else []
+    rng = random.Random(seed)
+
+    def next_batch() -> Rollout:
+        if rng.random() < lmbda:
+            return sampler(render_prompts(rng.choices(problems, k=batch_size), tokenizer, prompt_format))
+        return worked_batch(student, tokenizer, rng.choices(traces, k=batch_size), prompt_format)
+
+    def loss_of(model: PreTrainedModel, batch: Rollout, tokens: int) -> Tensor:
+        return teaching_loss(
+            model, teacher, batch, beta=beta, num_items_in_batch=tokens, temperature=temperature, backend=backend
+        )
+
+    yield from descend(student, next_batch, loss_of, batch_size=batch_size, **options)
+
+
+def descend(
+    model: PreTrainedModel,
+    next_batch: Callable[[], Rollout],
+    loss_of: Callable[[PreTrainedModel, Rollout, int], Tensor],
+    *,
+    steps: int,
+    batch_size: int,
+    learning_rate: float,
+    accumulation_steps: int = 1,
+) -> Iterator[SupervisedStep]:
+    """Steps of AdamW with linear decay, each on one batch.
+
+    Args:
+        model: What is trained.
+        next_batch: The completions of the next step.
+        loss_of: A micro-batch's part of the loss, a mean over the step's tokens, of which the last argument says how
+            many there are.
+        steps: Optimizer steps.
+        batch_size: Completions in a step.
+        learning_rate: Its peak, at the first step.
+        accumulation_steps: Micro-batches that a batch is cut into.
+
+    Raises:
+        RuntimeError: A gradient is not finite.
+        ValueError: The weights have 16 bits, which most updates are too small for.
+    """
+    check_trainable(model, "set dtype=float32")
+    optimizer = torch.optim.AdamW(model.parameters(), lr=learning_rate, weight_decay=0.0)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 - step / steps)
+    size = math.ceil(batch_size / accumulation_steps)
+    for _ in range(steps):
+        batch = next_batch()
+        tokens, losses = int(batch.completion_mask.sum()), []
+        for part in torch.arange(len(batch.completion_ids), device=batch.completion_ids.device).split(size):
+            loss = loss_of(model, batch.select(part), tokens)
+            loss.backward()
+            losses.append(loss.item())
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0, error_if_nonfinite=True)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        schedule.step()
+        yield SupervisedStep(sum(losses), tokens)
+
+
+def worked_loss(model: PreTrainedModel, batch: Rollout, tokens: int) -> Tensor:
+    """A micro-batch's part of the mean cross-entropy of a step's ``tokens``."""
+    length = batch.completion_ids.shape[1]
+
+    def loss(hidden: Tensor, head: Projection) -> Tensor:
+        return sft_loss(
+            hidden[:, -(length + 1) : -1],
+            head.weight,
+            batch.completion_ids,
+            batch.completion_mask,
+            num_items_in_batch=tokens,
+            bias=head.bias,
+            softcap=head.softcap,
+            logit_scale=head.logit_scale,
+            backend="torch",  # the reference, so that GRPO starts from one model whatever its backend
+        )
+
+    return run_head(model, batch, loss)
+
+
+def teaching_loss(
+    student: PreTrainedModel,
+    teacher: PreTrainedModel,
+    batch: Rollout,
+    *,
+    beta: float,
+    num_items_in_batch: int | None = None,
+    temperature: float = 1.0,
+    backend: str = "auto",
+) -> Tensor:
+    """The mean divergence of both models' distributions over a batch's tokens, as TRL's ``generalized_jsd_loss``.
+
+    From hidden states, without either model's logits as a whole. Of heads that are padded to unequal sizes the rows
+    beyond the shorter one take no part.
+
+    Args:
+        student, teacher: With heads that ``open_head`` has opened.
+        batch: Completions on their device.
+        beta: As for ``distill``.
+        num_items_in_batch: Tokens that the mean divides by; by default the batch's.
+        temperature: Divides both models' logits.
+        backend: Of the kernels.
+    """
+    length = batch.completion_ids.shape[1]
+
+    def hidden_and_head(hidden: Tensor, head: Projection) -> tuple[Tensor, Projection]:
+        return hidden[:, -(length + 1) : -1], head
+
+    with torch.no_grad():
+        targets, taught = run_head(teacher, batch, hidden_and_head)
+
+    def loss(hidden: Tensor, head: Projection) -> Tensor:
+        size = min(len(head.weight), len(taught.weight))
+        return distillation_loss(
+            hidden[:, -(length + 1) : -1],
+            head.weight[:size],
+            batch.completion_ids,
+            batch.completion_mask,
+            teacher_hidden_states=targets,
+            teacher_lm_head_weight=taught.weight[:size],
+            teacher_bias=None if taught.bias is None else taught.bias[:size],
+            divergence={0: "forward_kl", 1: "reverse_kl"}.get(beta, "js"),
+            mixture=beta,
+            num_items_in_batch=num_items_in_batch,
+            temperature=temperature,
+            bias=None if head.bias is None else head.bias[:size],
+            softcap=head.softcap,
+            logit_scale=head.logit_scale,
+            teacher_softcap=taught.softcap,
+            teacher_logit_scale=taught.logit_scale,
+            loss_scale=temperature**-2,  # TRL's mean has no factor of temperature
+            backend=backend,
+        ).loss
+
+    return run_head(student, batch, loss)
+
+
+def check_vocabularies(student: PreTrainedTokenizerBase, teacher: PreTrainedTokenizerBase) -> None:
+    """Raises ValueError unless both tokenizers have the same tokens under the same ids."""
+    ours, theirs = student.get_vocab(), teacher.get_vocab()
+    if ours != theirs:
+        differing = len(ours.items() ^ theirs.items())
+        raise ValueError(
+            f"beta must be None for a teacher with another vocabulary: of {len(ours)} tokens and the teacher's "
+            f"{len(theirs)}, {differing} differ"
+        )
+
+
+def traces_that_fit(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, rows: Sequence[Row], prompt_format: PromptFormat
+) -> list[Row]:
+    """The rows whose prompt has a token, and with its completion no more than the model's context.
+
+    What is left out is counted in a warning.
+
+    Raises:
+        ValueError: No row is left.
+    """
+    bound = context_length_of(model)
+    limit = math.inf if bound is None else bound - 1  # the end token comes after the completion
+    prompts, completions = _prompts_and_completions(rows, tokenizer, prompt_format)
+    prompt_ids, completion_ids = encode_prompts(prompts, tokenizer), tokenizer(completions, add_special_tokens=False)
+    pairs = zip(rows, prompt_ids, completion_ids["input_ids"], strict=True)
+    fitting = [row for row, prompt, completion in pairs if prompt and len(prompt) + len(completion) <= limit]
+    if len(fitting) < len(rows):
+        _LOGGER.warning(
+            "%d of %d traces are left out, whose prompt has no token or which are longer than the context of %s tokens",
+            len(rows) - len(fitting), len(rows), bound,
+        )  # fmt: skip
+    if not fitting:
+        raise ValueError(
+            f"a trace must have a prompt and be no longer than the context of {bound} tokens, got {len(rows)} others"
+        )
+    return fitting
+
+
+def worked_batch(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, rows: Sequence[Row], prompt_format: PromptFormat
+) -> Rollout:
+    """The completions of rows, on the model's device, without what their prompts already hold of them."""
+    batch = teacher_forced(tokenizer, *_prompts_and_completions(rows, tokenizer, prompt_format))
+    return Rollout(*(None if tensor is None else tensor.to(model.device) for tensor in batch))
+
+
+def _prompts_and_completions(
+    rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase, prompt_format: PromptFormat
+) -> tuple[list[str], list[str]]:
+    """The rendered prompts of rows, and what they leave of the completions."""
+    prompts = render_prompts(rows, tokenizer, prompt_format)
+    pairs = zip(rows, prompts, strict=True)
+    return prompts, [remaining_completion(row, prompt, row["completion"]) for row, prompt in pairs]

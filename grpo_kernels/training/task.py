@@ -1,0 +1,215 @@
+"""What a recipe names, loaded and built: model, tokenizer, rows, rewards, sampler, options of an evaluation.
+
+Beside ``run.py``, the stages and the loop's constructor nothing else reads a recipe.
+"""
+
+from __future__ import annotations
+
+import inspect
+import random
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from accelerate import Accelerator
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from grpo_kernels.rewards import RewardFunction, check_name, resolve
+from grpo_kernels.training.augmentation import prompt_key
+from grpo_kernels.training.data.files import Row
+from grpo_kernels.training.data.rows import load_rows
+from grpo_kernels.training.data.splits import open_dataset
+from grpo_kernels.training.data.templates import rows_that_fit
+from grpo_kernels.training.distributed import is_deepspeed
+from grpo_kernels.training.models import add_adapters, load_pretrained, pick_device
+from grpo_kernels.training.recipe import Recipe
+from grpo_kernels.training.rollout import Sampler
+from grpo_kernels.training.samplers import ContinuousSampler, ModelSampler
+from grpo_kernels.training.supervised import SupervisedStep, train_supervised
+from grpo_kernels.training.tasks import TASKS, build_model
+
+_HELD_OUT = 200  # problems, unless a recipe says how many; of one split that is cut in two a fifth at most
+
+
+class Task(NamedTuple):
+    """What is trained, on what, and what it is measured on."""
+
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    train_rows: list[Row]  # with at least "prompt"
+    eval_rows: list[Row]
+    reward_functions: dict[str, RewardFunction]  # by the names that metrics show
+
+
+def load_task(recipe: Recipe, rows: Sequence[Row] | None = None, *, least: int | None = None) -> Task:
+    """Loads or builds everything a recipe names.
+
+    Args:
+        recipe: Names the dataset and the model.
+        rows: To train on in the place of the dataset's own; what is held out stays the dataset's.
+        least: Training rows that there must be; by default one generation's prompts.
+
+    Raises:
+        ValueError: The dataset cannot be found, a column is missing, there are too few rows, a reward function is
+            unknown, or no model is named for a dataset that has none.
+    """
+    train_rows, eval_rows = load_task_rows(recipe)
+    train_rows = train_rows if rows is None else list(rows)
+    if len(train_rows) < (recipe.prompts_per_generation if least is None else least):
+        needed = f"{recipe.prompts_per_generation} training rows (one generation's prompts)"
+        raise ValueError(
+            f"dataset {recipe.dataset_name!r} must have at least "
+            f"{needed if least is None else f'{least} training rows'}, got {len(train_rows)} beside the "
+            f"{len(eval_rows)} that num_eval_prompts holds out, with all rows that ask the same: give more rows, or "
+            "set a smaller num_eval_prompts"
+        )
+    reward_functions = {name: resolve(name) for name in recipe.reward_funcs}
+    if recipe.check is not None:
+        resolve(recipe.check, key="check")  # before any work
+    model, tokenizer = load_model(recipe)
+    return Task(model, tokenizer, train_rows, eval_rows, reward_functions)
+
+
+def load_task_rows(recipe: Recipe) -> tuple[list[Row], list[Row]]:
+    """The training and the held-out rows of a recipe's dataset; raises ValueError as ``load_task``."""
+    if recipe.dataset_name in TASKS:
+        held_out = _HELD_OUT if recipe.num_eval_prompts is None else recipe.num_eval_prompts
+        return TASKS[recipe.dataset_name].build_rows(recipe.seed, held_out)
+    return _load_splits(recipe)
+
+
+def columns_needed(recipe: Recipe) -> tuple[str, ...]:
+    """``prompt``, and ``answer`` where a reward function of the recipe takes it, or the judge where one is needed."""
+    names = list(recipe.reward_funcs)
+    if recipe.num_eval_prompts != 0 or recipe.min_pass_rate is not None or recipe.max_pass_rate is not None:
+        names.append(check_name(recipe.check, names))
+    takes_answer = any("answer" in inspect.signature(resolve(name)).parameters for name in names)
+    return ("prompt", "answer") if takes_answer else ("prompt",)
+
+
+def load_model(recipe: Recipe) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """The model on its device, in eval mode (no dropout, so that log-probs can be recomputed), and its tokenizer."""
+    if recipe.model_name_or_path is not None:
+        model, tokenizer = load_pretrained(
+            recipe.model_name_or_path,
+            dtype=recipe.dtype,
+            attn_implementation=recipe.attn_implementation,
+            trust_remote_code=recipe.trust_remote_code,
+        )
+    elif recipe.dataset_name in TASKS:
+        tokenizer = TASKS[recipe.dataset_name].build_tokenizer(chat=recipe.prompt_template == "chat")
+        model = build_model(tokenizer, recipe.seed, hidden_size=recipe.hidden_size).to(getattr(torch, recipe.dtype))
+    else:
+        raise ValueError(f"model_name_or_path must be given for dataset {recipe.dataset_name!r}, got None")
+    return model.to(pick_device(recipe.device)).eval(), tokenizer
+
+
+def prepare_model(model: PreTrainedModel, recipe: Recipe) -> Any:
+    """The model with the recipe's adapters and gradient checkpointing, in eval mode."""
+    if recipe.gradient_checkpointing:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    if not recipe.use_peft:
+        return model.eval()
+    return add_adapters(model, r=recipe.lora_r, alpha=recipe.lora_alpha, target_modules=recipe.lora_target_modules)
+
+
+def build_sampler(model: Any, tokenizer: PreTrainedTokenizerBase, recipe: Recipe, accelerator: Accelerator) -> Sampler:
+    """The sampler that a recipe asks for.
+
+    Raises:
+        ServerError: The server cannot be reached, or does not offer what is needed.
+        RuntimeError: Continuous batching, or the way for weights into the server, cannot run here.
+        ValueError: One of the two is asked for under ZeRO-3, which leaves no process a weight to sample by or to send.
+    """
+    if is_deepspeed(accelerator) and accelerator.deepspeed_plugin.hf_ds_config.is_zero3():
+        for name in ("use_vllm", "use_transformers_continuous_batching"):
+            if getattr(recipe, name):
+                raise ValueError(f"{name} must be False under ZeRO-3, which divides the weights; take ZeRO-2")
+    options: dict[str, Any] = {
+        "max_completion_length": recipe.max_completion_length,
+        "temperature": recipe.temperature,
+    }
+    if recipe.use_vllm:
+        from grpo_kernels.training.samplers.server import ServerSampler  # only a run by a server needs it
+
+        return ServerSampler(model, tokenizer, accelerator, **recipe.server_options(), **options)
+    options["autocast"] = accelerator.autocast
+    if recipe.use_transformers_continuous_batching:
+        return ContinuousSampler(model, tokenizer, options=recipe.continuous_batching_options(), **options)
+    return ModelSampler(model, tokenizer, synced=accelerator.num_processes > 1, **options)
+
+
+def evaluation_options(recipe: Recipe) -> dict[str, Any]:
+    """What ``evaluation.evaluate`` and its kin are told."""
+    name = check_name(recipe.check, recipe.reward_funcs)
+    return {
+        "check": resolve(name),
+        "check_name": name,
+        "num_samples": recipe.eval_samples,
+        "batch_size": recipe.eval_batch_size,
+        "seed": recipe.seed,
+        "prompt_format": recipe.prompt_format,
+    }
+
+
+def train_on_traces(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, rows: Sequence[Row], recipe: Recipe
+) -> Iterator[SupervisedStep]:
+    """The supervised steps that a recipe asks for, on the rows that have a completion; as ``train_supervised``."""
+    if not any(row.get("completion") for row in rows):
+        raise ValueError(f"sft_steps is {recipe.sft_steps}, but no row of {recipe.dataset_name!r} has a completion")
+    return train_supervised(model, tokenizer, rows, **supervised_options(recipe))
+
+
+def supervised_options(recipe: Recipe) -> dict[str, Any]:
+    """What ``supervised.train_supervised`` and ``distill`` are told."""
+    return {
+        "steps": recipe.sft_steps,
+        "batch_size": recipe.sft_batch_size,
+        "learning_rate": recipe.sft_learning_rate,
+        "accumulation_steps": recipe.gradient_accumulation_steps,
+        "seed": recipe.seed,
+        "prompt_format": recipe.prompt_format,
+    }
+
+
+def fitting_rows(
+    rows: Sequence[Row], task: Task, recipe: Recipe, context_length: int | None, **options: Any
+) -> list[Row]:
+    """The rows whose prompt fits into the context beside a completion; as ``rows_that_fit``."""
+    return rows_that_fit(
+        rows,
+        task.tokenizer,
+        recipe.prompt_format,
+        max_completion_length=recipe.max_completion_length,
+        max_prompt_length=recipe.max_prompt_length,
+        context_length=context_length,
+        **options,
+    )
+
+
+def _load_splits(recipe: Recipe) -> tuple[list[Row], list[Row]]:
+    """Training and held-out rows: two splits as they are, or one cut in two, no question on both sides of the cut."""
+    name, held_out_split = recipe.dataset_name, recipe.eval_dataset_split
+    names_a_split = held_out_split is not None and "[" not in held_out_split
+    if names_a_split and open_dataset(name, recipe.dataset_config, (), tuple(TASKS)).is_single:
+        raise ValueError(
+            f"eval_dataset_split must be None for {name!r}, which has one split, got {held_out_split!r}; a part of "
+            "it is train[90%:]"
+        )
+    columns = {
+        "prompt_column": recipe.prompt_column,
+        "answer_column": recipe.answer_column,
+        "needs_answer": "answer" in columns_needed(recipe),
+    }
+    rows = load_rows(name, config=recipe.dataset_config, split=recipe.dataset_split, **columns)
+    if not rows:
+        raise ValueError(f"dataset {name!r} has no rows")
+    if held_out_split is not None:
+        held_out = load_rows(name, config=recipe.dataset_config, split=held_out_split, **columns)
+        return rows, held_out[: _HELD_OUT if recipe.num_eval_prompts is None else recipe.num_eval_prompts]
+    random.Random(recipe.seed).shuffle(rows)
+    count = min(_HELD_OUT, len(rows) // 5) if recipe.num_eval_prompts is None else recipe.num_eval_prompts
+    eval_rows = rows[:count]
+    asked = {prompt_key(row) for row in eval_rows}
+    return [row for row in rows[count:] if prompt_key(row) not in asked], eval_rows
