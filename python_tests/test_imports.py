@@ -78,7 +78,17 @@ def _room(module: str) -> int:
 
 
 #: What reads a recipe: it is made there, and everything else takes named values.
-READS_RECIPES = {"recipe", "task", "run", "loop", "commands", "stage_config", "stages", "stage_work", "trackers"}
+READS_RECIPES = {
+    "recipe",
+    "task",
+    "run",
+    "loop",
+    "commands",
+    "stages.config",
+    "stages.runner",
+    "stages.work",
+    "trackers",
+}
 
 
 def test_every_module_has_a_room() -> None:

@@ -20,7 +20,7 @@ from grpo_kernels.training import addition
 from grpo_kernels.training.checkpoint import save_checkpoint
 from grpo_kernels.training.recipe import Recipe
 from grpo_kernels.training.rollout import teacher_forced
-from grpo_kernels.training.stage_config import RECIPE_KEYS, load_stage
+from grpo_kernels.training.stages.config import KINDS, load_stage
 from grpo_kernels.training.supervised import check_vocabularies, teaching_loss
 from grpo_kernels.training.task import columns_needed, load_task_rows
 from grpo_kernels.training.tasks import build_model
@@ -32,7 +32,7 @@ SMALL: dict[str, Any] = {
 
 
 def run(command: str, folder: Path, **options: object) -> int:
-    known = {**SMALL} if command == "train" else {k: v for k, v in SMALL.items() if k in RECIPE_KEYS[command]}
+    known = {**SMALL} if command == "train" else {k: v for k, v in SMALL.items() if k in KINDS[command].keys()}
     arguments = known | {"output_dir": folder} | options
     return cli.main([command, *(text for name, value in arguments.items() for text in (f"--{name}", str(value)))])
 
@@ -152,7 +152,7 @@ def test_another_vocabulary_teaches_by_samples_alone(tmp_path: Path, capsys: pyt
 def test_a_stage_that_names_another_needs_a_recipe_of_several() -> None:
     with pytest.raises(ValueError, match=r"data must be a file \(\.jsonl, .*\.parquet\), got 'rejection'"):
         load_stage("sft", None, ["--data", "rejection", "--sft_steps", "1"])
-    with pytest.raises(ValueError, match="unknown key 'teacher'"):
+    with pytest.raises(ValueError, match="teacher has no effect on kind 'eval'"):
         load_stage("eval", None, ["--teacher", "grpo"])
 
 
@@ -184,8 +184,16 @@ def test_an_option_without_effect_is_refused(
 
 def test_every_key_of_a_recipe_is_read_by_some_kind_of_stage() -> None:
     known = {key.name for key in fields(Recipe)}
-    assert all(set(keys) <= known for keys in RECIPE_KEYS.values())
-    assert set().union(*RECIPE_KEYS.values()) == known - {"resume"}
+    assert known - set().union(*(kind.keys() for kind in KINDS.values())) == {"resume"}
+
+
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "grpo"])  # whose command is train
+def test_the_help_of_a_stage_has_its_keys_and_no_others(kind: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        load_stage(kind, None, ["--help"])
+    assert ended.value.code == 0
+    listed = set(re.findall(r"^  --(?!no_)(\w+)", capsys.readouterr().out, flags=re.MULTILINE))
+    assert listed == KINDS[kind].keys() - {"model", "teacher"}
 
 
 def test_an_evaluation_needs_no_training_rows_and_augmentation_no_model(trained: Path, tmp_path: Path) -> None:
@@ -235,7 +243,7 @@ def test_the_progress_of_supervised_steps_counts_tokens(tmp_path: Path, monkeypa
     def update(self: Any, completions: int, tokens: float, **values: float) -> None:
         seen.append(tokens)
 
-    monkeypatch.setattr("grpo_kernels.training.stage_work.Progress.update", update)
+    monkeypatch.setattr("grpo_kernels.training.stages.work.Progress.update", update)
     assert run("sft", tmp_path, num_eval_prompts=0) == 0
     assert len(seen) == 3 and min(seen) > SMALL["sft_batch_size"]
 

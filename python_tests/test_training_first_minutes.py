@@ -19,7 +19,7 @@ from grpo_kernels.training.metrics import SilentRewards
 from grpo_kernels.training.models import load_pretrained
 from grpo_kernels.training.recipe import Recipe, load_recipe
 from grpo_kernels.training.run import train
-from grpo_kernels.training.stage_config import load_stage
+from grpo_kernels.training.stages.config import load_stage
 from grpo_kernels.training.task import load_task_rows
 from grpo_kernels.training.tasks import build_model
 
@@ -282,7 +282,7 @@ def test_an_evaluation_takes_every_key_of_a_recipe_that_trains(tmp_path: Path) -
     recipe |= {"output_dir": "runs/mine", "eval_samples": 3, "learning_rate": 0.5}
     (tmp_path / "r.yaml").write_text(json.dumps({k: v for k, v in recipe.items() if v is not None}))
     stage = load_stage("eval", str(tmp_path / "r.yaml"))
-    assert stage.folder == Path("runs/mine/eval") and stage.recipe.eval_samples == 3
+    assert stage.folder == Path("runs/mine/eval") and stage.options.eval_samples == 3
     assert load_stage("eval", str(tmp_path / "r.yaml"), ["--output_dir", "x"]).folder == Path("x")
     with pytest.raises(ValueError, match="learning_rate has no effect on kind 'eval'"):
         load_stage("eval", None, ["--learning_rate", "1"])

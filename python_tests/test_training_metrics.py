@@ -17,7 +17,7 @@ from test_training_loop import loop_of, one_thread, recipe_of  # noqa: F401  (a 
 from torch import Tensor
 
 from grpo_kernels import GRPOLossConfig, group_advantages
-from grpo_kernels.training import evaluation, samplers, stage_work
+from grpo_kernels.training import evaluation, samplers
 from grpo_kernels.training.evaluation import EvalReport, EvalSample, evaluate
 from grpo_kernels.training.loop import Batch, GRPOLoop
 from grpo_kernels.training.metrics import (
@@ -29,6 +29,7 @@ from grpo_kernels.training.metrics import (
 )
 from grpo_kernels.training.rollout import Rollout, generate
 from grpo_kernels.training.run import train
+from grpo_kernels.training.stages import work as stage_work
 from grpo_kernels.training.task import load_task
 
 NAN = math.nan

@@ -17,8 +17,8 @@ from safetensors.torch import load_file
 from grpo_kernels import cli
 from grpo_kernels.rewards import extract_answer
 from grpo_kernels.training.data.templates import join_texts
-from grpo_kernels.training.stage_config import Stage, load_stage, load_stages
-from grpo_kernels.training.stages import run_stage, run_stages
+from grpo_kernels.training.stages.config import Stage, load_stage, load_stages
+from grpo_kernels.training.stages.runner import run_stage, run_stages
 from grpo_kernels.training.tasks import TASKS
 
 SMALL = """
@@ -53,11 +53,11 @@ def test_the_recipe_that_ships_is_the_whole_pipeline() -> None:
     root, stages = load_stages("r1-mini", ["--seed", "3"])
     assert root == Path("runs/r1-mini")
     assert [stage.kind for stage in stages] == ["sft", "grpo", "sample", "sft", "grpo", "sample", "sft", "sft"]
-    assert {stage.recipe.seed for stage in stages} == {3}
+    assert {stage.options.seed for stage in stages} == {3}
     by_name = {stage.name: stage for stage in stages}
-    assert by_name["sft"].model is None and by_name["sft"].data == "rejection"  # a fresh base
-    assert by_name["student"].recipe.hidden_size < by_name["sft"].recipe.hidden_size
-    assert by_name["student"].recipe.sft_steps == by_name["student-cold-start"].recipe.sft_steps
+    assert by_name["sft"].options.model is None and by_name["sft"].options.data == "rejection"  # a fresh base
+    assert by_name["student"].options.hidden_size < by_name["sft"].options.hidden_size
+    assert by_name["student"].options.sft_steps == by_name["student-cold-start"].options.sft_steps
 
 
 def test_stages_use_each_other_and_are_not_run_twice(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -218,7 +218,7 @@ def test_a_stage_on_one_that_was_made_anew_is_not_done(tmp_path: Path) -> None:
 def test_the_folder_of_all_stages_is_given_in_any_spelling(given: list[str], tmp_path: Path) -> None:
     root, stages = load_stages("r1-mini", [*given, "--seed", "3"])
     assert root == Path("X") and [stage.folder for stage in stages] == [root / stage.name for stage in stages]
-    assert {stage.recipe.seed for stage in stages} == {3}
+    assert {stage.options.seed for stage in stages} == {3}
     with pytest.raises(ValueError, match="expected one argument"):
         load_stages("r1-mini", ["--output_dir"])
 
@@ -235,7 +235,7 @@ def test_several_processes_are_refused(
     class Two(NamedTuple):
         num_processes: int = 2
 
-    monkeypatch.setattr("grpo_kernels.training.stages.PartialState", lambda cpu: Two())
+    monkeypatch.setattr("grpo_kernels.training.stages.runner.PartialState", lambda cpu: Two())
     path = written(tmp_path)
     assert cli.main(["recipe", path]) == 2
     assert "stages run in one process, got 2" in capsys.readouterr().err

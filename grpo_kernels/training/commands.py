@@ -45,13 +45,13 @@ def recipe(name: str, overrides: Sequence[str], *, debug: bool = False) -> int:
     """``grpo-kernels recipe``: the stages of a YAML file; returns the exit status."""
 
     def run() -> None:
-        from grpo_kernels.training.stage_config import load_stages
-        from grpo_kernels.training.stages import run_stages
+        from grpo_kernels.training.stages.config import load_stages
+        from grpo_kernels.training.stages.runner import run_stages
 
         _look_beside(name)
         root, stages = load_stages(name, overrides)
         for stage in stages:
-            check_runs_here(stage.recipe)
+            check_runs_here(stage.options)
         run_stages(root, stages)
 
     return _guarded(run, lambda: "the same command goes on from here", debug)
@@ -61,13 +61,13 @@ def stage(kind: str, name: str | None, overrides: Sequence[str], *, debug: bool 
     """``grpo-kernels sft`` and the like: one stage by itself; returns the exit status."""
 
     def run() -> None:
-        from grpo_kernels.training.stage_config import load_stage
-        from grpo_kernels.training.stages import DONE, run_stage
+        from grpo_kernels.training.stages.config import load_stage
+        from grpo_kernels.training.stages.runner import DONE, run_stage
 
         _look_beside(name)
         chosen = load_stage(kind, name, overrides)
-        check_runs_here(chosen.recipe)
-        was_done = (chosen.folder / DONE).exists() and not chosen.recipe.overwrite_output_dir
+        check_runs_here(chosen.options)
+        was_done = (chosen.folder / DONE).exists() and not chosen.options.overwrite_output_dir
         line = run_stage(chosen)
         if not was_done:
             print(f"{chosen.folder}: done in {line['seconds']} s")
@@ -86,7 +86,7 @@ def check_runs_here(recipe: Any) -> None:
 
     tracker_names(recipe.report_to)
     try:
-        backends.resolve("grpo_loss", recipe.backend, pick_device(recipe.device))
+        backends.resolve("grpo_loss", getattr(recipe, "backend", "auto"), pick_device(recipe.device))
     except RuntimeError as error:
         raise ValueError(str(error)) from error
 

@@ -130,7 +130,9 @@ class GRPOLoop:
         if self.reference is not None and not has_adapters(self.model):
             self.policy.reference = wrap_reference(self.reference, self.accelerator)
         self.schedule = get_scheduler(recipe.lr_scheduler_type, self.optimizer, recipe.warmup_steps, recipe.max_steps)
-        self.sampler = sampler or build_sampler(self.model, self.tokenizer, recipe, self.accelerator)
+        self.sampler = sampler or build_sampler(
+            self.model, self.tokenizer, recipe, self.accelerator, recipe.temperature
+        )
         self.rows = fitting_rows(
             task.train_rows, task, recipe, self.sampler.context_length, least=recipe.prompts_per_generation
         )

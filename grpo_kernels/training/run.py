@@ -8,7 +8,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import yaml
@@ -152,7 +152,7 @@ class _RunFolder:
         recipe = self.recipe
         if not self.checkpoints:
             _cold_start(task, recipe)
-            sampler = build_sampler(task.model, task.tokenizer, recipe, self.accelerator)
+            sampler = build_sampler(task.model, task.tokenizer, recipe, self.accelerator, recipe.temperature)
             before = self._evaluate(task, sampler, 0)
             task = self._filter(task, sampler)
             set_seed(recipe.seed + self.accelerator.process_index)  # each process samples other completions
@@ -265,7 +265,7 @@ def _prepare(output_dir: Path, overwrite: bool) -> None:
     output_dir.mkdir(parents=True, exist_ok=True)
 
 
-def held_out_rows(task: Task, recipe: Recipe) -> list[Row]:
+def held_out_rows(task: Task, recipe: Any) -> list[Row]:
     """The held-out rows whose prompt fits into the model's context beside a completion, of which one must be left."""
     if not task.eval_rows:
         return []

@@ -1,6 +1,7 @@
-"""What a recipe names, loaded and built: model, tokenizer, rows, rewards, sampler, options of an evaluation.
+"""What a recipe or a stage names, loaded and built: model, tokenizer, rows, rewards, sampler, an evaluation's options.
 
-Beside ``run.py``, the stages and the loop's constructor nothing else reads a recipe.
+``recipe`` is a ``Recipe`` or what a kind of stage is told, which have the same keys. Beside this module, ``run.py``,
+the stages and the loop's constructor nothing reads them.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from grpo_kernels.training.data.splits import open_dataset
 from grpo_kernels.training.data.templates import rows_that_fit
 from grpo_kernels.training.distributed import is_deepspeed
 from grpo_kernels.training.models import add_adapters, load_pretrained, pick_device
-from grpo_kernels.training.recipe import Recipe
+from grpo_kernels.training.options import SamplerOptions
 from grpo_kernels.training.rollout import Sampler
 from grpo_kernels.training.samplers import ContinuousSampler, ModelSampler
 from grpo_kernels.training.supervised import SupervisedStep, train_supervised
@@ -41,7 +42,7 @@ class Task(NamedTuple):
     reward_functions: dict[str, RewardFunction]  # by the names that metrics show
 
 
-def load_task(recipe: Recipe, rows: Sequence[Row] | None = None, *, least: int | None = None) -> Task:
+def load_task(recipe: Any, rows: Sequence[Row] | None = None, *, least: int | None = None) -> Task:
     """Loads or builds everything a recipe names.
 
     Args:
@@ -55,13 +56,13 @@ def load_task(recipe: Recipe, rows: Sequence[Row] | None = None, *, least: int |
     """
     train_rows, eval_rows = load_task_rows(recipe)
     train_rows = train_rows if rows is None else list(rows)
-    if len(train_rows) < (recipe.prompts_per_generation if least is None else least):
-        needed = f"{recipe.prompts_per_generation} training rows (one generation's prompts)"
+    one_generation = "" if least is not None else " (one generation's prompts)"
+    least = recipe.prompts_per_generation if least is None else least
+    if len(train_rows) < least:
         raise ValueError(
-            f"dataset {recipe.dataset_name!r} must have at least "
-            f"{needed if least is None else f'{least} training rows'}, got {len(train_rows)} beside the "
-            f"{len(eval_rows)} that num_eval_prompts holds out, with all rows that ask the same: give more rows, or "
-            "set a smaller num_eval_prompts"
+            f"dataset {recipe.dataset_name!r} must have at least {least} training rows{one_generation}, got "
+            f"{len(train_rows)} beside the {len(eval_rows)} that num_eval_prompts holds out, with all rows that ask "
+            "the same: give more rows, or set a smaller num_eval_prompts"
         )
     reward_functions = {name: resolve(name) for name in recipe.reward_funcs}
     if recipe.check is not None:
@@ -70,7 +71,7 @@ def load_task(recipe: Recipe, rows: Sequence[Row] | None = None, *, least: int |
     return Task(model, tokenizer, train_rows, eval_rows, reward_functions)
 
 
-def load_task_rows(recipe: Recipe) -> tuple[list[Row], list[Row]]:
+def load_task_rows(recipe: Any) -> tuple[list[Row], list[Row]]:
     """The training and the held-out rows of a recipe's dataset; raises ValueError as ``load_task``."""
     if recipe.dataset_name in TASKS:
         held_out = _HELD_OUT if recipe.num_eval_prompts is None else recipe.num_eval_prompts
@@ -78,16 +79,17 @@ def load_task_rows(recipe: Recipe) -> tuple[list[Row], list[Row]]:
     return _load_splits(recipe)
 
 
-def columns_needed(recipe: Recipe) -> tuple[str, ...]:
+def columns_needed(recipe: Any) -> tuple[str, ...]:
     """``prompt``, and ``answer`` where a reward function of the recipe takes it, or the judge where one is needed."""
     names = list(recipe.reward_funcs)
-    if recipe.num_eval_prompts != 0 or recipe.min_pass_rate is not None or recipe.max_pass_rate is not None:
+    bounds = [getattr(recipe, name, None) for name in ("min_pass_rate", "max_pass_rate")]
+    if recipe.num_eval_prompts != 0 or bounds != [None, None]:
         names.append(check_name(recipe.check, names))
     takes_answer = any("answer" in inspect.signature(resolve(name)).parameters for name in names)
     return ("prompt", "answer") if takes_answer else ("prompt",)
 
 
-def load_model(recipe: Recipe) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+def load_model(recipe: Any) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """The model on its device, in eval mode (no dropout, so that log-probs can be recomputed), and its tokenizer."""
     if recipe.model_name_or_path is not None:
         model, tokenizer = load_pretrained(
@@ -104,7 +106,7 @@ def load_model(recipe: Recipe) -> tuple[PreTrainedModel, PreTrainedTokenizerBase
     return model.to(pick_device(recipe.device)).eval(), tokenizer
 
 
-def prepare_model(model: PreTrainedModel, recipe: Recipe) -> Any:
+def prepare_model(model: PreTrainedModel, recipe: Any) -> Any:
     """The model with the recipe's adapters and gradient checkpointing, in eval mode."""
     if recipe.gradient_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
@@ -113,8 +115,10 @@ def prepare_model(model: PreTrainedModel, recipe: Recipe) -> Any:
     return add_adapters(model, r=recipe.lora_r, alpha=recipe.lora_alpha, target_modules=recipe.lora_target_modules)
 
 
-def build_sampler(model: Any, tokenizer: PreTrainedTokenizerBase, recipe: Recipe, accelerator: Accelerator) -> Sampler:
-    """The sampler that a recipe asks for.
+def build_sampler(
+    model: Any, tokenizer: PreTrainedTokenizerBase, recipe: Any, accelerator: Accelerator, temperature: float = 1.0
+) -> Sampler:
+    """The sampler that a recipe, or a stage, asks for, at a temperature.
 
     Raises:
         ServerError: The server cannot be reached, or does not offer what is needed.
@@ -123,23 +127,24 @@ def build_sampler(model: Any, tokenizer: PreTrainedTokenizerBase, recipe: Recipe
     """
     if is_deepspeed(accelerator) and accelerator.deepspeed_plugin.hf_ds_config.is_zero3():
         for name in ("use_vllm", "use_transformers_continuous_batching"):
-            if getattr(recipe, name):
+            if getattr(recipe, name, False):
                 raise ValueError(f"{name} must be False under ZeRO-3, which divides the weights; take ZeRO-2")
     options: dict[str, Any] = {
         "max_completion_length": recipe.max_completion_length,
-        "temperature": recipe.temperature,
+        "temperature": temperature,
     }
-    if recipe.use_vllm:
+    has_choice = isinstance(recipe, SamplerOptions)
+    if has_choice and recipe.use_vllm:
         from grpo_kernels.training.samplers.server import ServerSampler  # only a run by a server needs it
 
         return ServerSampler(model, tokenizer, accelerator, **recipe.server_options(), **options)
     options["autocast"] = accelerator.autocast
-    if recipe.use_transformers_continuous_batching:
+    if has_choice and recipe.use_transformers_continuous_batching:
         return ContinuousSampler(model, tokenizer, options=recipe.continuous_batching_options(), **options)
     return ModelSampler(model, tokenizer, synced=accelerator.num_processes > 1, **options)
 
 
-def evaluation_options(recipe: Recipe) -> dict[str, Any]:
+def evaluation_options(recipe: Any) -> dict[str, Any]:
     """What ``evaluation.evaluate`` and its kin are told."""
     name = check_name(recipe.check, recipe.reward_funcs)
     return {
@@ -153,7 +158,7 @@ def evaluation_options(recipe: Recipe) -> dict[str, Any]:
 
 
 def train_on_traces(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, rows: Sequence[Row], recipe: Recipe
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, rows: Sequence[Row], recipe: Any
 ) -> Iterator[SupervisedStep]:
     """The supervised steps that a recipe asks for, on the rows that have a completion; as ``train_supervised``."""
     if not any(row.get("completion") for row in rows):
@@ -161,7 +166,7 @@ def train_on_traces(
     return train_supervised(model, tokenizer, rows, **supervised_options(recipe))
 
 
-def supervised_options(recipe: Recipe) -> dict[str, Any]:
+def supervised_options(recipe: Any) -> dict[str, Any]:
     """What ``supervised.train_supervised`` and ``distill`` are told."""
     return {
         "steps": recipe.sft_steps,
@@ -173,9 +178,7 @@ def supervised_options(recipe: Recipe) -> dict[str, Any]:
     }
 
 
-def fitting_rows(
-    rows: Sequence[Row], task: Task, recipe: Recipe, context_length: int | None, **options: Any
-) -> list[Row]:
+def fitting_rows(rows: Sequence[Row], task: Task, recipe: Any, context_length: int | None, **options: Any) -> list[Row]:
     """The rows whose prompt fits into the context beside a completion; as ``rows_that_fit``."""
     return rows_that_fit(
         rows,
@@ -188,7 +191,7 @@ def fitting_rows(
     )
 
 
-def _load_splits(recipe: Recipe) -> tuple[list[Row], list[Row]]:
+def _load_splits(recipe: Any) -> tuple[list[Row], list[Row]]:
     """Training and held-out rows: two splits as they are, or one cut in two, no question on both sides of the cut."""
     name, held_out_split = recipe.dataset_name, recipe.eval_dataset_split
     names_a_split = held_out_split is not None and "[" not in held_out_split

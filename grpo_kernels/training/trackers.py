@@ -32,7 +32,10 @@ def tracked(recipe: Recipe) -> Accelerator:
     directories = ProjectConfiguration(project_dir=str(folder), logging_dir=str(folder / LOGS))
     names = tracker_names(recipe.report_to)
     return build_accelerator(
-        bf16=recipe.bf16, cpu=recipe.device == "cpu", log_with=names or None, project_config=directories
+        bf16=getattr(recipe, "bf16", False),
+        cpu=recipe.device == "cpu",
+        log_with=names or None,
+        project_config=directories,
     )
 
 

@@ -1,22 +1,4 @@
-"""Recipes of several stages, one folder each: training, sampling and measuring, each from what others left.
-
-    output_dir: runs/r1-mini
-    common: {dataset_name: addition-mixed}      # keys of every stage's recipe
-    stages:
-      cold-start: {kind: sft, sft_steps: 400}                # from a fresh base, on the dataset's own traces
-      grpo: {kind: grpo, model: cold-start, max_steps: 60}   # from another stage's model
-      rejection: {kind: sample, model: grpo, prompts: 800, samples: 4, keep: {accuracy: 1, format: 1}}
-      more: {kind: augment, data: rejection, ways: [start, goal]}
-      sft: {kind: sft, data: more, sft_steps: 400}           # on what another stage kept or made
-      student: {kind: distill, teacher: sft, hidden_size: 64, keep: {accuracy: 1}, sft_steps: 400}
-      measured: {kind: eval, model: student, eval_samples: 16, ks: [1, 4, 16]}
-
-A stage's folder has ``config.yaml``, by which it runs alone (a GRPO stage by ``grpo-kernels train``, without ``data``),
-``metrics.jsonl``, ``samples.jsonl``, its checkpoint or its ``rows.jsonl``, and, once it is done, ``done.json``: it is
-not run again then. ``used.json`` tells what it read, and it is refused where that has changed since: a stage that was
-made anew, or a local model, dataset or reward function. A GRPO stage that was interrupted goes on from its newest
-checkpoint; any other begins again, and ends the same.
-"""
+"""Runs stages in order: what is done stays, what was interrupted goes on or begins again."""
 
 from __future__ import annotations
 
@@ -38,12 +20,11 @@ from grpo_kernels.files import replace_text
 from grpo_kernels.training.arguments import read_yaml
 from grpo_kernels.training.checkpoint import clear_run, list_checkpoints
 from grpo_kernels.training.html_report import versions
-from grpo_kernels.training.recipe import Recipe
 from grpo_kernels.training.reporting import has_records
 from grpo_kernels.training.run import SAMPLES
-from grpo_kernels.training.stage_config import Stage, is_file
-from grpo_kernels.training.stage_inputs import fingerprints
-from grpo_kernels.training.stage_work import ROWS, WORK, Outcome
+from grpo_kernels.training.stages.config import Stage, is_file
+from grpo_kernels.training.stages.inputs import fingerprints
+from grpo_kernels.training.stages.work import ROWS, STAGE_RUNNERS, Outcome
 from grpo_kernels.training.state import MAY_DIFFER, MAY_DIFFER_ON_RESUME
 from grpo_kernels.training.trackers import METRICS, tracker_names
 
@@ -80,22 +61,22 @@ def run_stage(stage: Stage, stages: dict[str, Stage] | None = None) -> dict[str,
     Raises:
         As ``run_stages``.
     """
-    _check_alone(stage.recipe)
-    recipe, config = _resolved(stage, stages or {})
+    _check_alone(stage.options)
+    options, config = _resolved(stage, stages or {})
     used = _used(stage, stages or {}) | {"files": fingerprints(config)}
-    line = None if recipe.overwrite_output_dir else _finished(stage.folder, config, used)
+    line = None if options.overwrite_output_dir else _finished(stage.folder, config, used)
     if line is not None:
         return line
     print(f"\n== {stage.name} ({stage.kind})", flush=True)
     disable_progress_bar()
-    tracker_names(recipe.report_to)  # before any work
+    tracker_names(options.report_to)  # before any work
     start = time.perf_counter()
     try:
-        _begin(stage, recipe, config, used)
-        if recipe.num_threads is not None:
-            torch.set_num_threads(recipe.num_threads)
-        set_seed(recipe.seed)
-        outcome: Outcome = WORK[stage.kind](stage, recipe, config)
+        _begin(stage, options, config, used)
+        if options.num_threads is not None:
+            torch.set_num_threads(options.num_threads)
+        set_seed(options.seed)
+        outcome: Outcome = STAGE_RUNNERS[stage.kind](stage, options, config)
         seconds = round(time.perf_counter() - start, 1)
         line = {"stage": stage.name, "kind": stage.kind, **outcome.line, "seconds": seconds}
         model = None if outcome.checkpoint is None else outcome.checkpoint.name
@@ -108,34 +89,34 @@ def run_stage(stage: Stage, stages: dict[str, Stage] | None = None) -> dict[str,
     return line
 
 
-def _check_alone(recipe: Recipe) -> None:
-    count = PartialState(cpu=recipe.device == "cpu").num_processes
+def _check_alone(options: Any) -> None:
+    count = PartialState(cpu=options.device == "cpu").num_processes
     if count > 1:
         raise ValueError(f"stages run in one process, got {count}: launch a GRPO stage's config.yaml with train")
 
 
 def _used(stage: Stage, stages: dict[str, Stage]) -> dict[str, str]:
     """By key, the digest of what another stage left when it was done."""
-    names = {key: getattr(stage, key) for key in ("model", "teacher", "data")}
+    names = {key: getattr(stage.options, key) for key in stage.options.roles}
     return {
         key: hashlib.sha256((stages[name].folder / DONE).read_bytes()).hexdigest()
         for key, name in names.items() if name in stages
     }  # fmt: skip
 
 
-def _resolved(stage: Stage, stages: dict[str, Stage]) -> tuple[Recipe, dict[str, Any]]:
-    """The stage's recipe, and the file of it alone, with what it takes from other stages."""
-    recipe, paths = stage.recipe, {}
+def _resolved(stage: Stage, stages: dict[str, Stage]) -> tuple[Any, dict[str, Any]]:
+    """The stage's options, and the file of it alone, with what it takes from other stages."""
+    options, paths = stage.options, {}
+    model, teacher, data = (getattr(options, role, None) for role in ("model", "teacher", "data"))
     if stage.kind == "grpo":  # from its newest checkpoint, if there is one
-        recipe = replace(recipe, resume=True, sft_steps=0)
-    if stage.model is not None:
-        recipe = replace(recipe, model_name_or_path=str(_model_of(stages[stage.model])))
-    if stage.teacher is not None:
-        paths["teacher_model_name_or_path"] = str(_model_of(stages[stage.teacher]))
-    if stage.data is not None:
-        data = Path(stage.data).expanduser() if is_file(stage.data) else stages[stage.data].folder / ROWS
-        paths["data"] = str(data)
-    return recipe, json.loads(json.dumps(stage.written(recipe, **paths)))
+        options = replace(options, resume=True, sft_steps=0)
+    if model is not None:
+        options = replace(options, model_name_or_path=str(_model_of(stages[model])))
+    if teacher is not None:
+        paths["teacher_model_name_or_path"] = str(_model_of(stages[teacher]))
+    if data is not None:
+        paths["data"] = str(Path(data).expanduser() if is_file(data) else stages[data].folder / ROWS)
+    return options, json.loads(json.dumps(stage.written(options, **paths)))
 
 
 def _model_of(stage: Stage) -> Path:
@@ -207,14 +188,14 @@ def _differing(found: dict[str, Any], config: dict[str, Any]) -> list[str]:
     return sorted(name for name in names if found.get(name) != config.get(name))
 
 
-def _begin(stage: Stage, recipe: Recipe, config: dict[str, Any], used: dict[str, Any]) -> None:
+def _begin(stage: Stage, options: Any, config: dict[str, Any], used: dict[str, Any]) -> None:
     """An empty folder but for the stage's configuration, or that of a GRPO stage to go on with.
 
     Raises:
         FileExistsError: The folder holds something else, and the recipe does not say to replace it.
     """
     folder = stage.folder
-    if recipe.overwrite_output_dir:
+    if options.overwrite_output_dir:
         clear_run(folder)
     elif _is_begun(folder) and (folder / CONFIG).exists():
         begun = read_yaml(folder / CONFIG)
