@@ -32,7 +32,7 @@ SMALL: dict[str, Any] = {
 
 
 def run(command: str, folder: Path, **options: object) -> int:
-    known = {**SMALL} if command == "train" else {k: v for k, v in SMALL.items() if k in KINDS[command].keys()}
+    known = {**SMALL} if command == "train" else {k: v for k, v in SMALL.items() if k in KINDS[command].keys()}  # noqa: SIM118 - a class, no dict
     arguments = known | {"output_dir": folder} | options
     return cli.main([command, *(text for name, value in arguments.items() for text in (f"--{name}", str(value)))])
 

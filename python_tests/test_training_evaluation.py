@@ -12,10 +12,10 @@ from accelerate import Accelerator
 from testing.training import ScriptedSampler, accuracies_of, report_of
 
 from grpo_kernels.rewards import columns_of, resolve
+from grpo_kernels.training.evaluation import Score, _student, cons_at_k, interval, pass_at_k, pass_rates
 from grpo_kernels.training.filtering import filter_by_pass_rate, measure_pass_rates
 from grpo_kernels.training.recipe import Recipe
 from grpo_kernels.training.rollout import teacher_forced
-from grpo_kernels.training.scores import Score, _student, cons_at_k, interval, pass_at_k, pass_rates
 from grpo_kernels.training.task import evaluation_options, load_task
 
 

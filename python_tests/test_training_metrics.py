@@ -30,6 +30,7 @@ from grpo_kernels.training.metrics import (
 from grpo_kernels.training.rollout import Rollout, generate
 from grpo_kernels.training.run import train
 from grpo_kernels.training.stages import work as stage_work
+from grpo_kernels.training.stages.config import Sample, Stage
 from grpo_kernels.training.task import load_task
 
 NAN = math.nan
@@ -374,11 +375,13 @@ def test_a_stages_scores_reward_the_tokens_that_were_sampled(monkeypatch: pytest
 
 def test_a_sample_that_no_function_scored_has_no_reward(tmp_path: Path) -> None:
     """It was shown with 0, as one that was scored and earned nothing."""
-    recipe = recipe_of(eval_batch_size=4, num_completions_to_print=4, max_completion_length=3)
-    task = load_task(recipe)
     keep = {"test_training_metrics:never": 0.0}
-    stage = SimpleNamespace(name="samples", keep=keep, prompts=2, samples=2, folder=tmp_path)
+    options = Sample(
+        keep=keep, prompts=2, samples=2, eval_batch_size=4, num_completions_to_print=4, max_completion_length=3,
+        device="cpu", num_eval_prompts=0, output_dir=str(tmp_path),
+    )  # fmt: skip
+    task, stage = load_task(options, least=1), Stage("samples", options)
     with pytest.raises(ValueError, match="none of 4 completions earned"):
-        stage_work._sampled(stage, task, recipe, task.train_rows, None)
+        stage_work._sampled(stage, task, options, task.train_rows, None)
     samples = [json.loads(line) for line in (tmp_path / "samples.jsonl").read_text().splitlines()]
     assert [sample["reward"] for sample in samples] == [None] * 4

@@ -82,7 +82,7 @@ def test_an_accelerator_without_trackers_is_not_asked_for_one(tmp_path: Path, re
 def test_a_stage_tells_them_and_a_failed_run_ends_theirs(
     tmp_path: Path, recorder: type[Recorder], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    options = {name: value for name, value in SETTINGS.items() if name in KINDS["sft"].keys()}
+    options = {name: value for name, value in SETTINGS.items() if name in KINDS["sft"].keys()}  # noqa: SIM118 - a class, no dict
     options |= {"sft_steps": 2, "sft_batch_size": 2, "report_to": "recorder", "output_dir": tmp_path / "sft"}
     arguments = [text for name, value in options.items() for text in (f"--{name}", str(value))]
     assert cli.main(["sft", *arguments]) == 0

@@ -1,23 +1,67 @@
-"""Checkpoints that are either complete or absent: written beside their place, then renamed into it."""
+"""Checkpoints that are either complete or absent: written beside their place, then renamed into it.
+
+A checkpoint is a folder of ``from_pretrained`` with four things more, without pickle, from which a run goes on:
+
+    optimizer.safetensors   the optimizer's tensors by parameter
+    trainer_state.json      the place that the loop was at, the optimizer's groups, the configuration
+    random-<rank>.safetensors, random-<rank>.json   the random states of each process
+"""
 
 from __future__ import annotations
 
+import json
 import os
+import random
 import re
 import shutil
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
+import numpy as np
+import torch
+from accelerate import Accelerator
 from safetensors import SafetensorError
-from safetensors.torch import load_file
-from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_optimizer_state_dict,
+    set_model_state_dict,
+    set_optimizer_state_dict,
+)
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from grpo_kernels.hub import check_loaded
+from grpo_kernels.training.distributed import is_deepspeed
 from grpo_kernels.training.models import ADAPTERS, BASE, base_model, has_adapters
-from grpo_kernels.training.state import Trained, write_state
 
+STATE = "trainer_state.json"
+OPTIMIZER = "optimizer.safetensors"
+#: What makes no difference to what a run is.
+MAY_DIFFER = frozenset({
+    "output_dir", "overwrite_output_dir", "resume", "logging_steps", "num_completions_to_print", "completions_steps",
+    "save_steps", "save_total_limit", "disable_tqdm", "device", "num_threads", "report_to", "project", "run_name",
+    "vllm_server_base_url", "vllm_server_host", "vllm_server_port", "vllm_server_timeout", "vllm_generation_timeout",
+    "vllm_group_port",
+})  # fmt: skip
+#: What may differ between the run that wrote a checkpoint and the one that goes on from it: it may be longer, and its
+#: evaluations may need less memory. The learning rate goes on as the new schedule has it.
+MAY_DIFFER_ON_RESUME = MAY_DIFFER | {"max_steps", "eval_batch_size"}
+_WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)
+_SEPARATOR = "|"  # in no name of a parameter
+_STATE = {"step": int, "rows_drawn": int, "schedule": dict, "param_groups": list, "recipe": dict, "processes": int,
+          "rows": str, "num_tokens": int}  # fmt: skip
 _NAME = re.compile(r"checkpoint-(\d+)")
+
+
+class Trained(NamedTuple):
+    """What a run has beside its model: its optimizer, the place that it is at, what it was told."""
+
+    model: Any  # as accelerate has wrapped it
+    optimizer: Any  # likewise
+    accelerator: Accelerator
+    place: dict[str, Any]  # step, rows drawn and their digest, schedule, tokens
+    configuration: dict[str, Any]
 
 
 def save_checkpoint(
@@ -172,3 +216,122 @@ def _remove(folder: Path) -> None:
     if folder.exists():
         os.replace(folder, doomed)
         shutil.rmtree(doomed)
+
+
+def write_state(folder: Path, trained: Trained) -> None:
+    """Adds a run's state to a checkpoint's folder; every process calls it, at the same step.
+
+    Under DeepSpeed, whose engine keeps the optimizer to itself, nothing is added: no run can go on from there.
+    """
+    accelerator = trained.accelerator
+    if is_deepspeed(accelerator):
+        return
+    state = get_optimizer_state_dict(trained.model, trained.optimizer.optimizer, options=_WHOLE)
+    if accelerator.is_main_process:
+        tensors, groups = _split(state)
+        save_file(tensors, folder / OPTIMIZER)
+        written = {**trained.place, "param_groups": groups, "recipe": trained.configuration}
+        written["processes"] = accelerator.num_processes
+        (folder / STATE).write_text(json.dumps(written, indent=1), encoding="utf-8")
+    tensors, values = _random_state()
+    save_file(tensors, folder / f"random-{accelerator.process_index}.safetensors")
+    (folder / f"random-{accelerator.process_index}.json").write_text(json.dumps(values), encoding="utf-8")
+
+
+def read_state(folder: Path, trained: Trained) -> dict[str, Any]:
+    """Puts optimizer and random state where the run that wrote the checkpoint had them; its model is loaded before.
+
+    Returns:
+        What that run wrote, with the place that it was at.
+
+    Raises:
+        ValueError: The checkpoint is cut short, of another recipe or another number of processes.
+    """
+    rank = trained.accelerator.process_index
+    state = check_state(folder, trained.configuration, trained.accelerator.num_processes)
+    try:
+        tensors = load_file(folder / OPTIMIZER)
+        random_tensors = load_file(folder / f"random-{rank}.safetensors")
+        values = json.loads((folder / f"random-{rank}.json").read_text(encoding="utf-8"))
+        _check_shape(values, {"python": list, "numpy": list})
+    except (OSError, ValueError, SafetensorError) as error:
+        raise ValueError(f"checkpoint {folder} cannot be read, it may be cut short: {error}") from error
+    optimizer_state = _merge(tensors, state["param_groups"])
+    set_optimizer_state_dict(trained.model, trained.optimizer.optimizer, optimizer_state, options=_WHOLE)
+    _set_random_state(random_tensors, values)
+    return state
+
+
+def check_state(folder: Path, configuration: dict[str, Any], processes: int) -> dict[str, Any]:
+    """A checkpoint's ``trainer_state.json``; needs no model yet.
+
+    Raises:
+        ValueError: It is cut short, or of a recipe that would give another run; the message names what differs.
+    """
+    try:
+        state = json.loads((folder / STATE).read_text(encoding="utf-8"))
+        _check_shape(state, _STATE)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"checkpoint {folder} cannot be read, it may be cut short: {error}") from error
+    step, max_steps = state["step"], configuration["max_steps"]
+    if max_steps < step:
+        raise ValueError(f"max_steps must be at least {step}, the steps of checkpoint {folder}, got {max_steps}")
+    now = json.loads(json.dumps(configuration))
+    differing = {
+        name: (state["recipe"].get(name), value)
+        for name, value in now.items()
+        if name not in MAY_DIFFER_ON_RESUME and state["recipe"].get(name) != value
+    }
+    if state["processes"] != processes:
+        differing["processes"] = (state["processes"], processes)
+    if differing:
+        listed = ", ".join(f"{name} {old!r}, now {new!r}" for name, (old, new) in differing.items())
+        raise ValueError(f"checkpoint {folder} is of another run: {listed}")
+    return state
+
+
+def _check_shape(found: Any, kinds: dict[str, type]) -> None:
+    if not isinstance(found, dict):
+        raise ValueError(f"expected a mapping, got {type(found).__name__}")
+    for name, kind in kinds.items():
+        if not isinstance(found.get(name), kind):
+            raise ValueError(f"expected {name!r} to be of type {kind.__name__}, got {found.get(name)!r}")
+
+
+def _split(state: dict[str, Any]) -> tuple[dict[str, Tensor], list[dict[str, Any]]]:
+    """An optimizer's state as named tensors, and its groups as what JSON can hold."""
+    tensors = {
+        f"{parameter}{_SEPARATOR}{name}": torch.as_tensor(value).clone().contiguous()
+        for parameter, values in state["state"].items()
+        for name, value in values.items()
+    }
+    return tensors, [{**group, "params": list(group["params"])} for group in state["param_groups"]]
+
+
+def _merge(tensors: dict[str, Tensor], groups: list[dict[str, Any]]) -> dict[str, Any]:
+    state: dict[str, dict[str, Tensor]] = {}
+    for key, tensor in tensors.items():
+        parameter, name = key.split(_SEPARATOR)
+        state.setdefault(parameter, {})[name] = tensor
+    return {"state": state, "param_groups": groups}
+
+
+def _random_state() -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Of torch on every device, Python and numpy."""
+    tensors = {"cpu": torch.get_rng_state()}
+    if torch.cuda.is_available():
+        tensors |= {f"cuda:{k}": state for k, state in enumerate(torch.cuda.get_rng_state_all())}
+    version, keys, gauss = random.getstate()
+    name, numpy_keys, place, has_gauss, cached = np.random.get_state()
+    values = {"python": [version, list(keys), gauss]}
+    return tensors, values | {"numpy": [name, numpy_keys.tolist(), place, has_gauss, cached]}
+
+
+def _set_random_state(tensors: dict[str, Tensor], values: dict[str, Any]) -> None:
+    torch.set_rng_state(tensors["cpu"])
+    for name, state in tensors.items():
+        if name.startswith("cuda:"):
+            torch.cuda.set_rng_state(state, name)
+    version, keys, gauss = values["python"]
+    random.setstate((version, tuple(keys), gauss))
+    np.random.set_state((values["numpy"][0], np.array(values["numpy"][1], dtype=np.uint32), *values["numpy"][2:]))

@@ -27,7 +27,7 @@ from transformers import get_scheduler
 
 from grpo_kernels import PolicyMetrics, check_device_values, group_advantages
 from grpo_kernels.rewards import total
-from grpo_kernels.training.checkpoint import load_weights
+from grpo_kernels.training.checkpoint import Trained, load_weights, read_state
 from grpo_kernels.training.data.files import Row
 from grpo_kernels.training.data.rows import RowOrder
 from grpo_kernels.training.distributed import (
@@ -49,7 +49,6 @@ from grpo_kernels.training.models import has_adapters
 from grpo_kernels.training.policy import Policy, training_mode
 from grpo_kernels.training.recipe import Recipe
 from grpo_kernels.training.rollout import Rollout, Sampler, Scored, concat_scored, ends, score_rollout
-from grpo_kernels.training.state import Trained, read_state
 from grpo_kernels.training.task import Task, build_sampler, fitting_rows
 
 _LOGGER = logging.getLogger(__name__)

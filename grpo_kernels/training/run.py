@@ -19,6 +19,7 @@ from transformers.utils.logging import disable_progress_bar
 from grpo_kernels import backends
 from grpo_kernels.files import replace_text
 from grpo_kernels.training.checkpoint import (
+    check_state,
     clear_run,
     list_checkpoints,
     read_weights,
@@ -45,7 +46,6 @@ from grpo_kernels.training.reporting import (
     show_samples,
 )
 from grpo_kernels.training.rollout import Sampler
-from grpo_kernels.training.state import check_state
 from grpo_kernels.training.task import (
     Task,
     build_sampler,

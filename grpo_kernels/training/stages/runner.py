@@ -18,14 +18,13 @@ from transformers.utils.logging import disable_progress_bar
 
 from grpo_kernels.files import replace_text
 from grpo_kernels.training.arguments import read_yaml
-from grpo_kernels.training.checkpoint import clear_run, list_checkpoints
+from grpo_kernels.training.checkpoint import MAY_DIFFER, MAY_DIFFER_ON_RESUME, clear_run, list_checkpoints
 from grpo_kernels.training.html_report import versions
 from grpo_kernels.training.reporting import has_records
 from grpo_kernels.training.run import SAMPLES
 from grpo_kernels.training.stages.config import Stage, is_file
 from grpo_kernels.training.stages.inputs import fingerprints
 from grpo_kernels.training.stages.work import ROWS, STAGE_RUNNERS, Outcome
-from grpo_kernels.training.state import MAY_DIFFER, MAY_DIFFER_ON_RESUME
 from grpo_kernels.training.trackers import METRICS, tracker_names
 
 CONFIG, DONE, SUMMARY = "config.yaml", "done.json", "summary.jsonl"
