@@ -132,10 +132,10 @@ def steps_of(folder: Path, mode: str, name: str, accelerator: Any) -> None:
     prompts = [row["prompt"] for row in loop.rows[:8]][mine]
     rollout = teacher_forced(loop.tokenizer, prompts, completions[mine])
     every = torch.tensor([[1.0], [0.0], [0.5], [2.0], [0.0], [0.0], [1.0], [3.0]])
-    batch = loop._batch(rollout, every)
+    batch = loop._make_batch(rollout, every)
     micro_batches = [batch.select(part) for part in torch.arange(share).split(2)]
     found = [loop.optimizer_step(micro_batches) for _ in range(2)]
-    found.append(loop._reward_metrics(loop._gathered(every[mine])) | loop._length_metrics(rollout))
+    found.append(loop._reward_metrics(loop._gather(every[mine])) | loop._length_metrics(rollout))
     greedy = generate(
         loop.model, loop.tokenizer, prompts, max_completion_length=4, temperature=0.0, synced=mode != "one"
     )

@@ -18,12 +18,12 @@ from grpo_kernels.training import addition
 from grpo_kernels.training.data.templates import PromptFormat, encode_prompts, render_prompt, rows_that_fit
 from grpo_kernels.training.recipe import Recipe
 from grpo_kernels.training.rollout import generate, teacher_forced
-from grpo_kernels.training.run import held_out_rows, train
+from grpo_kernels.training.run import train
 from grpo_kernels.training.samplers import ContinuousSampler
 from grpo_kernels.training.samplers.server import ServerSampler
 from grpo_kernels.training.samplers.vllm_client import Sampled
 from grpo_kernels.training.supervised import traces_that_fit, worked_batch
-from grpo_kernels.training.task import Task, load_task, train_on_traces
+from grpo_kernels.training.task import Task, held_out_rows, load_task, train_on_traces
 from grpo_kernels.training.tasks import build_model
 
 CHAT = "{{ bos_token }} {% for m in messages %}{{ m['content'] }}{% endfor %}"

@@ -334,7 +334,7 @@ def test_what_needs_whole_weights_is_refused_under_zero_3(name):
         distributed_type=DistributedType.DEEPSPEED, deepspeed_plugin=SimpleNamespace(hf_ds_config=divided)
     )
     with pytest.raises(ValueError, match=f"{name} must be False under ZeRO-3"):
-        build_sampler(None, None, recipe_of(**{name: True}), accelerator)
+        build_sampler(None, recipe_of(**{name: True}), accelerator)
 
 
 def test_continuous_batching_that_fails_is_an_error(monkeypatch):

@@ -138,7 +138,7 @@ class Given(GRPOLoop):
         rollout = Rollout(encoded["input_ids"], encoded["attention_mask"], ids, mask)
         columns = columns_of(rows, completion_tokens(rollout))
         rewards = score(self.reward_functions, [row["prompt"] for row in rows], [""] * len(rows), columns)
-        return self._batch(rollout, rewards), self._reward_metrics(rewards) | self._length_metrics(rollout), []
+        return self._make_batch(rollout, rewards), self._reward_metrics(rewards) | self._length_metrics(rollout), []
 
     def _in_order(self) -> list[Row]:
         count = self.recipe.prompts_per_generation

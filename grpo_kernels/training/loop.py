@@ -1,11 +1,9 @@
 """The GRPO loop: sample groups, score them, take optimizer steps on them, in one process or many.
 
-What it leaves out, compared with TRL's trainer: tools and images. The model has no dropout, so that recomputed
-log-probs agree with the sampled ones.
-
-Given the same completions its losses and gradient norms are TRL's, but that every iteration over a generation has an
-order of its own, and that what is a mean over local tokens (``loss_type="bnpo"``, the entropy bonus of means over
-tokens) is one over the whole step, where TRL takes each micro-batch's. ``metrics.py`` says where metrics depart.
+Given the same completions its losses and gradient norms are TRL's, with two exceptions: every iteration over a
+generation has an order of its own, and a mean over local tokens (``loss_type="bnpo"``, the entropy bonus of means over
+tokens) is one over the whole step, where TRL takes each micro-batch's. ``metrics.py`` says where metrics depart. Unlike
+TRL's trainer it has no tools and images.
 """
 
 from __future__ import annotations
@@ -25,7 +23,7 @@ from accelerate.utils import gather_object
 from torch import Tensor
 from transformers import get_scheduler
 
-from grpo_kernels import PolicyMetrics, check_device_values, group_advantages
+from grpo_kernels import PolicyMetrics, check_device_values, group_advantages, mask_truncated
 from grpo_kernels.rewards import total
 from grpo_kernels.training.checkpoint import Trained, load_weights, read_state
 from grpo_kernels.training.data.files import Row
@@ -43,6 +41,7 @@ from grpo_kernels.training.metrics import (
     correction_statistics,
     informative_groups,
     length_metrics,
+    mean_of_logged,
     reward_metrics,
 )
 from grpo_kernels.training.models import has_adapters
@@ -118,22 +117,16 @@ class GRPOLoop:
             betas=(recipe.adam_beta1, recipe.adam_beta2),
             epsilon=recipe.adam_epsilon,
         )
+        options = {"micro_batch_size": recipe.per_device_train_batch_size, "max_grad_norm": recipe.max_grad_norm}
         self.policy.wrapped, self.optimizer = wrap_policy(
-            self.model,
-            optimizer,
-            self.accelerator,
-            bf16=recipe.bf16,
-            micro_batch_size=recipe.per_device_train_batch_size,
-            max_grad_norm=recipe.max_grad_norm,
+            self.model, optimizer, self.accelerator, bf16=recipe.bf16, **options
         )
         if self.reference is not None and not has_adapters(self.model):
             self.policy.reference = wrap_reference(self.reference, self.accelerator)
         self.schedule = get_scheduler(recipe.lr_scheduler_type, self.optimizer, recipe.warmup_steps, recipe.max_steps)
-        self.sampler = sampler or build_sampler(
-            self.model, self.tokenizer, recipe, self.accelerator, recipe.temperature
-        )
+        self.sampler = sampler or build_sampler(task, recipe, self.accelerator, recipe.temperature)
         self.rows = fitting_rows(
-            task.train_rows, task, recipe, self.sampler.context_length, least=recipe.prompts_per_generation
+            task, task.train_rows, recipe, least=recipe.prompts_per_generation, sampler=self.sampler
         )
         self.row_order = RowOrder(self.rows, recipe.seed)
         self.number = 0  # of the last optimizer step
@@ -183,24 +176,23 @@ class GRPOLoop:
         The batch is this process's own, metrics are of all, and so are samples that will be printed. With
         ``dynamic_sampling`` rewards and lengths are of everything that was sampled, samples of what is trained on.
         """
-        rounds, missing = [self._sampled()], 0
+        rounds, missing = [self._sample()], 0
         sampled = chosen = rounds[0]
         if self.recipe.dynamic_sampling:
-            sampled, chosen, missing = self._informative(rounds)
-        every = self._gathered(sampled.rewards)
-        self._silent.note(every, self.number + 1)
-        metrics = self._reward_metrics(every) | self._length_metrics(sampled.rollout) | self._reported(sampled)
+            sampled, chosen, missing = self._sample_until_informative(rounds)
+        all_rewards = self._gather(sampled.rewards)
+        self._silent.note(all_rewards, self.number + 1)
+        metrics = self._reward_metrics(all_rewards) | self._length_metrics(sampled.rollout)
+        metrics |= mean_of_logged(self._gather_objects([sampled.metrics]))
         if self.recipe.dynamic_sampling:
-            every = self._gathered(chosen.rewards)
+            all_rewards = self._gather(chosen.rewards)
             metrics |= self._sampling_metrics(len(rounds), missing)
-        batch = self._batch(chosen.rollout, every, missing * self.recipe.num_generations)
+        batch = self._make_batch(chosen.rollout, all_rewards, missing * self.recipe.num_generations)
         if chosen.rollout.sampling_logprobs is not None and batch.old_logprobs is not None:
             metrics |= self._correction_metrics(chosen.rollout, batch)
-        own = total(chosen.rewards, self.recipe.reward_weights).tolist()
-        advantages = batch.advantages.tolist()
-        shown = (chosen.prompts, chosen.completions, own, advantages, chosen.extras)
-        samples = [Sample(*sample) for sample in zip(*shown, strict=True)]
-        return batch, metrics, self._samples_of_all(samples) if self._will_show() else samples
+        totals, advantages = total(chosen.rewards, self.recipe.reward_weights).tolist(), batch.advantages.tolist()
+        samples = list(map(Sample, chosen.prompts, chosen.completions, totals, advantages, chosen.extras))
+        return batch, metrics, self._gather_objects(samples) if self._will_show() else samples
 
     def optimizer_batches(self, batch: Batch) -> Iterator[list[Batch]]:
         """The micro-batches of each optimizer step: every iteration is a new permutation of the generation."""
@@ -238,9 +230,9 @@ class GRPOLoop:
         by_token = self.config.aggregation == "token-mean"
         sizes = [int(b.rollout.completion_mask.sum()) if by_token else len(b.advantages) for b in micro_batches]
         processes = self.accelerator.num_processes
-        every = micro_batches[0].num_items
-        if every is None:
-            every = self.accelerator.reduce(torch.tensor(sum(sizes), device=self.model.device), "sum").item()
+        num_items = micro_batches[0].num_items
+        if num_items is None:
+            num_items = self.accelerator.reduce(torch.tensor(sum(sizes), device=self.model.device), "sum").item()
         losses, parts, aux_losses = [], [], []
         with training_mode(self.policy.wrapped, self.recipe.gradient_checkpointing):
             for k, (batch, size) in enumerate(zip(micro_batches, sizes, strict=True), start=1):
@@ -252,7 +244,7 @@ class GRPOLoop:
                         old_logprobs=batch.old_logprobs,
                         ref_logprobs=batch.ref_logprobs,
                         sampling_logprobs=batch.rollout.sampling_logprobs,
-                        loss_scale=processes * size / max(every, 1),  # gradients are averaged over processes
+                        loss_scale=processes * size / max(num_items, 1),  # gradients are averaged over processes
                         aux_loss_scale=1 / len(micro_batches),
                     )
                     backward(loss, self.accelerator, is_last)
@@ -263,12 +255,12 @@ class GRPOLoop:
         metrics = PolicyMetrics.combined(parts)
         if processes > 1:
             metrics = metrics.reduce()
-        found = {"loss": self.accelerator.reduce(torch.stack(losses).sum(), "mean")} | dict(metrics)
+        results = {"loss": self.accelerator.reduce(torch.stack(losses).sum(), "mean")} | dict(metrics)
         if aux_losses:
-            found["aux_loss"] = self.accelerator.reduce(torch.stack(aux_losses).mean(), "mean")
-        return {name: value.item() for name, value in found.items()}
+            results["aux_loss"] = self.accelerator.reduce(torch.stack(aux_losses).mean(), "mean")
+        return {name: value.item() for name, value in results.items()}
 
-    def _sampled(self) -> Scored:
+    def _sample(self) -> Scored:
         """Completions of the next prompts, with their rewards."""
         recipe = self.recipe
         scored = score_rollout(
@@ -285,7 +277,7 @@ class GRPOLoop:
             scored = scored._replace(rewards=scored.rewards[torch.randperm(len(scored.rewards))])
         return scored
 
-    def _informative(self, rounds: list[Scored]) -> tuple[Scored, Scored, int]:
+    def _sample_until_informative(self, rounds: list[Scored]) -> tuple[Scored, Scored, int]:
         """Adds rounds until every process has a batch of groups whose rewards differ, or they are as many as may be.
 
         Returns:
@@ -299,26 +291,26 @@ class GRPOLoop:
                 sampled.rewards, recipe.num_generations, recipe.reward_weights, recipe.multi_objective_aggregation
             )
             missing = max(0, wanted - int(differs.sum()))
-            is_full = not self._gathered(torch.tensor([missing])).any()
+            is_full = not self._gather(torch.tensor([missing])).any()
             if is_full or len(rounds) == recipe.max_generation_batches:
                 break
-            rounds.append(self._sampled())
+            rounds.append(self._sample())
         order = torch.cat([differs.nonzero()[:, 0], (~differs).nonzero()[:, 0]])[:wanted]
         return sampled, sampled.groups(order, recipe.num_generations), missing
 
-    def _batch(self, rollout: Rollout, every: Tensor, dropped: int = 0) -> Batch:
+    def _make_batch(self, rollout: Rollout, all_rewards: Tensor, dropped: int = 0) -> Batch:
         """This process's part of the batch, with advantages from the rewards of all.
 
         Args:
             rollout: B completions.
-            every: The rewards ``[B * processes, K]`` of all processes.
+            all_rewards: The rewards ``[B * processes, K]`` of all processes.
             dropped: How many at the end stay out of the loss.
         """
         recipe = self.recipe
         device = self.model.device
         weights = None if recipe.reward_weights is None else torch.tensor(recipe.reward_weights, device=device)
         advantages = group_advantages(
-            every.to(device),
+            all_rewards.to(device),
             recipe.num_generations,
             scale_rewards=recipe.scale_rewards,
             reward_weights=weights,
@@ -332,8 +324,8 @@ class GRPOLoop:
         old_logprobs = self.policy.logprobs(rollout, size) if needs_old else None
         ref_logprobs = None if self.reference is None else self.policy.logprobs(rollout, size, reference=True)
         if recipe.mask_truncated_completions:
-            ended = ends(rollout, self.sampler.end_ids)
-            rollout = rollout._replace(completion_mask=rollout.completion_mask * ended[:, None])
+            mask = mask_truncated(rollout.completion_ids, rollout.completion_mask, self.sampler.end_ids)
+            rollout = rollout._replace(completion_mask=mask)
         if dropped:
             kept = torch.arange(len(advantages), device=device) < len(advantages) - dropped
             rollout = rollout._replace(completion_mask=rollout.completion_mask * kept[:, None])
@@ -355,58 +347,52 @@ class GRPOLoop:
         rows = self.row_order.take(count * self.accelerator.num_processes)
         return rows[self.accelerator.process_index * count :][:count]
 
-    def _gathered(self, values: Tensor) -> Tensor:
+    def _gather(self, values: Tensor) -> Tensor:
         """Rows of all processes, in their order, on the host."""
         return self.accelerator.gather(values.to(self.model.device)).cpu()
 
-    def _samples_of_all(self, samples: list[Sample]) -> list[Sample]:
-        return samples if self.accelerator.num_processes == 1 else gather_object(samples)
+    def _gather_objects(self, values: list[Any]) -> list[Any]:
+        return values if self.accelerator.num_processes == 1 else gather_object(values)
 
     def _will_show(self) -> bool:
         """Whether samples are printed after one of the generation's optimizer steps."""
-        recipe, every = self.recipe, self.recipe.completions_steps
+        recipe, interval = self.recipe, self.recipe.completions_steps
+        if not interval or not recipe.num_completions_to_print:
+            return False
         steps = recipe.num_iterations * recipe.steps_per_generation // recipe.gradient_accumulation_steps
-        return bool(every and recipe.num_completions_to_print) and (self.number + steps) // every > self.number // every
+        return (self.number + steps) // interval > self.number // interval
 
     def _reward_metrics(self, rewards: Tensor) -> dict[str, float]:
         recipe = self.recipe
-        ways = (recipe.num_generations, recipe.reward_weights, recipe.multi_objective_aggregation)
-        return reward_metrics(rewards, list(self.reward_functions), *ways)
-
-    def _reported(self, scored: Scored) -> dict[str, float]:
-        """The means of what reward functions logged, over all processes."""
-        parts = [dict(scored.metrics)]
-        parts = parts if self.accelerator.num_processes == 1 else gather_object(parts)
-        names = dict.fromkeys(name for part in parts for name in part)
-        values = {name: [value for part in parts for value in part.get(name, ())] for name in names}
-        return {name: sum(logged) / len(logged) for name, logged in values.items()}
+        options = (recipe.num_generations, recipe.reward_weights, recipe.multi_objective_aggregation)
+        return reward_metrics(rewards, list(self.reward_functions), *options)
 
     def _length_metrics(self, rollout: Rollout) -> dict[str, float]:
         """Of all completions; adds up the tokens."""
-        ended = self._gathered(ends(rollout, self.sampler.end_ids).long()).bool()
+        ended = self._gather(ends(rollout, self.sampler.end_ids).long()).bool()
         masks = (rollout.prompt_mask, rollout.completion_mask)
-        prompt_lengths, lengths = (self._gathered(mask.sum(dim=1)) for mask in masks)
+        prompt_lengths, lengths = (self._gather(mask.sum(dim=1)) for mask in masks)
         self.num_tokens += int(prompt_lengths.sum() + lengths.sum())
         return {"num_tokens": float(self.num_tokens)} | length_metrics(lengths, ended)
 
     def _sampling_metrics(self, rounds: int, missing: int) -> dict[str, float]:
         """Of dynamic sampling; groups are counted over all processes."""
         processes, prompts = self.accelerator.num_processes, self.recipe.prompts_per_generation
-        every_missing = int(self._gathered(torch.tensor([missing])).sum())
-        if every_missing and self.accelerator.is_main_process:
+        all_missing = int(self._gather(torch.tensor([missing])).sum())
+        if all_missing and self.accelerator.is_main_process:
             _LOGGER.warning(
                 "step %d: after max_generation_batches=%d batches of prompts %d of %d groups still have equal rewards; "
-                "they stay out of the loss", self.number + 1, rounds, every_missing, prompts * processes,
+                "they stay out of the loss", self.number + 1, rounds, all_missing, prompts * processes,
             )  # fmt: skip
         return {
             "dynamic_sampling/generation_batches": float(rounds),
-            "dynamic_sampling/groups_dropped": float((rounds - 1) * prompts * processes + every_missing),
-            "dynamic_sampling/groups_missing": float(every_missing),
+            "dynamic_sampling/groups_dropped": float((rounds - 1) * prompts * processes + all_missing),
+            "dynamic_sampling/groups_missing": float(all_missing),
         }
 
     def _correction_metrics(self, rollout: Rollout, batch: Batch) -> dict[str, float]:
         """Over the tokens of the loss, as TRL's, and how many completions of the rollout have none."""
         mask, sampling_logprobs = batch.rollout.completion_mask, batch.rollout.sampling_logprobs
-        found = correction_statistics(batch.old_logprobs, sampling_logprobs, mask, self.config)
-        empty = self._gathered((rollout.completion_mask.sum(dim=1) == 0).long()).sum()
-        return {"sampling/empty_completions": float(empty)} | correction_metrics(self._gathered(found))
+        statistics = correction_statistics(batch.old_logprobs, sampling_logprobs, mask, self.config)
+        empty = self._gather((rollout.completion_mask.sum(dim=1) == 0).long()).sum()
+        return {"sampling/empty_completions": float(empty)} | correction_metrics(self._gather(statistics))

@@ -18,7 +18,8 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from statistics import fmean
 
 import torch
 from torch import Tensor
@@ -87,12 +88,18 @@ def reward_metrics(
 
 def length_metrics(lengths: Tensor, ended: Tensor) -> dict[str, float]:  # [B], [B] bool
     """Tokens of all completions, and of those that ended by themselves, 0 where none did; the share of the others."""
-    found = {}
+    metrics = {}
     for name, values in (("length", lengths), ("terminated_length", lengths[ended])):
         values = values.double() if len(values) else torch.zeros(1, dtype=torch.float64)
         for statistic, value in (("mean", values.mean()), ("min", values.min()), ("max", values.max())):
-            found[f"completions/{statistic}_{name}"] = value.item()
-    return found | {"completions/clipped_ratio": (~ended).double().mean().item()}
+            metrics[f"completions/{statistic}_{name}"] = value.item()
+    return metrics | {"completions/clipped_ratio": (~ended).double().mean().item()}
+
+
+def mean_of_logged(parts: Sequence[Mapping[str, Sequence[float]]]) -> dict[str, float]:
+    """The means of what reward functions logged in each process."""
+    names = dict.fromkeys(name for part in parts for name in part)
+    return {name: fmean(value for part in parts for value in part.get(name, ())) for name in names}
 
 
 def _mean(values: Tensor) -> float:

@@ -8,7 +8,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 import yaml
@@ -33,7 +33,7 @@ from grpo_kernels.training.evaluation import evaluate
 from grpo_kernels.training.filtering import filter_by_pass_rate, measure_pass_rates, read_pass_rates
 from grpo_kernels.training.html_report import versions, write_report
 from grpo_kernels.training.loop import GRPOLoop, Step
-from grpo_kernels.training.models import context_length_of, has_adapters
+from grpo_kernels.training.models import has_adapters
 from grpo_kernels.training.recipe import Recipe
 from grpo_kernels.training.reporting import (
     Progress,
@@ -51,6 +51,7 @@ from grpo_kernels.training.task import (
     build_sampler,
     evaluation_options,
     fitting_rows,
+    held_out_rows,
     load_task,
     prepare_model,
     train_on_traces,
@@ -152,7 +153,7 @@ class _RunFolder:
         recipe = self.recipe
         if not self.checkpoints:
             _cold_start(task, recipe)
-            sampler = build_sampler(task.model, task.tokenizer, recipe, self.accelerator, recipe.temperature)
+            sampler = build_sampler(task, recipe, self.accelerator, recipe.temperature)
             before = self._evaluate(task, sampler, 0)
             task = self._filter(task, sampler)
             set_seed(recipe.seed + self.accelerator.process_index)  # each process samples other completions
@@ -171,7 +172,7 @@ class _RunFolder:
         if recipe.min_pass_rate is None and recipe.max_pass_rate is None:
             return task
         least = recipe.prompts_per_generation
-        rows = fitting_rows(task.train_rows, task, recipe, context_length_of(task.model), least=least)
+        rows = fitting_rows(task, task.train_rows, recipe, least=least)
         if sampler is None:
             rates = read_pass_rates(self.output_dir)
         else:
@@ -263,13 +264,6 @@ def _prepare(output_dir: Path, overwrite: bool) -> None:
             "overwrite_output_dir"
         )
     output_dir.mkdir(parents=True, exist_ok=True)
-
-
-def held_out_rows(task: Task, recipe: Any) -> list[Row]:
-    """The held-out rows whose prompt fits into the model's context beside a completion, of which one must be left."""
-    if not task.eval_rows:
-        return []
-    return fitting_rows(task.eval_rows, task, recipe, context_length_of(task.model), what="held-out")
 
 
 def _cold_start(task: Task, recipe: Recipe) -> None:

@@ -22,7 +22,7 @@ from grpo_kernels.training.data.rows import load_rows
 from grpo_kernels.training.data.splits import open_dataset
 from grpo_kernels.training.data.templates import rows_that_fit
 from grpo_kernels.training.distributed import is_deepspeed
-from grpo_kernels.training.models import add_adapters, load_pretrained, pick_device
+from grpo_kernels.training.models import add_adapters, context_length_of, load_pretrained, pick_device
 from grpo_kernels.training.options import SamplerOptions
 from grpo_kernels.training.rollout import Sampler
 from grpo_kernels.training.samplers import ContinuousSampler, ModelSampler
@@ -115,9 +115,7 @@ def prepare_model(model: PreTrainedModel, recipe: Any) -> Any:
     return add_adapters(model, r=recipe.lora_r, alpha=recipe.lora_alpha, target_modules=recipe.lora_target_modules)
 
 
-def build_sampler(
-    model: Any, tokenizer: PreTrainedTokenizerBase, recipe: Any, accelerator: Accelerator, temperature: float = 1.0
-) -> Sampler:
+def build_sampler(task: Task, recipe: Any, accelerator: Accelerator, temperature: float = 1.0) -> Sampler:
     """The sampler that a recipe, or a stage, asks for, at a temperature.
 
     Raises:
@@ -137,11 +135,11 @@ def build_sampler(
     if has_choice and recipe.use_vllm:
         from grpo_kernels.training.samplers.server import ServerSampler  # only a run by a server needs it
 
-        return ServerSampler(model, tokenizer, accelerator, **recipe.server_options(), **options)
+        return ServerSampler(task.model, task.tokenizer, accelerator, **recipe.server_options(), **options)
     options["autocast"] = accelerator.autocast
     if has_choice and recipe.use_transformers_continuous_batching:
-        return ContinuousSampler(model, tokenizer, options=recipe.continuous_batching_options(), **options)
-    return ModelSampler(model, tokenizer, synced=accelerator.num_processes > 1, **options)
+        return ContinuousSampler(task.model, task.tokenizer, options=recipe.continuous_batching_options(), **options)
+    return ModelSampler(task.model, task.tokenizer, synced=accelerator.num_processes > 1, **options)
 
 
 def evaluation_options(recipe: Any) -> dict[str, Any]:
@@ -178,17 +176,24 @@ def supervised_options(recipe: Any) -> dict[str, Any]:
     }
 
 
-def fitting_rows(rows: Sequence[Row], task: Task, recipe: Any, context_length: int | None, **options: Any) -> list[Row]:
-    """The rows whose prompt fits into the context beside a completion; as ``rows_that_fit``."""
+def fitting_rows(
+    task: Task, rows: Sequence[Row], recipe: Any, *, sampler: Sampler | None = None, **options: Any
+) -> list[Row]:
+    """The rows whose prompt fits beside a completion into the context of the sampler, or of the model."""
     return rows_that_fit(
         rows,
         task.tokenizer,
         recipe.prompt_format,
         max_completion_length=recipe.max_completion_length,
         max_prompt_length=recipe.max_prompt_length,
-        context_length=context_length,
+        context_length=context_length_of(task.model) if sampler is None else sampler.context_length,
         **options,
     )
+
+
+def held_out_rows(task: Task, recipe: Any) -> list[Row]:
+    """The held-out rows that fit, of which one must be left; none where there are none."""
+    return fitting_rows(task, task.eval_rows, recipe, what="held-out") if task.eval_rows else []
 
 
 def _load_splits(recipe: Any) -> tuple[list[Row], list[Row]]:

@@ -62,7 +62,7 @@ class ScriptedSampler:
 
 def sampler_of(task: Any, recipe: Any) -> Any:
     """The sampler that a recipe asks for, in one process."""
-    return build_sampler(task.model, task.tokenizer, recipe, Accelerator(cpu=True), recipe.temperature)
+    return build_sampler(task, recipe, Accelerator(cpu=True), recipe.temperature)
 
 
 def report_of(task: Any, rows: Any, recipe: Any, sampler: Any = None, **options: Any) -> Any:

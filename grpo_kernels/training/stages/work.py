@@ -23,11 +23,10 @@ from grpo_kernels.training.data.rows import read_rows
 from grpo_kernels.training.distributed import build_accelerator
 from grpo_kernels.training.evaluation import EvalReport, evaluate_samples
 from grpo_kernels.training.loop import Sample
-from grpo_kernels.training.models import context_length_of
 from grpo_kernels.training.recipe import Recipe
 from grpo_kernels.training.reporting import Progress, SamplesFile
 from grpo_kernels.training.rollout import Sampler, score_rollout
-from grpo_kernels.training.run import SAMPLES, held_out_rows, train
+from grpo_kernels.training.run import SAMPLES, train
 from grpo_kernels.training.stages.config import Stage
 from grpo_kernels.training.supervised import SupervisedStep, check_vocabularies, distill
 from grpo_kernels.training.task import (
@@ -36,6 +35,7 @@ from grpo_kernels.training.task import (
     columns_needed,
     evaluation_options,
     fitting_rows,
+    held_out_rows,
     load_model,
     load_task,
     load_task_rows,
@@ -174,12 +174,12 @@ def _measurable(options: Any, least: int = 1) -> Task:
 
 def _sampler(task: Task, options: Any) -> Sampler:
     accelerator = build_accelerator(bf16=False, cpu=task.model.device.type == "cpu")
-    return build_sampler(task.model, task.tokenizer, options, accelerator, getattr(options, "temperature", 1.0))
+    return build_sampler(task, options, accelerator, getattr(options, "temperature", 1.0))
 
 
 def _problems(task: Task, options: Any) -> list[Row]:
     """The training rows whose prompt leaves room for a completion in the model's context."""
-    return fitting_rows(task.train_rows, task, options, context_length_of(task.model))
+    return fitting_rows(task, task.train_rows, options)
 
 
 @contextlib.contextmanager
