@@ -8,9 +8,9 @@ import pytest
 from testing.threads import seconds_in_a_thread
 
 from grpo_kernels.rewards import BUILT_IN, resolve
+from grpo_kernels.rewards.answers import TimeLimit
 from grpo_kernels.rewards.math_answers import read_answer
 from grpo_kernels.rewards.math_formula import parse_formula
-from grpo_kernels.rewards.answers import TimeLimit
 
 PIECES = [
     "`", "```\n", "```python\n'''", "~~~ ", "<answer>", "</answer>", "<answer>1</answer>", "<think>", "$", "$a ", "$$",

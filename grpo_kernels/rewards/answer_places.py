@@ -23,37 +23,32 @@ _BETWEEN_FORMULAS = re.compile(r"\s*(?:\\?%\s*)?(?:,|,?\s*(?:and|or)\b)\s*")
 _ANNOUNCED = re.compile(r"answer[^$]{0,50}\Z", re.IGNORECASE)
 
 _NOT = r"(?:\b(?:not|never|cannot)|n['’]t)"
+_IT = r"(?:(?:which|that|this|it)\s*)?"
 _WRONG = (
     r"(?:an?\s|the\s)?\s*(?:wrong|incorrect|false|invalid|impossible|extraneous|too\s(?:small|large|big|high|low))\b"
 )
 _RIGHT = r"(?:an?\s|the\s)?\s*(?:right|correct|valid|possible|true|(?:final\s|correct\s)?(?:answer|solution))\b"
 # Words that end where an answer begins, and deny it or say less than that it is the answer;
-_BEFORE = (
-    rf"{_NOT}\}}?(?:\s(?:be|equal(?:\sto)?))?|不是",  # it is not 5
-    rf"(?:{_NOT}|\b(?:false|impossible))\s(?:(?:the\scase|true|believe|think)\s)?(?:that\s)?(?:the\s(?:final\s)?)?answer\sis",
-    r"\b(?:wrong|incorrect)\s(?:answer|result|value)\s(?:is|of)",
-    r"\b(?:at\sleast|at\smost|(?:less|more|greater|fewer|larger|smaller)\sthan|multiple\sof)",
-    r"\b(?:either|between|almost|nearly|up\sto)",
+_DENIED_BEFORE = re.compile(
+    rf"""(?:{_NOT}\}}?(?:\s(?:be|equal(?:\sto)?))?|不是
+    |(?:{_NOT}|\b(?:false|impossible))\s(?:(?:the\scase|true|believe|think)\s)?(?:that\s)?(?:the\s(?:final\s)?)?answer\sis
+    |\b(?:wrong|incorrect)\s(?:answer|result|value)\s(?:is|of)
+    |\b(?:at\sleast|at\smost|(?:less|more|greater|fewer|larger|smaller)\sthan|multiple\sof)
+    |\b(?:either|between|almost|nearly|up\sto))[\s$*`]*\Z""",
+    re.IGNORECASE | re.VERBOSE,
 )
-# words that begin where it ends, in its sentence,
-_SAME_SENTENCE = (
-    r"\((?:wrong|incorrect|false|rejected|extraneous)\b",
-    r"\?[\s$*`]*(?:no|nope|wait|not)\b|[.,;!]*\s*no[\s,.!]+wait\b",  # 5? No, 6
-    r",?\s*(?:and|or|或|和)\s+(?:maybe\s+)?\$?(?:-?\d|more\b|less\b|fewer\b)",  # 5 or 6
-)
-# or in it or the next one, also behind "Wait," and the like.
-_NEXT_SENTENCE = (
-    rf"(?:(?:which|that|this|it)\s*)?(?:is|['’]s|was|would\sbe|seems)\s{_WRONG}",
-    rf"(?:(?:which|that|this|it)\s*)?(?:(?:is|['’]s|was)\snot|(?:is|was)n['’]t|cannot\sbe|can['’]t\sbe)\s{_RIGHT}",
-    r"(?:(?:which|that|this|it)\s)?(?:does(?:\snot|n['’]t)\swork|fails)\b",
-    r"I\sdo(?:\snot|n['’]t)\s(?:think|believe)\b",
-    r"(?:I\smade\s)?(?:a\smistake|an\serror)\b|correction\b|(?:it|the\sanswer)\sshould\sbe\b",
-)
-_HESITATION = r"(?:(?:but|no|nope|hmm|oh|oops|sorry|actually|wait)\b[\s,.!]*)*"
-_DENIED_BEFORE = re.compile(rf"(?:{'|'.join(_BEFORE)})[\s$*`]*\Z", re.IGNORECASE)
+# words that begin where it ends, in its sentence, or in it or the next one, also behind "Wait," and the like.
 _DENIED_AFTER = re.compile(
-    rf"[\s$*`)\]]*(?:{'|'.join(_SAME_SENTENCE)}|[.,;!?]*[\s$*`]*{_HESITATION}(?:{'|'.join(_NEXT_SENTENCE)}))",
-    re.IGNORECASE,
+    rf"""[\s$*`)\]]*(?:\((?:wrong|incorrect|false|rejected|extraneous)\b
+    |\?[\s$*`]*(?:no|nope|wait|not)\b|[.,;!]*\s*no[\s,.!]+wait\b
+    |,?\s*(?:and|or|或|和)\s+(?:maybe\s+)?\$?(?:-?\d|more\b|less\b|fewer\b)
+    |[.,;!?]*[\s$*`]*(?:(?:but|no|nope|hmm|oh|oops|sorry|actually|wait)\b[\s,.!]*)*(?:
+        {_IT}(?:is|['’]s|was|would\sbe|seems)\s{_WRONG}
+        |{_IT}(?:(?:is|['’]s|was)\snot|(?:is|was)n['’]t|cannot\sbe|can['’]t\sbe)\s{_RIGHT}
+        |{_IT}(?:does(?:\snot|n['’]t)\swork|fails)\b
+        |I\sdo(?:\snot|n['’]t)\s(?:think|believe)\b
+        |(?:I\smade\s)?(?:a\smistake|an\serror)\b|correction\b|(?:it|the\sanswer)\sshould\sbe\b))""",
+    re.IGNORECASE | re.VERBOSE,
 )
 
 # Mathematics next to a box, which is then a part of a formula.

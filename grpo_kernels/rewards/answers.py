@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import math
 import re
 import threading
 import time
@@ -71,15 +72,14 @@ def math_accuracy_reward(
 
     An answer is right only if all of it was read, from its first character to its last:
 
-    - Markdown, delimiters, thousands separators, a unit and a currency do not matter; a unit other than the column's
-      does. Words before the mathematics do not matter if they end as "the area is" does, or are such as "the answer".
-      Words after it do not, but for numbers, comparisons and denials ("5 halves", "3 or more").
-    - Numbers are compared exactly. A decimal of six or more places is also equal to a number without end that it is the
-      correct rounding of, as 0.333333 to 1/3. A percent sign on one side only may be a unit or a hundredth.
+    - Markdown, delimiters, thousands separators, a currency and a unit do not matter, but for one other than the
+      column's; nor do words before it such as "the area is", and words after it that are no number, comparison or
+      denial ("5 halves", "3 or more").
+    - Numbers are compared exactly. A decimal of six or more places also equals a number without end that it is the
+      correct rounding of. A percent sign on one side only may be a unit or a hundredth.
     - Sets and lists are equal in any order, pairs and intervals in one. ``x = 5`` equals 5. Several candidates, as "3
       or 4", equal only the set of them.
-    - What cannot be parsed, such as a sequence with dots, is equal to the same text only. Sums, integrals and limits
-      are not worked out.
+    - What cannot be parsed is equal to the same text only. Sums, integrals and limits are not worked out.
 
     Reading and comparing may take 3 seconds each, after which an answer is wrong. Numbers too large to work out are
     wrong at once.
@@ -139,8 +139,7 @@ def extract_of(judge: Callable[..., Any]) -> Callable[[str], str | None] | None:
 class TimeLimit:
     """Ends calls of the thread that enters it after ``seconds`` each; an alarm would reach the main thread alone.
 
-    One thread beside it watches all calls. Python code is interrupted, but no single call into C. Limited calls cannot
-    be made within each other.
+    Python code is interrupted, but no single call into C. Limited calls cannot be made within each other.
 
     Example:
         >>> with TimeLimit(2.0) as limit:
@@ -150,7 +149,7 @@ class TimeLimit:
 
     def __init__(self, seconds: float) -> None:
         self._seconds = seconds
-        self._deadline: float | None = None  # of the call that runs
+        self._deadline = math.inf  # of the call that runs
         self._lock = threading.Lock()
         self._is_closed = threading.Event()
 
@@ -171,20 +170,19 @@ class TimeLimit:
                 return function(*arguments)
             finally:
                 with self._lock:
-                    self._deadline = None
+                    self._deadline = math.inf
                 ctypes.pythonapi.PyThreadState_SetAsyncExc(self._thread, None)  # one that was sent and not yet raised
         except _Overrun:
             raise TimeoutError(f"the call took more than {self._seconds} seconds") from None
 
     def _watch(self) -> None:
         pause = self._seconds
-        while not self._is_closed.wait(pause):
+        while not self._is_closed.wait(min(pause, self._seconds)):
             with self._lock:
-                left = self._seconds if self._deadline is None else self._deadline - time.monotonic()
-                if left <= 0:
+                if self._deadline <= time.monotonic():
                     ctypes.pythonapi.PyThreadState_SetAsyncExc(self._thread, ctypes.py_object(_Overrun))
                     self._deadline = time.monotonic() + _AGAIN
-            pause = left if left > 0 else min(_AGAIN, self._seconds)
+                pause = self._deadline - time.monotonic()
 
 
 class _Overrun(BaseException):

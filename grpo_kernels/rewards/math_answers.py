@@ -186,8 +186,9 @@ def spelling(a: Any) -> str:
     if a.is_Rational and max(abs(a.p), a.q) > 10**4000:  # Python's limit for decimal digits is 4300
         return f"{int(a.p):#x}/{int(a.q):#x}"
     if _is_expression(a) and not a.is_Rational and not a.is_Symbol:
-        values = [str(sympy.N(_zero(value), 30)) for value in _values(a, a.free_symbols, _DIGITS) or [a]]
-        return ", ".join([*sorted(map(str, a.free_symbols)), *values])
+        values = _values(a, a.free_symbols, _DIGITS)
+        names = sorted(map(str, a.free_symbols))
+        return str(a) if values is None else ", ".join([*names, *(str(sympy.N(value, 30)) for value in values)])
     a = a.reversed if isinstance(a, (sympy.Gt, sympy.Ge)) else a
     parts = [spelling(part) for part in parts_of(a)]
     if isinstance(a, _UNORDERED):
@@ -244,7 +245,7 @@ def _is_multiple(a: Any, b: Any) -> bool:
         return False
     symbols = a.free_symbols | b.free_symbols
     left, right = (_values(x.lhs - x.rhs, symbols, _DIGITS) for x in (a, b))
-    if left is None or right is None or _zero(left[0]) == 0 or _zero(right[0]) == 0:
+    if not (left and right and left[0] and right[0]):
         return False
     ratio = left[0] / right[0]
     products = [_agree(x, ratio * y, _DIGITS - 10) for x, y in zip(left, right, strict=True)]
@@ -263,18 +264,21 @@ def _equal_expressions(a: Any, b: Any) -> bool:
         return True
     if a.is_Rational and b.is_Rational:
         return False
-    integers = [n for x in (a, b) for rational in x.atoms(sympy.Rational) for n in (rational.p, rational.q)]
-    digits = _DIGITS + sum(int(n).bit_length() // 3 for n in integers) + _digits_of_powers(a) + _digits_of_powers(b)
+    digits = _DIGITS + _digits_before_point(a) + _digits_before_point(b)
     if digits > _MOST_DIGITS:
         return False
     left, right = _values(a, symbols, digits), _values(b, symbols, digits)
     return bool(left and right) and all(_agree(x, y, digits - 10) for x, y in zip(left, right, strict=True))
 
 
-def _digits_of_powers(a: Any) -> int:
-    """How many decimal digits the irrational powers of a constant may have before the point, at most."""
+def _digits_before_point(a: Any) -> int:
+    """How many decimal digits the integers and the irrational powers of an expression may have, at most."""
+    integers = [n for rational in a.atoms(sympy.Rational) for n in (rational.p, rational.q)]
     powers = [x for x in a.atoms(sympy.Pow) if x.exp.is_Integer and x.base.is_number and not x.base.is_Rational]
-    return sum(int(abs(x.exp) * abs(sympy.log(abs(sympy.N(x.base)), 10))) + 1 for x in powers if sympy.N(x.base) != 0)
+    bases = [(x.exp, abs(sympy.N(x.base))) for x in powers]
+    return sum(int(n).bit_length() // 3 for n in integers) + sum(
+        int(abs(exponent * sympy.log(base, 10))) + 1 for exponent, base in bases if base
+    )
 
 
 def _is_rounding(decimal: Any, exact: Any) -> bool:
@@ -300,16 +304,11 @@ def _values(a: Any, symbols: set[Any], digits: int) -> list[Any] | None:
         value = a.evalf(digits, subs=point)
         if not value.is_number or value.has(sympy.nan, sympy.zoo):
             return None
-        values.append(value)
+        cancels_out = getattr(value, "_prec", 53) == 1  # as evalf says: a value of one bit
+        values.append(sympy.S.Zero if cancels_out else value)
     return values
 
 
 def _agree(a: Any, b: Any, digits: int) -> bool:
     """Whether two values agree to so many digits."""
-    a, b = _zero(a), _zero(b)
     return a == b or bool(abs(a - b) * 10**digits < abs(a) + abs(b))
-
-
-def _zero(value: Any) -> Any:
-    """0 for a value of one bit, which evalf gives what cancels out."""
-    return sympy.S.Zero if getattr(value, "_prec", 53) == 1 else value

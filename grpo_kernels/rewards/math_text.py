@@ -30,14 +30,18 @@ _UNITS_AT_END = (
 )
 
 
-def _set(words: str) -> frozenset[str]:
-    return frozenset(words.split())
+def _pattern(words: str, others: str) -> re.Pattern[str]:
+    """Finds any of several words where that is the whole text, or what else says the same."""
+    return re.compile(rf"\A(?:{'|'.join(words.split())})\Z|{others}")
 
 
 CJK = "\u3040-\u30ff\u3400-\u9fff\uac00-\ud7af"
-# Words that a number may follow,
-_VERBS_BEFORE_TO = _set("equal amounts comes converges adds sums simplifies evaluates reduces leads out")
-_VERBS = _VERBS_BEFORE_TO | _set("""
+_WORD = re.compile(rf"[^\W\d_{CJK}]+(?:['’-][^\W\d_]+)*|[{CJK}]+")
+# Words that a number may follow, also with words between that say nothing;
+_VERBS_BEFORE_TO = "equal amounts comes converges adds sums simplifies evaluates reduces leads out"
+_VERB = _pattern(
+    _VERBS_BEFORE_TO
+    + """
 is are was were be equals has have had get gets got find finds obtain obtains costs cost earns earn earned needs need
 needed takes take took makes make made pays pay paid saves save saved sells sell sold buys buy bought spends spend
 spent gives give gave contains contain uses use used weighs weigh leaves leave left remains remain receives receive
@@ -45,26 +49,28 @@ received becomes become ate eats read reads ran runs walked walks drove drives l
 travels travelled traveled works worked lasts drank baked planted picked it's that's there's he's ist sind beträgt
 lautet hat haben bleiben bleibt dauert braucht kostet gibt bezahlt zahlt bekommt est sont vaut a ont reste restent faut
 coûte donne es son é è sono är tiene tienen hay quedan queda cuesta da tem há ha
-""")
-_CJK_VERB = re.compile("(?:[是为為有共得需要花剩坐はが은는]|等于|等於|今年|平均|每\\w{1,3})$")
-# also with words between that say nothing,
-_HARMLESS = _set("""
+""",
+    r"(?:[是为為有共得需要花剩坐はが은는]|等于|等於|今年|平均|每\w{1,3})\Z",
+)
+_HARMLESS = _pattern(
+    """
 the an of in so thus therefore hence then and finally altogether we us there it this that i answer answers result
 results solution solutions value values final correct right number amount total exactly only just approximately about
 around roughly usd eur gbp inr jpy antwort ergebnis lösung réponse résultat respuesta resultado solución la le el il
 die der das also donc insgesamt au en de por lo tanto y
-""")
-_CJK_HARMLESS = re.compile(
-    "(?:最终|答案|答|结果|結果|总数|總數|共计|共|一共|总共|所以|因此|即|故|约|大约|約|大約|정답은|답은|답)+"
+""",
+    r"\A(?:最终|答案|答|结果|結果|总数|總數|共计|共|一共|总共|所以|因此|即|故|约|大约|約|大約|정답은|답은|답)+\Z",
 )
-# words that make another statement of the one around a number,
-_DENYING = _set("""
+# words that make another statement of the one around a number, and those that make another number of it, or none.
+_DENYING = _pattern(
+    """
 not no none nor neither never without cannot wrong incorrect false untrue invalid impossible unlikely or than kein keine
 nicht falsch unmöglich pas ne faux fausse nunca jamás incorrecto falso mal não non нет не
-""")
-_CJK_DENYING = re.compile("不(?!同)|[非没無无未错錯]|可能|아니|아닌|ない")
-# and words that make another number of the one before them, or none.
-_CHANGING = _set("""
+""",
+    r"n['’]t\Z|不(?!同)|[非没無无未错錯]|可能|아니|아닌|ない",
+)
+_CHANGING = _pattern(
+    """
 half halves third thirds quarter quarters fourth fourths fifth fifths sixth sixths seventh sevenths eighth eighths ninth
 ninths tenth tenths hundredth hundredths thousandth thousandths dozen dozens score gross hundred hundreds thousand
 thousands billion billions trillion trillions grand lakh lakhs crore crores mil mln mio bil mrd mille tausend tys one
@@ -75,12 +81,10 @@ dixième dixièmes centième centièmes tiers docena docenas décima décimas ce
 maximum min max pairs loss debt extraneous discarded undefined probably maybe perhaps unknown guess instead initially
 originally excluded excluding exclusive exceeded versus vs against some counting approx base binary ternary octal hex
 hexadecimal modulo mod remainder ppm basis kilo
-""")
-_STARTS_CHANGING = ("million", "milliard", "millón", "millon", "milion", "миллион", "тысяч", "reject", "ruled", "fail")
-_CJK_CHANGING = re.compile(
-    "千(?![米克瓦])|[负負減减万萬億亿百十多余餘几半倍천백십만억]|分之|的平方|以上|以下|以内|左右|이상|이하|미만|초과"
+""",
+    r"\A(?:million|milliard|millón|millon|milion|миллион|тысяч|reject|ruled|fail)|千(?![米克瓦])"
+    r"|[负負減减万萬億亿百十多余餘几半倍천백십만억]|分之|的平方|以上|以下|以内|左右|이상|이하|미만|초과",
 )
-_WORD = re.compile(rf"[^\W\d_{CJK}]+(?:['’-][^\W\d_]+)*|[{CJK}]+")
 
 _CHARACTERS = str.maketrans(
     dict(zip("−‐⁄⟨⟩", "--/()", strict=True))
@@ -88,27 +92,15 @@ _CHARACTERS = str.maketrans(
     | {"¢": " cents ", "。": ". ", "、": ", "}
     | dict.fromkeys("✓✔✅☑🎉\u200b\u200c\u200d\u2060\ufeff\ufe0f\u200e\u200f")
 )
-# LaTeX commands without an argument, behind what replaces them.
-_COMMANDS = {
-    name: new
-    for new, names in {
-        "": """left left. right displaystyle limits tiny small normalsize large Large LARGE huge Huge bf it
-            big bigl bigr bigg biggl biggr Big Bigl Bigr Bigg Biggl Biggr""",
-        " ": "quad qquad",
-        r"\frac": "dfrac tfrac cfrac",
-        "(": "langle",
-        ")": "rangle",
-        r"\{": "lbrace",
-        r"\}": "rbrace",
-        r"\le ": "leqslant",
-        r"\ge ": "geqslant",
-        r"\emptyset ": "varnothing",
-        r"\ldots ": "dots cdots",
-        r"\infty": "infinity",
-        r"\log_{10}": "lg",
-    }.items()
-    for name in names.split()
-}
+_FORMATS = """left left. right displaystyle limits tiny small normalsize large Large LARGE huge Huge bf it
+big bigl bigr bigg biggl biggr Big Bigl Bigr Bigg Biggl Biggr"""
+# Commands without an argument, and what replaces them.
+_COMMANDS = (
+    dict.fromkeys(_FORMATS.split(), "")
+    | {"langle": "(", "rangle": ")", "lbrace": r"\{", "rbrace": r"\}", "leqslant": r"\le ", "geqslant": r"\ge "}
+    | {"quad": " ", "qquad": " ", "dfrac": r"\frac", "tfrac": r"\frac", "cfrac": r"\frac", "lg": r"\log_{10}"}
+    | {"varnothing": r"\emptyset ", "dots": r"\ldots ", "cdots": r"\ldots ", "infinity": r"\infty"}
+)
 # Commands that leave their argument as it is.
 _WRAPPER = re.compile(
     r"\\(?:boxed|fbox|underline|textcolor\s*\{[^{}]*\}|text(?:bf|it|rm|normal|sf|tt)?|mbox|math(?:rm|bf|it|sf)"
@@ -118,8 +110,7 @@ _ROOT = re.compile(r"(?:(?<![a-zA-Z])\\?sqrt|√)\s*\(")
 
 # In order: what stands for a form, what replaces it. Emphasis is none inside a formula, as in 2**3**4 or 2*3*4.
 _MARKUP = [
-    (r"```\w*\s*(.*?)\s*```", r"\1"),
-    (r"`([^`]*)`", r"\1"),
+    (r"(`{1,3})(?:(?<=```)\w*\s)?([^`]*)\1", r"\2"),
     (r"\A\s*(\*{1,3})([^*]*)\1\s*\Z", r"\2"),
     (r"(?<![^\W_])(?<![)}*])(\*{1,3})(?=[^\s*])([^*]*[^\s*])\1(?![^\W_]|[({*])", r"\2"),
     (r"(?<!\w)(?<!\\)(_{1,3})(?=[^\s_])([^_]*[^\s_])\1(?!\w)", r"\2"),
@@ -129,7 +120,7 @@ _MARKUP = [
     (r"\A\s*–", "-"),
     (r"\*\*", "^"),
     (r"(?:√|(?<![\\a-zA-Z])sqrt(?![a-zA-Z]))\s*(\d+(?:\.\d+)?|[a-zA-Zπ](?![a-zA-Z]))", r"\\sqrt{\1}"),
-    (r"(?:√|(?<![\\a-zA-Z])sqrt(?![a-zA-Z]))\s*(?=\{)", r"\\sqrt"),
+    (r"(?:√|(?<![\\a-zA-Z])sqrt)\s*(?=\{)", r"\\sqrt"),
 ]
 _FORMS = [
     (r"[€£¥₹]", " "),
@@ -250,7 +241,8 @@ def split_answer(text: str) -> AnswerText:
         >>> split_answer("The speed is **1,200 km/h**.")[:3]
         ('The speed is 1200 km/h', '1200', 'km/h')
     """
-    currency = _currency(text)
+    pair = "" if text.count("$") % 2 == 0 else "dollar"  # which delimits a formula
+    currency = next((name for sign, name in _CURRENCIES.items() if sign in text), pair)
     latex = clean(text)
     base = _BASE.fullmatch(latex)
     if base:
@@ -289,30 +281,21 @@ def _leave_number(before: str, after: str) -> bool:
     """Whether the words before a number and those after it leave it as it is: "The area is" and "in total" do."""
     words_before, words_after = (_WORD.findall(words.casefold()) for words in (before, after))
     return (
-        not any(map(_denies, words_before))
+        not any(map(_DENYING.search, words_before))
         and (before.rstrip().endswith(("=", ":")) or _lead_to_number(words_before))
-        and not any(_denies(word) or _changes(word) for word in words_after)
+        and not any(_DENYING.search(word) or _CHANGING.search(word) for word in words_after)
         and words_after[-1:] not in (["more"], ["less"], ["fewer"])
     )
 
 
 def _lead_to_number(words: list[str]) -> bool:
     """Whether words end as "the area is" does, or there are none but such as "the answer"."""
-    while words and (words[-1] in _HARMLESS or _CJK_HARMLESS.fullmatch(words[-1])):
+    while words and _HARMLESS.search(words[-1]):
         words.pop()
     last, before_last = [*words[::-1], "", ""][:2]
     if last == "be" and before_last in ("might", "could", "may"):
         return False
-    is_verb = last in _VERBS or (last == "to" and before_last in _VERBS_BEFORE_TO)
-    return not words or is_verb or _CJK_VERB.search(last) is not None
-
-
-def _denies(word: str) -> bool:
-    return word in _DENYING or word.endswith(("n't", "n’t")) or _CJK_DENYING.search(word) is not None
-
-
-def _changes(word: str) -> bool:
-    return word in _CHANGING or word.startswith(_STARTS_CHANGING) or _CJK_CHANGING.search(word) is not None
+    return not words or bool(_VERB.search(last)) or (last == "to" and before_last in _VERBS_BEFORE_TO.split())
 
 
 def clean(text: str) -> str:
@@ -361,13 +344,6 @@ def _connective(word: str, text: str) -> str:
     """What stands for "and" or "or" in a text: they are the same in a list of answers, but not between inequalities."""
     is_inequality = re.search(r"[<>]|\\(?:[lg]e?|[lg]eq|ne)(?![a-z])", text)
     return {"and": r" \land ", "or": r" \lor "}[word] if is_inequality else ", "
-
-
-def _currency(text: str) -> str:
-    for sign, name in _CURRENCIES.items():
-        if sign in text:
-            return name
-    return "dollar" if text.count("$") % 2 else ""  # a pair of dollars delimits a formula
 
 
 def _unit_of(text: str) -> tuple[str, bool]:
