@@ -56,6 +56,14 @@ def test_what_takes_long_to_parse_or_to_work_out_is_no_formula(text: str) -> Non
     assert values == [0, None]
 
 
+def test_blanks_between_two_boxes_take_no_long_time() -> None:
+    judge, got = resolve("math_accuracy"), []
+    judge(prompts=["p"], completions=["<answer>5</answer>"], answer=["5"])  # imports what it needs
+    completion = rf"\boxed{{4}}{' ' * LENGTH}so \boxed{{5}}"
+    took = seconds_in_a_thread(lambda: got.extend(judge(prompts=["p"], completions=[completion], answer=["5"])))
+    assert took < SECONDS and got == [1.0]
+
+
 def test_an_answer_of_more_than_2000_characters_is_not_read() -> None:
     assert read_answer("9" * 1999).value == int("9" * 1999)
     assert read_answer("9" * 2001).value is None
