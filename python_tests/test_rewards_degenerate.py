@@ -8,9 +8,9 @@ import pytest
 from testing.threads import seconds_in_a_thread
 
 from grpo_kernels.rewards import BUILT_IN, resolve
+from grpo_kernels.rewards.answers import TimeLimit
 from grpo_kernels.rewards.math_answers import read_answer
 from grpo_kernels.rewards.math_formula import parse_formula
-from grpo_kernels.rewards.time_limit import TimeLimit
 
 PIECES = [
     "`", "```\n", "```python\n'''", "~~~ ", "<answer>", "</answer>", "<answer>1</answer>", "<think>", "$", "$a ", "$$",
@@ -54,6 +54,14 @@ def test_what_takes_long_to_parse_or_to_work_out_is_no_formula(text: str) -> Non
     values = [0]
     assert seconds_in_a_thread(lambda: values.append(parse_formula(text))) < 2 * SECONDS
     assert values == [0, None]
+
+
+def test_blanks_between_two_boxes_take_no_long_time() -> None:
+    judge, got = resolve("math_accuracy"), []
+    judge(prompts=["p"], completions=["<answer>5</answer>"], answer=["5"])  # imports what it needs
+    completion = rf"\boxed{{4}}{' ' * LENGTH}so \boxed{{5}}"
+    took = seconds_in_a_thread(lambda: got.extend(judge(prompts=["p"], completions=[completion], answer=["5"])))
+    assert took < SECONDS and got == [1.0]
 
 
 def test_an_answer_of_more_than_2000_characters_is_not_read() -> None:

@@ -1,65 +1,64 @@
-"""Where a completion's answer stands: in its last box, or in its last formula in LaTeX."""
+"""Where a completion's answer stands: in an element, behind hashes, in its last box or its last formula in LaTeX."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
+from grpo_kernels.rewards.math_text import closing_bracket
+
 _LONGEST = 2000  # characters in a box, or in several that are joined
-_BOX = re.compile(r"\\(?:boxed|fbox)(?:\s*(?P<brace>\{)|\s+(?P<bare>-?\w+))")
+_ELEMENT = re.compile(r"<answer\s*>((?:(?!</?answer\s*>).)*)</answer\s*>", re.DOTALL | re.IGNORECASE)
+_HEADING = re.compile(r"\W*(?:the )?(?:final )?(?:answer|result|solution)\W*", re.IGNORECASE)
+_BOX = re.compile(r"\\(?:boxed|fbox)(?:\s*\{|\s+(?P<bare>-?\w+))")
 _BETWEEN_BOXES = re.compile(r"[\s$*]*(?:(?:,|;|,?\s*(?:and|or)\b)[\s$*]*)?(?:[a-zA-Z]\s*=\s*)?")
 _PERCENT = re.compile(r"[\s$]{0,5}(\\?%)")
-_OPENING = re.compile(r"\$\$|(?<![\\\d])\$|\\\(|\\\[")
-_CLOSING = {"$$": "$$", r"\(": r"\)", r"\[": r"\]"}
-_INLINE = re.compile(r"(?:\\\$|[^$\n])+\$(?!\d)")
+_FORMULA = re.compile(
+    r"(?:\$\$(?:(?!\$\$).)+\$\$|\\\((?:(?!\\[()]).)+\\\)|\\\[(?:(?!\\[\[\]]).)+\\\]"
+    r"|(?<![\\\d$])\$(?:\\\$|[^$\n])+\$(?!\d))(?:[\s$]{0,5}\\?%)?",
+    re.DOTALL,
+)
 _BETWEEN_FORMULAS = re.compile(r"\s*(?:\\?%\s*)?(?:,|,?\s*(?:and|or)\b)\s*")
 _ANNOUNCED = re.compile(r"answer[^$]{0,50}\Z", re.IGNORECASE)
+
 _NOT = r"(?:\b(?:not|never|cannot)|n['’]t)"
+_IT = r"(?:(?:which|that|this|it)\s*)?"
 _WRONG = (
     r"(?:an?\s|the\s)?\s*(?:wrong|incorrect|false|invalid|impossible|extraneous|too\s(?:small|large|big|high|low))\b"
 )
 _RIGHT = r"(?:an?\s|the\s)?\s*(?:right|correct|valid|possible|true|(?:final\s|correct\s)?(?:answer|solution))\b"
-_NUMBER_WORD = r"(?:dozen|hundred|thousand|million|billion|trillion)s?\b"
-
-# Words that end where an answer begins, and deny it or say less than that it is the answer.
-_BEFORE = (
-    rf"{_NOT}\}}?(?:\s(?:be|equal(?:\sto)?))?",  # it is not 5
-    r"不是",
-    rf"(?:{_NOT}|\b(?:false|impossible))\s(?:(?:the\scase|true|believe|think)\s)?(?:that\s)?(?:the\s(?:final\s)?)?answer\sis",
-    r"\b(?:wrong|incorrect)\s(?:answer|result|value)\s(?:is|of)",
-    r"\b(?:at\sleast|at\smost|(?:less|more|greater|fewer|larger|smaller)\sthan|multiple\sof)",
-    r"\b(?:either|between|almost|nearly|up\sto)",
+# Words that end where an answer begins, and deny it or say less than that it is the answer;
+_DENIED_BEFORE = re.compile(
+    rf"""(?:{_NOT}\}}?(?:\s(?:be|equal(?:\sto)?))?|不是
+    |(?:{_NOT}|\b(?:false|impossible))\s(?:(?:the\scase|true|believe|think)\s)?(?:that\s)?(?:the\s(?:final\s)?)?answer\sis
+    |\b(?:wrong|incorrect)\s(?:answer|result|value)\s(?:is|of)
+    |\b(?:at\sleast|at\smost|(?:less|more|greater|fewer|larger|smaller)\sthan|multiple\sof)
+    |\b(?:either|between|almost|nearly|up\sto))[\s$*`]*\Z""",
+    re.IGNORECASE | re.VERBOSE,
 )
-# Words that begin where an answer ends: in its sentence,
-_SAME_SENTENCE = (
-    r"\((?:wrong|incorrect|false|rejected|extraneous)\b",
-    r"\?[\s$*`]*(?:no|nope|wait|not)\b",  # 5? No, 6
-    r"[.,;!]*\s*no[\s,.!]+wait\b",
-    r",?\s*(?:and|or|或|和)\s+(?:maybe\s+)?\$?(?:-?\d|more\b|less\b|fewer\b)",  # 5 or 6
-)
-# and in the same sentence or the next one, also behind "Wait," and the like.
-_NEXT_SENTENCE = (
-    rf"(?:(?:which|that|this|it)\s*)?(?:is|['’]s|was|would\sbe|seems)\s{_WRONG}",
-    rf"(?:(?:which|that|this|it)\s*)?(?:(?:is|['’]s|was)\snot|(?:is|was)n['’]t|cannot\sbe|can['’]t\sbe)\s{_RIGHT}",
-    r"(?:(?:which|that|this|it)\s)?(?:does(?:\snot|n['’]t)\swork|fails)\b",
-    r"I\sdo(?:\snot|n['’]t)\s(?:think|believe)\b",
-    r"(?:I\smade\s)?(?:a\smistake|an\serror)\b",
-    r"correction\b",
-    r"(?:it|the\sanswer)\sshould\sbe\b",
-)
-_HESITATION = r"(?:(?:but|no|nope|hmm|oh|oops|sorry|actually|wait)\b[\s,.!]*)*"
-_DENIED_BEFORE = re.compile(rf"(?:{'|'.join(_BEFORE)})[\s$*`]*\Z", re.IGNORECASE)
+# words that begin where it ends, in its sentence, or in it or the next one, also behind "Wait," and the like.
 _DENIED_AFTER = re.compile(
-    rf"[\s$*`)\]]*(?:{'|'.join(_SAME_SENTENCE)}|[.,;!?]*[\s$*`]*{_HESITATION}(?:{'|'.join(_NEXT_SENTENCE)}))",
-    re.IGNORECASE,
+    rf"""[\s$*`)\]]*(?:\((?:wrong|incorrect|false|rejected|extraneous)\b
+    |\?[\s$*`]*(?:no|nope|wait|not)\b|[.,;!]*\s*no[\s,.!]+wait\b
+    |,?\s*(?:and|or|或|和)\s+(?:maybe\s+)?\$?(?:-?\d|more\b|less\b|fewer\b)
+    |[.,;!?]*[\s$*`]*(?:(?:but|no|nope|hmm|oh|oops|sorry|actually|wait)\b[\s,.!]*)*(?:
+        {_IT}(?:is|['’]s|was|would\sbe|seems)\s{_WRONG}
+        |{_IT}(?:(?:is|['’]s|was)\snot|(?:is|was)n['’]t|cannot\sbe|can['’]t\sbe)\s{_RIGHT}
+        |{_IT}(?:does(?:\snot|n['’]t)\swork|fails)\b
+        |I\sdo(?:\snot|n['’]t)\s(?:think|believe)\b
+        |(?:I\smade\s)?(?:a\smistake|an\serror)\b|correction\b|(?:it|the\sanswer)\sshould\sbe\b))""",
+    re.IGNORECASE | re.VERBOSE,
 )
 
 # Mathematics next to a box, which is then a part of a formula.
-_OPERATOR_BEFORE = r"[+/^]|[\w)}$\s][<>]|(?<=[$\s(])-|\\(?:cdot|times|div|pm|ne|neq|[lg]eq?|[lg]t|frac\{)"
-_OPERATOR_AFTER = r"[+*/_]\s*[\w\\(]|\^(?!\s*\{?\s*\\circ)|\\(?:pi|sqrt|cdot|times|div|pm|over)\b|\.\d|\}\s*\{"
-_PART_BEFORE = re.compile(rf"(?:{_OPERATOR_BEFORE})\s*\Z")
-_PART_AFTER = re.compile(rf"\s*(?:{_OPERATOR_AFTER}|\$?\s*{_NUMBER_WORD})")
+_PART_BEFORE = re.compile(
+    r"(?:[+/^]|[\w)}$\s][<>]|(?<=[$\s(])-|\\(?:cdot|times|div|pm|ne|neq|[lg]eq?|[lg]t|frac\{))\s*\Z"
+)
+_PART_AFTER = re.compile(
+    r"\s*(?:[+*/_]\s*[\w\\(]|\^(?!\s*\{?\s*\\circ)|\\(?:pi|sqrt|cdot|times|div|pm|over)\b|\.\d|\}\s*\{"
+    r"|\$?\s*(?:dozen|hundred|thousand|million|billion|trillion)s?\b)"
+)
 
 
 class Place(NamedTuple):
@@ -70,98 +69,101 @@ class Place(NamedTuple):
     end: int
 
 
-def boxes(text: str) -> Iterator[Place]:
-    r"""What stands in each ``\boxed``, from the last to the first; none where the last one is not closed.
+def answer_text(completion: str) -> str | None:
+    """The text of a completion's answer, looked for as ``math_accuracy_reward`` says; None where there is none."""
+    element = answer_element(completion)
+    if element is not None:
+        return after_hashes(element)
+    text = _after_thinking(completion)
+    hashes = text.rfind("####")
+    box = last_box(text)
+    if hashes >= 0 and not (box and "\n" in text[hashes : box.end]):
+        return after_hashes(text)
+    candidates = _boxes(text) if box else _last_formula(text)
+    return next((place.text for place in candidates if not _is_denied(text, place)), None)
 
-    Boxes that a comma, "and" or "or" joins are one place.
 
-    Example:
-        >>> [place.text for place in boxes(r"We get \boxed{3}. So x is \boxed{4} or \boxed{5}.")]
-        ['4, 5', '3']
+def answer_element(completion: str) -> str | None:
+    """What the last complete ``<answer>`` element holds, or None if there is none."""
+    elements = _ELEMENT.findall(_after_thinking(completion))
+    return elements[-1] if elements else None
+
+
+def after_hashes(text: str) -> str:
+    """What stands between the last ``####`` and the end of its line; the whole text if there is none.
+
+    Below a heading as "#### Final Answer" it is the next line.
     """
-    joined: Place | None = None
-    for opening in reversed(list(_BOX.finditer(text))):
-        place = _box(text, opening)
-        if place is None:
-            break
-        if joined is None:
-            joined = place
-        elif len(joined.text) < _LONGEST and _BETWEEN_BOXES.fullmatch(text, place.end, joined.start):
-            joined = Place(f"{place.text}, {joined.text}", place.start, joined.end)
-        else:
-            yield joined
-            joined = place
-    if joined is not None:
-        yield joined
+    _, hashes, answer = text.rpartition("####")
+    if not hashes:
+        return text
+    line, _, rest = answer.strip().partition("\n")
+    return rest.strip().partition("\n")[0] if rest.strip() and _HEADING.fullmatch(line) else line
 
 
 def last_box(text: str) -> Place | None:
-    """The last of ``boxes``."""
-    return next(boxes(text), None)
+    r"""What stands in the last ``\boxed``, with those before it that a comma, "and" or "or" joins to it.
+
+    Example:
+        >>> last_box(r"We get \boxed{3}. So x is \boxed{4} or \boxed{5}.").text
+        '4, 5'
+    """
+    return next(_boxes(text), None)
 
 
-def last_formula(text: str) -> Place | None:
-    """The last formula in LaTeX, or list of them; one that the word answer announces before others."""
-    last = announced = None
-    for place in _lists(text):
-        start = max(place.start - 60, last.end if last else 0)
-        announced = place if _ANNOUNCED.search(text[start : place.start]) else announced
-        last = place
-    return announced or last
+def _after_thinking(text: str) -> str:
+    """What stands after the last ``</think>``; the whole text if nothing does."""
+    said = text.rpartition("</think>")[2]
+    return said if said.strip() else text
 
 
-def is_denied(text: str, place: Place) -> bool:
-    """Whether what stands around a place says that it is not the answer, or not all of it."""
-    before, after = text[max(0, place.start - 80) : place.start], text[place.end : place.end + 80]
-    before, after = (re.sub(r"[^\S\n]+", " ", part) for part in (before, after))
-    is_box = text.startswith("\\", place.start) and not text.startswith(("\\(", "\\["), place.start)
-    is_part = is_box and (_PART_BEFORE.search(before) or _PART_AFTER.match(after))
-    return bool(is_part or _DENIED_BEFORE.search(before) or _DENIED_AFTER.match(after))
+def _boxes(text: str) -> Iterator[Place]:
+    """What stands in each box, from the last to the first; none where the last one is not closed."""
+    return _joined(text, _single_boxes(text), _BETWEEN_BOXES, ", ")
 
 
-def _box(text: str, opening: re.Match[str]) -> Place | None:
-    """What stands in a box; None where it is not closed."""
-    if opening["bare"]:
-        return Place(opening["bare"], opening.start(), opening.end())
-    depth = 1
-    for i in range(opening.end(), min(len(text), opening.end() + _LONGEST)):
-        depth += (text[i] == "{") - (text[i] == "}")
-        if depth == 0:
-            percent = _PERCENT.match(text, i + 1)
-            content = text[opening.end() : i] + (percent[1] if percent else "")
-            return Place(content, opening.start(), i + 1)
-    return None
-
-
-def _lists(text: str) -> Iterator[Place]:
-    """The formulas of a text, each with those that a comma, "and" or "or" joins to it."""
-    joined: Place | None = None
-    for start, end in _formulas(text):
-        if joined and start - joined.end < 100 and _BETWEEN_FORMULAS.fullmatch(text, joined.end, start):
-            joined = Place(text[joined.start : end], joined.start, end)
+def _single_boxes(text: str) -> Iterator[Place]:
+    for box in reversed(list(_BOX.finditer(text))):
+        if box["bare"]:
+            yield Place(box["bare"], *box.span())
             continue
+        end = closing_bracket(text, box.end(), "{}", box.end() + _LONGEST)
+        if end is None:
+            return
+        percent = _PERCENT.match(text, end + 1)
+        yield Place(text[box.end() : end] + (percent[1] if percent else ""), box.start(), end + 1)
+
+
+def _joined(text: str, places: Iterable[Place], between: re.Pattern[str], joint: str = "") -> Iterator[Place]:
+    """Places from the last to the first, as one where nothing but ``between`` separates them."""
+    joined: Place | None = None
+    for place in places:
+        if joined and 0 <= joined.start - place.end < 100 and len(joined.text) < _LONGEST:
+            gap = text[place.end : joined.start]
+            if between.fullmatch(gap):
+                joined = Place(place.text + (joint or gap) + joined.text, place.start, joined.end)
+                continue
         if joined:
             yield joined
-        joined = Place(text[start:end], start, end)
+        joined = place
     if joined:
         yield joined
 
 
-def _formulas(text: str) -> Iterator[tuple[int, int]]:
-    """Where each formula in LaTeX begins and ends, found in one pass."""
-    missing: set[str] = set()  # delimiters that do not come again
-    position = 0
-    while opening := _OPENING.search(text, position):
-        delimiter, position = opening[0], opening.end()
-        if delimiter == "$":
-            inline = _INLINE.match(text, position)
-            end = inline.end() if inline else -1
-        else:
-            closing = _CLOSING[delimiter]
-            end = -1 if closing in missing else text.find(closing, position + 1)
-            missing.update([closing] if end < 0 else [])
-            end += 2 if end >= 0 else 0
-        if end >= 0:
-            percent = _PERCENT.match(text, end)
-            position = percent.end() if percent else end
-            yield opening.start(), position
+def _last_formula(text: str) -> list[Place]:
+    """The last formula in LaTeX, or list of them; one that the word answer announces before others."""
+    singles = [Place(match[0], *match.span()) for match in _FORMULA.finditer(text)]
+    formulas = list(_joined(text, reversed(singles), _BETWEEN_FORMULAS))
+    for i, place in enumerate(formulas):
+        end_before = formulas[i + 1].end if formulas[i + 1 :] else 0
+        if _ANNOUNCED.search(text[max(place.start - 60, end_before) : place.start]):
+            return [place]
+    return formulas[:1]
+
+
+def _is_denied(text: str, place: Place) -> bool:
+    """Whether what stands around a place says that it is not the answer, or not all of it."""
+    before, after = text[max(0, place.start - 80) : place.start], text[place.end : place.end + 80]
+    before, after = (re.sub(r"[^\S\n]+", " ", part) for part in (before, after))
+    is_part = _BOX.match(text, place.start) and (_PART_BEFORE.search(before) or _PART_AFTER.match(after))
+    return bool(is_part or _DENIED_BEFORE.search(before) or _DENIED_AFTER.match(after))

@@ -2,21 +2,22 @@
 
 from __future__ import annotations
 
+import ctypes
+import math
 import re
+import threading
+import time
 from collections.abc import Callable, Sequence
 from decimal import Context, Decimal
 from typing import Any
 
-from grpo_kernels.rewards.answer_places import boxes, is_denied, last_box, last_formula
+from grpo_kernels.rewards.answer_places import answer_element
 from grpo_kernels.rewards.completions import completion_text
-from grpo_kernels.rewards.time_limit import TimeLimit
 
-_ANSWER = re.compile(r"<answer\s*>((?:(?!</?answer\s*>).)*)</answer\s*>", re.DOTALL | re.IGNORECASE)
-_HEADING = re.compile(r"\W*(?:the )?(?:final )?(?:answer|result|solution)\W*", re.IGNORECASE)
 _NUMBER = re.compile(r"[+-]?(?:\d{1,3}(?:,\d{3})+|\d+)?(?:\.\d*)?(?:[eE][+-]?\d{1,6})?", re.ASCII)
-_TEXT_COMMAND = re.compile(r"[\s$]*\\(?:text\w*|mathrm|mathbf|mbox)\s*\{([^{}]*)\}[\s$.]*")
 _EXACT = Context(prec=100_000)  # digits
 _SECONDS = 3.0  # what one answer may take to read, and one comparison
+_AGAIN = 1.0  # seconds until a time limit raises once more, as a destructor may have swallowed the exception
 
 
 def extract_answer(completion: str) -> str | None:
@@ -29,8 +30,8 @@ def extract_answer(completion: str) -> str | None:
         >>> extract_answer("I will use <answer> tags.</think><answer>4</answer> or rather <answer>4 2</answer>")
         '42'
     """
-    answers = _ANSWER.findall(_after_thinking(completion_text(completion)))
-    return "".join(answers[-1].split()) if answers else None
+    answer = answer_element(completion_text(completion))
+    return None if answer is None else "".join(answer.split())
 
 
 def accuracy_reward(
@@ -55,12 +56,6 @@ def exact_match_reward(
     return [float(completion_text(c).strip() == str(a).strip()) for c, a in zip(completions, answer, strict=True)]
 
 
-def _spelled_answer(completion: Any) -> str | None:
-    """The answer that ``accuracy_reward`` compares: a number in one spelling."""
-    text = extract_answer(completion)
-    return None if text is None else _spell_number(text)
-
-
 def math_accuracy_reward(
     prompts: Sequence[Any], completions: Sequence[Any], *, answer: Sequence[Any], **columns: Any
 ) -> list[float | None]:
@@ -77,16 +72,14 @@ def math_accuracy_reward(
 
     An answer is right only if all of it was read, from its first character to its last:
 
-    - Markdown, delimiters, thousands separators, a unit and a currency do not matter; a unit other than the column's
-      does. Words before the mathematics do not matter if they end as "the area is" does, or are such as "the answer".
-      Words after it do not, but for numbers, comparisons and denials ("5 halves", "3 or more").
-    - Numbers are compared exactly. A decimal of six or more places is also equal to a number without end that it is the
-      correct rounding of, as 0.333333 to 1/3.
-    - A percent sign on one side only may be a unit or a hundredth: 73% equals 73 and 0.73.
+    - Markdown, delimiters, thousands separators, a currency and a unit do not matter, but for one other than the
+      column's; nor do words before it such as "the area is", and words after it that are no number, comparison or
+      denial ("5 halves", "3 or more").
+    - Numbers are compared exactly. A decimal of six or more places also equals a number without end that it is the
+      correct rounding of. A percent sign on one side only may be a unit or a hundredth.
     - Sets and lists are equal in any order, pairs and intervals in one. ``x = 5`` equals 5. Several candidates, as "3
       or 4", equal only the set of them.
-    - What cannot be parsed, such as a sequence with dots, is equal to the same text only. Sums, integrals and limits
-      are not worked out.
+    - What cannot be parsed is equal to the same text only. Sums, integrals and limits are not worked out.
 
     Reading and comparing may take 3 seconds each, after which an answer is wrong. Numbers too large to work out are
     wrong at once.
@@ -96,19 +89,15 @@ def math_accuracy_reward(
     """
     math_answers = _import_math_answers()
     with TimeLimit(_SECONDS) as limit:
-        golds = [_limited(limit, _read_gold, _text_of(a)) for a in answer]
-        answers = [gold and _limited(limit, _read_completion, c) for gold, c in zip(golds, completions, strict=True)]
+        golds = [_limited(limit, math_answers.read_gold, _text_of(a)) for a in answer]
+        texts = [completion_text(c) for c in completions]
+        answers = [
+            gold and _limited(limit, math_answers.read_completion, t) for gold, t in zip(golds, texts, strict=True)
+        ]
         return [
-            gold and float(read is not None and bool(_limited(limit, math_answers.same_answer, gold, read)))
+            gold and float(bool(read and _limited(limit, math_answers.same_answer, gold, read)))
             for gold, read in zip(golds, answers, strict=True)
         ]
-
-
-JUDGES = {
-    "accuracy": accuracy_reward,
-    "exact_match": exact_match_reward,
-    "math_accuracy": math_accuracy_reward,
-}
 
 
 def math_answer(completion: Any) -> str | None:
@@ -118,10 +107,21 @@ def math_answer(completion: Any) -> str | None:
     """
     math_answers = _import_math_answers()
     with TimeLimit(_SECONDS) as limit:
-        read = _limited(limit, _read_completion, completion)
-        return None if read is None else _limited(limit, math_answers.spelling_of_answer, read)
+        read = _limited(limit, math_answers.read_completion, completion_text(completion))
+        return read and _limited(limit, math_answers.spelling_of_answer, read)
 
 
+def _spelled_answer(completion: Any) -> str | None:
+    """The answer that ``accuracy_reward`` compares: a number in one spelling."""
+    text = extract_answer(completion)
+    return None if text is None else _spell_number(text)
+
+
+JUDGES = {
+    "accuracy": accuracy_reward,
+    "exact_match": exact_match_reward,
+    "math_accuracy": math_accuracy_reward,
+}
 #: By judge, what reads a completion's answer, for votes. A judge of one's own has it as its attribute ``extract``.
 EXTRACTS: dict[Callable[..., Any], Callable[[str], str | None]] = {
     accuracy_reward: _spelled_answer,
@@ -136,28 +136,57 @@ def extract_of(judge: Callable[..., Any]) -> Callable[[str], str | None] | None:
     return getattr(judge, "extract", known)
 
 
-def _after_thinking(text: str) -> str:
-    """What stands after the last ``</think>``; the whole text if nothing does."""
-    said = text.rpartition("</think>")[2]
-    return said if said.strip() else text
+class TimeLimit:
+    """Ends calls of the thread that enters it after ``seconds`` each; an alarm would reach the main thread alone.
+
+    Python code is interrupted, but no single call into C. Limited calls cannot be made within each other.
+
+    Example:
+        >>> with TimeLimit(2.0) as limit:
+        ...     limit.call(sum, [1, 2])
+        3
+    """
+
+    def __init__(self, seconds: float) -> None:
+        self._seconds = seconds
+        self._deadline = math.inf  # of the call that runs
+        self._lock = threading.Lock()
+        self._is_closed = threading.Event()
+
+    def __enter__(self) -> TimeLimit:
+        self._thread = ctypes.c_ulong(threading.get_ident())
+        threading.Thread(target=self._watch, daemon=True, name="time limit").start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._is_closed.set()
+
+    def call(self, function: Callable[..., Any], *arguments: Any) -> Any:
+        """What a function returns; raises TimeoutError if that takes longer than the limit."""
+        try:
+            try:
+                with self._lock:
+                    self._deadline = time.monotonic() + self._seconds
+                return function(*arguments)
+            finally:
+                with self._lock:
+                    self._deadline = math.inf
+                ctypes.pythonapi.PyThreadState_SetAsyncExc(self._thread, None)  # one that was sent and not yet raised
+        except _Overrun:
+            raise TimeoutError(f"the call took more than {self._seconds} seconds") from None
+
+    def _watch(self) -> None:
+        pause = self._seconds
+        while not self._is_closed.wait(min(pause, self._seconds)):
+            with self._lock:
+                if self._deadline <= time.monotonic():
+                    ctypes.pythonapi.PyThreadState_SetAsyncExc(self._thread, ctypes.py_object(_Overrun))
+                    self._deadline = time.monotonic() + _AGAIN
+                pause = self._deadline - time.monotonic()
 
 
-def _spell_number(text: str) -> str:
-    """A number in one spelling, the text itself if it is none."""
-    if not _NUMBER.fullmatch(text) or not any(map(str.isdigit, text)):
-        return text
-    value = Decimal(text.replace(",", ""))
-    return str(value.normalize(_EXACT)) if value else "0"
-
-
-def _import_math_answers() -> Any:
-    try:
-        import math_verify  # noqa: F401 - seconds of import that only this reward needs
-    except ImportError as error:
-        raise ImportError("the reward math_accuracy needs math-verify: pip install math-verify") from error
-    from grpo_kernels.rewards import math_answers
-
-    return math_answers
+class _Overrun(BaseException):
+    """Raised in the thread whose call takes too long; no ``except Exception`` on the way catches it."""
 
 
 def _limited(limit: TimeLimit, function: Callable[..., Any], *arguments: Any) -> Any:
@@ -175,46 +204,19 @@ def _text_of(answer: Any) -> str:
     return "" if answer is None else str(answer)
 
 
-def _read_gold(text: str) -> Any:
-    """The ``answer`` column's answer; None where there is nothing to compare."""
-    text = _after_hashes(text) if "####" in text else text
-    box = last_box(text)
-    gold = _read(box.text if box else text)
-    is_one_text = len(gold.words.split()) == 1 or _TEXT_COMMAND.fullmatch(text)
-    return gold if gold.text and (not gold.is_words or is_one_text) else None
+def _import_math_answers() -> Any:
+    try:
+        import math_verify  # noqa: F401 - seconds of import that only this reward needs
+    except ImportError as error:
+        raise ImportError("the reward math_accuracy needs math-verify: pip install math-verify") from error
+    from grpo_kernels.rewards import math_answers
+
+    return math_answers
 
 
-def _read_completion(completion: Any) -> Any:
-    """A completion's answer; None where it gives none."""
-    text = _after_thinking(completion_text(completion))
-    answers = _ANSWER.findall(text)
-    if answers:
-        return _read(_after_hashes(answers[-1]))
-    hashes = text.rfind("####")
-    box = last_box(text)
-    if hashes >= 0 and not (box and box.end > text.find("\n", hashes) % (len(text) + 1)):
-        return _read(_after_hashes(text))
-    candidates = boxes(text) if box else filter(None, [last_formula(text)])
-    place = next((each for each in candidates if not is_denied(text, each)), None)
-    return None if place is None else _read(place.text)
-
-
-def _read(text: str) -> Any:
-    """A text that is an answer, or else its last ``\\boxed`` if nothing but words follows that."""
-    from grpo_kernels.rewards.math_answers import read_answer
-
-    answer = read_answer(text)
-    box = last_box(text) if answer.value is None else None
-    return answer if box is None or re.search(r"[\d\\$]", text[box.end :]) else read_answer(box.text)
-
-
-def _after_hashes(text: str) -> str:
-    """What stands between the last ``####`` and the end of its line; the whole text if there is none.
-
-    Below a heading as "#### Final Answer" it is the next line.
-    """
-    _, hashes, answer = text.rpartition("####")
-    if not hashes:
+def _spell_number(text: str) -> str:
+    """A number in one spelling, the text itself if it is none."""
+    if not _NUMBER.fullmatch(text) or not any(map(str.isdigit, text)):
         return text
-    line, _, rest = answer.strip().partition("\n")
-    return rest.strip().partition("\n")[0] if rest.strip() and _HEADING.fullmatch(line) else line
+    value = Decimal(text.replace(",", ""))
+    return str(value.normalize(_EXACT)) if value else "0"

@@ -11,7 +11,8 @@ from latex2sympy2_extended import is_expr_of_only_symbols
 from latex2sympy2_extended.logic import And
 from sympy.core.relational import Relational
 
-from grpo_kernels.rewards.math_formula import UNEVALUATED, parse_formula, solutions
+from grpo_kernels.rewards.answer_places import after_hashes, answer_text, last_box
+from grpo_kernels.rewards.math_formula import UNEVALUATED, parse_formula, parts_of, solutions
 from grpo_kernels.rewards.math_text import AnswerText, split_answer
 
 _LONGEST = 2000  # characters of an answer
@@ -19,6 +20,7 @@ _DIGITS = 50  # to which irrational values have to agree, besides those of the i
 _MOST_DIGITS = 20_000
 _POINTS = ["0.3713", "-0.8329", "5.3117", "-17.7139", "1234.5671", "-98765.4321"]  # where formulas have to agree
 
+_TEXT_COMMAND = re.compile(r"[\s$]*\\(?:text\w*|mathrm|mathbf|mbox)\s*\{[^{}]*\}[\s$.]*")
 _SPACE = re.compile(r"(?<!\w)\s+|\s+(?!\w)")  # which says nothing: 3 4 is not 34
 _PUNCTUATION = re.compile(r"[().,:;!?\"'*`\[\]{}]+")
 _ANNOUNCEMENT = re.compile(
@@ -28,13 +30,12 @@ _ANNOUNCEMENT = re.compile(
     re.IGNORECASE,
 )
 # A choice alone, or with what it says; one that words deny or join to another is none.
-_CHOICE = re.compile(
-    r"(?:\(\s*([A-J])\s*\)|([A-J])(?:[.:)]|\s*\Z))[\s.:)]*(?P<rest>.*)|([A-J])\s+\((?P<inner>[^()]*)\)\s*", re.DOTALL
-)
+_CHOICE = re.compile(r"(?:\(\s*([A-J])\s*\)|([A-J])(?:[.:)]|\s*\Z))[\s.:)]*(.*)|([A-J])\s+\(([^()]*)\)\s*", re.DOTALL)
 _NO_CHOICE = re.compile(
     r"\b(?:wrong|incorrect|false|maybe|perhaps|not\s+(?:right|correct|the)|isn['’]t)\b|[不错錯]"
     r"|(?<![A-Za-z])(?:\([A-Ja-j]\)|[A-Ja-j][).:](?!\d))|(?:\b(?:or|and|is|was)|,)\s+[A-J]\b|\A(?:(?:is|was|[A-HJ])\b|[,&/+=-])",
 )
+_UNORDERED = (sympy.FiniteSet, sympy.Union, And)
 _STEPS = (sympy.floor, sympy.ceiling, sympy.Mod)  # points do not tell them apart
 
 
@@ -42,89 +43,95 @@ class MathAnswer(NamedTuple):
     """An answer as it was read, in full."""
 
     text: str  # without white space and markup
-    as_formula: Any  # the text as a formula, letters of units and words as factors; None where that cannot be parsed
-    without_unit: Any  # without a unit and words around it; None as above, or where these are no mere words
-    unit: str
-    is_letter_unit: bool
     words: str  # the text in lower case, without punctuation
     choice: str  # B of "Option B", "(B)" and "B. Paris"; empty where it is none
-    is_words: bool  # it is nothing but words
+    parts: AnswerText  # of the text, or of what the choice says
+    as_formula: Any = (
+        None  # the text as a formula, letters of units and words as factors; None if that cannot be parsed
+    )
+    without_unit: Any = None  # without a unit and words around it; None as above, or where these are no mere words
 
     @property
     def value(self) -> Any:
         return self.as_formula if self.without_unit is None else self.without_unit
 
 
+def read_gold(text: str) -> MathAnswer | None:
+    """The ``answer`` column's answer; None where there is nothing to compare."""
+    text = after_hashes(text)
+    box = last_box(text)
+    gold = read_answer(box.text if box else text)
+    is_one_text = len(gold.words.split()) == 1 or _TEXT_COMMAND.fullmatch(text)
+    return gold if gold.text and (not gold.parts.is_words or is_one_text) else None
+
+
+def read_completion(text: str) -> MathAnswer | None:
+    """A completion's answer; None where it gives none."""
+    answer = answer_text(text)
+    return None if answer is None else read_answer(answer)
+
+
 @lru_cache(maxsize=4096)
 def read_answer(text: str) -> MathAnswer:
     """Reads a text that is an answer. What is not mathematics from its first character to its last stays None.
 
-    So does a text too long to be an answer, which would take too long to read.
+    So does a text too long to be an answer, which would take too long to read. Of a text that ends in a box and words
+    the box is the answer.
     """
     text = re.sub(r"[^\S\n]+", " ", text).strip()
-    if len(text) > _LONGEST:
-        return MathAnswer(_SPACE.sub("", text), None, None, "", False, text, "", True)
-    parts = split_answer(text)
+    is_long = len(text) > _LONGEST
+    parts = AnswerText(text, None, is_words=True) if is_long else split_answer(text)
     latex = parts.latex
-    choice, said = _choice_of(latex)
+    choice, said = ("", "") if is_long else _choice_of(latex)
     if choice:  # what it says may be an answer, but its letter is no formula
         parts = split_answer(said) if said else AnswerText(latex, None, is_words=parts.is_words)
-    words = " ".join(_PUNCTUATION.sub(" ", latex).split()).casefold()
     without_unit = None if parts.formula is None else parse_formula(parts.formula)
-    as_formula = None
-    if parts.is_formula:
-        as_formula = without_unit if parts.formula == parts.latex else parse_formula(parts.latex)
-    return MathAnswer(
-        text=_SPACE.sub("", latex),
-        as_formula=as_formula,
-        without_unit=without_unit,
-        unit=parts.unit,
-        is_letter_unit=parts.is_letter_unit,
-        words=_ANNOUNCEMENT.sub("", words, count=1) or words,
-        choice=choice,
-        is_words=parts.is_words,
-    )
-
-
-def same_answer(gold: MathAnswer, answer: MathAnswer) -> bool:
-    """Whether two answers are the same text or equal as mathematics, and have no different units."""
-    try:
-        return _same_answer(gold, answer)
-    except Exception:  # sympy raises whatever it likes, and no completion may end a training
-        return False
-
-
-def _same_answer(gold: MathAnswer, answer: MathAnswer) -> bool:
-    has_other_unit = bool(gold.unit and answer.unit and gold.unit != answer.unit)
-    if gold.text and gold.text == answer.text:
-        return not has_other_unit
-    if gold.choice or gold.is_words:
-        is_same = gold.words == answer.words or bool(gold.choice and gold.choice == answer.choice)
-        if is_same or answer.choice or gold.value is None:
-            return is_same
-    if gold.as_formula is not None and answer.as_formula is not None and equal(gold.as_formula, answer.as_formula):
-        return True
-    if has_other_unit or gold.value is None or answer.without_unit is None or (gold.is_letter_unit and not answer.unit):
-        return False
-    if {gold.unit, answer.unit} == {"%", ""}:
-        percent, other = (gold, answer) if gold.unit else (answer, gold)
-        return equal(percent.value, other.value) or equal(_scaled(percent.value), other.value)
-    return equal(gold.value, answer.without_unit)
+    as_formula = without_unit
+    if parts.formula != parts.latex or not parts.is_formula:
+        as_formula = parse_formula(parts.latex) if parts.is_formula else None
+    words = " ".join(_PUNCTUATION.sub(" ", latex).split()).casefold()
+    words = _ANNOUNCEMENT.sub("", words, count=1) or words
+    answer = MathAnswer(_SPACE.sub("", latex), words, choice, parts, as_formula, without_unit)
+    box = last_box(text) if answer.value is None else None
+    return answer if box is None or re.search(r"[\d\\$]", text[box.end :]) else read_answer(box.text)
 
 
 def _choice_of(latex: str) -> tuple[str, str]:
     """B and 12 of "Option B" that says 12; two empty texts where there is no choice."""
     announcement = _ANNOUNCEMENT.match(latex)
-    choice = _CHOICE.fullmatch(latex[announcement.end() :] if announcement else latex)
-    said = choice and (choice["rest"] or choice["inner"] or "")
-    if choice is None or _NO_CHOICE.search(said):
-        return "", ""
-    return choice[1] or choice[2] or choice[4], said
+    choice = _CHOICE.fullmatch(latex, announcement.end() if announcement else 0)
+    said = (choice[3] or choice[5] or "") if choice else ""
+    return ("", "") if choice is None or _NO_CHOICE.search(said) else (choice[1] or choice[2] or choice[4], said)
+
+
+def same_answer(gold: MathAnswer, answer: MathAnswer) -> bool:
+    """Whether two answers are the same text or equal as mathematics, and have no different units."""
+    unit, other_unit = gold.parts.unit, answer.parts.unit
+    has_other_unit = bool(unit and other_unit and unit != other_unit)
+    if gold.text and gold.text == answer.text:
+        return not has_other_unit
+    if gold.choice or gold.parts.is_words:
+        is_same = gold.words == answer.words or bool(gold.choice and gold.choice == answer.choice)
+        if is_same or answer.choice or gold.value is None:
+            return is_same
+    try:
+        if gold.as_formula is not None and answer.as_formula is not None and equal(gold.as_formula, answer.as_formula):
+            return True
+        if has_other_unit or gold.value is None or answer.without_unit is None:
+            return False
+        if gold.parts.is_letter_unit and not other_unit:
+            return False
+        if {unit, other_unit} != {"%", ""}:
+            return equal(gold.value, answer.without_unit)
+        percent, value = (gold.value, answer.value) if unit else (answer.value, gold.value)
+        return equal(percent, value) or (isinstance(percent, sympy.Expr) and equal(percent / 100, value))
+    except Exception:  # sympy raises whatever it likes, and no completion may end a training
+        return False
 
 
 def spelling_of_answer(answer: MathAnswer) -> str | None:
     """One text for answers that are the same; None where not all of an answer was read."""
-    if answer.choice or answer.is_words:
+    if answer.choice or answer.parts.is_words:
         return answer.choice.casefold() or answer.words
     try:
         return None if answer.value is None else spelling(answer.value)
@@ -139,79 +146,87 @@ def equal(a: Any, b: Any) -> bool:
     """
     a, b = _without_steps(a), _without_steps(b)
     if _is_statement(a) != _is_statement(b):  # x = 5 and 5, but not x = 5 and y = 5
-        a, b = (x if _assigned(x) is None else _assigned(x) for x in (a, b))
-    if isinstance(a, (Relational, And)) or isinstance(b, (Relational, And)):
-        return _equal_relations(a, b)
-    if isinstance(a, sympy.FiniteSet) or isinstance(b, sympy.FiniteSet):
-        a, b = (x if isinstance(x, (sympy.Set, sympy.Tuple)) else sympy.FiniteSet(x) for x in (a, b))
-    if isinstance(a, sympy.MatrixBase) and isinstance(b, sympy.MatrixBase):
-        return a.shape == b.shape and all(map(equal, a.flat(), b.flat()))
-    if isinstance(a, sympy.Set) and isinstance(b, sympy.Set):
-        return _equal_sets(a, b)
-    if isinstance(a, sympy.Tuple) and isinstance(b, sympy.Tuple):
-        return len(a) == len(b) and all(map(equal, a, b))
-    if isinstance(a, sympy.Expr) and isinstance(b, sympy.Expr):
+        a, b = _value_of(a), _value_of(b)
+    if isinstance(a, sympy.FiniteSet) != isinstance(b, sympy.FiniteSet):
+        a, b = (sympy.FiniteSet(x) if isinstance(x, sympy.Expr) else x for x in (a, b))
+    if _is_expression(a) and _is_expression(b):
         return _equal_expressions(a, b)
+    if type(a) is not type(b) and type(a) is type(getattr(b, "reversed", None)):
+        b = b.reversed  # 3 > x as x < 3
+    if type(a) is type(b) and _equal_parts(a, b):
+        return True
+    solved = [x if isinstance(x, sympy.Set) else solutions(x) for x in (a, b)]
+    if None not in solved and not (isinstance(a, sympy.Set) and isinstance(b, sympy.Set)):
+        has_one_symbol = a.free_symbols == b.free_symbols or isinstance(a, sympy.Set) or isinstance(b, sympy.Set)
+        return has_one_symbol and equal(*solved)
+    if isinstance(a, Relational) and type(a) is type(b):
+        return _is_multiple(a, b)
     return a == b
+
+
+def _equal_parts(a: Any, b: Any) -> bool:
+    """Whether each part of one equals the other's: in order, or in any of sets and chains of statements."""
+    parts, rest = parts_of(a), parts_of(b)
+    if len(parts) != len(rest):
+        return False
+    if not isinstance(a, _UNORDERED):
+        return bool(parts) and all(map(equal, parts, rest))
+    for part in parts:
+        match = next((i for i, other in enumerate(rest) if equal(part, other)), None)
+        if match is None:
+            return False
+        rest.pop(match)
+    return True
 
 
 def spelling(a: Any) -> str:
     """One text for all formulas that are equal: exact for rationals, 30 digits for other numbers and at ``_POINTS``."""
-    assigned = _assigned(a)
-    if assigned is not None:
-        return spelling(assigned)
-    if isinstance(a, (Relational, And)):
-        return _spelled_relation(a)
-    if isinstance(a, sympy.FiniteSet) and len(a) > 1:
-        return "{" + ", ".join(sorted(map(spelling, a.args))) + "}"
-    if isinstance(a, sympy.FiniteSet) and len(a) == 1:
-        return spelling(a.args[0])
-    if isinstance(a, sympy.Tuple):
-        return "(" + ", ".join(map(spelling, a)) + ")"
-    if isinstance(a, sympy.MatrixBase):
-        return f"{a.shape}" + ", ".join(map(spelling, a.flat()))
+    solved = solutions(_value_of(a))
+    a = _value_of(a) if solved is None else solved
     if a.is_Rational and max(abs(a.p), a.q) > 10**4000:  # Python's limit for decimal digits is 4300
         return f"{int(a.p):#x}/{int(a.q):#x}"
-    if isinstance(a, sympy.Expr) and not a.is_Rational and not a.is_Symbol:
-        names = ", ".join(sorted(map(str, a.free_symbols)))
-        values = [str(sympy.N(_zero(value), 30)) for value in _values(a, a.free_symbols, _DIGITS) or []]
-        return f"{names}: {', '.join(values)}" if names and values else (values or [str(a)])[0]
-    return str(a)
-
-
-def _spelled_relation(a: Any) -> str:
-    solved = solutions(a)
-    if solved is not None:
-        return str(solved)
-    if isinstance(a, And):
-        return " and ".join(sorted(map(_spelled_relation, a._unsorted_args)))
+    if _is_expression(a) and not a.is_Rational and not a.is_Symbol:
+        values = _values(a, a.free_symbols, _DIGITS)
+        names = sorted(map(str, a.free_symbols))
+        return str(a) if values is None else ", ".join([*names, *(str(sympy.N(value, 30)) for value in values)])
     a = a.reversed if isinstance(a, (sympy.Gt, sympy.Ge)) else a
-    return f"{type(a).__name__}({spelling(a.lhs)}; {spelling(a.rhs)})"
+    parts = [spelling(part) for part in parts_of(a)]
+    if isinstance(a, _UNORDERED):
+        parts.sort()
+    if isinstance(a, sympy.FiniteSet) and len(parts) == 1:
+        return parts[0]
+    return f"{type(a).__name__}({', '.join(parts)})" if parts else str(a)
 
 
-def _scaled(percent: Any) -> Any:
-    return percent / 100 if isinstance(percent, sympy.Expr) else percent
+def _is_expression(a: Any) -> bool:
+    return isinstance(a, sympy.Expr) and not isinstance(a, sympy.MatrixBase)
 
 
 def _is_statement(a: Any) -> bool:
     return isinstance(a, (Relational, And)) or (isinstance(a, sympy.FiniteSet) and any(map(_is_statement, a.args)))
 
 
+def _value_of(a: Any) -> Any:
+    """What an equation says that a name is, or else the formula itself."""
+    assigned = _assigned(a)
+    return a if assigned is None else assigned
+
+
 def _without_steps(a: Any) -> Any:
     """``x = 5`` of ``x = 2 + 3 = 5``, and 5 of ``2 + 3 = 5``."""
-    if _assigned(a) is None or isinstance(a, sympy.FiniteSet):
+    assigned = None if isinstance(a, sympy.FiniteSet) else _assigned(a)
+    if assigned is None:
         return a
-    first = a._unsorted_args[0].lhs if isinstance(a, And) else a.lhs
-    return sympy.Eq(first, _assigned(a), evaluate=False) if is_expr_of_only_symbols(first) else _assigned(a)
+    first = parts_of(a)[0].lhs if isinstance(a, And) else a.lhs
+    return sympy.Eq(first, assigned, evaluate=False) if is_expr_of_only_symbols(first) else assigned
 
 
 def _assigned(a: Any) -> Any:
     """5 of ``x = 5``, ``f(x) = 5`` and ``2 + 3 = 5``; None where a is no such equation."""
-    if isinstance(a, And) and all(isinstance(x, sympy.Eq) for x in a._unsorted_args):
-        last = a._unsorted_args[-1].rhs
-        steps = [x.rhs for x in a._unsorted_args[:-1]]
-        first = _assigned(sympy.Eq(a._unsorted_args[0].lhs, last, evaluate=False))
-        return last if first is not None and all(equal(x, last) for x in steps) else None
+    if isinstance(a, And) and all(isinstance(x, sympy.Eq) for x in parts_of(a)):
+        first, *_, last = parts_of(a)
+        is_value = _assigned(sympy.Eq(first.lhs, last.rhs, evaluate=False)) is not None
+        return last.rhs if is_value and all(equal(x.rhs, last.rhs) for x in parts_of(a)[:-1]) else None
     if isinstance(a, sympy.FiniteSet) and a.args and all(isinstance(x, sympy.Eq) for x in a.args):
         values = [_assigned(x) for x in a.args]
         one_name = len({x.lhs for x in a.args}) == 1
@@ -224,54 +239,17 @@ def _assigned(a: Any) -> Any:
     return a.rhs if is_worked_out and _equal_expressions(a.lhs, a.rhs) else None
 
 
-def _equal_relations(a: Any, b: Any) -> bool:
-    if isinstance(a, And) and isinstance(b, And):
-        return len(a._unsorted_args) == len(b._unsorted_args) and _match(a._unsorted_args, b._unsorted_args)
-    solved = [x if isinstance(x, sympy.Set) else solutions(x) for x in (a, b)]
-    if None not in solved:
-        is_same_symbol = a.free_symbols == b.free_symbols or isinstance(a, sympy.Set) or isinstance(b, sympy.Set)
-        return is_same_symbol and _equal_sets(*solved)
-    if not (isinstance(a, Relational) and isinstance(b, Relational)):
+def _is_multiple(a: Any, b: Any) -> bool:
+    """Whether two equations or inequalities are the same up to a factor: a positive one, of equations any but 0."""
+    if not all(isinstance(side, sympy.Expr) for side in (*a.args, *b.args)):
         return False
-    b = b.reversed if type(a) is not type(b) else b
-    if type(a) is not type(b):
-        return False
-    if equal(a.lhs, b.lhs) and equal(a.rhs, b.rhs):
-        return True
-    if not all(isinstance(side, sympy.Expr) for side in (a.lhs, a.rhs, b.lhs, b.rhs)):
-        return False
-    return _is_multiple(a.lhs - a.rhs, b.lhs - b.rhs, any_sign=isinstance(a, (sympy.Eq, sympy.Ne)))
-
-
-def _is_multiple(a: Any, b: Any, any_sign: bool) -> bool:
-    """Whether one expression is a constant other than zero times the other; a positive one unless of any sign."""
     symbols = a.free_symbols | b.free_symbols
-    left, right = _values(a, symbols, _DIGITS), _values(b, symbols, _DIGITS)
-    if left is None or right is None or _zero(left[0]) == 0 or _zero(right[0]) == 0:
+    left, right = (_values(x.lhs - x.rhs, symbols, _DIGITS) for x in (a, b))
+    if not (left and right and left[0] and right[0]):
         return False
     ratio = left[0] / right[0]
     products = [_agree(x, ratio * y, _DIGITS - 10) for x, y in zip(left, right, strict=True)]
-    return all(products) and bool(any_sign or ratio > 0)
-
-
-def _equal_sets(a: Any, b: Any) -> bool:
-    if isinstance(a, sympy.Interval) and isinstance(b, sympy.Interval):
-        ends = (a.left_open, a.right_open) == (b.left_open, b.right_open)
-        return bool(ends and equal(a.start, b.start) and equal(a.end, b.end))
-    if type(a) is type(b) and isinstance(a, (sympy.FiniteSet, sympy.Union)):
-        return len(a.args) == len(b.args) and _match(a.args, b.args)
-    return a == b
-
-
-def _match(left: Any, right: Any) -> bool:
-    """Whether each of left equals one of right that no other equals."""
-    rest = list(right)
-    for a in left:
-        match = next((i for i, b in enumerate(rest) if equal(a, b)), None)
-        if match is None:
-            return False
-        rest.pop(match)
-    return True
+    return all(products) and bool(isinstance(a, (sympy.Eq, sympy.Ne)) or ratio > 0)
 
 
 def _equal_expressions(a: Any, b: Any) -> bool:
@@ -286,22 +264,21 @@ def _equal_expressions(a: Any, b: Any) -> bool:
         return True
     if a.is_Rational and b.is_Rational:
         return False
-    integers = [n for x in (a, b) for rational in x.atoms(sympy.Rational) for n in (rational.p, rational.q)]
-    digits = _DIGITS + sum(int(n).bit_length() // 3 for n in integers) + _digits_of_powers(a) + _digits_of_powers(b)
+    digits = _DIGITS + _digits_before_point(a) + _digits_before_point(b)
     if digits > _MOST_DIGITS:
         return False
     left, right = _values(a, symbols, digits), _values(b, symbols, digits)
-    return (
-        left is not None
-        and right is not None
-        and all(_agree(*pair, digits - 10) for pair in zip(left, right, strict=True))
-    )
+    return bool(left and right) and all(_agree(x, y, digits - 10) for x, y in zip(left, right, strict=True))
 
 
-def _digits_of_powers(a: Any) -> int:
-    """How many decimal digits the irrational powers of a constant may have before the point, at most."""
+def _digits_before_point(a: Any) -> int:
+    """How many decimal digits the integers and the irrational powers of an expression may have, at most."""
+    integers = [n for rational in a.atoms(sympy.Rational) for n in (rational.p, rational.q)]
     powers = [x for x in a.atoms(sympy.Pow) if x.exp.is_Integer and x.base.is_number and not x.base.is_Rational]
-    return sum(int(abs(x.exp) * abs(sympy.log(abs(sympy.N(x.base)), 10))) + 1 for x in powers if sympy.N(x.base) != 0)
+    bases = [(x.exp, abs(sympy.N(x.base))) for x in powers]
+    return sum(int(n).bit_length() // 3 for n in integers) + sum(
+        int(abs(exponent * sympy.log(base, 10))) + 1 for exponent, base in bases if base
+    )
 
 
 def _is_rounding(decimal: Any, exact: Any) -> bool:
@@ -327,16 +304,11 @@ def _values(a: Any, symbols: set[Any], digits: int) -> list[Any] | None:
         value = a.evalf(digits, subs=point)
         if not value.is_number or value.has(sympy.nan, sympy.zoo):
             return None
-        values.append(value)
+        cancels_out = getattr(value, "_prec", 53) == 1  # as evalf says: a value of one bit
+        values.append(sympy.S.Zero if cancels_out else value)
     return values
 
 
 def _agree(a: Any, b: Any, digits: int) -> bool:
     """Whether two values agree to so many digits."""
-    a, b = _zero(a), _zero(b)
     return a == b or bool(abs(a - b) * 10**digits < abs(a) + abs(b))
-
-
-def _zero(value: Any) -> Any:
-    """0 for a value of one bit, which evalf gives what cancels out."""
-    return sympy.S.Zero if getattr(value, "_prec", 53) == 1 else value

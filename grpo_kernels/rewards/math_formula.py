@@ -14,6 +14,7 @@ from antlr4.atn.ParserATNSimulator import ParserATNSimulator
 from latex2sympy2_extended import is_expr_of_only_symbols
 from latex2sympy2_extended.latex2sympy2 import ConversionConfig, _Latex2Sympy
 from latex2sympy2_extended.logic import And
+from sympy.core.function import AppliedUndef
 from sympy.core.relational import Relational
 
 _MAX_LENGTH = 1000  # characters of a formula
@@ -23,14 +24,8 @@ _MAX_ROOT_BITS = 1000  # of a sum whose root is taken, for which sympy factors i
 _PLAIN = re.compile(r"([+-]?)\s*(\d{1,4000}(?:\.\d{0,4000})?|\.\d{1,4000})(?:\s*/\s*(\d{1,4000}))?")
 _FRACTION = re.compile(r"\\frac\{(\d+)\}\{(\d+)\}")
 _TOO_LARGE = re.compile(r"\^\{?-?\d{6}|\d{5,}\s*\)?!|!\s*\)*!|\\binom\s*\{\d{5}|\^\{?\d+\^\{?\d+\^|\^\{\d+\^\{?\d{2,}")
-UNEVALUATED = (
-    sympy.Integral,
-    sympy.Sum,
-    sympy.Product,
-    sympy.Limit,
-    sympy.Derivative,
-    sympy.core.function.AppliedUndef,
-)
+_CONNECTIVE = re.compile(r"\\(?:land|lor)(?![a-z])")
+UNEVALUATED = (sympy.Integral, sympy.Sum, sympy.Product, sympy.Limit, sympy.Derivative, AppliedUndef)
 
 
 class _BoundedSimulator(ParserATNSimulator):
@@ -84,13 +79,11 @@ def parse_formula(text: str) -> Any:
     if plain and (plain[3] is None or int(plain[3])):
         value = sympy.Rational(plain[2]) / sympy.Integer(plain[3] or 1)
         return -value if plain[1] == "-" else value
-    if len(text) > _MAX_LENGTH or _TOO_LARGE.search(text):
-        return None
-    if "'" in text:  # the parser would transpose what stands before it
+    if len(text) > _MAX_LENGTH or _TOO_LARGE.search(text) or "'" in text:  # which would transpose what it follows
         return None
     exact, approx, rounded = text.partition(r"\approx")
     try:
-        if re.search(r"\\(?:land|lor)(?![a-z])", text):
+        if _CONNECTIVE.search(text):
             return _connected(text)
         if approx:
             return _approximated(parse_formula(exact.strip()), parse_formula(rounded.strip()))
@@ -105,36 +98,32 @@ def parse_formula(text: str) -> Any:
 
 def _connected(text: str) -> Any:
     """The solutions of statements about one symbol that are connected by "and", or by "or"; None where these mix."""
-    if r"\land" in text and r"\lor" in text:
-        return None
-    parts = [parse_formula(part.strip()) for part in re.split(r"\\(?:land|lor)(?![a-z])", text)]
-    if any(part is None or len(part.free_symbols) != 1 for part in parts):
-        return None
+    parts = [parse_formula(part.strip()) for part in _CONNECTIVE.split(text)]
     sets = [solutions(part) for part in parts]
     if None in sets or len(set().union(*(part.free_symbols for part in parts))) != 1:
         return None
-    return (sympy.Intersection if r"\land" in text else sympy.Union)(*sets)
+    connectives = {r"\land": sympy.Intersection, r"\lor": sympy.Union}
+    operation, *mixed = [connectives[name] for name in set(_CONNECTIVE.findall(text))]
+    return None if mixed else operation(*sets)
 
 
 def solutions(a: Any) -> Any:
     """The set of x of ``1 < x``, ``1 < x < 2``, ``|x - 1| < 2`` or ``x != 1``; None for anything else."""
     if isinstance(a, sympy.Eq) and a.lhs.is_Symbol and isinstance(a.rhs, sympy.Set):  # x \in [1, 2]
         return a.rhs
-    parts = a._unsorted_args if isinstance(a, And) else [a]
-    if not all(isinstance(x, Relational) and len(x.free_symbols) == 1 for x in parts):
+    statements = parts_of(a) if isinstance(a, And) else [a]
+    if not all(isinstance(x, Relational) and len(x.free_symbols) == 1 for x in statements):
         return None
-    sides = [side for x in parts for side in (x.lhs, x.rhs)]
-    names = set().union(*(side.free_symbols for side in sides))
-    if len(names) != 1 or not all(_is_bounded_side(side) for side in sides):
+    if len(a.free_symbols) != 1 or not all(_is_bounded(side) for x in statements for side in x.args):
         return None
-    return sympy.Intersection(*(x.as_set() for x in parts))
+    return sympy.Intersection(*(x.as_set() for x in statements))
 
 
-def _is_bounded_side(a: Any) -> bool:
+def _is_bounded(side: Any) -> bool:
     """Whether a side of an inequality is a symbol, a real number or the distance of a symbol from a number."""
-    if isinstance(a, sympy.Abs) and a.free_symbols:
-        return a.args[0].is_polynomial() and sympy.degree(a.args[0]) == 1
-    return a.is_Symbol or (a.is_number and a.is_real)
+    if isinstance(side, sympy.Abs) and side.free_symbols:
+        return side.args[0].is_polynomial() and sympy.degree(side.args[0]) == 1
+    return side.is_Symbol or (side.is_number and side.is_real)
 
 
 def _as_symbols(text: str) -> str:
@@ -153,19 +142,22 @@ def _approximated(exact: Any, rounded: Any) -> Any:
     return exact if bool(sympy.Abs(sympy.N(exact - rounded)) <= sympy.Abs(sympy.N(exact)) / 100) else None
 
 
+def parts_of(a: Any) -> list[Any]:
+    """A chain's statements in order, a matrix's shape and entries, the arguments of anything else."""
+    if isinstance(a, sympy.MatrixBase):
+        return [*map(sympy.Integer, a.shape), *a.flat()]
+    return list(a._unsorted_args if isinstance(a, And) else a.args)
+
+
 def _evaluated(a: Any) -> Any:
     """A parsed formula with its numbers worked out; sums, integrals and limits stay as they are."""
-    if isinstance(a, And):
-        return And(*map(_evaluated, a._unsorted_args), evaluate=False)
-    if isinstance(a, Relational):
-        return a.func(_evaluated(a.lhs), _evaluated(a.rhs), evaluate=False)
-    if isinstance(a, sympy.FiniteSet):
-        return sympy.FiniteSet(*map(_evaluated, a.args))
-    if isinstance(a, sympy.Interval):
-        return sympy.Interval(_evaluated(a.start), _evaluated(a.end), a.left_open, a.right_open)
     if isinstance(a, sympy.MatrixBase):
         return sympy.ImmutableMatrix(a.applyfunc(_evaluated))
-    if isinstance(a, (sympy.Tuple, sympy.Union, sympy.Intersection, sympy.Complement)):
+    if isinstance(a, (And, Relational)):
+        return a.func(*map(_evaluated, parts_of(a)), evaluate=False)
+    if isinstance(a, sympy.FiniteSet):
+        return sympy.FiniteSet(*map(_evaluated, a.args))
+    if isinstance(a, (sympy.Tuple, sympy.Interval, sympy.Union, sympy.Intersection, sympy.Complement)):
         return a.func(*map(_evaluated, a.args))
     if not isinstance(a, sympy.Expr) or a.has(*UNEVALUATED):
         return a
@@ -188,25 +180,18 @@ def _with_real_roots(a: Any) -> Any:
 
 def _bits(a: Any) -> int:
     """How long the integers of a constant may get when it is worked out; raises OverflowError beyond ``_MAX_BITS``."""
+    inner = [_bits(x) for x in a.args]
+    bits = sum(inner)
     if a.is_Rational:
         bits = int(a.p).bit_length() + int(a.q).bit_length()
     elif isinstance(a, (sympy.Pow, sympy.exp)) and not a.exp.free_symbols:
-        _bits(a.exp)
-        exponent = abs(sympy.N(a.exp))
-        if (
-            not a.exp.is_Integer
-            and isinstance(a, sympy.Pow)
-            and a.base.has(sympy.Add)
-            and _bits(a.base) > _MAX_ROOT_BITS
-        ):
+        base, exponent = inner[0] if isinstance(a, sympy.Pow) else 0, abs(sympy.N(a.exp))
+        if base > _MAX_ROOT_BITS and a.base.has(sympy.Add) and not a.exp.is_Integer:
             raise OverflowError("a root of a number that would have to be factored")
-        bits = max(_bits(a.base), 2) * (int(exponent) + 1) if exponent < _MAX_BITS else _MAX_BITS + 1
+        bits = max(base, 2) * (int(exponent) + 1) if exponent < _MAX_BITS else _MAX_BITS + 1
     elif isinstance(a, sympy.factorial) and not a.free_symbols:
-        _bits(a.args[0])
         argument = abs(sympy.N(a.args[0]))
         bits = int(argument) * 16 if argument < 3000 else _MAX_BITS + 1
-    else:
-        bits = sum(map(_bits, a.args))
     if bits > _MAX_BITS:
         raise OverflowError(f"a number has more than {_MAX_BITS} bits")
     return bits
