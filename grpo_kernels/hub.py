@@ -40,9 +40,9 @@ def use_cache_if_unreachable() -> None:
         sys.modules["datasets"].config.HF_HUB_OFFLINE = True
 
 
-def check_loaded(found: dict[str, Any], name: str) -> None:
+def check_loaded(loading_info: dict[str, Any], name: str) -> None:
     """Raises ValueError where ``from_pretrained`` has filled weights that the files lack with random numbers."""
-    missing = sorted(found["missing_keys"])
+    missing = sorted(loading_info["missing_keys"])
     if missing:
         more = f" and {len(missing) - 3} more" if len(missing) > 3 else ""
         raise ValueError(f"{name} lacks weights of the model: {', '.join(missing[:3])}{more}")

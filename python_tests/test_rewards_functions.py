@@ -17,7 +17,7 @@ from grpo_kernels.rewards import (
     RepetitionReward,
     sandbox,
 )
-from grpo_kernels.rewards.length import token_counts
+from grpo_kernels.rewards.completions import completion_tokens
 
 
 def called(reward, *completions, **columns):
@@ -235,7 +235,7 @@ def test_a_reward_on_tokens_needs_them():
     with pytest.raises(ValueError, match="cosine_length needs the column completion_ids"):
         called(CosineLengthReward(unit="tokens"), "c", answer="4")
     with pytest.raises(ValueError, match="it has none"):
-        token_counts("mine", {})
+        completion_tokens("mine", {})
 
 
 @pytest.mark.parametrize(

@@ -11,8 +11,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from grpo_kernels.rewards import sandbox
-from grpo_kernels.rewards.parameters import check_integer, check_number
 from grpo_kernels.rewards.program_text import extract_program
+from grpo_kernels.rewards.registry import check_integer, check_number
 
 # Runs a program and then a test in its namespace. The marker, which says that the test was reached and held, comes by
 # standard input, so that neither an early exit nor the text of this script helps a program that passes no test.

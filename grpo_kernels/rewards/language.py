@@ -4,20 +4,14 @@ from __future__ import annotations
 
 import re
 import unicodedata
-from collections.abc import Collection, Iterable, Sequence
+from collections import defaultdict
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
-from functools import cache, lru_cache
-from itertools import chain, groupby
-from typing import Any, NamedTuple
+from functools import cache, cached_property
+from itertools import groupby
+from typing import Any
 
-from grpo_kernels.rewards.completions import completion_text
-from grpo_kernels.rewards.prose import prose_of
-
-# The first word of a letter's Unicode name is its script, but for these. Chinese and Japanese share theirs.
-_SAME_SCRIPT = dict.fromkeys(("CJK", "IDEOGRAPHIC", "HIRAGANA", "KATAKANA", "KATAKANA-HIRAGANA", "BOPOMOFO"), "HAN")
-#: Scripts written without spaces: each letter is a word.
-UNSPACED = frozenset({"HAN", "THAI", "LAO", "KHMER", "MYANMAR"})
-_SHARED = ("LATIN", "CYRILLIC", "ARABIC", "DEVANAGARI")  # scripts in which lingua knows several languages
+from grpo_kernels.rewards.completions import UNSPACED, completion_text, script_of
 
 # Languages that lingua cannot be relied on to tell apart: a text in the one is no evidence against the other.
 _CLOSE = (frozenset({"id", "ms"}), frozenset({"bs", "hr", "sr"}), frozenset({"nb", "nn"}))
@@ -25,7 +19,6 @@ _MEMBERS = {"no": frozenset({"nb", "nn"})}  # Norwegian, by the code for both of
 # Scripts of a language in which lingua does not know it: no evidence for or against it.
 _ALSO_IN = {"az": {"ARABIC", "CYRILLIC"}, "bs": {"CYRILLIC"}, "kk": {"ARABIC", "LATIN"}, "mn": {"MONGOLIAN"},
             "ms": {"ARABIC"}, "pa": {"ARABIC"}, "sr": {"LATIN"}}  # fmt: skip
-
 # Codes of countries that are written in place of their languages'.
 _COUNTRIES = {"cn": "zh", "cz": "cs", "dk": "da", "gr": "el", "jp": "ja", "kr": "ko", "ua": "uk", "vn": "vi"}
 
@@ -39,53 +32,47 @@ _LONGEST_WORD = 60  # characters; lingua's time grows with the square of a word'
 
 _END_OF_SENTENCE = re.compile(r"[.!?]\s|[\n。！？।؟۔]")
 _END_OF_REASONING = re.compile(r"</think>|<answer>")
+_KANA = re.compile(r"[\u3041-\u30ff\u31f0-\u31ff]")
+_INSIDE_WORDS = "'’-\u200c"
 
-
-class _Word(NamedTuple):
-    script: str
-    text: str
+# A code span or a formula, as in Pandoc with no digit after it, or what opens a program or a formula.
+_OPENING = re.compile(
+    r"(?P<fence>`{3,}|~{3,})|(?P<span>`[^`\n]*`|(?<!\\)\$(?P<formula>(?:\\.|[^$\\\n])+)\$(?!\d))"
+    r"|\$\$|\\[(\[]|\\begin\{(?P<environment>\w+\*?)\}"
+)
+_CLOSING = {r"\(": r"\)", r"\[": r"\]"}
+_COMMAND = re.compile(r"\\[A-Za-z]+(?:\{[^{}]*\})?")
+_WORDS_IN_A_ROW = re.compile(r"[^\W\d_]{2,}(?:[\s,]+[^\W\d_]{2,}){2}")
+_NO_PROSE = re.compile(
+    r"\\[A-Za-z]+|</?\w+>|https?://\S+|(?<![A-Za-z\d_])[A-Za-z\d_]*[\d_][A-Za-z\d_]*|\b[a-z]+[A-Z][A-Za-z]*"
+)
 
 
 @dataclass(frozen=True)
 class LanguageConsistencyReward:
     """The share of the words of the reasoning that are in the target language (DeepSeek-R1, sec. 2.3.2).
 
-    The reasoning is what follows the first ``<think>``, or the start where there is none, up to the first ``</think>``
-    or ``<answer>``, or to the end.
+    With a ``vocabulary`` (a synthetic task), or the column ``target_words``, words are what stands between white space,
+    and the reward is the share of them that the vocabulary has, case and all; 0 without any word.
 
-    With a ``vocabulary`` (a synthetic task), or where rows name their words in the column ``target_words``, words are
-    what stands between white space, and the reward is the share of them that the vocabulary has, case and all; 0
-    without any word.
+    Else lingua tells the language of each sentence, by script. Words are runs of at least two letters, and in scripts
+    without spaces single letters. Left out are code, formulas, LaTeX commands, tags, addresses, words with digits, and
+    names, abbreviations and units in another script.
 
-    Else, for natural text, lingua says what a language is. Code, formulas, LaTeX commands, tags, addresses and words
-    with digits in them are left out first; what stands between two prices in dollars is no formula. A word is a run of
-    letters of one script, of at least two (single letters are names of variables) and at most 60 characters, and in
-    scripts without spaces (Chinese, Japanese, Thai) every letter. In a text of another script, one or two words in a
-    row are left out where they are names, abbreviations or units: they have a capital or, if Latin, fewer than four
-    letters. Then
+    1. Words of a script that the target does not use are foreign.
+    2. A sentence is the target's if it has 20 letters and lingua's confidence is 0.85.
+    3. It is foreign if it has 40 letters and the confidence in another language is 0.99; in Latin letters only if most
+       words do not look like names and either half of them agrees.
+    4. The other sentences are judged as one text, where 24 letters will do for another language, and 12 with 0.95 for
+       the target; those in which lingua finds a language 20 times likelier are judged by themselves.
 
-    1. the words of a script that the target does not use are foreign;
-    2. the words of one sentence in the target's script are the target's if there are at least 20 letters and lingua's
-       confidence is 0.85 or more;
-    3. they are foreign if there are at least 40 letters and its confidence in another language is 0.99. In Latin
-       letters, where it is as sure of slang and noise, they also need that language in either half of the words, with
-       0.1 or more, and most of them must not look like names (capitalized) or abbreviations;
-    4. all other sentences are judged alike, as one text, where 24 letters will do for another language. If they are in
-       one, those are foreign in which lingua finds no language 20 times likelier than it;
-    5. the sentences left are judged alike as two texts: those in which lingua finds no language 20 times likelier than
-       the target, and the others. For the target 12 letters will do with 0.95. If that tells nothing of the first
-       text, it is the target's if it is along with the words of 2; of the second, foreign is what 4 says.
-
-    The reward is the share of the target's words among those judged. It abstains with None where there is no evidence:
-    no words, as in an empty reasoning; half of the letters or more in words that cannot be judged; or, in those of them
-    where another language is 20 times likelier, at least half as many letters as are judged. Fewer are left out of the
-    share, so that a short sentence or two in another language may go unnoticed. Sentences are not divided: a few
-    foreign words in one do not count, if they are in its script, and one that is half in another language is in either
-    or cannot be judged.
+    It abstains with None where there is no evidence: no words; half of the letters or more in words that cannot be
+    judged; or, where another language is 20 times likelier, half as many letters as are judged. Fewer are left out of
+    the share, so that a short sentence in another language, or a few words of it, may go unnoticed.
 
     lingua cannot be relied on to tell apart Indonesian and Malay, Bosnian, Croatian and Serbian, and the two written
-    forms of Norwegian: of two such the one is never foreign to the other, and the reward often abstains. Name both,
-    ``["id", "ms"]``, if it does not matter which.
+    forms of Norwegian: the one is never foreign to the other, and the reward often abstains. Name both if either will
+    do, ``["id", "ms"]``.
 
     Args:
         language: The target, as ISO 639-1 code of one of lingua's 75 languages, or "no" for both forms of Norwegian;
@@ -95,20 +82,19 @@ class LanguageConsistencyReward:
 
     Raises:
         ValueError: The vocabulary is no list of words, or lingua has no such language.
-        ImportError: lingua is not installed and the text is a natural one: at once if a language is named, else when
-            called.
+        ImportError: lingua is not installed: at once if a language is named, else when a natural text is judged.
     """
 
     language: str | Sequence[str] | None = None
     vocabulary: Collection[str] | None = None
 
     def __post_init__(self) -> None:
-        value = self.vocabulary
-        is_list = isinstance(value, Collection) and not isinstance(value, str) and len(value) > 0
-        if value is not None and not (is_list and all(isinstance(word, str) for word in value)):
-            raise ValueError(f"vocabulary must be a list of words, got {value!r}")
-        if value is None and self.language is not None:
+        words = self.vocabulary
+        if words is None and self.language is not None:
             _targets("language", self.language)
+        is_list = isinstance(words, Collection) and not isinstance(words, str) and len(words) > 0
+        if words is not None and not (is_list and all(isinstance(word, str) for word in words)):
+            raise ValueError(f"vocabulary must be a list of words, got {words!r}")
 
     def __call__(self, prompts: Sequence[Any], completions: Sequence[Any], **columns: Any) -> list[float | None]:
         texts = [reasoning_of(completion_text(c)) for c in completions]
@@ -129,180 +115,183 @@ def reasoning_of(completion: str) -> str:
     return _END_OF_REASONING.split(after if opened else before, maxsplit=1)[0]
 
 
+@dataclass(eq=False)
+class _Passage:
+    """Words of one script, of a sentence or of several."""
+
+    script: str
+    words: list[str]
+
+    @cached_property
+    def letters(self) -> int:
+        return sum(map(len, self.words))
+
+    @cached_property
+    def confidences(self) -> dict[str, float]:
+        """How sure lingua is of each language; rounded, because it adds up in no fixed order."""
+        text = ("" if self.script in UNSPACED else " ").join(self.words)
+        values = _detector().compute_language_confidence_values(text)
+        return {_code(value.language): round(value.value, 6) for value in values if value.value > 0}
+
+    @cached_property
+    def likeliest(self) -> frozenset[str]:
+        """The likeliest language, and those that lingua cannot be relied on to tell apart from it."""
+        language = max(self.confidences, key=lambda name: self.confidences[name], default="")
+        return next((group for group in _CLOSE if language in group), frozenset({language}))
+
+    def confidence(self, languages: frozenset[str]) -> float:
+        return sum(self.confidences.get(language, 0.0) for language in languages)
+
+    def may_be_in(self, languages: frozenset[str]) -> bool:
+        """Whether lingua finds no language far likelier than these, or knows none of them in this script."""
+        if not languages & _languages_in(self.script):
+            return True
+        return self.confidence(languages) >= _NEAR_LIKELIEST * max(self.confidences.values(), default=0.0)
+
+    def is_in(self, targets: frozenset[str], *, is_pool: bool = False) -> bool | None:
+        """Whether the words are in one of the languages, None if that cannot be told; a pool needs fewer letters."""
+        if not self.words or any(self.script in _ALSO_IN.get(target, ()) for target in targets):
+            return None
+        languages = _languages_in(self.script)
+        if not languages:
+            if "ja" in targets and self.script == "HAN" and not any(map(_KANA.match, self.words)):
+                return False if len(self.words) >= _HAN_LETTERS else None  # in both languages, if it is short
+            return self.confidence(targets) >= _SURE
+        if not targets & languages:
+            return False
+        if self.letters < (_FEW_LETTERS if is_pool else _LETTERS):
+            return None
+        confidence = self.confidence(targets)
+        if confidence >= _SURE:
+            return True if confidence >= _SURE_OF_FEW or self.letters >= _LETTERS else None
+        without_names = _Passage(self.script, [word for word in self.words if word.islower()])
+        if len(without_names.words) < len(self.words) and without_names.is_in(targets, is_pool=is_pool):
+            return True
+        is_enough = self.letters >= (_LETTERS_OF_OTHER_IN_POOL if is_pool else _LETTERS_OF_OTHER)
+        return False if is_enough and self._is_in_another(targets) else None
+
+    def _is_in_another(self, targets: frozenset[str]) -> bool:
+        """Whether the words, of a shared script, are in a language that is no target, nor close to one."""
+        others = self.likeliest
+        names = [word for word in self.words if word[0].isupper() and (len(word) <= 4 or not word.isupper())]
+        if others & targets or 3 * len(names) > 2 * len(self.words) or self.confidence(others) < _SURE_OF_OTHER:
+            return False
+        if self.script != "LATIN":
+            return True
+        # In Latin letters lingua finds a language in slang and noise, too, but seldom the same in each half.
+        middle = len(self.words) // 2
+        halves = (_Passage(self.script, words) for words in (self.words[:middle], self.words[middle:]))
+        return all(half.confidence(others) >= _SURE_OF_HALF for half in halves)
+
+
 def _share_of(vocabulary: frozenset[str], words: list[str]) -> float:
     return sum(word in vocabulary for word in words) / len(words) if words else 0.0
 
 
 def _share_in(targets: frozenset[str], text: str) -> float | None:
     """The share of the words of a natural text that are in one of the languages; None without evidence."""
-    by_verdict: dict[bool | None, list[_Word]] = {True: [], False: [], None: []}
-    undecided: dict[str, list[list[_Word]]] = {}
-    for sentence in _END_OF_SENTENCE.split(prose_of(text)):
-        for words in _by_script(_without_names(_words_of(sentence), targets)):
-            verdict = _is_in(targets, words)
-            if verdict is None:
-                undecided.setdefault(words[0].script, []).append(words)
-            else:
-                by_verdict[verdict] += words
-    of_target = {script: [w for w in by_verdict[True] if w.script == script] for script in undecided}
+    by_verdict: dict[bool | None, list[_Passage]] = {True: [], False: [], None: []}
+    undecided: dict[str, list[_Passage]] = defaultdict(list)
+    for sentence in _END_OF_SENTENCE.split(_prose_of(text)):
+        for passage in _passages(sentence, targets):
+            verdict = passage.is_in(targets)
+            (undecided[passage.script] if verdict is None else by_verdict[verdict]).append(passage)
     unlikely_letters = 0
-    for script, sentences in undecided.items():
-        foreign, sentences = _split_foreign(targets, sentences)
-        likely, unlikely = _split_by_likelihood(targets, sentences)
+    for script, passages in undecided.items():
+        of_target = [passage for passage in by_verdict[True] if passage.script == script]
+        foreign, others = _split_foreign(targets, passages)
+        likely, unlikely = _split_by_likelihood(targets, others)
         unlikely_foreign, unlikely = _split_foreign(targets, unlikely)
         by_verdict[False] += foreign + unlikely_foreign
-        by_verdict[_pool_verdict(targets, _joined(likely), of_target[script])] += _joined(likely)
-        verdict = _pool_verdict(targets, _joined(unlikely), [])
-        by_verdict[verdict] += _joined(unlikely)
-        unlikely_letters += 0 if verdict else _letters(_joined(unlikely))
-    judged = by_verdict[True] + by_verdict[False]
-    has_evidence = _letters(judged) > max(_letters(by_verdict[None]), 2 * unlikely_letters)
-    return len(by_verdict[True]) / len(judged) if has_evidence else None
+        is_target = _concat(likely).is_in(targets, is_pool=True)
+        if is_target is None and of_target:
+            is_target = _concat(of_target + likely).is_in(targets)
+        by_verdict[is_target or None] += likely
+        is_target = _concat(unlikely).is_in(targets, is_pool=True)
+        by_verdict[is_target or None] += unlikely
+        unlikely_letters += 0 if is_target else _concat(unlikely).letters
+    in_target, in_others, unknown = (_concat(by_verdict[verdict]) for verdict in (True, False, None))
+    has_evidence = in_target.letters + in_others.letters > max(unknown.letters, 2 * unlikely_letters)
+    return len(in_target.words) / len(in_target.words + in_others.words) if has_evidence else None
 
 
-def _split_foreign(targets: frozenset[str], sentences: list[list[_Word]]) -> tuple[list[_Word], list[list[_Word]]]:
-    """Words of the sentences of one script that together are in another language, and the other sentences."""
-    if not sentences or _is_in(targets, _joined(sentences), is_pool=True) is not False:
-        return [], sentences
-    likely, unlikely = _split_by_likelihood(_likeliest(_confidences(_joined(sentences))), sentences)
-    foreign = _joined(likely)
-    if not foreign or _is_in(targets, foreign, is_pool=True) is not False:
-        return [], sentences
-    return foreign, unlikely
+def _concat(passages: list[_Passage]) -> _Passage:
+    return _Passage(passages[0].script if passages else "", [word for p in passages for word in p.words])
 
 
-def _split_by_likelihood(
-    languages: frozenset[str], sentences: list[list[_Word]]
-) -> tuple[list[list[_Word]], list[list[_Word]]]:
-    """Sentences in which lingua finds no language far likelier than these, and the others."""
-    likely: list[list[_Word]] = []
-    unlikely: list[list[_Word]] = []
-    for words in sentences:
-        (likely if _may_be_in(languages, words) else unlikely).append(words)
-    return likely, unlikely
+def _split_by_likelihood(languages: frozenset[str], passages: list[_Passage]) -> tuple[list[_Passage], list[_Passage]]:
+    likely = [passage for passage in passages if passage.may_be_in(languages)]
+    return likely, [passage for passage in passages if not passage.may_be_in(languages)]
 
 
-def _pool_verdict(targets: frozenset[str], pool: list[_Word], of_target: list[_Word]) -> bool | None:
-    """True if words of several sentences are in one of the languages, by themselves or along with words that are."""
-    verdict = _is_in(targets, pool, is_pool=True) if pool else None
-    if verdict is None and pool and of_target:
-        verdict = _is_in(targets, of_target + pool)
-    return verdict or None
+def _split_foreign(targets: frozenset[str], passages: list[_Passage]) -> tuple[list[_Passage], list[_Passage]]:
+    """Sentences of one script that as one text are in another language, and the other sentences."""
+    pool = _concat(passages)
+    if pool.is_in(targets, is_pool=True) is False:
+        likely, unlikely = _split_by_likelihood(pool.likeliest, passages)
+        if _concat(likely).is_in(targets, is_pool=True) is False:
+            return likely, unlikely
+    return [], passages
 
 
-def _may_be_in(languages: frozenset[str], words: list[_Word]) -> bool:
-    """Whether lingua finds no language far likelier than these in words of one script, or knows none of them in it."""
-    script = words[0].script
-    if script not in _SHARED or not languages & _languages_in(script):
-        return True
-    confidences = _confidences(words)
-    confidence = sum(confidences.get(name, 0.0) for name in languages)
-    return confidence >= _NEAR_LIKELIEST * max(confidences.values(), default=0.0)
+def _passages(sentence: str, targets: frozenset[str]) -> list[_Passage]:
+    """The words of a sentence by script, but for one or two foreign names, abbreviations or units in a row."""
+    words_by_script: dict[str, list[str]] = defaultdict(list)
+    for script, run in groupby(_words_of(sentence), key=lambda word: word[0]):
+        words = [word for _, word in run]
+        languages = _languages_in(script)
+        if len(words) <= 2 and languages and not targets & languages:
+            words = [word for word in words if word.islower() and (script != "LATIN" or len(word) > 3)]
+        words_by_script[script] += words
+    return [_Passage(script, words) for script, words in words_by_script.items() if words]
 
 
-def _is_in(targets: frozenset[str], words: list[_Word], *, is_pool: bool = False) -> bool | None:
-    """Whether words of one script are in one of the languages, None if that cannot be told.
-
-    A pool of sentences needs fewer letters than a sentence.
-    """
-    script = words[0].script
-    if any(script in _ALSO_IN.get(target, ()) for target in targets):
-        return None
-    if script in _SHARED and not targets & _languages_in(script):
-        return False
-    if script in _SHARED and _letters(words) < (_FEW_LETTERS if is_pool else _LETTERS):
-        return None
-    confidences = _confidences(words)
-    confidence = sum(confidences.get(target, 0.0) for target in targets)
-    if script not in _SHARED:
-        if "ja" in targets and script == "HAN" and not _has_kana(words):
-            return False if len(words) >= _HAN_LETTERS else None  # in both languages, if it is short
-        return confidence >= _SURE
-    if confidence >= _SURE:
-        return True if confidence >= _SURE_OF_FEW or _letters(words) >= _LETTERS else None
-    without_names = [word for word in words if word.text.islower()]
-    if len(without_names) < len(words) and without_names and _is_in(targets, without_names, is_pool=is_pool):
-        return True
-    if _letters(words) < (_LETTERS_OF_OTHER_IN_POOL if is_pool else _LETTERS_OF_OTHER):
-        return None
-    return False if _is_in_another(targets, words, confidences) else None
-
-
-def _is_in_another(targets: frozenset[str], words: list[_Word], confidences: dict[str, float]) -> bool:
-    """Whether words of a shared script are in a language that is no target, nor close to one."""
-    others = _likeliest(confidences)
-    names = [w for w in words if w.text[0].isupper() and (len(w.text) <= 4 or not w.text.isupper())]
-    if others & targets or 3 * len(names) > 2 * len(words):
-        return False
-    if sum(confidences.get(name, 0.0) for name in others) < _SURE_OF_OTHER:
-        return False
-    if words[0].script != "LATIN":
-        return True
-    # Of its many languages in Latin letters lingua finds one in slang and noise, too, but seldom the same in each half.
-    middle = len(words) // 2
-    halves = [_confidences(words[:middle]), _confidences(words[middle:])]
-    return all(sum(half.get(name, 0.0) for name in others) >= _SURE_OF_HALF for half in halves)
-
-
-def _likeliest(confidences: dict[str, float]) -> frozenset[str]:
-    """The likeliest language, and those that lingua cannot be relied on to tell apart from it."""
-    likeliest = max(confidences, key=lambda name: confidences[name], default="")
-    return next((group for group in _CLOSE if likeliest in group), frozenset({likeliest}))
-
-
-def _joined(sentences: Iterable[list[_Word]]) -> list[_Word]:
-    return list(chain.from_iterable(sentences))
-
-
-def _letters(words: list[_Word]) -> int:
-    return sum(len(word.text) for word in words)
-
-
-def _without_names(words: list[_Word], targets: frozenset[str]) -> list[_Word]:
-    """Words but for one or two in a row of a script that no target uses, if they are names, abbreviations or units."""
-    kept: list[_Word] = []
-    for script, group in groupby(words, key=lambda word: word.script):
-        run = list(group)
-        if len(run) <= 2 and script in _SHARED and not targets & _languages_in(script):
-            run = [w for w in run if w.text.islower() and (script != "LATIN" or len(w.text) > 3)]
-        kept += run
-    return kept
-
-
-def _by_script(words: list[_Word]) -> list[list[_Word]]:
-    return [[w for w in words if w.script == script] for script in dict.fromkeys(word.script for word in words)]
-
-
-def _words_of(text: str) -> list[_Word]:
-    words: list[_Word] = []
+def _words_of(text: str) -> Iterator[tuple[str, str]]:
+    """Each word with its script."""
     run, run_script = "", ""
-    for letter in text + " ":
+    for character in text + " ":
         # An accent belongs to the letter before it, and so does an apostrophe or hyphen, if letters follow.
-        if run and (unicodedata.category(letter)[0] == "M" or (letter in "'’-\u200c" and run_script not in UNSPACED)):
-            run += letter
+        is_inside = character in _INSIDE_WORDS and run_script not in UNSPACED
+        if run and (is_inside or unicodedata.category(character)[0] == "M"):
+            run += character
             continue
-        script = script_of(letter)
+        script = script_of(character)
         if script and script == run_script and script not in UNSPACED:
-            run += letter
+            run += character
             continue
-        run = run.rstrip("'’-\u200c")
+        run = run.rstrip(_INSIDE_WORDS)
         if (run_script in UNSPACED or len(run) > 1) and len(run) <= _LONGEST_WORD:
-            words.append(_Word(run_script, unicodedata.normalize("NFKC", run)))
-        run, run_script = (letter, script) if script else ("", "")
-    return words
+            yield run_script, unicodedata.normalize("NFKC", run)
+        run, run_script = (character, script) if script else ("", "")
 
 
-@lru_cache(maxsize=4096)
-def script_of(character: str) -> str:
-    """The script of a letter; empty for anything else."""
-    if unicodedata.category(character)[0] != "L":
-        return ""
-    name = unicodedata.name(unicodedata.normalize("NFKC", character)[0], "").partition(" ")[0]
-    return _SAME_SCRIPT.get(name, name)
+def _prose_of(text: str) -> str:
+    """A text without code, formulas, LaTeX commands, tags, addresses, camelCase names and words with digits in them."""
+    prose: list[str] = []
+    unclosed: set[str] = set()  # to look for these again would take quadratic time
+    copied = position = 0
+    while opening := _OPENING.search(text, position):
+        position = opening.end()
+        if opening["formula"] and _is_between_prices(opening["formula"]):
+            position = opening.start() + 1
+            continue
+        if not opening["span"]:
+            sign, environment = opening.group(), opening["environment"]
+            closing = rf"\end{{{environment}}}" if environment else _CLOSING.get(sign, sign)
+            end = -1 if closing in unclosed else text.find(closing, position)
+            if end < 0:
+                unclosed.add(closing)
+                if not opening["fence"]:
+                    continue
+            position = end + len(closing) if end >= 0 else len(text)
+        prose.append(text[copied : opening.start()])
+        copied = position
+    return _NO_PROSE.sub(" ", " ".join([*prose, text[copied:]]))
 
 
-def _has_kana(words: list[_Word]) -> bool:
-    return any(unicodedata.name(word.text[0], "").startswith(("HIRAGANA", "KATAKANA")) for word in words)
+def _is_between_prices(text: str) -> bool:
+    """Whether what stands between two dollars is prose: with a space at one end alone, or with words in a row."""
+    return text[0].isspace() != text[-1].isspace() or _WORDS_IN_A_ROW.search(_COMMAND.sub(" ", text)) is not None
 
 
 def _targets(name: str, language: Any) -> frozenset[str]:
@@ -310,45 +299,34 @@ def _targets(name: str, language: Any) -> frozenset[str]:
     codes = [language] if isinstance(language, str) else language
     if not isinstance(codes, Sequence) or not codes or not all(isinstance(code, str) for code in codes):
         raise ValueError(f"{name} must be one or more codes such as 'en', got {language!r}")
-    allowed = _codes() | set(_MEMBERS)
+    allowed = {*_codes().values(), *_MEMBERS}
     targets: frozenset[str] = frozenset()
     for code in codes:
         primary = re.split("[-_]", code.lower(), maxsplit=1)[0]
         if primary not in allowed:
-            code_meant = _COUNTRIES.get(primary) or _codes_by_name().get(primary)
+            code_meant = _COUNTRIES.get(primary) or _codes().get(primary)
             hint = f"; {code_meant!r} for {code!r}" if code_meant else ""
             raise ValueError(f"{name} must be one or more of {', '.join(sorted(allowed))}, got {language!r}{hint}")
         targets |= _MEMBERS.get(primary, {primary})
     return targets
 
 
-def _confidences(words: list[_Word]) -> dict[str, float]:
-    """How sure lingua is of each language; rounded, because it adds up in no fixed order."""
-    text = ("" if words and words[0].script in UNSPACED else " ").join(word.text for word in words)
-    values = _detector().compute_language_confidence_values(text)
-    return {_code(value.language): round(value.value, 6) for value in values if value.value > 0}
-
-
 @cache
-def _codes_by_name() -> dict[str, str]:
+def _codes() -> dict[str, str]:
     """The codes by what is written in their place: the English name and the code of three letters."""
     languages = _lingua().Language.all()
-    names = {language.name.lower(): _code(language) for language in languages}
-    return names | {language.iso_code_639_3.name.lower(): _code(language) for language in languages}
-
-
-@cache
-def _codes() -> frozenset[str]:
-    return frozenset(_code(language) for language in _lingua().Language.all())
-
-
-@cache
-def _languages_in(script: str) -> frozenset[str]:
-    return frozenset(_code(language) for language in getattr(_lingua().Language, f"all_with_{script.lower()}_script")())
+    return {alias.lower(): _code(x) for x in languages for alias in (x.name, x.iso_code_639_3.name)}
 
 
 def _code(language: Any) -> str:
     return language.iso_code_639_1.name.lower()
+
+
+@cache
+def _languages_in(script: str) -> frozenset[str]:
+    """The languages of one of the scripts in which lingua knows several; none of any other script."""
+    languages = getattr(_lingua().Language, f"all_with_{script.lower()}_script", frozenset)()
+    return frozenset(map(_code, languages))
 
 
 @cache

@@ -1,4 +1,4 @@
-"""Reward functions by name."""
+"""Reward functions by name, and the checks of their parameters."""
 
 from __future__ import annotations
 
@@ -6,38 +6,35 @@ import ast
 import difflib
 import importlib
 import inspect
+import math
 import re
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
 from grpo_kernels.errors import ThirdPartyError, third_party_error
-from grpo_kernels.rewards.answers import JUDGES, accuracy_reward, exact_match_reward, math_accuracy_reward
-from grpo_kernels.rewards.code import CodeReward
-from grpo_kernels.rewards.language import LanguageConsistencyReward
-from grpo_kernels.rewards.length import CosineLengthReward, LengthReward, OverlongReward
-from grpo_kernels.rewards.reward_model import RewardModel
-from grpo_kernels.rewards.scoring import RewardFunction
-from grpo_kernels.rewards.text import RepetitionReward, format_reward, tag_count_reward
 
-# A class makes reward functions of its parameters; a function is one.
-BUILT_IN: dict[str, RewardFunction] = {
-    "accuracy": accuracy_reward,
-    "math_accuracy": math_accuracy_reward,
-    "exact_match": exact_match_reward,
-    "format": format_reward,
-    "tag_count": tag_count_reward,
-    "language_consistency": LanguageConsistencyReward,
-    "length": LengthReward,
-    "cosine_length": CosineLengthReward,
-    "overlong": OverlongReward,
-    "repetition": RepetitionReward,
-    "code": CodeReward,
+RewardFunction = Callable[..., "list[float | None] | Awaitable[list[float | None]]"]
+
+#: The functions, and the classes that make one of their parameters. A module is imported when one of its names is used.
+BUILT_IN = {
+    "accuracy": "grpo_kernels.rewards.answers:accuracy_reward",
+    "math_accuracy": "grpo_kernels.rewards.answers:math_accuracy_reward",
+    "exact_match": "grpo_kernels.rewards.answers:exact_match_reward",
+    "format": "grpo_kernels.rewards.text:format_reward",
+    "tag_count": "grpo_kernels.rewards.text:tag_count_reward",
+    "language_consistency": "grpo_kernels.rewards.language:LanguageConsistencyReward",
+    "length": "grpo_kernels.rewards.length:LengthReward",
+    "cosine_length": "grpo_kernels.rewards.length:CosineLengthReward",
+    "overlong": "grpo_kernels.rewards.length:OverlongReward",
+    "repetition": "grpo_kernels.rewards.text:RepetitionReward",
+    "code": "grpo_kernels.rewards.code:CodeReward",
 }
 
 _CALL = re.compile(r"([\w.:]+)\((.*)\)", re.DOTALL)
-_FACTORIES: list[Callable[..., Any]] = [made for made in BUILT_IN.values() if isinstance(made, type)]
+_MODULE = re.compile(r"[^\W\d]\w*(?:\.[^\W\d]\w*)*")
+_FACTORIES: list[Callable[..., Any]] = []
 _FOLDERS: list[Path] = []  # where modules are looked for beside the installed packages
 _Factory = TypeVar("_Factory", bound=Callable[..., Any])
 
@@ -58,29 +55,25 @@ def look_in(folder: Path) -> None:
 
 
 def check_name(check: str | None, reward_funcs: Sequence[str]) -> str:
-    """The name of the reward function that says which answers are right.
+    """The name of the reward function that says which answers are right: ``check``, if it is there.
 
-    That is ``check``, or else the first of ``reward_funcs`` that judges answers or programs, else the first that is
-    one's own, else "accuracy".
+    Else the first of ``reward_funcs`` that judges answers or programs, else the first of one's own, else "accuracy".
     """
     if check is not None:
         return check
-    bases = {name: name.partition("(")[0].strip() for name in reward_funcs}
-    judging = [name for name, base in bases.items() if base in (*JUDGES, "code")]
-    own = [name for name, base in bases.items() if ":" in base]
-    return (judging + own + ["accuracy"])[0]
+    from grpo_kernels.rewards.answers import JUDGES
+
+    judges = [name for name in reward_funcs if name.partition("(")[0].strip() in (*JUDGES, "code")]
+    own = [name for name in reward_funcs if ":" in name.partition("(")[0]]
+    return (judges + own + ["accuracy"])[0]
 
 
 def resolve(name: str, *, key: str = "reward_funcs") -> RewardFunction:
     """A reward function by its built-in name, as ``module:function``, or a reward model by its folder or Hub name.
 
     The first two may be followed by parameters, ``repetition(n=3, max_penalty=-1.0)``, whose values are Python
-    literals; of a module, what is called with them is a class or function that makes the reward function, marked by
-    ``reward_factory``. Nothing else is called here, but a module that is named is imported: it is code that runs.
-
-    Args:
-        name: As above.
-        key: Where the name stands, for messages.
+    literals; of a module, what is called with them must be marked by ``reward_factory``. Nothing else is called here,
+    but a module that is named is imported: it is code that runs. Messages begin with ``key``, where the name stands.
 
     Raises:
         ValueError: There is no such module or function, what has parameters is not marked, it has no such parameter,
@@ -88,69 +81,21 @@ def resolve(name: str, *, key: str = "reward_funcs") -> RewardFunction:
         ThirdPartyError: The module was found and raised when it was imported.
     """
     try:
-        return _resolved(name)
+        return _resolve(name)
     except (ValueError, ThirdPartyError) as error:
         raise type(error)(f"{key}: {error}") from error.__cause__
 
 
-def _resolved(name: str) -> RewardFunction:
-    base, arguments = _split(name)
-    is_path = "/" in base or (base != "" and Path(base).expanduser().is_dir())
-    if base not in BUILT_IN and ":" not in base and arguments is None and is_path:
-        return RewardModel(base)
-    if base in BUILT_IN:
-        function = BUILT_IN[base]
-        if arguments is not None and not isinstance(function, type):
-            raise ValueError(f"{base!r} has no parameters, got {name!r}")
-    else:
-        function = _imported(base)
-    if arguments is None and not isinstance(function, type):
-        return function
-    if not any(function is known for known in _FACTORIES):
-        raise ValueError(
-            f"{base!r} must be marked by @reward_factory to be called for {name!r}; what is not "
-            "yours can be made in a module of your own, and be named as module:what_was_made"
-        )
-    made = _made(base, function, arguments or {})
-    if not callable(made):
-        raise ValueError(f"{name!r} must make a reward function, got {type(made).__name__}")
-    return made
-
-
-def _split(name: str) -> tuple[str, dict[str, Any] | None]:
-    """The name before the parentheses and the parameters in them, None without parentheses."""
-    match = _CALL.fullmatch(name.strip())
-    if match is None:
-        return name, None
-    try:
-        call = ast.parse(f"f({match[2]})", mode="eval").body
-        if not isinstance(call, ast.Call) or not isinstance(call.func, ast.Name) or call.args:
-            raise ValueError("not one list of key=value")
-        keys = [keyword.arg for keyword in call.keywords]
-        if None in keys or len(set(keys)) < len(keys):
-            raise ValueError("a key is missing or there twice")
-        return match[1], {keyword.arg: ast.literal_eval(keyword.value) for keyword in call.keywords}
-    except (SyntaxError, ValueError) as error:
-        raise ValueError(f'expected "name(key=value, ...)" with literal values, got {name!r}: {error}') from error
-
-
-def _imported(name: str) -> Callable[..., Any]:
+def import_function(name: str) -> Callable[..., Any]:
+    """The function or class that ``module:function`` names, not called; errors are those of ``resolve``."""
     module_name, _, function_name = name.partition(":")
-    if function_name and not re.fullmatch(r"[^\W\d]\w*(?:\.[^\W\d]\w*)*", module_name.removesuffix(".py")):
-        raise ValueError(f'"module:function" names a module, as my_rewards:right, got {name!r}')
     module_name = module_name.removesuffix(".py")
-    if not function_name:
-        near = difflib.get_close_matches(name, BUILT_IN, n=1)
-        hint = f"; did you mean {near[0]!r}?" if near else ""
-        raise ValueError(
-            f'expected one of {", ".join(BUILT_IN)} or "module:function", got {name!r}{hint} (a reward '
-            "model is named by its folder or as owner/model)"
-        )
+    if not _MODULE.fullmatch(module_name):
+        raise ValueError(f'"module:function" names a module, as my_rewards:right, got {name!r}')
     try:
         module = importlib.import_module(module_name)
     except Exception as error:
-        is_missing = isinstance(error, ModuleNotFoundError) and f"{module_name}.".startswith(f"{error.name}.")
-        if not is_missing:
+        if not isinstance(error, ModuleNotFoundError) or not f"{module_name}.".startswith(f"{error.name}."):
             raise third_party_error(f"{name!r} cannot be imported", error) from error
         places = "".join(f" or in {folder}" for folder in _FOLDERS)
         raise ValueError(f"{name!r} cannot be imported: {error} among the installed packages{places}") from error
@@ -160,16 +105,82 @@ def _imported(name: str) -> Callable[..., Any]:
     return function
 
 
-def _made(name: str, factory: Callable[..., Any], arguments: dict[str, Any]) -> Any:
-    signature = inspect.signature(factory)
-    known = [p.name for p in signature.parameters.values() if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
-    takes_any = any(p.kind is p.VAR_KEYWORD for p in signature.parameters.values())
-    for key in arguments:
-        if key not in known and not takes_any:
-            raise ValueError(f"{name!r} has no parameter {key!r}; it has {', '.join(known) or 'none'}")
-    missing = [
-        key for key in known if key not in arguments and signature.parameters[key].default is inspect.Parameter.empty
-    ]
+def check_integer(name: str, value: Any, minimum: int) -> None:
+    """Raises ValueError, naming the parameter, unless ``value`` is an integer of at least ``minimum``."""
+    if isinstance(value, bool) or not isinstance(value, int) or value < minimum:
+        raise ValueError(f"{name} must be an integer of at least {minimum}, got {value!r}")
+
+
+def check_number(name: str, value: Any, *, low: float = -math.inf, high: float = math.inf) -> None:
+    """Raises ValueError, naming the parameter, unless ``value`` is a finite number from ``low`` to ``high``."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+        raise ValueError(f"{name} must be a finite number, got {value!r}")
+    if not low <= value <= high:
+        raise ValueError(f"{name} must be in [{low}, {high}], got {value!r}")
+
+
+def check_option(name: str, value: Any, options: Sequence[str]) -> None:
+    """Raises ValueError, naming the parameter, unless ``value`` is one of the options."""
+    if value not in options:
+        raise ValueError(f"{name} must be one of {', '.join(options)}, got {value!r}")
+
+
+def _resolve(name: str) -> RewardFunction:
+    base, arguments = _parse(name)
+    is_own = base.partition(":")[2] != ""
+    if base not in BUILT_IN and not is_own:
+        if arguments is None and ("/" in base or (base and Path(base).expanduser().is_dir())):
+            from grpo_kernels.rewards.reward_model import RewardModel
+
+            return RewardModel(base)
+        near = difflib.get_close_matches(base, BUILT_IN, n=1)
+        hint = f"; did you mean {near[0]!r}?" if near else ""
+        raise ValueError(
+            f'expected one of {", ".join(BUILT_IN)} or "module:function", got {base!r}{hint} (a reward '
+            "model is named by its folder or as owner/model)"
+        )
+    function = import_function(BUILT_IN.get(base, base))
+    is_class = isinstance(function, type)
+    if arguments is None and not is_class:
+        return function
+    if base in BUILT_IN and not is_class:
+        raise ValueError(f"{base!r} has no parameters, got {name!r}")
+    is_built_in = is_class and f"{function.__module__}:{function.__name__}" in BUILT_IN.values()
+    if not is_built_in and not any(function is factory for factory in _FACTORIES):
+        raise ValueError(
+            f"{base!r} must be marked by @reward_factory to be called for {name!r}; what is not "
+            "yours can be made in a module of your own, and be named as module:what_was_made"
+        )
+    reward = _call_factory(base, function, arguments or {})
+    if not callable(reward):
+        raise ValueError(f"{name!r} must make a reward function, got {type(reward).__name__}")
+    return reward
+
+
+def _parse(name: str) -> tuple[str, dict[str, Any] | None]:
+    """The name before the parentheses and the parameters in them, None without parentheses."""
+    match = _CALL.fullmatch(name.strip())
+    if match is None:
+        return name, None
+    try:
+        call = ast.parse(f"f({match[2]})", mode="eval").body
+        if not isinstance(call, ast.Call) or not isinstance(call.func, ast.Name) or call.args:
+            raise ValueError("not one list of key=value")
+        arguments = {keyword.arg: ast.literal_eval(keyword.value) for keyword in call.keywords}
+        if None in arguments or len(arguments) < len(call.keywords):
+            raise ValueError("a key is missing or there twice")
+        return match[1], arguments
+    except (SyntaxError, ValueError) as error:
+        raise ValueError(f'expected "name(key=value, ...)" with literal values, got {name!r}: {error}') from error
+
+
+def _call_factory(name: str, factory: Callable[..., Any], arguments: dict[str, Any]) -> Any:
+    parameters = inspect.signature(factory).parameters.values()
+    named = {p.name: p for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)}
+    unknown = [key for key in arguments if key not in named]
+    if unknown and not any(p.kind is p.VAR_KEYWORD for p in parameters):
+        raise ValueError(f"{name!r} has no parameter {unknown[0]!r}; it has {', '.join(named) or 'none'}")
+    missing = [key for key, p in named.items() if p.default is p.empty and key not in arguments]
     if missing:
         raise ValueError(f'{name!r} needs {", ".join(missing)}, as in "{name}({missing[0]}=...)"')
     try:

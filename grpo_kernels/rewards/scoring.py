@@ -1,14 +1,15 @@
-"""How the loop calls reward functions, checks what they return, and adds it up."""
+"""How reward functions are called, checked in what they return, and added up."""
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import contextvars
 import inspect
 import math
 import numbers
 from collections import defaultdict
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Awaitable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -18,23 +19,15 @@ from transformers import TrainerState
 
 from grpo_kernels.errors import ThirdPartyError, ThirdPartyTypeError, third_party_error
 from grpo_kernels.ops.tokens.reference import weighted_sum
-from grpo_kernels.rewards.reward_model import RewardModel
+from grpo_kernels.rewards.registry import RewardFunction
 
-_NOT_COLUMNS = ("prompt", "completion")  # given under names of their own
 #: What a function is given beside a dataset's columns; a column of such a name gives way.
 ARGUMENTS = ("prompts", "completions", "completion_ids", "trainer_state", "log_extra", "log_metric")
 RESERVED_METRICS = ("step", "loss", "reward", "reward_std", "grad_norm", "learning_rate", "step_time", "num_tokens")
 
-RewardFunction = Callable[..., "list[float | None] | Awaitable[list[float | None]]"]
-
 
 class RewardLog:
-    """What reward functions report beside rewards, by TRL's ``log_metric`` and ``log_extra``.
-
-    Args:
-        step: Optimizer steps so far.
-        max_steps: Of the run.
-    """
+    """What reward functions report beside rewards, by TRL's ``log_metric`` and ``log_extra``, at one step of a run."""
 
     def __init__(self, step: int = 0, max_steps: int = 0) -> None:
         self.state = TrainerState(global_step=step, max_steps=max_steps)
@@ -49,14 +42,10 @@ class RewardLog:
 
     def log_extra(self, column: str, values: Sequence[Any]) -> None:
         """Adds a column to the samples, one value per completion."""
-        self.columns[column].extend(_simple(value) for value in _simple(values))
+        self.columns[column].extend(_to_json(value) for value in _to_json(values))
 
     def rows(self, count: int) -> list[dict[str, Any]]:
-        """The extra columns of each of ``count`` completions.
-
-        Raises:
-            ValueError: A column has not one value per completion.
-        """
+        """The extra columns of each of ``count`` completions; raises ValueError where one has not as many values."""
         for name, values in self.columns.items():
             if len(values) != count:
                 raise ValueError(f"log_extra({name!r}, ...) must have {count} values, got {len(values)}")
@@ -76,12 +65,9 @@ def score(
 ) -> Tensor:  # [B, K]
     """The rewards of B completions under K functions, NaN where a function abstained with None.
 
-    A function is called as TRL calls it, by keyword: ``f(prompts=..., completions=..., completion_ids=..., **columns)``
-    with ``trainer_state``, ``log_metric`` and ``log_extra``. One that takes no ``**kwargs`` is given what it names. A
-    completion is a string, or ``[{"role": "assistant", "content": ...}]`` where its prompt is a list of messages.
-
-    Synchronous functions run in turn, in this thread. Asynchronous ones run after them, together; where an event loop
-    already runs in this thread, they get one of their own in another thread.
+    A function is called by keyword, as ``grpo_kernels.rewards`` says; one that takes no ``**kwargs`` is given what it
+    names. Synchronous functions run in turn, in this thread. Asynchronous ones run after them, all at once; where an
+    event loop already runs in this thread, they get one of their own in another thread.
 
     Args:
         functions: By the name under which metrics and errors show them. A module is a reward model.
@@ -95,27 +81,25 @@ def score(
         TypeError: A function returned something else than a list of numbers and None.
         ValueError: A function returned NaN, an infinite reward or not one reward per completion.
     """
-    texts = zip(prompts, completions, strict=True)
     messages = [
-        [{"role": "assistant", "content": c}] if isinstance(c, str) and not isinstance(p, str) else c for p, c in texts
+        [{"role": "assistant", "content": c}] if isinstance(c, str) and not isinstance(p, str) else c
+        for p, c in zip(prompts, completions, strict=True)
     ]
     arguments = {"prompts": list(prompts), "completions": messages, **(log or RewardLog()).arguments(), **columns}
     results: dict[str, Any] = {}
     awaitables: dict[str, Awaitable[Any]] = {}
     try:
         for name, function in functions.items():
-            result = _called(name, function, arguments)
+            result = _call(name, function, arguments)
             (awaitables if inspect.isawaitable(result) else results)[name] = result
         if awaitables:
-            results |= _await_together(awaitables, len(completions))
+            results |= _await_all(awaitables, len(completions))
     finally:
         for awaitable in awaitables.values():
             if inspect.iscoroutine(awaitable):
                 awaitable.close()  # of one that ran this does nothing; the others would warn that nobody awaited them
-    rewards = torch.empty(len(completions), len(functions), dtype=torch.float32)
-    for k, name in enumerate(functions):
-        rewards[:, k] = _checked(name, results[name], len(completions))
-    return rewards
+    rewards = [_reward_tensor(name, results[name], len(completions)) for name in functions]
+    return torch.stack(rewards, dim=1) if rewards else torch.empty(len(completions), 0)
 
 
 def total(rewards: Tensor, weights: Sequence[float] | None) -> Tensor:  # [B, K] -> [B]
@@ -124,114 +108,92 @@ def total(rewards: Tensor, weights: Sequence[float] | None) -> Tensor:  # [B, K]
     return weighted_sum(rewards, torch.tensor(factors, dtype=rewards.dtype), rewards.isnan())
 
 
-def _await_together(awaitables: dict[str, Awaitable[Any]], count: int) -> dict[str, Any]:
-    async def one(name: str, awaitable: Awaitable[Any]) -> Any:
+def columns_of(rows: Sequence[dict[str, Any]], completion_ids: list[list[int]]) -> dict[str, list[Any]]:
+    """The rows' columns beside prompt and completion, with None where a row lacks one, and the tokens."""
+    names = dict.fromkeys(name for row in rows for name in row if name not in ("prompt", "completion", *ARGUMENTS))
+    return {name: [row.get(name) for row in rows] for name in names} | {"completion_ids": completion_ids}
+
+
+def _await_all(awaitables: dict[str, Awaitable[Any]], count: int) -> dict[str, Any]:
+    async def await_reward(name: str) -> Any:
         try:
-            return await awaitable
+            return await awaitables[name]
         except Exception as error:
             raise _failure(name, count, error) from error
 
-    async def together() -> list[Any]:
-        return await asyncio.gather(*(one(name, awaitable) for name, awaitable in awaitables.items()))
+    async def gather() -> list[Any]:
+        return await asyncio.gather(*map(await_reward, awaitables))
 
-    if _loop_runs_here():
+    has_loop = False
+    with contextlib.suppress(RuntimeError):  # none runs in this thread
+        has_loop = asyncio.get_running_loop() is not None
+    if has_loop:
         with ThreadPoolExecutor(max_workers=1) as pool:
-            values = pool.submit(contextvars.copy_context().run, lambda: asyncio.run(together())).result()
+            values = pool.submit(contextvars.copy_context().run, lambda: asyncio.run(gather())).result()
     else:
-        values = asyncio.run(together())
+        values = asyncio.run(gather())
     return dict(zip(awaitables, values, strict=True))
 
 
-def _loop_runs_here() -> bool:
-    try:
-        asyncio.get_running_loop()
-    except RuntimeError:
-        return False
-    return True
-
-
-def _simple(value: Any) -> Any:
+def _to_json(value: Any) -> Any:
     """What JSON can hold: a tensor or an array as numbers, and anything that it has no form for as text."""
     if hasattr(value, "tolist"):
         return value.tolist()
     if isinstance(value, (list, tuple)):
-        return [_simple(item) for item in value]
+        return [_to_json(item) for item in value]
     return value if value is None or isinstance(value, (str, int, float, bool, dict)) else str(value)
 
 
-def _called(name: str, function: RewardFunction | nn.Module, arguments: dict[str, Any]) -> Any:
+def _call(name: str, function: RewardFunction | nn.Module, arguments: dict[str, Any]) -> Any:
     if isinstance(function, nn.Module):
+        from grpo_kernels.rewards.reward_model import RewardModel
+
         function = RewardModel(function)
     try:
-        signature = inspect.signature(function)
-    except (TypeError, ValueError):  # a builtin may have none
-        signature = None
-    try:
-        if signature is None:
-            return function(**arguments)
-        kinds = [parameter.kind for parameter in signature.parameters.values()]
-        taken = arguments
-        if inspect.Parameter.VAR_KEYWORD not in kinds:
-            taken = {key: value for key, value in arguments.items() if key in signature.parameters}
-        _check_takes(signature, taken, arguments)
-        return function(**taken)
+        return function(**_accepted(function, arguments))
     except Exception as error:
         raise _failure(name, len(arguments["completions"]), error) from error
 
 
-def _check_takes(signature: inspect.Signature, taken: dict[str, Any], arguments: dict[str, Any]) -> None:
+def _accepted(function: RewardFunction, arguments: dict[str, Any]) -> dict[str, Any]:
+    """Those arguments that a function names, or all if it takes any; raises TypeError where it needs others."""
     try:
-        signature.bind(**taken)
+        signature = inspect.signature(function)
+    except (TypeError, ValueError):  # a builtin may have none
+        return arguments
+    names = ", ".join(arguments)
+    if not any(parameter.kind is parameter.VAR_KEYWORD for parameter in signature.parameters.values()):
+        arguments = {key: value for key, value in arguments.items() if key in signature.parameters}
+    try:
+        signature.bind(**arguments)
     except TypeError as error:
-        names = ", ".join(arguments)
         raise TypeError(f"{error}; it is called by keyword, with {names}, and takes {signature}") from None
+    return arguments
 
 
 def _failure(name: str, count: int, error: Exception) -> ThirdPartyError:
     return third_party_error(f"reward function {name!r} failed on {count} completions", error)
 
 
-def _checked(name: str, values: Any, count: int) -> Tensor:  # [B]
+def _reward_tensor(name: str, values: Any, count: int) -> Tensor:  # [B]
+    must = f"reward function {name!r} must return"
     if hasattr(values, "tolist"):  # a tensor or an array
         values = values.tolist()
     if not isinstance(values, Sequence) or isinstance(values, (str, bytes)):
-        raise ThirdPartyTypeError(
-            f"reward function {name!r} must return a list of rewards, got {type(values).__name__}"
-        )
+        raise ThirdPartyTypeError(f"{must} a list of rewards, got {type(values).__name__}")
     if len(values) != count:
-        raise ValueError(f"reward function {name!r} must return {count} rewards, got {len(values)}")
-    rewards = torch.tensor([_number(name, i, value) for i, value in enumerate(values)], dtype=torch.float32)
-    for i in rewards.isinf().nonzero().flatten().tolist():  # also what is finite in Python and not in fp32
-        raise ValueError(f"reward function {name!r} must return finite rewards, got {values[i]} for completion {i}")
+        raise ValueError(f"{must} {count} rewards, got {len(values)}")
+    values = [value.tolist() if hasattr(value, "tolist") else value for value in values]  # scalars of numpy or torch
+    for i, value in enumerate(values):
+        if value is not None and not isinstance(value, numbers.Real):
+            raise ThirdPartyTypeError(
+                f"{must} numbers or None, got {type(value).__name__} {value!r} for completion {i}"
+            )
+    # An integer may be beyond the floats.
+    floats = [math.nan if value is None else float(max(min(value, 1e300), -1e300)) for value in values]
+    rewards = torch.tensor(floats, dtype=torch.float32)
+    for i in (~rewards.isfinite()).nonzero().flatten().tolist():  # also what is finite in Python and not in fp32
+        if values[i] is not None:
+            hint = "; None abstains" if rewards[i].isnan() else ""
+            raise ValueError(f"{must} finite rewards, got {values[i]} for completion {i}{hint}")
     return rewards
-
-
-def _number(name: str, index: int, value: Any) -> float:
-    if value is None:
-        return math.nan
-    if hasattr(value, "tolist"):  # a scalar of numpy or torch
-        value = value.tolist()
-    if not isinstance(value, numbers.Real):
-        raise ThirdPartyTypeError(
-            f"reward function {name!r} must return numbers or None, got {type(value).__name__} {value!r} "
-            f"for completion {index}"
-        )
-    try:
-        number = float(value)
-    except OverflowError:  # an integer beyond the floats
-        number = math.inf
-    if math.isnan(number):
-        raise ValueError(
-            f"reward function {name!r} must return finite rewards, got nan for completion {index}; None abstains"
-        )
-    return number
-
-
-def columns_of(rows: Sequence[dict[str, Any]], completion_ids: list[list[int]]) -> dict[str, list[Any]]:
-    """What reward functions are given beside prompts and completions: the rows' other columns, and the tokens.
-
-    A column that one row has is there for all, with None where a row lacks it.
-    """
-    names = [name for name in dict.fromkeys(name for row in rows for name in row) if name not in _NOT_COLUMNS]
-    columns = {name: [row.get(name) for row in rows] for name in names if name not in ARGUMENTS}
-    return columns | {"completion_ids": completion_ids}
