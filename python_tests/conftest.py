@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Iterator
+from types import ModuleType
 
 import hypothesis
 import pytest
@@ -71,11 +73,10 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(before)
 
 
-@pytest.fixture
-def isolated() -> None:
-    """Skips, with the reason, where the machine has no sandbox for untrusted programs."""
-    from grpo_kernels.rewards import sandbox  # what runs on a GPU machine needs none of training
-
-    reason = sandbox.unavailable()
-    if reason:
+@pytest.fixture(params=["grpo_kernels.rewards.bubblewrap", "namespace_sandbox"])
+def sandbox(request: pytest.FixtureRequest) -> ModuleType:
+    """The module of each sandbox for untrusted programs; skips, with the reason, where the machine has none."""
+    module = importlib.import_module(request.param)  # here: what runs on a GPU machine needs no rewards
+    if reason := module.unavailable():
         pytest.skip(reason)
+    return module

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import sys
 import threading
+from types import SimpleNamespace
 
 import pytest
 
@@ -15,7 +16,7 @@ from grpo_kernels.rewards import (
     LengthReward,
     OverlongReward,
     RepetitionReward,
-    sandbox,
+    bubblewrap,
 )
 from grpo_kernels.rewards.completions import completion_tokens
 
@@ -268,22 +269,22 @@ FENCE = "Here:\n```python\n{}\n```\nDone."
 DOUBLE = FENCE.format("def double(x):\n    return 2 * x")
 
 
-def test_code_earns_the_share_of_assertions_that_hold(isolated):
+def test_code_earns_the_share_of_assertions_that_hold(sandbox):
     tests = ["assert double(2) == 4", "assert double(2) == 5", "assert triple(1) == 3", "x = double(3)\nassert x == 6"]
     broken = FENCE.format("def double(x) return 2 * x")
-    assert called(CodeReward(), DOUBLE, broken, "no code", tests=[tests] * 3) == [0.5, 0.0, 0.0]
+    assert called(CodeReward(executor=sandbox.run), DOUBLE, broken, "no code", tests=[tests] * 3) == [0.5, 0.0, 0.0]
 
 
-def test_code_earns_the_share_of_outputs_that_agree(isolated):
+def test_code_earns_the_share_of_outputs_that_agree(sandbox):
     program = FENCE.format("a, b = map(int, input().split())\nprint(a + b, ' ')\nprint()")
     tests = [{"input": "1 2\n", "output": "3"}, {"input": "2 2\n", "output": "4\n\n"}, {"input": "1", "output": "1"}]
-    assert called(CodeReward(), program, tests=[tests]) == pytest.approx([2 / 3])
+    assert called(CodeReward(executor=sandbox.run), program, tests=[tests]) == pytest.approx([2 / 3])
 
 
-def test_a_guarded_main_runs_for_input_alone(isolated):
+def test_a_guarded_main_runs_for_input_alone(sandbox):
     program = FENCE.format("def f(): return 1\nif __name__ == '__main__':\n    print(input())")
     tests = [["assert f() == 1"], [{"input": "7", "output": "7"}]]
-    assert called(CodeReward(), program, program, tests=tests) == [1.0, 1.0]
+    assert called(CodeReward(executor=sandbox.run), program, program, tests=tests) == [1.0, 1.0]
 
 
 @pytest.mark.parametrize(
@@ -297,8 +298,8 @@ def test_a_guarded_main_runs_for_input_alone(isolated):
         "x = [0] * 10**9",
     ],
 )
-def test_a_program_without_the_answer_earns_nothing(isolated, program):
-    reward = CodeReward(seconds=20.0, cpu_seconds=1, memory_bytes=2**28)
+def test_a_program_without_the_answer_earns_nothing(sandbox, program):
+    reward = CodeReward(executor=sandbox.run, seconds=20.0, cpu_seconds=1, memory_bytes=2**28)
     assert called(reward, FENCE.format(program), tests=[["assert double(2) == 4"]]) == [0.0]
 
 
@@ -313,6 +314,38 @@ def test_bad_tests_are_refused(tests):
 
 
 def test_code_is_not_run_without_a_sandbox(monkeypatch):
-    monkeypatch.setattr(sandbox, "unavailable", lambda: "no user namespaces")
+    monkeypatch.setattr(bubblewrap, "unavailable", lambda: "no user namespaces")
     with pytest.raises(RuntimeError, match=r"'code' failed on 1 completions: .*no user namespaces"):
         rewards.score({"code": CodeReward()}, ["p"], [DOUBLE], {"tests": [["assert double(1) == 2"]]})
+
+
+def test_an_executor_is_named_like_a_reward_function(sandbox):
+    reward = rewards.resolve(f"code(executor='{sandbox.__name__}:run', seconds=20.0)")
+    assert called(reward, DOUBLE, tests=[["assert double(2) == 4", "assert double(2) == 5"]]) == [0.5]
+
+
+def test_an_executor_is_told_the_limits():
+    calls = []
+
+    def executor(program, stdin, **limits):
+        calls.append((program, stdin, limits))
+        return SimpleNamespace(status="ok", stdout="2\n", stderr="")
+
+    reward = CodeReward(seconds=3.0, cpu_seconds=2, memory_bytes=2**28, executor=executor)
+    tests = [[{"input": "1", "output": "2"}, {"input": "1", "output": "3"}]]
+    assert called(reward, FENCE.format("print(2)"), tests=tests) == [0.5]
+    assert calls == [("print(2)", "1", {"seconds": 3.0, "cpu_seconds": 2, "memory_bytes": 2**28})] * 2
+
+
+@pytest.mark.parametrize(
+    ("executor", "message"),
+    [
+        ("docker", 'executor must be "bubblewrap", a function or "module:function", got \'docker\''),
+        (3, 'executor must be "bubblewrap", a function or "module:function", got 3'),
+        ("no_such_module:run", "reward_funcs: 'code': 'no_such_module:run' cannot be imported: No module named"),
+        ("json:run", r"module 'json' \(.*\) has no function 'run'"),
+    ],
+)
+def test_what_is_no_executor_is_refused_before_any_work(executor, message):
+    with pytest.raises(ValueError, match=message):
+        rewards.resolve(f"code(executor={executor!r})")

@@ -1,4 +1,4 @@
-"""The sandbox: what a program may do in it, and that nothing which it tries beyond that has an effect."""
+"""The sandboxes: what a program may do in it, and that nothing which it tries beyond that has an effect."""
 
 from __future__ import annotations
 
@@ -13,8 +13,6 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
-
-from grpo_kernels.rewards import sandbox
 
 # A program starts with this, so that its processes can be found from outside, where their names are seen.
 NAMED = """
@@ -54,7 +52,7 @@ def gone(name: str) -> bool:
     return True
 
 
-def test_a_program_reads_writes_and_ends(isolated):
+def test_a_program_reads_writes_and_ends(sandbox):
     outcome = sandbox.run("import sys\nprint(input()[::-1])\nprint('no', file=sys.stderr)", "abc\n")
     assert outcome == ("ok", "cba\n", "no\n")
     assert sandbox.run("raise SystemExit(3)").status == "error"
@@ -63,14 +61,14 @@ def test_a_program_reads_writes_and_ends(isolated):
     assert sandbox.run("import os, signal; os.kill(os.getpid(), signal.SIGKILL)").status == "killed"
 
 
-def test_input_and_text_arrive_as_they_are(isolated):
+def test_input_and_text_arrive_as_they_are(sandbox):
     long = "é漢\n" * 200_000
     assert sandbox.run("import sys; print(len(sys.stdin.read()), 'é漢')", long) == ("ok", f"{len(long)} é漢\n", "")
     assert sandbox.run("print('unread')", long) == ("ok", "unread\n", "")
     assert sandbox.run("print('\ud800' == '?')").stdout == "True\n"  # half a character of UTF-16 is no text
 
 
-def test_what_programs_need_is_there(isolated):
+def test_what_programs_need_is_there(sandbox):
     program = """
 import asyncio, ctypes, decimal, hashlib, json, math, random, sqlite3, subprocess, sys, tempfile, threading, zlib
 async def one(): return 1
@@ -85,18 +83,18 @@ print(sys.version_info[:2], __name__)
     assert sandbox.run(program) == ("ok", f"3\n{sys.version_info[:2]} __main__\n", "")
 
 
-def test_each_program_starts_in_an_empty_folder(isolated):
+def test_each_program_starts_in_an_empty_folder(sandbox):
     program = "import os; print(os.getcwd(), os.listdir('.')); open('left.txt', 'w').write('x')"
     assert [sandbox.run(program).stdout for _ in range(2)] == ["/tmp []\n"] * 2
 
 
-def test_programs_run_at_once(isolated):
+def test_programs_run_at_once(sandbox):
     with ThreadPoolExecutor(4) as pool:
         outcomes = list(pool.map(lambda i: sandbox.run("print(input())", str(i)), range(12)))
     assert [outcome.stdout for outcome in outcomes] == [f"{i}\n" for i in range(12)]
 
 
-def test_a_socket_reaches_nobody(isolated):
+def test_a_socket_reaches_nobody(sandbox):
     with socket.create_server(("127.0.0.1", 0)) as listener:
         listener.settimeout(0.2)
         program = f"import socket; socket.create_connection(('127.0.0.1', {listener.getsockname()[1]}), timeout=1)"
@@ -106,7 +104,7 @@ def test_a_socket_reaches_nobody(isolated):
     assert outcome.status == "error" and "PermissionError" in outcome.stderr
 
 
-def test_no_kind_of_socket_can_be_made(isolated):
+def test_no_kind_of_socket_can_be_made(sandbox):
     outcome = sandbox.run("""
 import socket
 for family in (socket.AF_UNIX, socket.AF_INET, socket.AF_INET6, socket.AF_NETLINK, 40):  # 40: AF_VSOCK
@@ -120,7 +118,7 @@ print("done")
     assert outcome == ("ok", "done\n", "")
 
 
-def test_nothing_outside_the_folder_is_written(isolated, tmp_path):
+def test_nothing_outside_the_folder_is_written(sandbox, tmp_path):
     mark = f"escaped-{uuid.uuid4().hex}"
     package = Path(sandbox.__file__).parent
     places = [tmp_path, Path("/tmp"), Path("/var/tmp"), Path("/dev/shm"), Path.home(), Path(sys.base_prefix), package]
@@ -141,17 +139,22 @@ print(os.path.exists("/tmp/{mark}"))
     assert (tmp_path / "precious").read_text() == "whole"
 
 
-def test_everything_but_the_folder_is_read_only(isolated):
+def test_everything_but_the_folder_is_read_only(sandbox):
     outcome = sandbox.run("""
 import os, sys
-for place in ("/", "/dev", "/dev/null", "/usr", "/usr/lib", sys.prefix, os.__file__, "/program.py", "/tmp"):
+for place in ("/", "/dev", "/usr", "/usr/lib", sys.prefix, os.__file__, "/program.py", "/tmp"):
     if not os.statvfs(place).f_flag & os.ST_RDONLY:
         print(place)
+try:
+    os.utime("/dev/null", (0, 0))
+    print("/dev/null")
+except OSError:
+    pass
 """)
     assert outcome == ("ok", "/tmp\n", "")
 
 
-def test_every_namespace_is_another_and_its_first_process_has_no_privileges(isolated, name):
+def test_every_namespace_is_another_and_its_first_process_has_no_privileges(sandbox, name):
     with ThreadPoolExecutor(1) as pool:
         running = pool.submit(sandbox.run, NAMED.format(name=name) + "time.sleep(1000)", seconds=60.0)
         while not (found := processes_named(name)) and not running.done():
@@ -167,7 +170,7 @@ def test_every_namespace_is_another_and_its_first_process_has_no_privileges(isol
     assert (first["NoNewPrivs"], first["Seccomp"]) == ("1", "2")
 
 
-def test_files_of_the_machine_are_not_there(isolated, tmp_path):
+def test_files_of_the_machine_are_not_there(sandbox, tmp_path):
     (tmp_path / "secret").write_text("key")
     hidden = [str(tmp_path / "secret"), "/etc/passwd", "/proc/self", "/proc/1", "/sys/kernel", "/run", "/var", "/home"]
     outcome = sandbox.run(f"import os; print([path for path in {hidden} if os.path.exists(path)])")
@@ -179,7 +182,7 @@ def test_files_of_the_machine_are_not_there(isolated, tmp_path):
     assert listing == f"{expected}\n"
 
 
-def test_the_parents_environment_and_files_stay_with_it(isolated, monkeypatch, tmp_path):
+def test_the_parents_environment_and_files_stay_with_it(sandbox, monkeypatch, tmp_path):
     monkeypatch.setenv("API_KEY", "hunter2")
     with (tmp_path / "open").open("w") as file:
         os.set_inheritable(file.fileno(), True)
@@ -195,7 +198,7 @@ print(sorted(os.environ))
     assert outcome == ("ok", "['HOME', 'LANG', 'PATH']\n", "")
 
 
-def test_a_fork_bomb_is_limited_and_swept_away(isolated, name):
+def test_a_fork_bomb_is_limited_and_swept_away(sandbox, name):
     bomb = NAMED.format(name=name) + "while True:\n    try: os.fork()\n    except OSError: time.sleep(0.01)"
     seen = []
     with ThreadPoolExecutor(1) as pool:
@@ -208,14 +211,14 @@ def test_a_fork_bomb_is_limited_and_swept_away(isolated, name):
     assert gone(name)
 
 
-def test_memory_is_limited(isolated):
+def test_memory_is_limited(sandbox):
     program = "x = bytearray({} * 2**20); print(len(x) >> 20)"
     assert sandbox.run(program.format(64), memory_bytes=2**28) == ("ok", "64\n", "")
     outcome = sandbox.run(program.format(300), memory_bytes=2**28)
     assert outcome.status == "error" and "MemoryError" in outcome.stderr
 
 
-def test_memory_that_is_no_address_space_is_refused(isolated):
+def test_memory_that_is_no_address_space_is_refused(sandbox):
     outcome = sandbox.run("""
 import ctypes, errno
 libc = ctypes.CDLL(None, use_errno=True)
@@ -225,7 +228,7 @@ print(libc.shmget(0, ctypes.c_size_t(1 << 30), 0o600), ctypes.get_errno() == err
 
 
 @pytest.mark.parametrize("file_count", [1, 32])
-def test_files_are_limited_one_by_one_and_together(isolated, file_count):
+def test_files_are_limited_one_by_one_and_together(sandbox, file_count):
     outcome = sandbox.run(
         f"""
 import os
@@ -244,7 +247,7 @@ print(sum(os.path.getsize(f) for f in os.listdir(".")) <= 4 * 2**20)
     assert outcome == ("ok", f"{'File too large' if file_count == 1 else 'No space left on device'}\nTrue\n", "")
 
 
-def test_endless_output_ends_the_program(isolated, name):
+def test_endless_output_ends_the_program(sandbox, name):
     start = time.monotonic()
     for stream in ("stdout", "stderr"):
         program = NAMED.format(name=name) + f"while True: sys.{stream}.write('x' * 1000)"
@@ -255,16 +258,16 @@ def test_endless_output_ends_the_program(isolated, name):
     assert gone(name)
 
 
-def test_sleeping_and_spinning_for_ever_are_two_ways_to_end(isolated, name):
+def test_sleeping_and_spinning_for_ever_are_two_ways_to_end(sandbox, name):
     start = time.monotonic()
     asleep = sandbox.run(NAMED.format(name=name) + "print('z', flush=True); time.sleep(1000)", seconds=3.0)
     assert asleep == ("wall_time", "z\n", "")
-    assert time.monotonic() - start < 3.0 + sandbox._GRACE  # after which it would have been killed by force
+    assert time.monotonic() - start < 8.0
     assert sandbox.run(NAMED.format(name=name) + "while True: pass", seconds=30.0, cpu_seconds=1).status == "cpu_time"
     assert gone(name)
 
 
-def test_a_program_that_ignores_every_signal_is_ended(isolated, name):
+def test_a_program_that_ignores_every_signal_is_ended(sandbox, name):
     stubborn = """
 import signal
 for number in range(1, 65):
@@ -277,7 +280,7 @@ while True: pass
     assert gone(name)
 
 
-def test_no_process_outside_can_be_killed(isolated):
+def test_no_process_outside_can_be_killed(sandbox):
     with subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE) as bystander:
         outcome = sandbox.run(f"""
 import os, signal
@@ -305,7 +308,7 @@ except ProcessLookupError:
     )  # the namespace's first process takes no signal from within
 
 
-def test_a_daemon_does_not_outlive_its_program(isolated, name, tmp_path):
+def test_a_daemon_does_not_outlive_its_program(sandbox, name, tmp_path):
     daemon = """
 if os.fork() == 0:
     os.setsid()
@@ -327,10 +330,10 @@ print("left it behind")
     assert gone(name)
 
 
-def test_a_program_dies_with_the_process_that_runs_it(isolated, name):
+def test_a_program_dies_with_the_process_that_runs_it(sandbox, name):
     program = NAMED.format(name=name) + "time.sleep(1000)"
-    runner = f"import sandbox; sandbox.run({program!r}, seconds=1000.0)"
-    with subprocess.Popen([sys.executable, "-c", runner], cwd=Path(sandbox.__file__).parent) as parent:
+    runner = f"import sys; sys.path[:] = {sys.path}; import {sandbox.__name__} as s; s.run({program!r}, seconds=1000.0)"
+    with subprocess.Popen([sys.executable, "-c", runner]) as parent:
         deadline = time.monotonic() + 30
         while not processes_named(name) and time.monotonic() < deadline:
             time.sleep(0.02)
@@ -339,22 +342,22 @@ def test_a_program_dies_with_the_process_that_runs_it(isolated, name):
     assert gone(name)
 
 
-def test_no_privilege_is_left_or_can_be_had(isolated):
+def test_no_privilege_is_left_or_can_be_had(sandbox):
     outcome = sandbox.run("""
 import ctypes, errno, os
 libc = ctypes.CDLL(None, use_errno=True)
 libc.mount.argtypes = [ctypes.c_char_p] * 3 + [ctypes.c_ulong, ctypes.c_char_p]
-def refused(result):
-    return result == -1 and ctypes.get_errno() == errno.EPERM
+def refused(result, *errors):
+    return result == -1 and ctypes.get_errno() in (errno.EPERM, *errors)
 attempts = {
     "remount": refused(libc.mount(None, b"/", None, 0x1000 | 0x20, None)),
     "mount": refused(libc.mount(b"tmpfs", b"/tmp", b"tmpfs", 0, None)),
     "unmount": refused(libc.umount2(b"/tmp", 2)),
     "chroot": refused(libc.chroot(b"/usr")),
     "unshare": refused(libc.unshare(0x10000000)),
-    # clone, which the filter lets pass, as a process without threads and with a user namespace of its own
+    # clone, which the filter lets pass, as a process without threads and with a user namespace of its own: one too many
     "clone": refused(libc.syscall(ctypes.c_long({"x86_64": 56, "aarch64": 220}[os.uname().machine]),
-                                  ctypes.c_ulong(0x10000000 | 17), None, None, None, None)),
+                                  ctypes.c_ulong(0x10000000 | 17), None, None, None, None), errno.ENOSPC),
     "ptrace": refused(libc.ptrace(16, 1, None, None)),
     "file in memory": refused(libc.memfd_create(b"file", 0)),
     "setuid": libc.setuid(0) == -1,

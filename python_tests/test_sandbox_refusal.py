@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import os
 import platform
 import shutil
 import subprocess
 
+import namespace_sandbox
 import pytest
 
-from grpo_kernels.rewards import sandbox
+from grpo_kernels.rewards import bubblewrap, system_calls
+
+BOTH = pytest.mark.parametrize("module", [bubblewrap, namespace_sandbox], ids=["bubblewrap", "namespaces"])
 
 
 def test_there_is_a_sandbox_where_there_are_namespaces():
@@ -18,53 +22,85 @@ def test_there_is_a_sandbox_where_there_are_namespaces():
     probe = "unshare --user --map-root-user --mount --net --ipc --uts --pid --fork mount -t tmpfs tmpfs /proc"
     if subprocess.run(probe.split(), stderr=subprocess.DEVNULL).returncode:
         pytest.skip("the machine has no namespaces for its users")
-    assert sandbox.unavailable() == ""
+    assert namespace_sandbox.unavailable() == ""
 
 
-def test_limits_are_checked(isolated):
-    with pytest.raises(ValueError, match="seconds must be greater than 0, got 0"):
-        sandbox.run("", seconds=0)
-    with pytest.raises(ValueError, match="memory_bytes must be greater than 0, got -1"):
-        sandbox.run("", memory_bytes=-1)
+def test_bubblewrap_is_available_where_it_runs_this_python():
+    probe = "bwrap --unshare-all --unshare-user --disable-userns --ro-bind / / --size 4096 --tmpfs /tmp"
+    python = bubblewrap.limited_python(bubblewrap.Limits())[0]
+    user = 65534 if os.geteuid() == 0 else None
+    if (
+        shutil.which("bwrap") is None
+        or subprocess.run([*probe.split(), python, "-c", ""], cwd="/", user=user).returncode
+    ):
+        pytest.skip("no bwrap here, or none that makes namespaces and reads this Python")
+    assert bubblewrap.unavailable() == ""
 
 
-def test_nothing_runs_where_programs_cannot_be_isolated(monkeypatch):
+@BOTH
+def test_nothing_runs_where_programs_cannot_be_isolated(module, monkeypatch):
     def launch(*arguments, **settings):
         raise AssertionError("a process was started")
 
-    monkeypatch.setattr(sandbox, "unavailable", lambda: "no user namespaces")
-    monkeypatch.setattr(sandbox.subprocess, "Popen", launch)
-    with pytest.raises(RuntimeError, match=r"cannot be isolated on this machine: no user namespaces"):
-        sandbox.run("print(1)")
+    monkeypatch.setattr(module, "unavailable", lambda: "no user namespaces")
+    monkeypatch.setattr(bubblewrap.subprocess, "Popen", launch)
+    with pytest.raises(RuntimeError, match=r"cannot be isolated on this machine: .*no user namespaces"):
+        module.run("print(1)")
 
 
 def test_the_reason_names_the_system(monkeypatch):
-    monkeypatch.setattr(sandbox.sys, "platform", "darwin")
-    assert sandbox.unavailable.__wrapped__() == "the sandbox needs Linux, this is darwin"
+    monkeypatch.setattr(namespace_sandbox.sys, "platform", "darwin")
+    assert namespace_sandbox.unavailable.__wrapped__() == "the sandbox needs Linux, this is darwin"
 
 
-def test_the_reason_is_what_the_kernel_refused(isolated, monkeypatch, tmp_path):
+def test_without_bwrap_the_reason_says_what_to_do(monkeypatch):
+    monkeypatch.setattr(bubblewrap.shutil, "which", lambda name: None)
+    monkeypatch.setattr(bubblewrap, "unavailable", bubblewrap.unavailable.__wrapped__)
+    with pytest.raises(RuntimeError) as caught:
+        bubblewrap.run("print(1)")
+    for part in ("'bubblewrap'", "bwrap is not installed", "apt-get install bubblewrap", 'code(executor="module:'):
+        assert part in str(caught.value)
+
+
+def test_the_reason_is_what_bwrap_wrote(monkeypatch, tmp_path):
+    bwrap = tmp_path / "bwrap"
+    bwrap.write_text("#!/bin/sh\necho 'bwrap: no new namespaces' >&2\nexit 1\n")
+    bwrap.chmod(0o755)
+    monkeypatch.setattr(bubblewrap.os, "geteuid", lambda: 1000)  # root becomes nobody, who may not see this folder
+    monkeypatch.setattr(bubblewrap.shutil, "which", lambda name: str(bwrap))
+    assert bubblewrap.unavailable.__wrapped__() == "bwrap: no new namespaces"
+
+
+def test_the_reason_is_what_the_kernel_refused(monkeypatch, tmp_path):
+    if reason := namespace_sandbox.unavailable():
+        pytest.skip(reason)
     child = tmp_path / "child.py"
-    original = sandbox._CHILD.read_text()
+    original = namespace_sandbox._CHILD.read_text()
     child.write_text(original.replace('_call("unshare", kinds)', '_call("unshare", -1)'))
-    monkeypatch.setattr(sandbox, "_CHILD", child)
-    assert sandbox.unavailable.__wrapped__() == "OSError: [Errno 22] unshare: Invalid argument"
-    monkeypatch.setattr(sandbox, "unavailable", sandbox.unavailable.__wrapped__)
+    monkeypatch.setattr(namespace_sandbox, "_CHILD", child)
+    assert namespace_sandbox.unavailable.__wrapped__() == "OSError: [Errno 22] unshare: Invalid argument"
+    monkeypatch.setattr(namespace_sandbox, "unavailable", namespace_sandbox.unavailable.__wrapped__)
     with pytest.raises(RuntimeError, match="unshare: Invalid argument"):
-        sandbox.run("print(1)")
+        namespace_sandbox.run("print(1)")
 
 
-@pytest.mark.parametrize(
-    ("weakened", "leak"),
-    [
-        ('"socket": (41, 198), ', "network"),
-        ("(resource.RLIMIT_NPROC, limits", "any number of processes"),
-    ],
-)
-def test_the_trial_finds_a_sandbox_that_leaks(isolated, monkeypatch, tmp_path, weakened, leak):
-    child = tmp_path / "child.py"
-    original = sandbox._CHILD.read_text()
-    assert weakened in original
-    child.write_text(original.replace(weakened, "(resource.RLIMIT_CORE, limits" if "RLIMIT" in weakened else ""))
-    monkeypatch.setattr(sandbox, "_CHILD", child)
-    assert sandbox.unavailable.__wrapped__() == f"a trial program had access to: {leak}"
+def test_the_trial_finds_an_open_network(monkeypatch):
+    if reason := namespace_sandbox.unavailable():
+        pytest.skip(reason)
+    monkeypatch.delitem(system_calls.DENIED, "socket")
+    assert namespace_sandbox.unavailable.__wrapped__() == "a trial program had access to: network"
+
+
+def test_the_trial_finds_a_missing_limit(monkeypatch):
+    if reason := namespace_sandbox.unavailable():
+        pytest.skip(reason)
+    monkeypatch.setattr(bubblewrap, "_LIMITED", bubblewrap._LIMITED.replace('"NPROC"', '"CORE"'))
+    assert namespace_sandbox.unavailable.__wrapped__() == "a trial program had access to: any number of processes"
+
+
+@BOTH
+def test_limits_are_checked(module):
+    with pytest.raises(ValueError, match="seconds must be greater than 0, got 0"):
+        module.run("", seconds=0)
+    with pytest.raises(ValueError, match="memory_bytes must be greater than 0, got -1"):
+        module.run("", memory_bytes=-1)

@@ -1,18 +1,18 @@
-"""Reward for programs that pass their tests, run in the sandbox."""
+"""Reward for programs that pass their tests, run in a sandbox."""
 
 from __future__ import annotations
 
 import json
 import os
 import secrets
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
-from grpo_kernels.rewards import sandbox
+from grpo_kernels.rewards import bubblewrap
 from grpo_kernels.rewards.program_text import extract_program
-from grpo_kernels.rewards.registry import check_integer, check_number
+from grpo_kernels.rewards.registry import check_integer, check_number, import_function
 
 # Runs a program and then a test in its namespace. The marker, which says that the test was reached and held, comes by
 # standard input, so that neither an early exit nor the text of this script helps a program that passes no test.
@@ -44,16 +44,20 @@ class CodeReward:
         cpu_seconds: CPU time of each of its processes.
         memory_bytes: Address space of each of its processes.
         workers: Tests that run at once; by default one per CPU.
+        executor: What runs the programs: "bubblewrap", or a function or its name as "module:function". It is called as
+            ``executor(program, stdin, seconds=..., cpu_seconds=..., memory_bytes=...)`` by several threads at once and
+            returns an object with ``status`` ("ok" where the program has exited with 0), ``stdout`` and ``stderr``.
 
     Raises:
         ValueError: A parameter is out of range; when called, a test is of neither kind.
-        RuntimeError: When called, there is no sandbox on this machine.
+        RuntimeError: When called, the executor cannot isolate programs on this machine.
     """
 
     seconds: float = 10.0
     cpu_seconds: int = 5
     memory_bytes: int = 512 * 2**20
     workers: int | None = None
+    executor: str | Callable[..., Any] = "bubblewrap"
 
     def __post_init__(self) -> None:
         check_number("seconds", self.seconds, low=0.1)
@@ -61,6 +65,7 @@ class CodeReward:
         check_integer("memory_bytes", self.memory_bytes, 2**20)
         if self.workers is not None:
             check_integer("workers", self.workers, 1)
+        self._executor()  # refuses what is none
 
     def __call__(
         self, prompts: Sequence[Any], completions: Sequence[Any], *, tests: Sequence[Any], **columns: Any
@@ -75,14 +80,24 @@ class CodeReward:
             passed = [sum(future.result() for future in of_one) for of_one in futures]
         return [n / len(of_one) if of_one else None for n, of_one in zip(passed, cases, strict=True)]
 
+    def _executor(self) -> Callable[..., Any]:
+        if callable(self.executor):
+            return self.executor
+        if self.executor == "bubblewrap":
+            return bubblewrap.run
+        if not isinstance(self.executor, str) or ":" not in self.executor:
+            raise ValueError(f'executor must be "bubblewrap", a function or "module:function", got {self.executor!r}')
+        return import_function(self.executor)
+
     def _passes(self, program: str, test: str | dict[str, str]) -> bool:
+        execute = self._executor()
         limits = {"seconds": self.seconds, "cpu_seconds": self.cpu_seconds, "memory_bytes": self.memory_bytes}
         if isinstance(test, str):
             marker = secrets.token_hex(16)
             case = json.dumps({"program": program, "test": test, "marker": marker})
-            outcome = sandbox.run(_CHECK, case, **limits)
+            outcome = execute(_CHECK, case, **limits)
             return outcome.status == "ok" and marker in outcome.stdout
-        outcome = sandbox.run(program, test["input"], **limits)
+        outcome = execute(program, test["input"], **limits)
         return outcome.status == "ok" and _lines(outcome.stdout) == _lines(test["output"])
 
 
