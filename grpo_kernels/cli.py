@@ -49,7 +49,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _page(run: Path) -> int:
     try:
-        from grpo_kernels.training.html_report import write_report
+        from grpo_kernels.training.report.page import write_report
 
         print(write_report(run))
     except ImportError as error:

@@ -23,6 +23,14 @@ def report(device: torch.device | str | None = None) -> str:
     return "\n\n".join("\n".join(lines) for lines in sections)
 
 
+def versions() -> dict[str, str]:
+    """What a run depends on, by name."""
+    names = {"grpo_kernels": __version__, "python": platform.python_version(), "platform": platform.platform()}
+    names["torch"] = torch.__version__
+    names |= {name: _installed(name) for name in ("transformers", "accelerate", "triton")}
+    return names if torch.version.cuda is None else names | {"cuda": torch.version.cuda}
+
+
 def _devices() -> list[torch.device]:
     gpu = torch.accelerator.current_accelerator(check_available=True)
     served = gpu is not None and gpu.type in backends.PREFERENCE

@@ -135,7 +135,7 @@ def test_works_with_torch_alone_and_uncompiled(tmp_path):
     shutil.copytree(PACKAGE, tmp_path / "grpo_kernels", ignore=shutil.ignore_patterns("*.so", "__pycache__"))
     script = """
 import pathlib, sys
-absent = "accelerate datasets matplotlib numpy peft tqdm transformers triton trl yaml".split()
+absent = "accelerate datasets jinja2 matplotlib numpy peft rich tqdm transformers triton trl yaml".split()
 absent.append("grpo_kernels._build_info")  # an editable install would find what the copy lacks
 sys.modules |= dict.fromkeys(absent)
 import torch, grpo_kernels
@@ -323,8 +323,9 @@ def test_wheel_from_the_sdist(tmp_path):
         names = set(archive.namelist())
         archive.extractall(tmp_path / "site")
     dist_info = f"grpo_kernels-{grpo_kernels.__version__}.dist-info/"
-    sources = [path for kind in ("*.py", "*.yaml", "*.json") for path in PACKAGE.rglob(kind)]
-    assert {path.suffix for path in sources} == {".py", ".yaml", ".json"}
+    kinds = {".py", ".yaml", ".json", ".jinja"}
+    sources = [path for kind in sorted(kinds) for path in PACKAGE.rglob(f"*{kind}")]
+    assert {path.suffix for path in sources} == kinds
     shipped = {"grpo_kernels/_cpu.so", "grpo_kernels/py.typed", dist_info + "licenses/LICENSE"}
     shipped |= {f"grpo_kernels/{path.relative_to(PACKAGE)}" for path in sources}
     assert shipped <= names

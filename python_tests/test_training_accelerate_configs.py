@@ -13,7 +13,7 @@ from accelerate.commands.config.config_args import load_config_from_file
 from accelerate.utils import DistributedType
 
 from grpo_kernels.training.recipe import Recipe
-from grpo_kernels.training.reporting import read_metrics
+from grpo_kernels.training.report.log import read_records
 from grpo_kernels.training.run import train
 
 FOLDER = Path(str(resources.files("grpo_kernels.training") / "accelerate_configs"))
@@ -47,7 +47,7 @@ def test_two_processes_run_the_demo(tmp_path: Path) -> None:
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-4000:]
     assert "on 2 x cpu" in done.stdout
-    assert [record["step"] for record in read_metrics(tmp_path / "metrics.jsonl")] == [1, 2]
+    assert [record["step"] for record in read_records(tmp_path / "metrics.jsonl")] == [1, 2]
     assert (tmp_path / "checkpoint-2" / "random-1.json").exists()
 
 

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import errno
-import io
 import json
-import os
+import math
+import resource
 import signal
 import subprocess
 import sys
@@ -23,7 +23,8 @@ from grpo_kernels.files import replace_text, replacing
 from grpo_kernels.hub import load_tokenizer
 from grpo_kernels.training import addition
 from grpo_kernels.training.checkpoint import clear_run, list_checkpoints, save_checkpoint, status_line
-from grpo_kernels.training.reporting import MetricsFile, heading, plot_curves, read_metrics
+from grpo_kernels.training.report.log import append_records, read_records
+from grpo_kernels.training.report.page import plot_curves
 
 
 @pytest.fixture
@@ -93,43 +94,29 @@ def test_clearing_a_run_leaves_other_files(tmp_path, model, tokenizer):
     assert sorted(p.name for p in tmp_path.iterdir()) == ["checkpoint-mine", "notes.txt"]
 
 
-def test_metrics_can_be_read_while_the_file_is_open(tmp_path):
-    file = MetricsFile(tmp_path / "metrics.jsonl")
-    file.write({"step": 1, "reward": 0.5})
-    file.write({"step": 2, "reward": 0.75})
-    assert read_metrics(tmp_path / "metrics.jsonl") == [{"step": 1, "reward": 0.5}, {"step": 2, "reward": 0.75}]
-    file.close()
-
-
-class FullDisk(io.FileIO):
-    """Has room for so many bytes, of the last write a part, as the disk of an operating system."""
-
-    room = 60
-
-    def write(self, data):
-        if not self.room:
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        written = super().write(bytes(data)[: self.room])
-        self.room -= written
-        return written
-
-
 def test_a_record_that_a_full_disk_has_no_room_for_is_not_there_in_part(tmp_path):
-    file = MetricsFile(tmp_path / "metrics.jsonl")
-    file._file = FullDisk(tmp_path / "metrics.jsonl", "ab")
-    file.write({"step": 1, "reward": 0.5})
-    for _ in range(2):
-        with pytest.raises(OSError, match="No space left on device"):
-            file.write({"step": 2, "reward": 0.123456789123456789})
-    assert (tmp_path / "metrics.jsonl").read_bytes() == b'{"step": 1, "reward": 0.5}\n'
-    file._file.room = 10_000
-    file.write({"step": 2, "reward": 0.25})
-    assert [record["step"] for record in read_metrics(tmp_path / "metrics.jsonl")] == [1, 2]
-    file.close()
+    path = tmp_path / "metrics.jsonl"
+    append_records(path, [{"step": 1, "reward": 0.5}])
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, limits[1]))  # a write beyond it is cut, and the next refused
+    try:
+        for size in (30_000, 19_980, 5_000_000):
+            with pytest.raises(OSError, match="File too large"):
+                append_records(path, [{"step": 2, "text": "a" * 10}, {"step": 2, "text": "b" * size}])
+            assert path.read_bytes() == b'{"step": 1, "reward": 0.5}\n'
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    append_records(path, [{"step": 2, "reward": 0.25}, {"step": 3, "reward": math.nan}])
+    assert read_records(path) == [
+        {"step": 1, "reward": 0.5}, {"step": 2, "reward": 0.25}, {"step": 3, "reward": None},
+    ]  # fmt: skip
+    with pytest.raises(ValueError, match="Out of range float"):
+        append_records(path, [{"step": 4, "reward": math.inf}])
+    assert len(read_records(path)) == 3
     full = Path("/dev/full")
     if full.exists():
         with pytest.raises(OSError, match="No space left on device"):
-            MetricsFile(full).write({"step": 1})
+            append_records(full, [{"step": 1}])
 
 
 @pytest.mark.parametrize("error", [OSError(errno.ENOSPC, "No space left on device"), SafetensorError("No space left")])
@@ -168,23 +155,17 @@ def test_curves_are_drawn_and_a_metric_that_no_record_has_is_named(tmp_path, mon
         save(figure, *arguments, **options)
 
     monkeypatch.setattr(Figure, "savefig", keep)
-    plot_curves([{"step": s, "reward": s / 10, "eval_accuracy": 0.4} for s in range(5)], tmp_path / "curves.png")
-    assert [path.name for path in tmp_path.iterdir()] == ["curves.png"]
+    append_records(tmp_path / "metrics.jsonl", [{"step": s, "reward": s / 10, "eval_accuracy": 0.4} for s in range(5)])
+    plot_curves(tmp_path)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["curves.png", "metrics.jsonl"]
     assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")
     reward, accuracy, kl, clipped = drawn[0].axes
+    assert all(axes.get_position().width > 0.3 and axes.get_position().height > 0.3 for axes in drawn[0].axes)
     assert reward.lines[0].get_xydata().tolist() == [[s, s / 10] for s in range(5)]
-    assert [line.get_label() for line in accuracy.lines] == ["held out, T = 1"]
+    assert [text.get_text() for text in accuracy.get_legend().get_texts()] == ["held out, temperature 1"]
     assert [axes.texts[0].get_text() for axes in (kl, clipped)] == [
         "no kl in this run", "no clip_ratio/region_mean in this run",
     ]  # fmt: skip
-
-
-def test_the_heading_spells_every_name_in_its_column():
-    lines = heading(["step", "rewards/accuracy/mean", "learning_rate"]).splitlines()
-    columns = [(0, 5), (6, 15), (16, 25)]
-    assert lines[-1] == " ".join("-" * (end - start) for start, end in columns)
-    spelled = ["".join(line[start:end].strip() for line in lines[:-1]) for start, end in columns]
-    assert spelled == ["step", "rewards/accuracy/mean", "learning_rate"]
 
 
 def start_endless_run(folder):
@@ -215,7 +196,7 @@ def test_ctrl_c_leaves_a_usable_checkpoint_and_usable_metrics(tmp_path):
     latest = list_checkpoints(tmp_path)[-1]
     assert f"interrupted; last complete checkpoint: {latest}; metrics: {tmp_path / 'metrics.jsonl'}" in errors
     assert "Traceback" not in errors
-    steps = [record["step"] for record in read_metrics(tmp_path / "metrics.jsonl")]
+    steps = [record["step"] for record in read_records(tmp_path / "metrics.jsonl")]
     assert steps == list(range(1, len(steps) + 1))
     assert int(latest.name.removeprefix("checkpoint-")) in (len(steps), len(steps) - 1)
     tokenizer = AutoTokenizer.from_pretrained(latest)

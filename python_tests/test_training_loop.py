@@ -16,7 +16,7 @@ from grpo_kernels.loss.metrics import PolicyMetrics
 from grpo_kernels.training import addition
 from grpo_kernels.training.loop import GRPOLoop
 from grpo_kernels.training.recipe import Recipe, load_recipe
-from grpo_kernels.training.reporting import read_metrics
+from grpo_kernels.training.report.log import read_records
 from grpo_kernels.training.rollout import Rollout
 from grpo_kernels.training.run import train
 from grpo_kernels.training.task import Task, load_task, train_on_traces
@@ -289,7 +289,7 @@ def test_any_model_folder_trains_on_any_prompt_answer_file(tmp_path):
 def curve(folder, **changes):
     """The reward at each step of a run."""
     train(recipe_of(output_dir=str(folder), **changes))
-    return [record["reward"] for record in read_metrics(folder / "metrics.jsonl")]
+    return [record["reward"] for record in read_records(folder / "metrics.jsonl")]
 
 
 def test_the_same_recipe_gives_the_same_curve_and_another_seed_another(tmp_path):

@@ -20,7 +20,7 @@ from grpo_kernels.training import addition
 from grpo_kernels.training.checkpoint import list_checkpoints, read_weights, save_checkpoint
 from grpo_kernels.training.models import load_pretrained
 from grpo_kernels.training.recipe import Recipe
-from grpo_kernels.training.reporting import read_metrics
+from grpo_kernels.training.report.log import read_records
 from grpo_kernels.training.run import train
 from grpo_kernels.training.task import load_model, prepare_model
 
@@ -48,7 +48,7 @@ def test_a_resumed_run_of_adapters_is_bit_equal(run: Path, tmp_path: Path) -> No
     left, right = (load_file(folder / "checkpoint-4" / "adapter_model.safetensors") for folder in (run, again))
     assert left.keys() == right.keys() and all(torch.equal(left[name], right[name]) for name in left)
     records = [
-        [{k: v for k, v in record.items() if k != "step_time"} for record in read_metrics(folder / "metrics.jsonl")]
+        [{k: v for k, v in record.items() if k != "step_time"} for record in read_records(folder / "metrics.jsonl")]
         for folder in (run, again)
     ]
     assert records[0] == records[1]

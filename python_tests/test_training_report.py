@@ -10,28 +10,17 @@ import re
 import sys
 import xml.etree.ElementTree as ET
 from html.parser import HTMLParser
-from typing import NamedTuple
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from grpo_kernels.training import html_page, svg_chart
-from grpo_kernels.training.html_report import versions, write_report
+from grpo_kernels.info import versions
 from grpo_kernels.training.loop import Sample
-from grpo_kernels.training.reporting import MetricsFile, SamplesFile, read_lines
-from grpo_kernels.training.svg_chart import Series, line_chart, number
+from grpo_kernels.training.report.log import append_records, append_samples, read_records
+from grpo_kernels.training.report.page import number, write_report
 
-EVIL = "</script><script>alert(1)</script> <img src=http://example.org/x> & \"quoted\" 'single' </pre></details>"
-
-
-class Scored(NamedTuple):
-    """A sample of a loop that has advantages."""
-
-    prompt: str
-    completion: str
-    reward: float
-    advantage: float
+EVIL = "</script><script>alert(1)</script> <img src=http://example.org/x> & \"quoted\" 'single' $x$ </pre></details>"
 
 
 class Page(HTMLParser):
@@ -45,17 +34,21 @@ class Page(HTMLParser):
         self.feed(text)
         self.close()
         assert self.open == []
+        drawings = re.findall(r"<svg.*?</svg>", text.replace("xlink:href", "href"), flags=re.DOTALL)
+        self.charts = [ET.fromstring(svg) for svg in drawings]
 
     def handle_starttag(self, tag, attributes):
         self.elements.append((tag, dict(attributes)))
-        self.fetched += [value for name, value in attributes if name in ("src", "href", "srcset", "data", "action")]
+        links = ("src", "href", "xlink:href", "srcset", "data", "action")
+        self.fetched += [value for name, value in attributes if name in links and not value.startswith("#")]
         assert not [name for name, _ in attributes if name.startswith("on") or name == "style"]
         if tag not in self.VOID:
             self.open.append(tag)
 
     def handle_startendtag(self, tag, attributes):
         self.handle_starttag(tag, attributes)
-        self.handle_endtag(tag)
+        if tag not in self.VOID:
+            self.handle_endtag(tag)
 
     def handle_endtag(self, tag):
         assert self.open.pop() == tag
@@ -64,53 +57,66 @@ class Page(HTMLParser):
         self.texts.append((self.open[-1] if self.open else None, data))
 
     def texts_of(self, tag):
-        return [text for found, text in self.texts if found == tag]
+        return [text for name, text in self.texts if name == tag]
 
     def count(self, tag):
-        return sum(found == tag for found, _ in self.elements)
+        return sum(name == tag for name, _ in self.elements)
+
+    def chart(self, title):
+        """The drawing under a title."""
+        labels = [attributes["aria-label"] for _, attributes in self.elements if attributes.get("role") == "img"]
+        return self.charts[labels.index(title)]
+
+
+def lines_of(svg):
+    """The points of each line of a chart, by their colour; grid lines and marks left out."""
+    lines, marks = {}, {path for definitions in svg.iter("defs") for path in definitions.iter("path")}
+    for path in svg.iter("path"):
+        if path not in marks and (color := path.get("stroke", "")).startswith("var(--s"):
+            points = [tuple(map(float, xy)) for xy in re.findall(r"[ML] (\S+) (\S+)", path.get("d"))]
+            lines.setdefault(color, []).append(points)
+    return lines
 
 
 def write_run(folder, *, steps=4, samples=True):
-    metrics = MetricsFile(folder / "metrics.jsonl")
-    metrics.write({"step": 0, "eval_accuracy": 0.25, "eval_accuracy_low": 0.2, "eval_accuracy_high": 0.31})
-    for step in range(1, steps + 1):
-        metrics.write({"step": step, "reward": step / 8, "rewards/accuracy/mean": 0.5, "step_time": 0.5, "odd": step})
-    metrics.write({"step": steps, "eval_accuracy": 0.75, "eval_pass@4": 0.9})
-    metrics.close()
-    if samples:
-        file = SamplesFile(folder / "samples.jsonl")
-        for step in (2, 4):
-            file.write(step, [Scored("1 + 1 =", f"at {step} <b>&amp; {EVIL}", 0.5, -1.25)])
-        file.close()
+    records = [{"step": 0, "eval_accuracy": 0.25, "eval_accuracy_low": 0.2, "eval_accuracy_high": 0.31}]
+    records += [
+        {"step": step, "reward": step / 8, "rewards/accuracy/mean": 0.5, "step_time": 0.5, "odd": step}
+        for step in range(1, steps + 1)
+    ]
+    append_records(folder / "metrics.jsonl", [*records, {"step": steps, "eval_accuracy": 0.75, "eval_pass@4": 0.9}])
+    for step in (2, 4) if samples else ():
+        append_samples(folder / "samples.jsonl", step, [Sample("1 + 1 =", f"at {step} <b>&amp; {EVIL}", 0.5, -1.25)])
 
 
-def page_of(folder):
+def page_of(folder, *records):
+    if records:
+        append_records(folder / "metrics.jsonl", records)
     path = write_report(folder)
     assert path == folder / "report.html"
     return Page(path.read_text(encoding="utf-8"))
 
 
 def test_samples_are_written_with_all_their_fields(tmp_path):
-    file = SamplesFile(tmp_path / "samples.jsonl")
-    file.write(3, [Scored("p", "ü \u2028 </script>", 0.5, 1.0), Sample("q", "d", 0.0)])
-    assert read_lines(tmp_path / "samples.jsonl").records == [
-        {"step": 3, "prompt": "p", "completion": "ü \u2028 </script>", "reward": 0.5, "advantage": 1.0},
+    path = tmp_path / "samples.jsonl"
+    append_samples(path, 3, [Sample("p", "ü \u2028 </script>", 0.5, 1.0, {"mine": "x"}), Sample("q", "d", 0.0)])
+    assert read_records(path) == [
+        {"step": 3, "mine": "x", "prompt": "p", "completion": "ü \u2028 </script>", "reward": 0.5, "advantage": 1.0},
         {"step": 3, "prompt": "q", "completion": "d", "reward": 0.0, "advantage": None},
     ]
-    file.close()
 
 
 @pytest.mark.parametrize("cut", ['{"step": 3, "rew', "{", '{"step": 3, "a": "\xc3', '{"reward": 1}', "[1]"])
 def test_a_cut_last_line_is_left_out_with_a_note(tmp_path, cut):
     path = tmp_path / "metrics.jsonl"
     path.write_bytes(b'{"step": 1, "reward": 0.5}\n\n' + cut.encode("latin-1"))
-    records, note = read_lines(path)
-    assert records == [{"step": 1, "reward": 0.5}]
-    assert note == "metrics.jsonl: line 3, the last one, was cut and is left out"
-    assert note in "".join(page_of(tmp_path).texts_of("p"))
+    assert read_records(path) == [{"step": 1, "reward": 0.5}]
+    assert page_of(tmp_path).texts_of("p")[1:] == ["metrics.jsonl: line 3, the last one, was cut and is left out"]
 
 
-@pytest.mark.parametrize("bad", ["{", "[1]", '{"reward": 1}', '{"step": "one"}', '{"step": NaN}', '{"step": true}'])
+@pytest.mark.parametrize(
+    "bad", ["{", "[1]", '{"reward": 1}', '{"step": "one"}', '{"step": NaN}', '{"step": true}', '{"step": 1e300}']
+)
 def test_a_bad_line_before_the_last_is_an_error_with_its_place(tmp_path, bad):
     (tmp_path / "metrics.jsonl").write_text(f'{{"step": 1}}\n{bad}\n{{"step": 2}}\n')
     with pytest.raises(ValueError, match=r"metrics\.jsonl:2: expected a JSON object with a number") as info:
@@ -119,61 +125,66 @@ def test_a_bad_line_before_the_last_is_an_error_with_its_place(tmp_path, bad):
     assert not (tmp_path / "report.html").exists()
 
 
-def test_a_line_is_drawn_to_scale():
-    svg = ET.fromstring(line_chart([Series("reward", [(0, 0.0), (50, 1.0), (100, 4.0)])], title="Reward"))
-    middle = (svg_chart.LEFT + svg_chart.RIGHT) / 2
-    height = svg_chart.BOTTOM - svg_chart.TOP
-    assert svg.find(".//path[@class='line']").get("d") == (
-        f"M{svg_chart.LEFT}.0 {svg_chart.BOTTOM}.0L{middle:.1f} {svg_chart.BOTTOM - height / 4:.1f}"
-        f"L{svg_chart.RIGHT}.0 {svg_chart.TOP}.0"
+def test_a_line_is_drawn_to_scale(tmp_path):
+    records = [{"step": step, "reward": reward} for step, reward in ((0, 0.0), (50, 1.0), (100, 4.0))]
+    svg = page_of(tmp_path, *records).chart("Reward")
+    (((left, bottom), middle, (right, top)),) = lines_of(svg)["var(--s0)"]
+    assert middle == (pytest.approx((left + right) / 2), pytest.approx(bottom + (top - bottom) / 4))
+    texts = [text.text for text in svg.iter("text")]
+    assert texts == ["0", "20", "40", "60", "80", "100", "optimizer step", "0", "1", "2", "3", "4"]
+
+
+def test_what_is_not_finite_is_left_out_and_a_point_alone_is_a_dot(tmp_path):
+    (tmp_path / "metrics.jsonl").write_text(
+        '{"step": 1, "kl": 0.5, "loss": NaN, "entropy": 1}\n{"step": 2, "kl": NaN, "entropy": 2}\n'
+        '{"step": 3, "kl": Infinity, "entropy": NaN}\n{"step": 4, "kl": 1e300, "entropy": 4}\n'
     )
-    assert [t.text for t in svg.iter("text")] == ["0", "1", "2", "3", "4", "0", "50", "100", "optimizer step"]
-    assert svg.get("aria-label") == "Reward"
+    page = page_of(tmp_path)
+    assert {"KL to the reference", "Entropy"} <= set(page.texts_of("b")) and "Loss" not in page.texts_of("b")
+    assert [len(line) for line in lines_of(page.chart("Entropy"))["var(--s0)"]] == [3]
+    assert len(list(page.chart("KL to the reference").iter("use"))) > len(list(page.chart("Entropy").iter("use")))
 
 
-def test_a_value_that_is_not_finite_breaks_the_line_and_a_point_alone_is_a_dot():
-    points = [(0, 0.0), (1, 1.0), (2, math.nan), (3, 1.0), (4, math.inf), (5, 0.0), (6, 1.0)]
-    path = ET.fromstring(line_chart([Series("kl", points)], title="KL")).find(".//path[@class='line']").get("d")
-    assert path.count("M") == 3
-    assert path.count("L") == 2
-    assert path.count("h0") == 1
-    assert line_chart([Series("kl", [(0, math.nan)])], title="KL") == ""
-    assert line_chart([], title="KL") == ""
+def test_evaluations_tell_their_value_and_intervals_are_drawn(tmp_path):
+    page = page_of(
+        tmp_path,
+        {"step": 0, "eval_accuracy": 0.25, "eval_accuracy_low": 0.2, "eval_accuracy_high": 0.3, "eval_<b>$x$": 0.5},
+        {"step": 100, "eval_accuracy": 0.75, "rewards/accuracy/mean": 0.5},
+    )
+    hints = [title.text for title in page.chart("Accuracy").iter("title")]
+    assert hints == ["held out, temperature 1, step 0: 0.25", "held out, temperature 1, step 100: 0.75"]
+    assert [title.text for title in page.chart("Held out").iter("title")] == ["<b>$x$, step 0: 0.5"]
+    line, bar = (line for line in lines_of(page.chart("Accuracy"))["var(--s1)"] if len(line) == 2)
+    assert len({x for x, _ in bar}) == 1 and line[0][1] == pytest.approx((bar[0][1] + bar[1][1]) / 2)
+    keys = [attributes["class"] for _, attributes in page.elements if "key" in attributes.get("class", "")]
+    assert keys == ["key s0", "key s1"] and {"training samples", "held out, temperature 1"} <= {*page.texts_of("span")}
 
 
-def test_marks_tell_their_value_and_intervals_are_drawn():
-    line = Series("held <out>", [(0, 0.25), (100, 0.75)], True, [(0, 0.2, 0.3), (100, math.nan, 0.8)])
-    svg = ET.fromstring(line_chart([Series("other", [(0, 0.5)]), line], title="Accuracy"))
-    assert [title.text for title in svg.iter("title")] == ["held <out>, step 0: 0.25", "held <out>, step 100: 0.75"]
-    group = svg.findall("g")[1]
-    assert group.get("class") == "s1"
-    assert len(group.findall("path[@class='bar']")) == 1
+def test_a_long_line_is_thinned_and_keeps_its_extremes(tmp_path):
+    records = [{"step": k, "grad_norm": math.sin(k * k) + (9.0 if k == 7321 else 0.0)} for k in range(20000)]
+    (points,) = lines_of(page_of(tmp_path, *records).chart("Gradient norm"))["var(--s0)"]
+    assert len(points) < 4000
+    (left, _), *_, (right, _) = points
+    peak = min(points, key=lambda point: point[1])
+    assert peak[0] == pytest.approx(left + 7321 / 19999 * (right - left), abs=1)
+    assert sum(y < sorted(y for _, y in points)[1] for _, y in points) == 1
 
 
-def test_a_long_line_keeps_its_extremes():
-    points = [(k, math.sin(k / 100) + (9.0 if k == 7321 else 0.0)) for k in range(20000)]
-    svg = line_chart([Series("grad_norm", points)], title="norm")
-    path = ET.fromstring(svg).find(".//path[@class='line']").get("d")
-    places = [tuple(map(float, place.split())) for place in path[1:].split("L")]
-    assert len(places) <= svg_chart.MAX_POINTS
-    top = min(places, key=lambda place: place[1])
-    assert top[0] == pytest.approx(svg_chart.LEFT + 7321 / 19999 * (svg_chart.RIGHT - svg_chart.LEFT), abs=0.06)
-
-
+@settings(max_examples=25, deadline=None)
 @given(
     st.lists(st.floats(), min_size=1, max_size=30),
     st.lists(st.integers(0, 10**9), min_size=30, max_size=30, unique=True),
 )
-def test_any_values_give_a_well_formed_chart_within_its_edges(values, steps):
-    drawing = line_chart([Series("x", list(zip(sorted(steps), values, strict=False)))], title="x")
+def test_any_values_give_a_well_formed_chart_within_its_edges(tmp_path_factory, values, steps):
+    folder = tmp_path_factory.mktemp("run")
+    records = [{"step": step, "kl": value} for step, value in zip(sorted(steps), values, strict=False)]
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    page = page_of(folder)
     if not any(abs(value) < 1e150 for value in values):
-        assert drawing == ""
+        assert page.charts == []
         return
-    svg = ET.fromstring(drawing)
-    for place in re.findall(r"[ML](\S+) ([^\sLMh]+)", svg.find(".//path[@class='line']").get("d")):
-        x, y = map(float, place)
-        assert svg_chart.LEFT - 0.1 <= x <= svg_chart.RIGHT + 0.1
-        assert svg_chart.TOP - 0.1 <= y <= svg_chart.BOTTOM + 0.1
+    svg = page.chart("KL to the reference")
+    assert all(0 <= x <= 420 and 0 <= y <= 220 for line in lines_of(svg)["var(--s0)"][:1] for x, y in line if line[1:])
     assert len(list(svg.iter("text"))) < 25
 
 
@@ -188,8 +199,9 @@ def test_numbers_are_short(value, text):
 
 def test_the_page_of_a_run_has_its_curves_samples_settings_and_summary(tmp_path):
     write_run(tmp_path)
-    (tmp_path / "config.yaml").write_text("beta: 0.5\nreward_funcs: [accuracy, <b>]\nmodel: null\n")
-    (tmp_path / "versions.json").write_text(json.dumps(versions()))
+    config, told = "beta: 0.5\nreward_funcs: [accuracy, <b>]\nmodel: null\n", json.dumps(versions(), indent=1)
+    (tmp_path / "config.yaml").write_text(config)
+    (tmp_path / "versions.json").write_text(told)
     page = page_of(tmp_path)
     titles = page.texts_of("b")
     assert {"Reward", "Accuracy", "Rewards by function", "Held out", "Time of a step", "odd"} <= set(titles)
@@ -199,10 +211,10 @@ def test_the_page_of_a_run_has_its_curves_samples_settings_and_summary(tmp_path)
     assert cells[at : at + 5] == ["reward", "0.125", "0.5", "0.125", "0.5"]
     assert "0.25 → 0.75" in page.texts_of("strong")
     assert "4 optimizer steps in 2 s" in page.texts_of("p")
-    at = cells.index('["accuracy", "<b>"]')
-    assert cells[at - 1 : at + 2] == ["0.5", '["accuracy", "<b>"]', "None"]
-    assert page.texts_of("th")[-len(versions()) :] == list(versions())
-    assert sum(attributes.get("class") == "bar" for _, attributes in page.elements) == 1
+    assert page.texts_of("summary")[-2:] == ["config.yaml", "versions.json"]
+    assert page.texts_of("pre")[-2:] == [config, told]
+    before = write_report(tmp_path).read_bytes()
+    assert write_report(tmp_path).read_bytes() == before
 
 
 def test_samples_can_be_read_without_javascript(tmp_path):
@@ -212,6 +224,8 @@ def test_samples_can_be_read_without_javascript(tmp_path):
     assert [(step["data-step"], "open" in step) for step in steps] == [("2", False), ("4", True)]
     assert page.texts_of("pre") == ["1 + 1 =", f"at 2 <b>&amp; {EVIL}", "1 + 1 =", f"at 4 <b>&amp; {EVIL}"]
     assert page.texts_of("span")[-2:] == ["reward 0.5", "advantage -1.25"]
+    sliders = [attributes for tag, attributes in page.elements if tag == "input"]
+    assert [(slider["type"], slider["max"], slider["value"]) for slider in sliders] == [("range", "1", "1")]
 
 
 def test_nothing_of_a_run_becomes_markup_and_nothing_is_fetched(tmp_path):
@@ -220,19 +234,24 @@ def test_nothing_of_a_run_becomes_markup_and_nothing_is_fetched(tmp_path):
     write_run(run)
     clean = page_of(run)
     with (run / "metrics.jsonl").open("a") as file:
-        file.write(json.dumps({"step": 5, EVIL: 1.0, f"rewards/{EVIL}/mean": 2.0, f"eval_{EVIL}": 0.5}) + "\n{" + EVIL)
+        for step in (5, 6):
+            evil = {"step": step, EVIL: 1.0, f"rewards/{EVIL}/mean": 2.0, f"eval_{EVIL}": 0.5, "eval_\ud800\x00\n": 1}
+            file.write(json.dumps(evil) + "\n")
+        file.write("{" + EVIL)
     with (run / "samples.jsonl").open("a") as file:
         record = {"step": 4, EVIL: EVIL, "prompt": [{"role": EVIL}], "completion": "\x00\ud800" + EVIL, "short": "<i>"}
         file.write(json.dumps(record) + "\n")
-    (run / "config.json").write_text(json.dumps({EVIL: EVIL, "nested": {EVIL: [EVIL]}}))
-    (run / "versions.json").write_text(json.dumps({EVIL: EVIL}))
+    for name in ("config.json", "versions.json"):
+        (run / name).write_text(json.dumps({EVIL: EVIL, "nested": {EVIL: [EVIL]}}))
     page = page_of(run)
     assert page.fetched == []
     for tag in ("script", "img", "i", "link", "iframe"):
         assert page.count(tag) == clean.count(tag) == (1 if tag == "script" else 0)
-    assert page.texts_of("script") == [html_page.SCRIPT]
+    assert page.texts_of("script") == clean.texts_of("script")
     assert r"\x00\ud800" + EVIL in page.texts_of("pre")
     assert page.texts_of("title")[0] == "<img src=x>: GRPO run"
+    ids = [attributes["id"] for _, attributes in page.elements if "id" in attributes]
+    assert len(ids) == len(set(ids))
 
 
 def test_the_policy_allows_the_pages_own_script_and_style_and_nothing_else(tmp_path):
@@ -242,14 +261,21 @@ def test_the_policy_allows_the_pages_own_script_and_style_and_nothing_else(tmp_p
     digests = [base64.b64encode(hashlib.sha256(text).digest()).decode() for text in texts]
     policies = [a["content"] for _, a in page.elements if a.get("http-equiv") == "Content-Security-Policy"]
     assert policies == [f"default-src 'none'; style-src 'sha256-{digests[0]}'; script-src 'sha256-{digests[1]}'"]
+    assert page.count("style") == 1
 
 
-def test_every_color_that_is_used_is_defined_in_light_and_dark():
-    light, dark = html_page.STYLE.split("@media (prefers-color-scheme: dark)")
-    used = set(re.findall(r"var\((--\w+)\)", html_page.STYLE)) - {"--c"}
-    assert used >= {f"--s{k}" for k in range(svg_chart.COLORS)}
-    assert used <= set(re.findall(r"(--\w+): #", light))
-    assert used <= set(re.findall(r"(--\w+): #", dark))
+def test_every_color_is_defined_in_light_and_dark(tmp_path):
+    write_run(tmp_path)
+    page = page_of(tmp_path)
+    light, dark = page.texts_of("style")[0].split("@media (prefers-color-scheme: dark)")
+    drawn = {value for _, attributes in page.elements for value in attributes.values() if "var(--" in str(value)}
+    used = {*re.findall(r"var\((--\w+)\)", light + dark + " ".join(drawn))} - {"--c"}
+    assert used >= {f"--s{k}" for k in range(6)} | {"--faint", "--rule", "--paper"}
+    for colors in (light, dark):
+        assert used <= set(re.findall(r"(--\w+): #", colors))
+    for svg in page.charts:
+        colors = {element.get(name, "none") for element in svg.iter() for name in ("fill", "stroke")}
+        assert all(color == "none" or color.startswith("var(--") for color in colors)
 
 
 def test_files_that_are_missing_are_left_out(tmp_path):
@@ -260,22 +286,6 @@ def test_files_that_are_missing_are_left_out(tmp_path):
     write_run(tmp_path, samples=False)
     headings = page_of(tmp_path).texts_of("h2")
     assert headings == ["Curves", "Metrics"]
-
-
-@pytest.mark.parametrize(
-    ("name", "text", "message"),
-    [
-        ("config.yaml", "a: [", r"config\.yaml: "),
-        ("config.yaml", "- a\n", r"config\.yaml: expected a mapping of names to values, got list"),
-        ("config.json", "{", r"config\.json: "),
-        ("versions.json", "3", r"versions\.json: expected a mapping of names to values, got int"),
-    ],
-)
-def test_a_damaged_file_is_named(tmp_path, name, text, message):
-    write_run(tmp_path)
-    (tmp_path / name).write_text(text)
-    with pytest.raises(ValueError, match=message):
-        write_report(tmp_path)
 
 
 def test_an_interrupted_write_leaves_the_earlier_page(tmp_path, monkeypatch):
@@ -296,22 +306,19 @@ def test_an_interrupted_write_leaves_the_earlier_page(tmp_path, monkeypatch):
 
 
 def test_of_a_step_trained_twice_the_last_is_shown(tmp_path):
-    metrics, samples = MetricsFile(tmp_path / "metrics.jsonl"), SamplesFile(tmp_path / "samples.jsonl")
-    for first, last, told in ((1, 5, "earlier"), (3, 4, "later")):
+    for first, last, is_later in ((1, 5, False), (3, 4, True)):
         for step in range(first, last + 1):
-            metrics.write({"step": step, "reward": 1.0 if told == "later" else 0.0})
-            samples.write(step, [Sample("p", f"{told} {step}", 1.0)])
+            reward = float(step % 2) if is_later else 0.0
+            append_records(tmp_path / "metrics.jsonl", [{"step": step, "reward": reward}])
     page = page_of(tmp_path)
-    assert page.texts_of("pre")[1::2] == ["earlier 1", "earlier 2", "later 3", "later 4"]
-    path = next(attributes["d"] for tag, attributes in page.elements if attributes.get("class") == "line")
-    assert path.count("L") == 4
+    (points,) = lines_of(page.chart("Reward"))["var(--s0)"]
+    assert [y == min(y for _, y in points) for _, y in points] == [False, False, True, False, False]
 
 
 def test_of_very_many_samples_some_are_shown_with_a_note(tmp_path):
     (tmp_path / "metrics.jsonl").write_text('{"step": 1, "reward": 1}\n')
-    file = SamplesFile(tmp_path / "samples.jsonl")
     for step in range(1, 251):
-        file.write(step, [Sample("p", f"{step}.{k}", 1.0) for k in range(17)])
+        append_samples(tmp_path / "samples.jsonl", step, [Sample("p", f"{step}.{k}", 1.0) for k in range(17)])
     page = page_of(tmp_path)
     steps = [a["data-step"] for tag, a in page.elements if tag == "details" and "data-step" in a]
     assert (len(steps), steps[0], steps[-1]) == (100, "1", "250")
@@ -320,13 +327,7 @@ def test_of_very_many_samples_some_are_shown_with_a_note(tmp_path):
 
 
 def test_versions_name_what_a_run_depends_on():
-    found = versions()
-    assert found.keys() >= {"grpo_kernels", "python", "platform", "torch", "transformers"}
-    assert found["python"] == ".".join(map(str, sys.version_info[:3]))
-    assert all(isinstance(value, str) and value for value in found.values())
-
-
-def test_values_that_are_all_the_same_have_room_around_them():
-    for value, labels in ((0.0, ["0", "0.5", "1"]), (20.0, ["18", "19", "20", "21", "22"])):
-        svg = ET.fromstring(line_chart([Series("x", [(5, value), (6, value)])], title="x"))
-        assert [t.text for t in svg.iter("text")] == [*labels, "5", "6", "optimizer step"]
+    names = versions()
+    assert names.keys() >= {"grpo_kernels", "python", "platform", "torch", "transformers"}
+    assert names["python"] == ".".join(map(str, sys.version_info[:3]))
+    assert all(isinstance(value, str) and value for value in names.values())

@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 
 from grpo_kernels.training.checkpoint import list_checkpoints
 from grpo_kernels.training.recipe import Recipe
-from grpo_kernels.training.reporting import read_metrics
+from grpo_kernels.training.report.log import read_records
 from grpo_kernels.training.run import train
 from grpo_kernels.training.tasks import TASKS
 
@@ -51,7 +51,7 @@ def same_run(one: Path, other: Path) -> None:
     records = [
         [
             {name: value for name, value in record.items() if name != "step_time"}
-            for record in read_metrics(path / "metrics.jsonl")
+            for record in read_records(path / "metrics.jsonl")
         ]
         for path in (one, other)
     ]
@@ -118,7 +118,7 @@ def test_resuming_a_finished_run_writes_nothing_new(tmp_path: Path) -> None:
     result = train(recipe_of(tmp_path, resume=True))
     assert all(torch.equal(before[name], value) for name, value in weights(tmp_path).items())
     assert result.checkpoint == tmp_path / "checkpoint-8" and result.before and result.after
-    assert len(read_metrics(tmp_path / "metrics.jsonl")) == 10
+    assert len(read_records(tmp_path / "metrics.jsonl")) == 10
 
 
 def test_a_checkpoint_of_another_run_or_cut_short_is_refused(tmp_path: Path) -> None:

@@ -16,7 +16,7 @@ from testing.training import completion_logprobs, sampler_of
 from grpo_kernels.training.data.templates import PromptFormat, rows_that_fit
 from grpo_kernels.training.loop import GRPOLoop
 from grpo_kernels.training.metrics import informative_groups
-from grpo_kernels.training.reporting import read_metrics
+from grpo_kernels.training.report.log import read_records
 from grpo_kernels.training.rollout import Rollout, Scored, concat_rollouts, concat_scored, padded
 from grpo_kernels.training.run import train
 from grpo_kernels.training.samplers import ContinuousSampler
@@ -181,7 +181,7 @@ def test_a_run_with_dynamic_sampling_is_resumed_exactly(tmp_path):
     CRASH_AT[0] = 0
     train(recipe_of(output_dir=str(tmp_path / "cut"), resume=True, **settings))
     records = [
-        [{k: v for k, v in record.items() if k != "step_time"} for record in read_metrics(folder / "metrics.jsonl")]
+        [{k: v for k, v in record.items() if k != "step_time"} for record in read_records(folder / "metrics.jsonl")]
         for folder in (tmp_path / "whole", tmp_path / "cut")
     ]
     assert total > 5 and len(records[0]) == 4 and records[0] == records[1]

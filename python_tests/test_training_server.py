@@ -18,7 +18,7 @@ from testing.training import completion_logprobs
 
 from grpo_kernels.training.loop import GRPOLoop
 from grpo_kernels.training.metrics import correction_metrics, correction_statistics
-from grpo_kernels.training.reporting import read_metrics
+from grpo_kernels.training.report.log import read_records
 from grpo_kernels.training.run import train
 from grpo_kernels.training.samplers.server import ServerSampler
 from grpo_kernels.training.samplers.vllm_client import ServerError, VLLMServer
@@ -233,7 +233,7 @@ def test_a_run_whose_server_died_goes_on_as_if_it_had_not(start, tmp_path):
     assert sorted(path.name for path in (tmp_path / "cut").glob("checkpoint-*"))[-1] == "checkpoint-3"
     train(recipe_for(start(), output_dir=str(tmp_path / "cut"), resume=True, **settings))
     records = [
-        [{k: v for k, v in record.items() if k != "step_time"} for record in read_metrics(folder / "metrics.jsonl")]
+        [{k: v for k, v in record.items() if k != "step_time"} for record in read_records(folder / "metrics.jsonl")]
         for folder in (tmp_path / "whole", tmp_path / "cut")
     ]
     assert len(records[0]) == 4 and records[0] == records[1]

@@ -13,10 +13,9 @@ from accelerate.tracking import LOGGER_TYPE_TO_CLASS, GeneralTracker, get_availa
 
 from grpo_kernels import cli
 from grpo_kernels.training.recipe import Recipe
-from grpo_kernels.training.reporting import read_metrics
-from grpo_kernels.training.run import train
+from grpo_kernels.training.report.log import read_records, tracker_names
+from grpo_kernels.training.run import tracked, train
 from grpo_kernels.training.stages.config import KINDS
-from grpo_kernels.training.trackers import tracked, tracker_names
 
 SETTINGS: dict[str, Any] = {
     "num_generations": 4, "per_device_train_batch_size": 4, "max_completion_length": 6, "num_eval_prompts": 2,
@@ -62,7 +61,7 @@ def recorder(monkeypatch: pytest.MonkeyPatch) -> type[Recorder]:
 def test_a_tracker_is_told_what_metrics_has(tmp_path: Path, recorder: type[Recorder]) -> None:
     train(Recipe(output_dir=str(tmp_path), report_to=["recorder"], project="sums", **SETTINGS))
     (found,) = recorder.made
-    assert found.records == read_metrics(tmp_path / "metrics.jsonl") and len(found.records) == 4
+    assert found.records == read_records(tmp_path / "metrics.jsonl") and len(found.records) == 4
     assert found.project == "sums" and found.logging_dir == tmp_path / "tracker_logs" and found.is_finished
     assert found.config["learning_rate"] == 1e-6 and json.loads(found.config["reward_funcs"]) == ["accuracy", "format"]
 
@@ -70,7 +69,7 @@ def test_a_tracker_is_told_what_metrics_has(tmp_path: Path, recorder: type[Recor
 def test_a_tracker_of_the_callers_accelerator_is_told_too(tmp_path: Path, recorder: type[Recorder]) -> None:
     own = recorder("mine", str(tmp_path / "mine"))
     train(Recipe(output_dir=str(tmp_path / "run"), **SETTINGS), Accelerator(cpu=True, log_with=[own]))
-    assert own.records == read_metrics(tmp_path / "run" / "metrics.jsonl") and own.is_finished
+    assert own.records == read_records(tmp_path / "run" / "metrics.jsonl") and own.is_finished
 
 
 def test_an_accelerator_without_trackers_is_not_asked_for_one(tmp_path: Path, recorder: type[Recorder]) -> None:
@@ -86,7 +85,7 @@ def test_a_stage_tells_them_and_a_failed_run_ends_theirs(
     options |= {"sft_steps": 2, "sft_batch_size": 2, "report_to": "recorder", "output_dir": tmp_path / "sft"}
     arguments = [text for name, value in options.items() for text in (f"--{name}", str(value))]
     assert cli.main(["sft", *arguments]) == 0
-    assert recorder.made[0].records == read_metrics(tmp_path / "sft" / "metrics.jsonl")
+    assert recorder.made[0].records == read_records(tmp_path / "sft" / "metrics.jsonl")
     assert [record["step"] for record in recorder.made[0].records] == [1, 2, 2]
 
     def failed(*_: object, **__: object) -> None:
@@ -108,7 +107,7 @@ def test_none_and_all_stand_alone() -> None:
 def test_a_tracker_that_is_not_installed_is_named_before_any_work(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr("grpo_kernels.training.trackers.get_available_trackers", lambda: [])
+    monkeypatch.setattr("grpo_kernels.training.report.log.get_available_trackers", lambda: [])
     for command in ("train", "sft"):
         folder = tmp_path / command
         assert cli.main([command, "--sft_steps", "1", "--report_to", "comet_ml", "--output_dir", str(folder)]) == 2

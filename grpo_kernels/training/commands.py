@@ -82,7 +82,7 @@ def check_runs_here(recipe: Any) -> None:
     """Raises ValueError where the device or the backend that a recipe names cannot run here."""
     from grpo_kernels import backends
     from grpo_kernels.training.models import pick_device
-    from grpo_kernels.training.trackers import tracker_names
+    from grpo_kernels.training.report.log import tracker_names
 
     tracker_names(recipe.report_to)
     try:

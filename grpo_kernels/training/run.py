@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import json
-import os
 import time
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import yaml
@@ -16,7 +15,7 @@ from accelerate import Accelerator
 from transformers import set_seed
 from transformers.utils.logging import disable_progress_bar
 
-from grpo_kernels import backends
+from grpo_kernels import backends, info
 from grpo_kernels.files import replace_text
 from grpo_kernels.training.checkpoint import (
     check_state,
@@ -28,23 +27,23 @@ from grpo_kernels.training.checkpoint import (
     step_of,
 )
 from grpo_kernels.training.data.files import Row
-from grpo_kernels.training.distributed import check_launch, is_deepspeed, load_models_whole
+from grpo_kernels.training.distributed import build_accelerator, check_launch, is_deepspeed, load_models_whole
 from grpo_kernels.training.evaluation import evaluate
 from grpo_kernels.training.filtering import filter_by_pass_rate, measure_pass_rates, read_pass_rates
-from grpo_kernels.training.html_report import versions, write_report
 from grpo_kernels.training.loop import GRPOLoop, Step
 from grpo_kernels.training.models import has_adapters
 from grpo_kernels.training.recipe import Recipe
-from grpo_kernels.training.reporting import (
-    Progress,
-    SamplesFile,
-    Table,
+from grpo_kernels.training.report.log import (
+    METRICS,
+    SAMPLES,
+    MetricsLog,
+    append_samples,
     has_records,
-    plot_curves,
-    read_lines,
-    read_metrics,
-    show_samples,
+    read_records,
+    tracker_options,
 )
+from grpo_kernels.training.report.page import plot_curves, write_report
+from grpo_kernels.training.report.terminal import MetricsTable, count_step, progress_bar, show_samples
 from grpo_kernels.training.rollout import Sampler
 from grpo_kernels.training.task import (
     Task,
@@ -56,9 +55,6 @@ from grpo_kernels.training.task import (
     prepare_model,
     train_on_traces,
 )
-from grpo_kernels.training.trackers import METRICS, MetricsLog, tracked
-
-SAMPLES = "samples.jsonl"
 
 
 class Result(NamedTuple):
@@ -116,15 +112,30 @@ def train(recipe: Recipe, accelerator: Accelerator | None = None, rows: Sequence
             before, checkpoint, after = run.train(task)
         finally:
             run.metrics.close()
-            run.samples_file.close()
         if accelerator.is_main_process:
-            plot_curves(read_metrics(output_dir / METRICS), output_dir / "curves.png")
+            plot_curves(output_dir)
             write_report(output_dir)
     except OSError as error:
         raise OSError(f"{error}; stopped after step {run.number}; {status_line(output_dir)}") from error
     if accelerator.is_main_process:
         _print_summary(before, after, time.perf_counter() - start, checkpoint, recipe)
     return Result(checkpoint, before, after)
+
+
+def tracked(recipe: Any) -> Accelerator:
+    """An accelerator on the device of a recipe or stage, with the trackers of ``report_to``, which are not started yet.
+
+    Raises:
+        ValueError: A tracker is unknown or not installed.
+    """
+    trackers = tracker_options(recipe.report_to, recipe.output_dir)
+    return build_accelerator(bf16=getattr(recipe, "bf16", False), cpu=recipe.device == "cpu", **trackers)
+
+
+def metrics_log(recipe: Any, accelerator: Accelerator) -> MetricsLog:
+    """The log of a recipe's run."""
+    names = {name: getattr(recipe, name) for name in ("project", "run_name", "report_to")}
+    return MetricsLog(accelerator, recipe.output_dir, hyper_parameters=asdict(recipe), **names)
 
 
 class _RunFolder:
@@ -141,12 +152,11 @@ class _RunFolder:
             else:
                 _prepare(output_dir, recipe.overwrite_output_dir or recipe.resume)
         accelerator.wait_for_everyone()
-        folder = output_dir if accelerator.is_main_process else None
-        self.metrics = MetricsLog(recipe, accelerator)
-        self.samples_file = SamplesFile(folder / SAMPLES if folder else Path(os.devnull))
-        if folder:
-            replace_text(folder / "config.yaml", yaml.safe_dump(asdict(recipe), sort_keys=False))
-            replace_text(folder / "versions.json", json.dumps(versions(), indent=1))
+        self.metrics = metrics_log(recipe, accelerator)
+        if accelerator.is_main_process:
+            (output_dir / SAMPLES).touch()
+            replace_text(output_dir / "config.yaml", yaml.safe_dump(asdict(recipe), sort_keys=False))
+            replace_text(output_dir / "versions.json", json.dumps(info.versions(), indent=1))
 
     def train(self, task: Task) -> tuple[dict[str, float], Path, dict[str, float]]:
         """Held-out accuracies before GRPO, the last checkpoint, and the accuracies after."""
@@ -160,7 +170,7 @@ class _RunFolder:
             loop = GRPOLoop(task, recipe, self.accelerator, sampler)
             self._save(task, loop)
         else:
-            records = read_metrics(self.output_dir / METRICS)
+            records = read_records(self.output_dir / METRICS)
             before = {name: value for r in records if r["step"] == 0 for name, value in r.items() if name != "step"}
             loop = self._resume(self._filter(task, None))
         checkpoint = self._run_grpo(task, loop)
@@ -209,20 +219,20 @@ class _RunFolder:
         saved, processes = loop.number, self.accelerator.num_processes
         completions = recipe.per_device_train_batch_size * recipe.gradient_accumulation_steps * processes
         is_hidden = recipe.disable_tqdm or not self.accelerator.is_main_process
-        with Progress(recipe.max_steps - loop.number, "GRPO", disable=True if is_hidden else None) as progress:
-            table = Table(progress.bar)
+        with progress_bar(recipe.max_steps - loop.number, "GRPO", is_hidden=is_hidden) as bar:
+            table = MetricsTable()
             for step in loop.steps():
                 self.number = step.number
                 self.metrics.write(step.number, step.metrics)
                 tokens = completions * step.metrics["completions/mean_length"]
-                progress.update(completions=completions, tokens=tokens, reward=step.metrics["reward"])
+                count_step(bar, completions=completions, tokens=tokens, reward=step.metrics["reward"])
                 self._show(step, table)
                 is_due = step.number // recipe.save_steps > saved // recipe.save_steps
                 if (is_due and step.is_whole) or step.number == recipe.max_steps:
                     checkpoint, saved = self._save(task, loop), step.number
         return checkpoint
 
-    def _show(self, step: Step, table: Table) -> None:
+    def _show(self, step: Step, table: MetricsTable) -> None:
         recipe = self.recipe
         if not self.accelerator.is_main_process:
             return
@@ -231,8 +241,8 @@ class _RunFolder:
         if recipe.completions_steps and recipe.num_completions_to_print and step.number % recipe.completions_steps == 0:
             stride = recipe.num_generations + 1  # each from another group
             samples = step.samples[::stride][: recipe.num_completions_to_print]
-            self.samples_file.write(step.number, samples)
-            show_samples(step.number, samples, table.bar)
+            append_samples(self.output_dir / SAMPLES, step.number, samples)
+            show_samples(step.number, samples)
 
     def _evaluate(self, task: Task, sampler: Sampler, step: int) -> dict[str, float]:
         if not task.eval_rows:
@@ -250,7 +260,7 @@ class _RunFolder:
 
 def _cut(path: Path, step: int) -> None:
     """Takes out what a run will write again from a checkpoint on, and a line that was cut by a kill."""
-    records = read_lines(path).records if path.exists() else []
+    records = read_records(path) if path.exists() else []
     kept = [r for r in records if r["step"] == 0 or (r["step"] <= step and "eval_accuracy" not in r)]
     replace_text(path, "".join(json.dumps(record) + "\n" for record in kept))
 
@@ -270,10 +280,11 @@ def _cold_start(task: Task, recipe: Recipe) -> None:
     if not recipe.sft_steps:
         return
     losses = []
-    with Progress(recipe.sft_steps, "cold start", disable=True if recipe.disable_tqdm else None) as progress:
-        for loss, tokens in train_on_traces(task.model, task.tokenizer, task.train_rows, recipe):
+    with progress_bar(recipe.sft_steps, "cold start", is_hidden=recipe.disable_tqdm) as bar:
+        for loss, _ in train_on_traces(task.model, task.tokenizer, task.train_rows, recipe):
             losses.append(loss)
-            progress.update(completions=recipe.sft_batch_size, tokens=tokens, loss=loss)
+            bar.update()
+            bar.set_postfix(loss=f"{loss:.3f}", refresh=False)
     print(f"cold start: {len(losses)} supervised steps, loss {losses[0]:.3f} -> {losses[-1]:.3f} nats per token")
 
 

@@ -16,16 +16,14 @@ from accelerate import PartialState
 from transformers import set_seed
 from transformers.utils.logging import disable_progress_bar
 
+from grpo_kernels import info
 from grpo_kernels.files import replace_text
 from grpo_kernels.training.arguments import read_yaml
 from grpo_kernels.training.checkpoint import MAY_DIFFER, MAY_DIFFER_ON_RESUME, clear_run, list_checkpoints
-from grpo_kernels.training.html_report import versions
-from grpo_kernels.training.reporting import has_records
-from grpo_kernels.training.run import SAMPLES
+from grpo_kernels.training.report.log import METRICS, SAMPLES, has_records, tracker_names
 from grpo_kernels.training.stages.config import Stage, is_file
 from grpo_kernels.training.stages.inputs import fingerprints
 from grpo_kernels.training.stages.work import ROWS, STAGE_RUNNERS, Outcome
-from grpo_kernels.training.trackers import METRICS, tracker_names
 
 CONFIG, DONE, SUMMARY = "config.yaml", "done.json", "summary.jsonl"
 USED = "used.json"  # by key, the digest of the stage that was used; under "files", of what was read beside
@@ -220,7 +218,7 @@ def _begin(stage: Stage, options: Any, config: dict[str, Any], used: dict[str, A
     for name in (ROWS, SAMPLES):
         (folder / name).unlink(missing_ok=True)
     replace_text(folder / CONFIG, yaml.safe_dump(config, sort_keys=False))
-    replace_text(folder / "versions.json", json.dumps(versions(), indent=1))
+    replace_text(folder / "versions.json", json.dumps(info.versions(), indent=1))
 
 
 def _is_begun(folder: Path) -> bool:

@@ -24,9 +24,10 @@ from grpo_kernels.training.distributed import build_accelerator
 from grpo_kernels.training.evaluation import EvalReport, evaluate_samples
 from grpo_kernels.training.loop import Sample
 from grpo_kernels.training.recipe import Recipe
-from grpo_kernels.training.reporting import Progress, SamplesFile
+from grpo_kernels.training.report.log import SAMPLES, MetricsLog, append_samples
+from grpo_kernels.training.report.terminal import count_step, progress_bar
 from grpo_kernels.training.rollout import Sampler, score_rollout
-from grpo_kernels.training.run import SAMPLES, train
+from grpo_kernels.training.run import metrics_log, tracked, train
 from grpo_kernels.training.stages.config import Stage
 from grpo_kernels.training.supervised import SupervisedStep, check_vocabularies, distill
 from grpo_kernels.training.task import (
@@ -43,7 +44,6 @@ from grpo_kernels.training.task import (
     train_on_traces,
 )
 from grpo_kernels.training.tasks import TASKS
-from grpo_kernels.training.trackers import MetricsLog, tracked
 
 ROWS = "rows.jsonl"
 Config = dict[str, Any]
@@ -182,24 +182,18 @@ def _problems(task: Task, options: Any) -> list[Row]:
     return fitting_rows(task, task.train_rows, options)
 
 
-@contextlib.contextmanager
-def _log(options: Any) -> Iterator[MetricsLog]:
-    log = MetricsLog(options, tracked(options))
-    try:
-        yield log
-    finally:
-        log.close()
+def _log(options: Any) -> contextlib.closing[MetricsLog]:
+    return contextlib.closing(metrics_log(options, tracked(options)))
 
 
 def _trained(
     stage: Stage, task: Task, options: Any, steps: Iterator[SupervisedStep], log: MetricsLog, **line: Any
 ) -> Outcome:
     """Goes through the steps of a supervised training, saves the model, and measures it."""
-    hidden = True if options.disable_tqdm else None
-    with Progress(options.sft_steps, stage.name, disable=hidden) as progress:
+    with progress_bar(options.sft_steps, stage.name, is_hidden=options.disable_tqdm) as bar:
         for number, step in enumerate(steps, start=1):
             log.write(number, {"loss": step.loss})
-            progress.update(completions=options.sft_batch_size, tokens=step.tokens, loss=step.loss)
+            count_step(bar, completions=options.sft_batch_size, tokens=step.tokens, loss=step.loss)
     checkpoint = save_checkpoint(stage.folder, options.sft_steps, task.model, task.tokenizer, keep=1)
     found, report = _scores(task, options)
     if report is not None:
@@ -221,7 +215,6 @@ def _sampled(
     asked = [row for row in rows[: options.prompts] for _ in range(options.samples)]
     sampler = _sampler(task, options)
     kept: dict[tuple[str, str], Row] = {}
-    samples = SamplesFile(stage.folder / SAMPLES)
     for number, begin in enumerate(range(0, len(asked), options.eval_batch_size), start=1):
         batch = asked[begin : begin + options.eval_batch_size]
         scored = score_rollout(
@@ -233,11 +226,10 @@ def _sampled(
                 kept[json.dumps(row["prompt"]), completion] = row | {"completion": completion}
         shown = zip(batch, completions, total(rewards, None).tolist(), strict=True)
         shown = [Sample(str(row["prompt"]), *found) for row, *found in shown][: options.num_completions_to_print]
-        samples.write(number, shown)
+        append_samples(stage.folder / SAMPLES, number, shown)
         if log is not None:
             means = {f"rewards/{name}/mean": rewards[:, k].nanmean().item() for k, name in enumerate(functions)}
             log.write(number, {"sampled": begin + len(batch), "kept": len(kept), **means})
-    samples.close()
     if not kept:
         raise ValueError(f"stage {stage.name!r}: none of {len(asked)} completions earned {options.keep}")
     found = list(kept.values())

@@ -1,0 +1,1 @@
+"""What a run keeps (``log``), prints (``terminal``) and draws (``page``)."""
