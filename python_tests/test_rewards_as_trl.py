@@ -16,8 +16,7 @@ from transformers import Qwen2Config, Qwen2ForSequenceClassification
 from grpo_kernels import rewards
 from grpo_kernels.errors import ThirdPartyError
 from grpo_kernels.rewards import RewardLog, RewardModel, columns_of, resolve, score
-from grpo_kernels.training import addition
-from grpo_kernels.training.tasks import build_model
+from grpo_kernels.training.tasks import TASKS, build_model
 
 CHAT = [{"role": "user", "content": "1 + 1 ="}]
 TEMPLATE = "{% for m in messages %}<{{ m.role }}> {{ m.content }} {% endfor %}"
@@ -142,7 +141,9 @@ def test_trls_own_functions_run_unchanged() -> None:
     torch.testing.assert_close(found, torch.tensor([[1.0, 1.0, 0.0, -0.5], [0.0, 0.0, -0.75, -1.0]]))
 
 
-@pytest.mark.parametrize("name", [n for n in rewards.BUILT_IN if n not in ("code", "language_consistency")])
+@pytest.mark.parametrize(
+    "name", [n for n in rewards.BUILT_IN if n not in ("code", "language_consistency", "reasoning_gym")]
+)
 def test_ours_read_messages_as_they_read_text(name: str) -> None:
     """As TRL's trainer hands them over, so that they can be given to it."""
     pytest.importorskip("math_verify")
@@ -156,7 +157,7 @@ def test_ours_read_messages_as_they_read_text(name: str) -> None:
 
 def reward_model(folder: Path, template: str | None = None) -> tuple[Qwen2ForSequenceClassification, Any]:
     torch.manual_seed(0)
-    tokenizer = addition.build_tokenizer()
+    tokenizer = TASKS["addition"].build_tokenizer()
     tokenizer.chat_template = template
     model = Qwen2ForSequenceClassification(Qwen2Config(
         vocab_size=len(tokenizer), hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2,
@@ -229,7 +230,7 @@ def test_a_column_of_unequal_length_is_refused() -> None:
 
 
 def test_a_language_model_is_no_reward_model(tmp_path: Path) -> None:
-    tokenizer = addition.build_tokenizer()
+    tokenizer = TASKS["addition"].build_tokenizer()
     build_model(tokenizer, 0).save_pretrained(tmp_path)
     tokenizer.save_pretrained(tmp_path)
     with pytest.raises(ValueError, match="must be a sequence classifier, got Qwen2ForCausalLM"):

@@ -21,7 +21,7 @@ PIECES = [
     "\u0301", "中", "x", "a b ", "|x|", "\\log(", "(1,2)\\cup ",
 ]  # fmt: skip
 LENGTH = 100_000  # characters
-ELSEWHERE = ("code", "language_consistency")
+ELSEWHERE = ("code", "language_consistency", "reasoning_gym")
 SECONDS = 2.5  # less than math_accuracy's own limit; what is quadratic takes minutes
 
 

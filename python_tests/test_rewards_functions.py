@@ -211,9 +211,9 @@ def test_length_may_be_counted_by_a_tokenizer():
 
 
 def test_a_tokenizer_is_loaded_by_its_name(tmp_path):
-    from grpo_kernels.training import addition
+    from grpo_kernels.training.tasks import TASKS
 
-    tokenizer = addition.build_tokenizer()
+    tokenizer = TASKS["addition"].build_tokenizer()
     tokenizer.save_pretrained(tmp_path)
     reward = rewards.resolve(f"cosine_length(tokenizer={str(tmp_path)!r}, max_len=6)")
     text = "1 + 2"

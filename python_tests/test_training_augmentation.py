@@ -12,7 +12,7 @@ from test_training_tasks import every_task, problems, right, worked_out
 from grpo_kernels import rewards
 from grpo_kernels.training.augmentation import augment, is_right, prompt_key, relabel, vary_goal, vary_start
 from grpo_kernels.training.data import gsm8k, templates
-from grpo_kernels.training.tasks import get_task
+from grpo_kernels.training.tasks import TASKS
 
 SEEDS = range(6)
 SOLUTION = "He has 3*4 = <<3*4=12>>12 apples.\nHe eats half, <<12/2=6>>6 of them.\nSo 12-6-1 = <<12-6-1=5>>5 are left."
@@ -68,17 +68,10 @@ def test_an_intermediate_goal_is_right_and_its_reasoning_stops_there(task):
 
 def goal_by_hand(task, prompt):
     """The answer to an intermediate question, by arithmetic."""
-    if task.name == "logic":
-        return worked_out(prompt)
     goal, question = prompt.split(" ", 1)
     a, b = task.parse_prompt(question)
-    if task.name == "comparison":
-        place = {"hundreds": 0, "tens": 1, "units": 2}[goal]
-        x, y = str(a)[place], str(b)[place]
-        return "equal" if x == y else "less" if x < y else "greater"
-    sign = 1 if "addition" in task.name else -1
-    units = a % 10 + sign * (b % 10)
-    return str(units % 10) if goal == "units" else str(int(not 0 <= units <= 9))
+    units = a % 10 + b % 10
+    return str(units % 10) if goal == "units" else str(int(units > 9))
 
 
 @every_task
@@ -86,13 +79,9 @@ def test_in_hindsight_a_failed_trace_solves_the_question_whose_answer_it_reached
     for seed in SEEDS:
         rng = random.Random(seed)
         asked, solved = problems(task, 150, seed), problems(task, 150, seed + 100)
-        if task.name in ("comparison", "logic"):  # whose questions supply what the trace does not copy
-            rows = [{**task.row(problem), "completion": task.trace(problem, rng)} for problem in asked]
-        else:
-            rows = [
-                {**task.row(problem), "completion": task.trace(other)}
-                for problem, other in zip(asked, solved, strict=True)
-            ]
+        rows = [
+            {**task.row(problem), "completion": task.trace(other)} for problem, other in zip(asked, solved, strict=True)
+        ]
         found = relabel(rows, rng, restate=task.restate, key=task.key)
         assert len(found) > 30
         for row in found:
@@ -100,13 +89,11 @@ def test_in_hindsight_a_failed_trace_solves_the_question_whose_answer_it_reached
             assert row["prompt"] != row["seed_prompt"]
             assert row["answer"] == worked_out(row["prompt"])
             assert right(row)
-            assert task.parse_trace(row["completion"], task.parse_prompt(row["prompt"])) == task.parse_prompt(
-                row["prompt"]
-            )
+            assert task.parse_trace(row["completion"]) == task.parse_prompt(row["prompt"])
 
 
 def test_a_trace_with_a_wrong_step_is_the_solution_of_nothing():
-    task = get_task("addition")
+    task = TASKS["addition"]
     rng = random.Random(0)
     rows = [{**task.row(problem), "completion": task.trace(problem, rng)} for problem in problems(task)]
     assert relabel(rows, rng, restate=task.restate) == []
@@ -136,7 +123,7 @@ def test_nothing_that_is_held_out_comes_back(task):
 
 
 def test_hindsight_on_a_held_out_question_is_dropped():
-    task = get_task("addition")
+    task = TASKS["addition"]
     row = {**task.row((78, 45)), "completion": task.trace((78, 46))}
     arguments = {"restate": task.restate, "key": task.key}
     assert len(relabel([row], random.Random(0), held_out=[task.row((10, 10))], **arguments)) == 1
@@ -156,7 +143,7 @@ def test_rows_stay_as_they_are_and_the_same_seed_gives_the_same_rows(task):
 
 
 def test_num_rows_bounds_each_kind_and_no_prompt_comes_twice():
-    task = get_task("subtraction")
+    task = TASKS["addition"]
     rows, held_out = material(task, 0)
     found = augment(rows * 2, random.Random(0), task=task, held_out=held_out, num_rows=20)
     new = [row["source"] for row in found[2 * len(rows) :]]
@@ -166,7 +153,7 @@ def test_num_rows_bounds_each_kind_and_no_prompt_comes_twice():
 
 
 def test_a_row_that_starts_in_the_middle_is_not_augmented_again():
-    task = get_task("addition")
+    task = TASKS["addition"]
     rows, _ = material(task, 0)
     started = vary_start(rows, random.Random(0), boundaries=task.boundaries, is_good=task.is_worked)
     again = augment(started, random.Random(0), task=task, held_out=[])

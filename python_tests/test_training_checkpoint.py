@@ -21,20 +21,20 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from grpo_kernels import cli
 from grpo_kernels.files import replace_text, replacing
 from grpo_kernels.hub import load_tokenizer
-from grpo_kernels.training import addition
 from grpo_kernels.training.checkpoint import clear_run, list_checkpoints, save_checkpoint, status_line
 from grpo_kernels.training.report.log import append_records, read_records
 from grpo_kernels.training.report.page import plot_curves
+from grpo_kernels.training.tasks import TASKS, build_model
 
 
 @pytest.fixture
 def tokenizer():
-    return addition.build_tokenizer()
+    return TASKS["addition"].build_tokenizer()
 
 
 @pytest.fixture
 def model(tokenizer):
-    return addition.build_model(tokenizer, seed=0)
+    return build_model(tokenizer, seed=0)
 
 
 def test_a_checkpoint_loads_with_the_auto_classes(tmp_path, model, tokenizer):

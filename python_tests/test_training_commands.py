@@ -16,14 +16,13 @@ from testing.training import completion_logits
 
 from grpo_kernels import cli
 from grpo_kernels.integrations.transformers.model_head import open_head
-from grpo_kernels.training import addition
 from grpo_kernels.training.checkpoint import save_checkpoint
 from grpo_kernels.training.recipe import Recipe
 from grpo_kernels.training.rollout import teacher_forced
 from grpo_kernels.training.stages.config import KINDS, load_stage
 from grpo_kernels.training.supervised import check_vocabularies, teaching_loss
 from grpo_kernels.training.task import columns_needed, load_task_rows
-from grpo_kernels.training.tasks import build_model
+from grpo_kernels.training.tasks import TASKS, build_model
 
 SMALL: dict[str, Any] = {
     "num_eval_prompts": 3, "eval_samples": 2, "sft_steps": 3, "sft_batch_size": 4, "max_completion_length": 8,
@@ -108,7 +107,7 @@ def test_a_student_comes_closer_to_its_teacher(trained: Path, tmp_path: Path, be
 @pytest.mark.parametrize("beta", [0, 0.3, 1])
 def test_the_loss_is_trls(beta: float) -> None:
     trainer = pytest.importorskip("trl.experimental.gkd").GKDTrainer
-    tokenizer = addition.build_tokenizer()
+    tokenizer = TASKS["addition"].build_tokenizer()
     student, teacher = build_model(tokenizer, 0, hidden_size=32).eval(), build_model(tokenizer, 1).eval()
     batch = teacher_forced(tokenizer, ["1 + 1 =", "1 2 + 3 4 ="], ["2 carry 1", "4 6 units 7 = 9 tens"])
     with torch.no_grad():
@@ -126,7 +125,7 @@ def test_the_loss_is_trls(beta: float) -> None:
 
 def test_a_head_that_is_padded_further_teaches_the_same_tokens() -> None:
     """Qwen2.5's larger models have 152,064 rows for the tokens of which its smaller ones have 151,936."""
-    tokenizer = addition.build_tokenizer()
+    tokenizer = TASKS["addition"].build_tokenizer()
     student, teacher = build_model(tokenizer, 0, hidden_size=32).eval(), build_model(tokenizer, 1).eval()
     batch = teacher_forced(tokenizer, ["1 + 1 ="], ["2 carry 1"])
     for model in (student, teacher):
@@ -137,14 +136,14 @@ def test_a_head_that_is_padded_further_teaches_the_same_tokens() -> None:
 
 
 def test_another_vocabulary_teaches_by_samples_alone(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert run("sft", tmp_path / "teacher", dataset_name="comparison") == 0
+    assert run("sft", tmp_path / "teacher", dataset_name="addition-mixed") == 0
     options = {"teacher_model_name_or_path": tmp_path / "teacher" / "checkpoint-3", "prompts": 4}
     assert run("distill", tmp_path / "soft", **options, beta=0) == 2
     assert "beta must be None for a teacher with another vocabulary: of 22 tokens" in capsys.readouterr().err
     assert run("distill", tmp_path / "hard", **options) == 0
     with pytest.raises(ValueError, match="2 differ"):
-        tokenizer = addition.build_tokenizer()
-        other = addition.build_tokenizer()
+        tokenizer = TASKS["addition"].build_tokenizer()
+        other = TASKS["addition"].build_tokenizer()
         other.add_tokens(["one", "two"])
         check_vocabularies(tokenizer, other)
 
@@ -240,10 +239,10 @@ def test_problems_beyond_the_context_are_not_sampled_for(
 def test_the_progress_of_supervised_steps_counts_tokens(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[float] = []
 
-    def update(self: Any, completions: int, tokens: float, **values: float) -> None:
+    def count_step(bar: Any, *, completions: int, tokens: float, **values: float) -> None:
         seen.append(tokens)
 
-    monkeypatch.setattr("grpo_kernels.training.stages.work.Progress.update", update)
+    monkeypatch.setattr("grpo_kernels.training.stages.work.count_step", count_step)
     assert run("sft", tmp_path, num_eval_prompts=0) == 0
     assert len(seen) == 3 and min(seen) > SMALL["sft_batch_size"]
 
@@ -275,7 +274,7 @@ def bad(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     folder = tmp_path_factory.mktemp("bad")
     (folder / "rows.jsonl").write_text('{"prompt": "1 + 1 =", "result": "2"}\n' * 4)
     (folder / "cut.jsonl").write_text('{"prompt": "1 + 1 =", "answer": "2"}\n{"prompt": "1 +')
-    tokenizer = addition.build_tokenizer()
+    tokenizer = TASKS["addition"].build_tokenizer()
     models = {}
     for name in ("WEIGHTS", "LACKING", "OTHER"):
         models[name] = save_checkpoint(folder / name, 1, build_model(tokenizer, 0), tokenizer, keep=1)

@@ -12,7 +12,7 @@ from accelerate import Accelerator
 from testing.training import report_of
 
 from grpo_kernels import rewards
-from grpo_kernels.training import addition, supervised
+from grpo_kernels.training import supervised
 from grpo_kernels.training.data import gsm8k, templates
 from grpo_kernels.training.data.rows import load_rows, read_file
 from grpo_kernels.training.filtering import filter_by_pass_rate
@@ -21,6 +21,7 @@ from grpo_kernels.training.metrics import informative_groups
 from grpo_kernels.training.recipe import Recipe
 from grpo_kernels.training.rollout import teacher_forced
 from grpo_kernels.training.task import load_task, train_on_traces
+from grpo_kernels.training.tasks import TASKS, build_model
 
 CLIPS = (
     "Natalia sold 48/2 = <<48/2=24>>24 clips in May.\n"
@@ -61,8 +62,8 @@ def gsm8k_folder(tmp_path):
 
 @pytest.fixture
 def model_settings(tmp_path):
-    tokenizer = addition.build_tokenizer()
-    addition.build_model(tokenizer, seed=0).save_pretrained(tmp_path / "model")
+    tokenizer = TASKS["addition"].build_tokenizer()
+    build_model(tokenizer, seed=0).save_pretrained(tmp_path / "model")
     tokenizer.save_pretrained(tmp_path / "model")
     return {"model_name_or_path": str(tmp_path / "model"), "device": "cpu", "num_eval_prompts": 2}
 
@@ -204,8 +205,10 @@ def test_a_dataset_that_is_nowhere_is_named_beside_the_built_in_ones(monkeypatch
         raise datasets.exceptions.DatasetNotFoundError(f"Dataset '{name}' doesn't exist on the Hub")
 
     monkeypatch.setattr(datasets, "load_dataset_builder", load_dataset_builder)
-    with pytest.raises(ValueError, match=r"addition, .* subtraction, .* got 'substraction': .* doesn't exist"):
-        load_rows("substraction")
+    with pytest.raises(
+        ValueError, match=r"built-in task \(addition, addition-mixed\), .* got 'adition': .* doesn't exist"
+    ):
+        load_rows("adition")
 
 
 def test_a_line_that_is_no_row_is_named_and_an_empty_one_is_none(tmp_path):
@@ -225,7 +228,7 @@ def test_a_line_separator_inside_a_json_string_cuts_no_row(tmp_path):
 
 
 def test_without_a_template_prompts_are_rendered_as_ever():
-    tokenizer = addition.build_tokenizer()
+    tokenizer = TASKS["addition"].build_tokenizer()
     tokenizer.chat_template = CHAT
     messages = {"prompt": [{"role": "user", "content": "1 + 1"}]}
     assert templates.render_prompt({"prompt": "1 + 1 "}, tokenizer) == "1 + 1 "
@@ -235,7 +238,7 @@ def test_without_a_template_prompts_are_rendered_as_ever():
 
 
 def test_templates_by_name_and_by_text():
-    tokenizer = addition.build_tokenizer()
+    tokenizer = TASKS["addition"].build_tokenizer()
     row, chat = {"prompt": "1 + {prompt}"}, {"prompt": [{"role": "user", "content": "1 + 1"}]}
     assert templates.render_prompt(row, tokenizer, "none") == "1 + {prompt}"
     zero = templates.render_prompt(row, tokenizer, "r1_zero")
@@ -248,7 +251,7 @@ def test_templates_by_name_and_by_text():
 
 
 def test_a_template_that_cannot_be_used_is_named():
-    tokenizer, row = addition.build_tokenizer(), {"prompt": "1 + 1"}
+    tokenizer, row = TASKS["addition"].build_tokenizer(), {"prompt": "1 + 1"}
     with pytest.raises(
         ValueError, match=r"prompt_template must be one of none, r1_zero, chat, or a text .* got 'r1zero'"
     ):
@@ -263,7 +266,7 @@ def test_a_template_that_cannot_be_used_is_named():
 
 
 def test_what_the_prompt_opens_is_given_back_to_the_format_reward():
-    tokenizer, row = addition.build_tokenizer(), {"prompt": "1 + 1 ="}
+    tokenizer, row = TASKS["addition"].build_tokenizer(), {"prompt": "1 + 1 ="}
     sampled = " 1 + 1 = 2 </think> <answer> 2 </answer>"
     tokenizer.chat_template = CHAT.replace("[go]", "[go]<think>\n")
     for template in ("chat", "Think first. {prompt} <think>"):
@@ -278,7 +281,7 @@ def test_what_the_prompt_opens_is_given_back_to_the_format_reward():
 
 
 def test_a_cold_start_does_not_teach_what_the_prompt_opens():
-    tokenizer, row = addition.build_tokenizer(), {"prompt": "1 + 1 ="}
+    tokenizer, row = TASKS["addition"].build_tokenizer(), {"prompt": "1 + 1 ="}
     worked = "<think> 1 + 1 = 2 </think> <answer> 2 </answer>"
     opened = templates.render_prompt(row, tokenizer, "{prompt} <think>")
     assert opened + templates.remaining_completion(row, opened, worked) == f"1 + 1 = {worked}"
@@ -290,7 +293,7 @@ def test_a_cold_start_does_not_teach_what_the_prompt_opens():
 
 
 def test_a_row_in_the_middle_of_its_solution_goes_on_in_the_assistants_turn():
-    tokenizer, prefix = addition.build_tokenizer(), "<think> units 1"
+    tokenizer, prefix = TASKS["addition"].build_tokenizer(), "<think> units 1"
     text = {"prompt": f"1 + 1 = {prefix}", "completion_prefix": prefix}
     chat = {"prompt": [{"role": "user", "content": "1 + 1 ="}, {"role": "assistant", "content": prefix}],
             "completion_prefix": prefix}  # fmt: skip

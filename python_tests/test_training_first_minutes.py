@@ -14,14 +14,13 @@ from huggingface_hub import constants
 from transformers import PreTrainedModel
 
 from grpo_kernels import cli, hub
-from grpo_kernels.training import addition
 from grpo_kernels.training.metrics import SilentRewards
 from grpo_kernels.training.models import load_pretrained
 from grpo_kernels.training.recipe import Recipe, load_recipe
 from grpo_kernels.training.run import train
 from grpo_kernels.training.stages.config import load_stage
 from grpo_kernels.training.task import load_task_rows
-from grpo_kernels.training.tasks import build_model
+from grpo_kernels.training.tasks import TASKS, build_model
 
 REWARDS = """
 def right(completions, prompts, answer, **kwargs):
@@ -43,7 +42,7 @@ def logged(completions, trainer_state, log_metric, log_extra, **kwargs):
 @pytest.fixture
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A user's folder: a model, twenty rows, a reward function, a recipe; the commands run in another."""
-    tokenizer = addition.build_tokenizer()
+    tokenizer = TASKS["addition"].build_tokenizer()
     build_model(tokenizer, 0, hidden_size=32).save_pretrained(tmp_path / "model")
     tokenizer.save_pretrained(tmp_path / "model")
     rows = [{"prompt": f"{i % 10} + {i // 10} =", "answer": i % 10 + i // 10} for i in range(20)]
@@ -326,7 +325,7 @@ def small_model(name: str, vocab_size: int) -> PreTrainedModel:
 
 @pytest.mark.parametrize("name", ["Gemma2", "GptOss", "Bloom", "Mamba", "Mpt", "XGLM"])
 def test_a_model_takes_the_attention_of_its_class(tmp_path: Path, name: str) -> None:
-    tokenizer = addition.build_tokenizer()
+    tokenizer = TASKS["addition"].build_tokenizer()
     small_model(name, len(tokenizer)).save_pretrained(tmp_path / "model")
     tokenizer.save_pretrained(tmp_path / "model")
     recipe = Recipe(

@@ -13,13 +13,13 @@ from testing.training import ScriptedSampler, accuracies_of, completion_logprobs
 from grpo_kernels import backends
 from grpo_kernels.device_values import first_bad
 from grpo_kernels.loss.metrics import PolicyMetrics
-from grpo_kernels.training import addition
 from grpo_kernels.training.loop import GRPOLoop
 from grpo_kernels.training.recipe import Recipe, load_recipe
 from grpo_kernels.training.report.log import read_records
 from grpo_kernels.training.rollout import Rollout
 from grpo_kernels.training.run import train
 from grpo_kernels.training.task import Task, load_task, train_on_traces
+from grpo_kernels.training.tasks import TASKS, build_model
 
 
 @pytest.fixture(autouse=True)
@@ -263,8 +263,8 @@ def test_the_cold_start_lowers_the_loss_and_needs_completions():
 
 def test_any_model_folder_trains_on_any_prompt_answer_file(tmp_path):
     """Model and tokenizer by folder, data by file, reward columns from the file, checkpoint by AutoModelForCausalLM."""
-    tokenizer = addition.build_tokenizer()
-    addition.build_model(tokenizer, seed=0).save_pretrained(tmp_path / "model")
+    tokenizer = TASKS["addition"].build_tokenizer()
+    build_model(tokenizer, seed=0).save_pretrained(tmp_path / "model")
     tokenizer.save_pretrained(tmp_path / "model")
     rows = [{"prompt": f"{i} + 1 =", "answer": i + 1, "hint": "x"} for i in range(9)]
     (tmp_path / "sums.jsonl").write_text("\n".join(map(json.dumps, rows)))

@@ -16,13 +16,13 @@ from safetensors.torch import load_file, save_file
 from test_training_resume import SETTINGS, recipe_of
 
 from grpo_kernels import cli
-from grpo_kernels.training import addition
 from grpo_kernels.training.checkpoint import list_checkpoints, read_weights, save_checkpoint
 from grpo_kernels.training.models import load_pretrained
 from grpo_kernels.training.recipe import Recipe
 from grpo_kernels.training.report.log import read_records
 from grpo_kernels.training.run import train
 from grpo_kernels.training.task import load_model, prepare_model
+from grpo_kernels.training.tasks import TASKS, build_model
 
 ADAPTED: dict[str, Any] = {"use_peft": True, "lora_r": 4, "max_steps": 4, "learning_rate": 0.05}
 IDS = torch.arange(12)[None]
@@ -109,7 +109,7 @@ def test_adapters_without_their_base_or_in_a_pickle_are_refused(run: Path, tmp_p
 
 @pytest.mark.parametrize("targets", [["lm_head"], ["q_proj", "lm_head"]])
 def test_adapters_of_the_head_are_refused(targets: list[str]) -> None:
-    model = addition.build_model(addition.build_tokenizer(), seed=0)
+    model = build_model(TASKS["addition"].build_tokenizer(), seed=0)
     with pytest.raises(ValueError, match="lora_target_modules must leave out the head"):
         prepare_model(model, Recipe(use_peft=True, lora_target_modules=targets))
 
@@ -125,8 +125,8 @@ class Touching:
 
 
 def test_no_pickle_is_read(tmp_path: Path) -> None:
-    tokenizer = addition.build_tokenizer()
-    model = addition.build_model(tokenizer, seed=0)
+    tokenizer = TASKS["addition"].build_tokenizer()
+    model = build_model(tokenizer, seed=0)
     folder = save_checkpoint(tmp_path, 1, model, tokenizer, keep=1)
     for weights in (model.state_dict(), {"model.norm.weight": Touching(tmp_path / "run")}):
         torch.save(weights, folder / "pytorch_model.bin")
@@ -153,8 +153,8 @@ def test_a_models_code_is_run_where_the_recipe_trusts_it(tmp_path: Path, monkeyp
     cache = tmp_path / "cache"
     monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(cache))
     monkeypatch.setattr("sys.path", [*sys.path])
-    tokenizer = addition.build_tokenizer()
-    folder = save_checkpoint(tmp_path, 1, addition.build_model(tokenizer, seed=0), tokenizer, keep=1)
+    tokenizer = TASKS["addition"].build_tokenizer()
+    folder = save_checkpoint(tmp_path, 1, build_model(tokenizer, seed=0), tokenizer, keep=1)
     config = json.loads((folder / "config.json").read_text())
     own = {"AutoConfig": "code_of_mine.MineConfig", "AutoModelForCausalLM": "code_of_mine.MineForCausalLM"}
     (folder / "config.json").write_text(json.dumps(config | {"model_type": "mine", "auto_map": own}))

@@ -53,9 +53,9 @@ class Found:
 def model_of(tokenizer: Any, tied: bool) -> Any:
     import transformers
 
-    from grpo_kernels.training import addition
+    from grpo_kernels.training.tasks import build_model
 
-    config = addition.build_model(tokenizer, seed=0).config
+    config = build_model(tokenizer, seed=0).config
     config.tie_word_embeddings = tied
     torch.manual_seed(0)
     return transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
@@ -101,13 +101,13 @@ def worker(folder: Path, mode: str) -> None:
 
 
 def loop_of(name: str, accelerator: Any) -> Any:
-    from grpo_kernels.training import addition
     from grpo_kernels.training.loop import GRPOLoop
     from grpo_kernels.training.task import Task
+    from grpo_kernels.training.tasks import TASKS
 
     tied, changes = CASES[name]
-    tokenizer = addition.build_tokenizer()
-    rows, _ = addition.build_rows(0, 0)
+    tokenizer = TASKS["addition"].build_tokenizer()
+    rows, _ = TASKS["addition"].build_rows(0, 0)
     recipe = Recipe(**(SETTINGS | {"gradient_accumulation_steps": 4 // accelerator.num_processes} | changes))
     return GRPOLoop(Task(model_of(tokenizer, tied), tokenizer, rows, [], {}), recipe, accelerator)
 
@@ -167,11 +167,11 @@ def gradients_of_a_head_that_lets_its_weight_go() -> None:
     from torch.distributed.fsdp import fully_shard
 
     from grpo_kernels import GRPOLossConfig
-    from grpo_kernels.training import addition
     from grpo_kernels.training.policy import Policy
     from grpo_kernels.training.rollout import teacher_forced
+    from grpo_kernels.training.tasks import TASKS
 
-    tokenizer = addition.build_tokenizer()
+    tokenizer = TASKS["addition"].build_tokenizer()
     rollout = teacher_forced(tokenizer, ["1 + 2 =", "3 + 4 ="], ["1 2 3", "4"])
     found = []
     for is_divided in (False, True):

@@ -14,7 +14,6 @@ from testing.training import completion_logits
 from tokenizers.processors import TemplateProcessing
 from transformers import PreTrainedTokenizerBase
 
-from grpo_kernels.training import addition
 from grpo_kernels.training.data.templates import PromptFormat, encode_prompts, render_prompt, rows_that_fit
 from grpo_kernels.training.recipe import Recipe
 from grpo_kernels.training.rollout import generate, teacher_forced
@@ -24,7 +23,7 @@ from grpo_kernels.training.samplers.server import ServerSampler
 from grpo_kernels.training.samplers.vllm_client import Sampled
 from grpo_kernels.training.supervised import traces_that_fit, worked_batch
 from grpo_kernels.training.task import Task, held_out_rows, load_task, train_on_traces
-from grpo_kernels.training.tasks import build_model
+from grpo_kernels.training.tasks import TASKS, build_model
 
 CHAT = "{{ bos_token }} {% for m in messages %}{{ m['content'] }}{% endfor %}"
 SETTINGS: dict[str, Any] = {"device": "cpu", "max_completion_length": 12, "num_eval_prompts": 4, "num_threads": 1}
@@ -33,7 +32,7 @@ SETTINGS: dict[str, Any] = {"device": "cpu", "max_completion_length": 12, "num_e
 @pytest.fixture
 def tokenizer() -> PreTrainedTokenizerBase:
     """Puts a token before every text by itself, as Llama's and Gemma's do, and its chat template does too."""
-    found = addition.build_tokenizer()
+    found = TASKS["addition"].build_tokenizer()
     found.add_special_tokens({"bos_token": "<bos>"})
     found.backend_tokenizer.post_processor = TemplateProcessing(
         single="<bos> $A", special_tokens=[("<bos>", found.bos_token_id)]
@@ -91,7 +90,7 @@ def of_lengths(*lengths: int, **more: Any) -> list[dict[str, Any]]:
 
 
 def test_an_empty_prompt_is_left_out_and_counted(caplog: pytest.LogCaptureFixture) -> None:
-    rows, tokenizer = of_lengths(3, 0, 5), addition.build_tokenizer()
+    rows, tokenizer = of_lengths(3, 0, 5), TASKS["addition"].build_tokenizer()
     with caplog.at_level(logging.WARNING):
         found = rows_that_fit(rows, tokenizer, PromptFormat(), max_completion_length=12)
     assert found == [rows[0], rows[2]]

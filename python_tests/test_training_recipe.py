@@ -6,9 +6,9 @@ import datasets
 import pytest
 
 from grpo_kernels import rewards
-from grpo_kernels.training import addition
 from grpo_kernels.training.recipe import Recipe, load_recipe
 from grpo_kernels.training.task import load_task
+from grpo_kernels.training.tasks import TASKS, build_model
 
 
 def write_recipe(folder, text):
@@ -99,8 +99,8 @@ def test_accuracy_compares_the_last_answer_up_to_white_space():
 
 
 def test_a_dataset_folder_gives_its_splits(tmp_path):
-    tokenizer = addition.build_tokenizer()
-    addition.build_model(tokenizer, seed=0).save_pretrained(tmp_path / "model")
+    tokenizer = TASKS["addition"].build_tokenizer()
+    build_model(tokenizer, seed=0).save_pretrained(tmp_path / "model")
     tokenizer.save_pretrained(tmp_path / "model")
     rows = [{"prompt": f"{i} + 1 =", "answer": str(i + 1)} for i in range(9)]
     train, test = datasets.Dataset.from_list(rows), datasets.Dataset.from_list(rows[:3])

@@ -7,21 +7,22 @@ import torch
 from testing.training import completion_logits, completion_logprobs
 from transformers import GenerationConfig
 
-from grpo_kernels.training import addition, rollout
+from grpo_kernels.training import rollout
 from grpo_kernels.training.rollout import completion_texts, end_mask, ends, generate
+from grpo_kernels.training.tasks import TASKS, build_model
 
 PROMPTS = ["1 + 2 =", "4 7 + 3 8 =", "9", "4 7 + 3 8 = <think> units"]
 
 
 @pytest.fixture
 def tokenizer():
-    return addition.build_tokenizer()
+    return TASKS["addition"].build_tokenizer()
 
 
 @pytest.fixture
 def model(tokenizer):
     """Weights ten times wider than usual, so that distributions are far from uniform."""
-    model = addition.build_model(tokenizer, seed=0).eval()
+    model = build_model(tokenizer, seed=0).eval()
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.dim() == 2:

@@ -11,11 +11,11 @@ import pytest
 import yaml
 
 from grpo_kernels import cli
-from grpo_kernels.training import addition
 from grpo_kernels.training.recipe import load_recipe
 from grpo_kernels.training.stages.config import load_stages
 from grpo_kernels.training.stages.inputs import fingerprints
 from grpo_kernels.training.stages.runner import run_stages
+from grpo_kernels.training.tasks import TASKS, build_model
 
 ROWS = "".join(json.dumps({"prompt": f"{i} + 1 =", "answer": i + 1, "completion": str(i + 1)}) + "\n" for i in range(8))
 REWARD = "def right(completions, **kwargs):\n    return [1.0] * len(completions)\n"
@@ -28,8 +28,8 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.delitem(sys.modules, "stage_reward", raising=False)  # of another test's folder
     for name in ("model", "teacher"):
-        tokenizer = addition.build_tokenizer()
-        addition.build_model(tokenizer, seed=0, hidden_size=32).save_pretrained(tmp_path / name)
+        tokenizer = TASKS["addition"].build_tokenizer()
+        build_model(tokenizer, seed=0, hidden_size=32).save_pretrained(tmp_path / name)
         tokenizer.save_pretrained(tmp_path / name)
     for name in ("sums.jsonl", "rows.jsonl", "parts/a/train-0.jsonl"):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)

@@ -94,7 +94,7 @@ def further(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of a recipe with every kind of stage."""
     folder = tmp_path_factory.mktemp("further")
     task, rng = TASKS["addition-mixed"], random.Random(0)
-    problems = task.problems(rng)[-30:]
+    problems = [task.parse_prompt(row["prompt"]) for row in task.build_rows(0, 4)[0][-30:]]
     rows = [task.row(problem) | {"completion": task.trace(problem)} for problem in problems[:20]]
     slips = [task.row(problem) | {"completion": task.trace(problem, rng)} for problem in problems[20:25]]
     misread = [

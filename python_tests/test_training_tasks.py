@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import itertools
 import json
 import random
 
@@ -11,10 +10,9 @@ import pytest
 import torch
 
 from grpo_kernels import rewards
-from grpo_kernels.training import addition
 from grpo_kernels.training.recipe import Recipe
 from grpo_kernels.training.task import load_task
-from grpo_kernels.training.tasks import TASKS, build_model, get_task, step_boundaries
+from grpo_kernels.training.tasks import TASKS, build_model, step_boundaries
 
 # of json.dumps(build_rows(seed=0, num_eval=200)), from before there was more than one task
 ADDITION_ROWS = "8c06b837ac526088065a0d11abf39b23cc357d34244d85d360b782aac2aee7d4"
@@ -23,27 +21,14 @@ every_task = pytest.mark.parametrize("task", TASKS.values(), ids=list(TASKS))
 
 
 def problems(task, count=300, seed=0):
-    """Some problems of a task, with another wording each."""
-    rng = random.Random(seed)
-    return [task.wordings(rng, problem)[-1] for problem in task.problems(rng)[:count]]
+    """Some problems of a task."""
+    train, _ = task.build_rows(seed, num_eval=0, num_traces=0)
+    return [task.parse_prompt(row["prompt"]) for row in train[:count]]
 
 
 def worked_out(prompt):
     """The answer to a task's question by other means than the task's."""
-    text = prompt.removesuffix(" =")
-    if " before " in text:
-        clues, asked = text.split(" : ")
-        pairs = [clue.split(" before ") for clue in clues.split(" , ")]
-        fitting = [
-            order
-            for order in itertools.permutations(sorted({letter for pair in pairs for letter in pair}))
-            if all(order.index(x) < order.index(y) for x, y in pairs)
-        ]
-        assert len(fitting) == 1, prompt
-        return fitting[0][["first", "second", "third", "last"].index(asked)]
-    if " or " in text:
-        return str(max(int(number.replace(" ", "")) for number in text.split(" or ")))
-    return str(eval(text.replace(" ", "")))  # digits and a sign
+    return str(eval(prompt.removesuffix(" =").replace(" ", "")))  # digits and a sign
 
 
 def right(row):
@@ -51,12 +36,12 @@ def right(row):
 
 
 def test_addition_is_what_recorded_results_were_made_with():
-    rows = addition.build_rows(seed=0, num_eval=200)
+    rows = TASKS["addition"].build_rows(seed=0, num_eval=200)
     assert hashlib.sha256(json.dumps(rows).encode()).hexdigest() == ADDITION_ROWS
     words = ["<pad>", "<eos>", "<unk>", "<think>", "</think>", "<answer>", "</answer>", *"0123456789", "+", "="]
-    tokenizer = addition.build_tokenizer()
+    tokenizer = TASKS["addition"].build_tokenizer()
     assert tokenizer.get_vocab() == {word: i for i, word in enumerate([*words, "units", "tens", "carry"])}
-    assert addition.build_model(tokenizer, seed=0).config.intermediate_size == 256
+    assert build_model(tokenizer, seed=0).config.intermediate_size == 256
 
 
 @every_task
@@ -98,17 +83,10 @@ def test_no_wording_of_a_held_out_problem_is_in_the_training_set(task):
         assert len({row["prompt"] for row in train}) == len(train)
 
 
-def test_the_other_order_of_a_sum_or_a_comparison_is_the_same_problem():
-    for name, prompts in {
-        "addition": ("1 2 + 3 4 =", "3 4 + 1 2 ="),
-        "comparison": ("1 2 3 or 4 5 6 =", "4 5 6 or 1 2 3 ="),
-    }.items():
-        first, second = ({"prompt": prompt} for prompt in prompts)
-        assert get_task(name).key(first) == get_task(name).key(second)
-    logic = get_task("logic")
-    first = {"prompt": "A before B , C before A , B before D : second ="}
-    assert logic.key(first) == logic.key({"prompt": "B before D , A before B , C before A : last ="})
-    assert logic.key(first) != logic.key({"prompt": "B before D , A before B , E before A : last ="})
+@every_task
+def test_the_other_order_of_a_sum_is_the_same_problem(task):
+    assert task.key({"prompt": "1 2 + 3 4 ="}) == task.key({"prompt": "3 4 + 1 2 ="})
+    assert task.key({"prompt": "1 2 + 3 4 ="}) != task.key({"prompt": "1 4 + 3 2 ="})
 
 
 @every_task
@@ -136,7 +114,7 @@ def test_every_word_is_in_the_tokenizer_and_a_trace_fits_the_recipe(task):
     train, held_out = task.build_rows(seed=0, num_eval=10)
     texts = [row["prompt"] + " " + row.get("completion", "") for row in [*train, *held_out]]
     for problem in problems(task, 100):
-        texts += [f"{goal.prompt} {goal.answer} {goal.completion}" for goal in task.goals(problem)]
+        texts += [" ".join(map(str, row.values())) for row in task.intermediates(task.row(problem))]
         assert len(tokenizer(task.trace(problem))["input_ids"]) < 32
     for text in texts:
         assert tokenizer.unk_token_id not in tokenizer(text)["input_ids"], text
@@ -150,25 +128,20 @@ def test_a_recipe_names_a_task_and_gets_its_rows_and_a_model_of_its_words(task):
     assert loaded.model.config.vocab_size == len(task.words) == len(set(task.words))
 
 
-def test_an_unknown_task_names_those_there_are():
-    with pytest.raises(ValueError, match="addition, addition-mixed, subtraction, comparison, logic, got 'adition'"):
-        get_task("adition")
-
-
 def test_a_chat_tokenizer_keeps_the_ids_of_the_words_and_adds_its_roles():
-    task = get_task("subtraction")
+    task = TASKS["addition"]
     plain, chat = task.build_tokenizer(), task.build_tokenizer(chat=True)
     assert plain.chat_template is None
     assert {word: chat.get_vocab()[word] for word in plain.get_vocab()} == plain.get_vocab()
     text = chat.apply_chat_template(
-        [{"role": "user", "content": "7 3 - 4 5 ="}], add_generation_prompt=True, tokenize=False
+        [{"role": "user", "content": "7 3 + 4 5 ="}], add_generation_prompt=True, tokenize=False
     )
-    assert text == "<user> 7 3 - 4 5 = <assistant>"
+    assert text == "<user> 7 3 + 4 5 = <assistant>"
     assert chat.unk_token_id not in chat(text)["input_ids"]
 
 
 def test_a_student_is_smaller_and_a_width_without_four_even_heads_is_refused():
-    tokenizer = addition.build_tokenizer()
+    tokenizer = TASKS["addition"].build_tokenizer()
     student, teacher = build_model(tokenizer, 0, hidden_size=64), build_model(tokenizer, 0)
     assert student.num_parameters() < 0.6 * teacher.num_parameters()
     assert student(torch.tensor([[3, 4]])).logits.shape == (1, 2, len(tokenizer))
@@ -177,9 +150,9 @@ def test_a_student_is_smaller_and_a_width_without_four_even_heads_is_refused():
 
 
 def test_mixed_addition_has_the_problems_of_addition_and_mixes_half_of_the_words_of_half_of_the_traces():
-    task = get_task("addition-mixed")
+    task = TASKS["addition-mixed"]
     train, held_out = task.build_rows(seed=0, num_eval=100)
-    sums, held_out_sums = get_task("addition").build_rows(seed=0, num_eval=100)
+    sums, held_out_sums = TASKS["addition"].build_rows(seed=0, num_eval=100)
     assert [row["prompt"] for row in held_out] == [row["prompt"] for row in held_out_sums]
     assert {task.key(row) for row in train} == {task.key(row) for row in sums}
     assert all(
@@ -192,7 +165,7 @@ def test_mixed_addition_has_the_problems_of_addition_and_mixes_half_of_the_words
 
 
 def test_the_language_reward_sees_the_mixing_of_a_trace_and_nothing_else():
-    task = get_task("addition-mixed")
+    task = TASKS["addition-mixed"]
     train, _ = task.build_rows(seed=0, num_eval=100)
     reward = rewards.LanguageConsistencyReward(vocabulary=train[0]["target_words"])
     traces = [row["completion"] for row in train if "completion" in row]
@@ -203,35 +176,22 @@ def test_the_language_reward_sees_the_mixing_of_a_trace_and_nothing_else():
 
 
 def test_a_mixed_trace_is_understood_but_is_no_model_solution():
-    task = get_task("addition-mixed")
+    task = TASKS["addition-mixed"]
     mixed = task.trace((78, 45)).replace("carry", "retenue")
-    assert task.parse_trace(mixed, (11, 11)) == (78, 45)
+    assert task.parse_trace(mixed) == (78, 45)
     assert not task.is_worked({"prompt": task.prompt((78, 45)), "completion": mixed})
     assert task.is_worked({"prompt": task.prompt((78, 45)), "completion": task.trace((78, 45))})
 
 
 @pytest.mark.parametrize(
-    ("name", "problem", "trace"),
+    ("problem", "trace"),
     [
-        ("subtraction", (73, 45), "units 1 3 - 5 = 8 borrow 1 tens 7 - 4 - 1 = 2 </think> <answer> 2 8 </answer>"),
-        ("subtraction", (47, 43), "units 7 - 3 = 4 borrow 0 tens 4 - 4 - 0 = 0 </think> <answer> 4 </answer>"),
-        ("comparison", (347, 352), "hundreds 3 3 equal tens 4 5 less </think> <answer> 3 5 2 </answer>"),
-        (
-            "logic",
-            (("C", "A", "B", "D"), (1, 0, 2), 1),
-            "head C then C before A then A before B then B before D order C A B D second A </think> "
-            "<answer> A </answer>",
-        ),
+        ((78, 45), "units 8 + 5 = 3 carry 1 tens 7 + 4 + 1 = 1 2 </think> <answer> 1 2 3 </answer>"),
+        ((20, 13), "units 0 + 3 = 3 carry 0 tens 2 + 1 + 0 = 3 </think> <answer> 3 3 </answer>"),
     ],
 )
-def test_a_trace_reads_as_documented(name, problem, trace):
-    assert get_task(name).trace(problem) == f"<think> {trace}"
-
-
-def test_comparisons_are_decided_by_each_place_about_as_often():
-    decided = [task.goals(problem) for task in [get_task("comparison")] for problem in problems(task, 3000)]
-    for steps in (1, 2, 3):
-        assert 0.28 < sum(len(goals) == steps for goals in decided) / 3000 < 0.39
+def test_a_trace_reads_as_documented(problem, trace):
+    assert TASKS["addition"].trace(problem) == f"<think> {trace}"
 
 
 def test_steps_end_before_the_next_one_begins():

@@ -13,7 +13,6 @@ from transformers import PreTrainedTokenizerBase
 from grpo_kernels import cli
 from grpo_kernels.errors import ThirdPartyError
 from grpo_kernels.rewards import accuracy_reward, format_reward
-from grpo_kernels.training import addition
 from grpo_kernels.training.data.templates import (
     PromptFormat,
     encode_prompts,
@@ -23,7 +22,7 @@ from grpo_kernels.training.data.templates import (
 )
 from grpo_kernels.training.recipe import load_recipe
 from grpo_kernels.training.rollout import completion_texts, teacher_forced
-from grpo_kernels.training.tasks import build_model
+from grpo_kernels.training.tasks import TASKS, build_model
 
 TURNS = "{% for m in messages %}<|{{ m.role }}|>{{ m.content }}<|end|>{% endfor %}"
 CHAT = TURNS + "{% if add_generation_prompt %}<|assistant|>{% endif %}"
@@ -40,7 +39,7 @@ TOOL = {"type": "function", "function": {"name": "calculator", "parameters": {"t
 
 
 def tokenizer_of(template: str) -> PreTrainedTokenizerBase:
-    found = addition.build_tokenizer()
+    found = TASKS["addition"].build_tokenizer()
     found.chat_template = template
     return found
 
@@ -103,7 +102,7 @@ def test_arguments_of_a_chat_template_make_a_text_a_chat() -> None:
     with pytest.raises(ValueError, match="chat_template_kwargs must be None for the text template 'none'"):
         render_prompt({"prompt": "a"}, tokenizer_of(QWEN), "none", None, off)
     with pytest.raises(ValueError, match="the tokenizer has no chat template"):
-        render_prompt({"prompt": "a"}, addition.build_tokenizer(), None, None, off)
+        render_prompt({"prompt": "a"}, TASKS["addition"].build_tokenizer(), None, None, off)
 
 
 def test_a_text_template_takes_a_question_with_a_prefilled_answer() -> None:
@@ -189,7 +188,7 @@ def test_a_tokenizer_that_fails_is_named() -> None:
 
 
 def test_a_prompt_begins_once() -> None:
-    tokenizer = addition.build_tokenizer()
+    tokenizer = TASKS["addition"].build_tokenizer()
     tokenizer.add_special_tokens({"bos_token": "<bos>"})
     bos = tokenizer.bos_token_id
     tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single="<bos> $A", special_tokens=[("<bos>", bos)])
@@ -203,7 +202,7 @@ def test_a_prompt_begins_once() -> None:
     "tags", [("<think>", "</think>", "<answer>", "</answer>"), ("[THINK]", "[/THINK]"), ("<|begin_of_thought|>",)]
 )
 def test_a_tag_that_is_a_special_token_stays_in_the_text(tags: tuple[str, ...]) -> None:
-    tokenizer = addition.build_tokenizer()
+    tokenizer = TASKS["addition"].build_tokenizer()
     tokenizer.add_special_tokens({"extra_special_tokens": [*tags, "<|im_end|>"], "bos_token": "<bos>"})
     rollout = teacher_forced(tokenizer, ["1"], [" 2 ".join(tags) + " 2 <|im_end|>"])
     end = tokenizer.convert_tokens_to_ids("<|im_end|>")
@@ -214,7 +213,7 @@ def test_a_tag_that_is_a_special_token_stays_in_the_text(tags: tuple[str, ...]) 
 
 
 def test_tags_that_are_special_tokens_earn_their_rewards() -> None:
-    tokenizer = addition.build_tokenizer()
+    tokenizer = TASKS["addition"].build_tokenizer()
     tokenizer.add_special_tokens({"extra_special_tokens": ["<think>", "</think>", "<answer>", "</answer>"]})
     rollout = teacher_forced(tokenizer, ["1 + 1 ="], ["<think> 1 + 1 = 2 </think> <answer> 2 </answer>"])
     texts = completion_texts(rollout, tokenizer)

@@ -30,6 +30,7 @@ BUILT_IN = {
     "overlong": "grpo_kernels.rewards.length:OverlongReward",
     "repetition": "grpo_kernels.rewards.text:RepetitionReward",
     "code": "grpo_kernels.rewards.code:CodeReward",
+    "reasoning_gym": "grpo_kernels.rewards.reasoning_gym:reasoning_gym_reward",
 }
 
 _CALL = re.compile(r"([\w.:]+)\((.*)\)", re.DOTALL)
@@ -63,7 +64,7 @@ def check_name(check: str | None, reward_funcs: Sequence[str]) -> str:
         return check
     from grpo_kernels.rewards.answers import JUDGES
 
-    judges = [name for name in reward_funcs if name.partition("(")[0].strip() in (*JUDGES, "code")]
+    judges = [name for name in reward_funcs if name.partition("(")[0].strip() in (*JUDGES, "code", "reasoning_gym")]
     own = [name for name in reward_funcs if ":" in name.partition("(")[0]]
     return (judges + own + ["accuracy"])[0]
 

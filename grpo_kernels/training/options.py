@@ -11,6 +11,8 @@ from typing import Any, ClassVar, Literal
 from grpo_kernels.training.arguments import mapping
 from grpo_kernels.training.data.templates import PromptFormat, check_template
 
+MAPPINGS = ("chat_template_kwargs",)  # keys whose values are mappings, or texts of them
+
 
 def option(default: Any, help_text: str) -> Any:
     """A field with a help text."""
@@ -71,9 +73,11 @@ class DatasetOptions(Options):
 
     dataset_name: str = option(
         "addition",
-        "a built-in task (addition, subtraction, comparison, logic), a .jsonl file, a folder, or a name on the Hub",
+        "a built-in task (addition, addition-mixed), a .jsonl file, a folder, a name on the Hub or reasoning_gym/NAME",
     )
-    dataset_config: str | None = option(None, "the configuration of a dataset that has several")
+    dataset_config: str | None = option(
+        None, "the configuration of a dataset that has several; of reasoning_gym/NAME options in JSON"
+    )
     dataset_split: str = option("train", "the split to train on")
     eval_dataset_split: str | None = option(None, "the held-out split; by default rows taken out of dataset_split")
     num_eval_prompts: int | None = option(

@@ -18,6 +18,7 @@ from transformers import HfArgumentParser
 from grpo_kernels import BACKENDS, GRPOLossConfig
 from grpo_kernels.training.arguments import NEGATIVE, given_keys, read_yaml, with_yaml_lists
 from grpo_kernels.training.options import (
+    MAPPINGS,
     DatasetOptions,
     EvaluationOptions,
     ModelOptions,
@@ -284,14 +285,14 @@ def _yaml_value(text: str) -> Any:
 
 def _arguments(kind: type[Options], where: str, content: Mapping[str, Any], as_yaml: Collection[str]) -> list[str]:
     """A file's keys as command-line arguments, for argparse to check and convert (YAML reads 1e-4 as text)."""
-    known = {key.name: str(key.type) for key in fields(kind)}
+    known = {key.name for key in fields(kind)}
     arguments: list[str] = []
     for key, value in content.items():
         if key not in known:
             raise ValueError(f"{where}: {unknown_key(kind, str(key))}")
         if key in as_yaml:
             arguments.append(f"--{key}={yaml.safe_dump(value, default_flow_style=True)}")
-        elif isinstance(value, dict) and "dict[" in known[key]:
+        elif isinstance(value, dict) and key in MAPPINGS:
             arguments.append(f"--{key}={json.dumps(value)}")
         elif isinstance(value, dict):
             raise ValueError(f"{where}: {key} must be a single value or a list, got a mapping")

@@ -209,6 +209,7 @@ def _load_splits(recipe: Any) -> tuple[list[Row], list[Row]]:
         "prompt_column": recipe.prompt_column,
         "answer_column": recipe.answer_column,
         "needs_answer": "answer" in columns_needed(recipe),
+        "seed": recipe.seed,
     }
     rows = load_rows(name, config=recipe.dataset_config, split=recipe.dataset_split, **columns)
     if not rows:

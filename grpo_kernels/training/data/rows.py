@@ -27,6 +27,7 @@ def load_rows(
     prompt_column: str | None = None,
     answer_column: str | None = None,
     needs_answer: bool = True,
+    seed: int = 0,
 ) -> list[Row]:
     """The rows of a dataset, with the columns ``prompt`` and ``answer`` whatever it calls them.
 
@@ -40,18 +41,19 @@ def load_rows(
 
     Args:
         dataset_name: A file (.jsonl, .json, .csv, .parquet), a folder that ``save_to_disk`` wrote, a folder of data
-            files, or a name on the Hub. ``data.files`` says how values are read.
+            files, a name on the Hub or ``reasoning_gym/`` and a name there. ``data.files`` says how values are read.
         config: The configuration of a dataset that has several; GSM8K's is "main" unless another is named.
         split: Which split, or part of one, as ``train[:100]``. A file, or a dataset saved without splits, has "train".
         prompt_column: What the dataset calls ``prompt``; by default that, or ``question`` where there is none.
         answer_column: What it calls ``answer``; by default that.
         needs_answer: Whether it must have one; else what stands there under another name than ``answer`` stays there.
+        seed: Of a dataset that is generated.
 
     Raises:
         ValueError: The dataset cannot be found, has no such split, or lacks a column or a value.
     """
     text_columns = [*filter(None, (prompt_column, answer_column)), "prompt", "question", "answer", "completion"]
-    rows = open_dataset(dataset_name, config, text_columns, tuple(TASKS)).rows(split)
+    rows = open_dataset(dataset_name, config, text_columns, tuple(TASKS), seed=seed).rows(split)
     if prompt_column is None:
         is_question = bool(rows) and "prompt" not in rows[0] and "question" in rows[0]
         prompt_column = "question" if is_question else "prompt"

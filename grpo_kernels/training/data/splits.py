@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 from grpo_kernels.errors import described
 from grpo_kernels.hub import check_folder, use_cache_if_unreachable
+from grpo_kernels.rewards.reasoning_gym import PREFIX, generate_rows
 from grpo_kernels.training.data.files import SUFFIXES, Row, json_splits, read_file, table_rows
 
 _GSM8K = ("openai/gsm8k", "gsm8k")
@@ -52,19 +53,24 @@ class Splits(NamedTuple):
         return [row for part in parts for row in rows[part.splitname][part.from_ : part.to]]
 
 
-def open_dataset(name: str, config: str | None, text_columns: Sequence[str], known: Sequence[str] = ()) -> Splits:
+def open_dataset(
+    name: str, config: str | None, text_columns: Sequence[str], known: Sequence[str] = (), *, seed: int = 0
+) -> Splits:
     """What splits there are under a name.
 
     Args:
-        name: A file, a folder or a name on the Hub.
+        name: A file, a folder, a name on the Hub, or ``reasoning_gym/`` and a dataset of reasoning-gym.
         config: The configuration of a dataset that has several; GSM8K's is "main" unless another is named.
         text_columns: As for ``read_file``.
         known: Other names that would have been right, for the message.
+        seed: Of a dataset that is generated.
 
     Raises:
         ValueError: There is nothing of that name, or nothing that can be read.
     """
     path, where = Path(name).expanduser(), f"dataset {name!r}"
+    if name.startswith(PREFIX):
+        return Splits(where, {_ONLY: lambda: generate_rows(name.removeprefix(PREFIX), config, seed)}, is_single=True)
     if path.suffix.lower() in SUFFIXES:
         return _of_file(path, where, text_columns)
     if path.is_file():
