@@ -5,7 +5,6 @@ from __future__ import annotations
 import sysconfig
 import traceback
 from pathlib import Path
-from types import TracebackType
 
 _PACKAGE = str(Path(__file__).parent)
 _LIBRARIES = (_PACKAGE, *(sysconfig.get_path(name) for name in ("stdlib", "purelib", "platlib")))
@@ -21,37 +20,23 @@ class ThirdPartyTypeError(ThirdPartyError, TypeError):
 
 
 def third_party_error(whose: str, error: BaseException) -> ThirdPartyError:
-    """The error to raise from ``error``, in one line: what failed, the error, and the line of code or template.
-
-    Args:
-        whose: What failed, and on what: "reward function 'mine' failed on 8 completions".
-        error: As it was caught.
-    """
+    """The error to raise; ``whose`` says what failed on what: "reward function 'mine' failed on 8 completions"."""
     return ThirdPartyError(f"{whose}: {described(error)}")
 
 
 def described(error: BaseException) -> str:
     """An error in one line: its type, its message, and the line of code or template where there is one to mend."""
-    text = " ".join(str(error).split())
-    message = f"{type(error).__name__}: {text}" if text else type(error).__name__
-    if len(message) > _LONGEST:
-        message = f"{message[:_LONGEST]}..."
-    return message + _where(error)
+    message = f"{type(error).__name__}: {' '.join(str(error).split())}".removesuffix(": ")
+    return (message if len(message) <= _LONGEST else f"{message[:_LONGEST]}...") + _where(error)
 
 
 def third_party_traceback(error: ThirdPartyError) -> str:
     """The traceback of what failed, without this package's frames before it."""
-    cause = error.__cause__
-    if cause is None:
-        return "".join(traceback.format_exception(error))
-    return "".join(traceback.format_exception(type(cause), cause, _outside(cause.__traceback__) or cause.__traceback__))
-
-
-def _outside(frames: TracebackType | None) -> TracebackType | None:
-    """The traceback from its first frame on that is not this package's."""
+    cause = error.__cause__ or error
+    frames = cause.__traceback__
     while frames is not None and frames.tb_frame.f_code.co_filename.startswith(_PACKAGE):
         frames = frames.tb_next
-    return frames
+    return "".join(traceback.format_exception(type(cause), cause, frames or cause.__traceback__))
 
 
 def _where(error: BaseException) -> str:

@@ -106,7 +106,7 @@ def test_messages_are_read_as_text_the_last_answer_counts_and_degenerate_text_ta
 def test_an_answer_at_which_the_judge_fails_scores_0_with_a_warning():
     rows, _ = load_task_rows(recipe_of("prime_factorization", dataset_config='{"size": 5}', num_eval_prompts=0))
     with pytest.warns(UserWarning, match="prime_factorization: an answer scores 0, its judge failed: ValueError"):
-        scores = rewards.BUILT_IN["reasoning_gym"](
+        scores = rewards.resolve("reasoning_gym")(
             completions=["<answer>two</answer>"], reasoning_gym=[rows[0]["reasoning_gym"]]
         )
     assert scores == [0.0]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import json
 import random
 
 import pytest
@@ -11,7 +10,8 @@ from test_training_tasks import every_task, problems, right, worked_out
 
 from grpo_kernels import rewards
 from grpo_kernels.training.augmentation import augment, is_right, prompt_key, relabel, vary_goal, vary_start
-from grpo_kernels.training.data import gsm8k, templates
+from grpo_kernels.training.data import templates
+from grpo_kernels.training.data.rows import worked_completion
 from grpo_kernels.training.tasks import TASKS
 
 SEEDS = range(6)
@@ -165,7 +165,7 @@ def word_problem():
         "prompt": "How many apples are left?",
         "answer": "5",
         "solution": SOLUTION,
-        "completion": gsm8k.worked_completion(SOLUTION, "5"),
+        "completion": worked_completion(SOLUTION, "5"),
         "level": 1,
     }
 
@@ -198,36 +198,6 @@ def test_a_wrong_or_malformed_trace_is_no_start():
         None,
     ):
         assert vary_start([{**row, "completion": completion}], random.Random(0)) == []
-
-
-def test_marked_calculations_are_goals_of_a_word_problem():
-    found = gsm8k.intermediates(word_problem())
-    assert [row["answer"] for row in found] == ["12", "6"]
-    assert found[0]["prompt"].endswith("the blank in this step: He has 3*4 = ___ apples.")
-    assert found[1]["prompt"].startswith("How many apples are left?\n\n")
-    assert "<<" not in json.dumps(found)
-    (row,) = vary_goal([word_problem()], random.Random(0), intermediates=gsm8k.intermediates)
-    assert "solution" not in row
-    assert is_right(row)
-    assert (
-        vary_goal([word_problem()], random.Random(0), intermediates=gsm8k.intermediates, held_out=[word_problem()])
-        == []
-    )
-
-
-@pytest.mark.parametrize(
-    "step",
-    ["3*4 = <<3*4=13>>13", "<<x*4=12>>12", "<<1/3=.33>>.33", "<<1/2=.5>>.5", "<<1/0=2>>2", "<<1=1>>1 <<2=2>>2", "12"],
-)
-def test_a_mark_that_is_not_right_whole_arithmetic_is_no_goal(step):
-    assert gsm8k.intermediates({**word_problem(), "solution": f"{step} apples.\nSo <<12-7=5>>5."}) == []
-
-
-def test_marks_with_decimals_and_thousands_are_read():
-    solution = "Half of 2,400 is <<.5*2400=1200>>1,200 each.\nSo <<1200-1=1199>>1199."
-    (row,) = gsm8k.intermediates({**word_problem(), "solution": solution})
-    assert row["answer"] == "1200"
-    assert row["prompt"].endswith("Half of 2,400 is ___ each.")
 
 
 def test_hindsight_takes_a_function_for_other_tasks_and_holds_it_to_the_completion():

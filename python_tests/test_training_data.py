@@ -13,8 +13,9 @@ from testing.training import report_of
 
 from grpo_kernels import rewards
 from grpo_kernels.training import supervised
-from grpo_kernels.training.data import gsm8k, templates
-from grpo_kernels.training.data.rows import load_rows, read_file
+from grpo_kernels.training.data import templates
+from grpo_kernels.training.data.files import read_file
+from grpo_kernels.training.data.rows import load_rows, split_solution
 from grpo_kernels.training.filtering import filter_by_pass_rate
 from grpo_kernels.training.loop import GRPOLoop
 from grpo_kernels.training.metrics import informative_groups
@@ -98,9 +99,9 @@ def test_an_answer_without_a_final_number_is_named(tmp_path):
     path.write_text("\n".join(json.dumps({"question": "?", "answer": answer}) for answer in ("a\n#### 1", "a, so 2")))
     with pytest.raises(ValueError, match=r"rows\.jsonl': the answer of row 1 must end in a line #### .* got 'a, so 2'"):
         load_rows(str(path))
-    assert gsm8k.split_solution("#### heading\ntext") is None
-    assert gsm8k.split_solution("text\n####") is None
-    assert gsm8k.split_solution("text\n#### 1,234,567.5 ") == ("text", "1234567.5")
+    assert split_solution("#### heading\ntext") is None
+    assert split_solution("text\n####") is None
+    assert split_solution("text\n#### 1,234,567.5 ") == ("text", "1234567.5")
 
 
 def test_answers_of_another_kind_stay_as_they_are(tmp_path):

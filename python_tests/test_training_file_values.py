@@ -47,6 +47,7 @@ def test_values_that_only_tables_have(tmp_path: Path) -> None:
         ("1e5", "1e5"), ("1_000", "1_000"), ("-0", "-0"), (" 5", " 5"), ("nan", "nan"), ("inf", "inf"), ("NA", "NA"),
         ("null", "null"), ("True", "True"), ("１２", "１２"), ("", None), ("[1, 2", "[1, 2"), ("{1, 2}", "{1, 2}"),
         ("[1, 2]", [1, 2]), ('{"a": null, "b": 1.0}', {"b": 1}), ("12345678901234567890", 12345678901234567890),
+        ("9" * 400, int("9" * 400)),  # more than a float holds
     ],
 )  # fmt: skip
 def test_a_cell_of_a_csv_file(tmp_path: Path, text: str, expected: Any) -> None:

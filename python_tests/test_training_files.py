@@ -239,6 +239,9 @@ def test_a_json_file_without_splits_has_none_to_hold_out(tmp_path: Path) -> None
         )
         assert found == (rows[:6], rows[6:])
     assert load_task_rows(Recipe(dataset_name=str(split), eval_dataset_split="test")) == (rows[:6], rows[6:])
+    split.write_text('{"train": [')
+    with pytest.raises(ValueError, match=r"splits\.json cannot be read: Expecting"):  # and not that it has one split
+        load_task_rows(Recipe(dataset_name=str(split), eval_dataset_split="test"))
 
 
 def test_kinds_of_files_are_not_mixed_and_others_are_named(tmp_path: Path) -> None:

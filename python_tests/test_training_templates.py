@@ -13,6 +13,7 @@ from transformers import PreTrainedTokenizerBase
 from grpo_kernels import cli
 from grpo_kernels.errors import ThirdPartyError
 from grpo_kernels.rewards import accuracy_reward, format_reward
+from grpo_kernels.training.data.rows import load_rows
 from grpo_kernels.training.data.templates import (
     PromptFormat,
     encode_prompts,
@@ -76,6 +77,8 @@ def test_an_assistants_message_that_says_nothing_is_left_out(content: str | None
     for template in (CHAT, QWEN):
         rendered = render_prompt({"prompt": [USER, {"role": "assistant", "content": content}]}, tokenizer_of(template))
         assert rendered == "<|user|>1 + 1 =<|end|><|assistant|>"
+        row = {"prompt": [USER, {"role": "assistant", "content": content}]}
+        assert render_prompt(row, tokenizer_of(template), "Q: {prompt} A:") == "Q: 1 + 1 = A:"
     only_thoughts = {"role": "assistant", "content": "", "reasoning_content": "hm"}
     with pytest.raises(ValueError, match="a conversation cannot end with the assistant's reasoning_content"):
         render_prompt({"prompt": [USER, only_thoughts]}, tokenizer_of(CHAT))
@@ -149,10 +152,16 @@ def test_a_conversations_own_system_message_is_the_only_one() -> None:
     assert render_prompt(row, tokenizer_of(CHAT), None, "Add.").count("<|system|>") == 1
 
 
-def test_fields_that_a_table_filled_up_do_not_reach_the_template() -> None:
-    template = "{% for m in messages %}{{ m.role }}{% if m.tool_calls is defined %}!{% endif %}{% endfor %}"
-    row = {"prompt": [{**USER, "tool_calls": None}]}
-    assert render_prompt(row, tokenizer_of(template)) == "user"
+def test_fields_that_a_table_filled_up_do_not_reach_the_template(tmp_path: Path) -> None:
+    template = (
+        "{% for m in messages %}{{ m.role }}{% if m.tool_calls is defined %}!{% endif %}{% endfor %}"
+        "{% for t in tools or [] %}{% if t.strict is defined %}!{% endif %}{% endfor %}"
+    )
+    row = {"prompt": [{**USER, "tool_calls": None}], "tools": [{**TOOL, "strict": None}], "answer": "2"}
+    for tools in (row["tools"], json.dumps(row["tools"])):
+        (tmp_path / "rows.jsonl").write_text(json.dumps(row | {"tools": tools}))
+        (read,) = load_rows(str(tmp_path / "rows.jsonl"))
+        assert render_prompt(read, tokenizer_of(template)) == "user"
 
 
 @pytest.mark.parametrize(

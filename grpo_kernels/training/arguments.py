@@ -14,33 +14,23 @@ NEGATIVE = re.compile(r"^-(\d+\.?\d*|\.\d+)([eE][-+]?\d+)?$")
 
 
 def with_yaml_lists(overrides: Sequence[str], lists: Collection[str]) -> list[str]:
-    """Command-line arguments in which ``--key '[a, b]'`` of a list is ``--key a b``.
-
-    Args:
-        overrides: ``["--key", "value", "--key=value", ...]``.
-        lists: The keys whose values are lists.
-
-    Raises:
-        ValueError: A list is cut short, or has other lists or mappings in it.
-    """
+    """Command-line arguments in which ``--key '[a, b]'``, of a key in ``lists``, is ``--key a b``."""
     arguments: list[str] = []
     key = ""  # of the last option
-    for text in overrides:
-        value = text
-        if text.startswith("--"):
-            option, equals, value = text.partition("=")
-            key = option[2:].replace("-", "_")
-            if not equals or key not in lists:
-                arguments.append(text)
-                continue
-            arguments.append(option)
-        arguments += _listed(key, value) if key in lists and value.startswith("[") else [value]
+    for argument in overrides:
+        value = argument
+        if argument.startswith("--"):
+            key = _key(argument)
+            if "=" in argument and key in lists:
+                option, _, value = argument.partition("=")
+                arguments.append(option)
+        arguments += _list_items(key, value) if key in lists and value.startswith("[") else [value]
     return arguments
 
 
 def given_keys(overrides: Sequence[str]) -> list[str]:
     """The keys of ``["--key", "value", "--key=value", ...]``."""
-    return [text[2:].partition("=")[0].replace("-", "_") for text in overrides if text.startswith("--")]
+    return [_key(text) for text in overrides if text.startswith("--")]
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
@@ -76,7 +66,11 @@ class _UniqueKeysLoader(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
-def _listed(key: str, text: str) -> list[str]:
+def _key(option: str) -> str:
+    return option[2:].partition("=")[0].replace("-", "_")
+
+
+def _list_items(key: str, text: str) -> list[str]:
     try:
         values = yaml.safe_load(text)
     except (yaml.YAMLError, RecursionError) as error:

@@ -1,7 +1,6 @@
 """Rows out of files: the same typed values give the same rows, whatever the file.
 
-One rule holds for .jsonl, .json, .csv and .parquet, for folders of them, for what ``save_to_disk`` wrote and for the
-Hub:
+One rule holds for .jsonl, .json, .csv and .parquet, for folders of them, what ``save_to_disk`` wrote and the Hub:
 
 - A number is a number, a text is a text, a truth value is one, and a missing value is None, whatever else its column
   holds. A whole number is an int, however it is stored: 5.0 and, in JSON, 1e5 are 5 and 100000. NaN is None.
@@ -36,6 +35,7 @@ import math
 import re
 import uuid
 from collections.abc import Mapping, Sequence
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -53,83 +53,70 @@ _NOT_COMMAS = (";", "\t", "|")  # that other programs put between columns
 def read_file(
     path: Path,
     *,
-    suffix: str | None = None,
-    split: str = "train",
-    text_columns: Sequence[str] = ("prompt", "answer"),
+    suffix: str | None = None,  # one of SUFFIXES, where it is not the path's own
+    split: str = "train",  # of a .json file that has several
+    text_columns: Sequence[str] = ("prompt", "answer"),  # of a .csv file: those of prompts and answers
 ) -> list[Row]:
-    """The rows of one file.
-
-    Args:
-        path: The file.
-        suffix: One of ``SUFFIXES``; by default the path's own.
-        split: Of a .json file that has several.
-        text_columns: Of a .csv file: those of prompts and answers.
-
-    Raises:
-        ValueError: The file cannot be read, or holds something else than rows; the message names it and the line.
-    """
+    """The rows of one file; raises ValueError, with its name and the line, where it holds something else."""
     suffix = (suffix or path.suffix).lower()
     if suffix == ".parquet":
-        return _parquet_rows(path)
+        from pyarrow import ArrowException, parquet
+
+        try:
+            return table_rows(parquet.read_table(path))
+        except (OSError, ValueError, OverflowError, ArrowException) as error:
+            raise ValueError(f"{path} cannot be read: {described(error)}") from error
+    if suffix == ".json":
+        return _json_rows(path, split)
     text = _text(path)
-    if suffix == ".csv":
-        return _csv_rows(path, text, text_columns)
-    return _json_rows(path, text, split) if suffix == ".json" else _lines(path, text)
+    return _csv_rows(path, text, text_columns) if suffix == ".csv" else _jsonl_rows(path, text)
 
 
 def table_rows(table: Any) -> list[Row]:
-    """The rows of an Arrow table by the rule above. A number of 16 or 32 bits is what is written for it, as 0.1.
+    """The rows of an Arrow table by the rule above. A number of 16 or 32 bits is what is written for it, as 0.1."""
+    import pyarrow
 
-    Raises:
-        ValueError: Two columns have one name, or a value cannot be read.
-    """
-    columns = {}
-    for field, column in zip(table.schema, table.columns, strict=True):
-        if field.name in columns:
-            raise ValueError(f"a table's columns must have different names, got {field.name!r} twice")
-        values = column.to_pylist(maps_as_pydicts="lossy")  # the last of equal keys, as in JSON
-        has_narrow_floats = re.search(r"\b(half)?float\b", str(field.type)) is not None
-        columns[field.name] = [_shortest(v, field.type) for v in values] if has_narrow_floats else values
-    rows = zip(*columns.values(), strict=True)
-    return [_plain_row(dict(zip(columns, row, strict=True))) for row in rows]
+    for number, name in enumerate(table.column_names):
+        if name in table.column_names[:number]:
+            raise ValueError(f"a table's columns must have different names, got {name!r} twice")
+    kind = pyarrow.struct(list(table.schema))
+    rows = table.to_pylist(maps_as_pydicts="lossy")  # the last of equal keys, as in JSON
+    if "float" in str(kind):  # those of 64 bits are "double"
+        rows = [_shortest_decimals(row, kind) for row in rows]
+    return [_row(row, f"row {number}") for number, row in enumerate(rows)]
 
 
 def json_splits(path: Path) -> list[str]:
-    """The splits of a .json file; none where it has one, without a name.
-
-    Raises:
-        ValueError: The file cannot be read.
-    """
-    text = _text(path)
-    try:
-        content = _loads(text)
-    except ValueError:  # lines; or what reading it will say
-        return []
-    tables = [name for name, rows in content.items() if _is_table(rows)] if isinstance(content, dict) else []
-    return tables if len(tables) > 1 or (len(tables) == 1 and tables[0] in _SPLIT_NAMES) else []
+    """The splits of a .json file; none where it has one, without a name."""
+    return [name for name in _json_tables(path) if name]
 
 
-def _shortest(value: Any, kind: Any) -> Any:
-    """A value of an Arrow type with the shortest decimal for each of its numbers of 16 or 32 bits."""
-    import numpy as np
+def _shortest_decimals(value: Any, kind: Any) -> Any:
+    """A value of an Arrow type, where a float of 16 or 32 bits is the shortest decimal that is stored so."""
     from pyarrow import types
 
     if value is None:
         return None
-    if types.is_float16(kind) or types.is_float32(kind):
-        return float(str((np.float16 if types.is_float16(kind) else np.float32)(value)))
+    if types.is_floating(kind):
+        return float(str(kind.to_pandas_dtype()(value)))
     if types.is_struct(kind):
-        return {field.name: _shortest(value[field.name], field.type) for field in kind}
+        return {field.name: _shortest_decimals(value[field.name], field.type) for field in kind}
     if types.is_map(kind):
-        return {_shortest(key, kind.key_type): _shortest(item, kind.item_type) for key, item in value.items()}
+        kinds = kind.key_type, kind.item_type
+        return {_shortest_decimals(k, kinds[0]): _shortest_decimals(v, kinds[1]) for k, v in value.items()}
     if types.is_nested(kind) and isinstance(value, list):
-        return [_shortest(item, kind.value_type) for item in value]
+        return [_shortest_decimals(item, kind.value_type) for item in value]
     return value
 
 
-def _plain_row(row: Mapping[Any, Any]) -> Row:
-    """A row by the rule above, but that a column without a value is there."""
-    return {_name(key): _plain(value, 1) for key, value in row.items()}
+def _row(content: Any, where: str) -> Row:
+    """A row by the rule above: unlike a field of an object, a column without a value is there."""
+    if not isinstance(content, dict):
+        raise ValueError(f"{where}: expected a JSON object, got {type(content).__name__}")
+    try:
+        return {str(_plain(name)): _plain(value, depth=1) for name, value in content.items()}
+    except ValueError as error:
+        raise ValueError(f"{where}: {error}") from error
 
 
 def _plain(value: Any, depth: int = 0) -> Any:
@@ -138,11 +125,13 @@ def _plain(value: Any, depth: int = 0) -> Any:
     if isinstance(value, float):
         if math.isnan(value):
             return None
-        return int(value) if abs(value) < _EXACT and value == int(value) else value
+        return int(value) if value.is_integer() and abs(value) < _EXACT else value
     if isinstance(value, decimal.Decimal):
-        return _number(value)
+        if value == value.to_integral_value():
+            return int(value)
+        return float(value) if decimal.Decimal(repr(float(value))) == value else str(value)
     if isinstance(value, Mapping):
-        return {_name(key): _plain(item, depth + 1) for key, item in value.items() if item is not None}
+        return {str(_plain(key)): _plain(item, depth + 1) for key, item in value.items() if item is not None}
     if isinstance(value, (list, tuple)):
         return [_plain(item, depth + 1) for item in value]
     if isinstance(value, (datetime.date, datetime.time)):
@@ -152,18 +141,6 @@ def _plain(value: Any, depth: int = 0) -> Any:
     if isinstance(value, str) and not value.isascii():
         return value.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
     return value.decode("utf-8", "replace") if isinstance(value, bytes) else value
-
-
-def _name(key: Any) -> str:
-    return str(_plain(key))
-
-
-def _number(value: decimal.Decimal) -> int | float | str | None:
-    if not value.is_finite():
-        return None if value.is_nan() else float(value)
-    if value == value.to_integral_value():
-        return int(value)
-    return float(value) if decimal.Decimal(repr(float(value))) == value else str(value)
 
 
 def _text(path: Path) -> str:
@@ -181,7 +158,7 @@ def _loads(text: str) -> Any:
         raise ValueError(f"values must be nested at most {_DEEPEST} deep") from error
 
 
-def _lines(path: Path, text: str) -> list[Row]:
+def _jsonl_rows(path: Path, text: str) -> list[Row]:
     # by newlines alone: splitlines() would also cut at separators that may stand inside a JSON string
     rows = []
     for number, line in enumerate(text.split("\n"), start=1):
@@ -196,69 +173,60 @@ def _lines(path: Path, text: str) -> list[Row]:
     return rows
 
 
-def _json_rows(path: Path, text: str, split: str) -> list[Row]:
+def _json_rows(path: Path, split: str) -> list[Row]:
+    tables = _json_tables(path)
+    if split not in tables and len(tables) > 1:
+        raise ValueError(f"{path} has no split {split!r}; it has {', '.join(tables)}")
+    rows = tables[split] if split in tables else next(iter(tables.values()))
+    if not isinstance(rows, list):
+        raise ValueError(f"{path}: expected a list of objects, got {type(rows).__name__}")
+    return [_row(row, f"{path}: row {number}") for number, row in enumerate(rows)]
+
+
+def _json_tables(path: Path) -> dict[str, Any]:
+    """A .json file's lists of rows, if that is what they are, by the name of their split; "" where it has none."""
+    text = _text(path)
     try:
         content = _loads(text)
     except ValueError as error:
         if getattr(error, "msg", "") == "Extra data":  # more than one value: one a line
-            return _lines(path, text)
+            return {"": _jsonl_rows(path, text)}
         raise ValueError(f"{path} cannot be read: {error}") from error
-    if isinstance(content, dict):
-        content = _of_object(path, content, split)
-    if not isinstance(content, list):
-        raise ValueError(f"{path}: expected a list of objects, got {type(content).__name__}")
-    return [_row(row, f"{path}: row {number}") for number, row in enumerate(content)]
-
-
-def _of_object(path: Path, content: dict[str, Any], split: str) -> list[Any]:
-    """The rows in an object: of a split, of its only list of objects, of its columns, or the object itself."""
+    if not isinstance(content, dict):
+        return {"": content}
     tables = {name: rows for name, rows in content.items() if _is_table(rows)}
-    if split in tables:
-        return tables[split]
-    if len(tables) == 1 and len(content) == 1:
-        return next(iter(tables.values()))
-    if len(tables) > 1:
-        raise ValueError(f"{path} has no split {split!r}; it has {', '.join(tables)}")
     columns = list(content.values())
+    if len(tables) > 1 or tables.keys() & _SPLIT_NAMES:
+        return tables
+    if len(tables) == len(content) == 1:
+        return {"": columns[0]}
     if columns and all(isinstance(c, dict) and c and list(c) == [str(i) for i in range(len(c))] for c in columns):
         raise ValueError(f'{path}: expected a list of objects, got columns by row number; write it by orient="records"')
     if columns and all(isinstance(c, list) for c in columns) and len({len(c) for c in columns}) == 1:
-        return [dict(zip(content, values, strict=True)) for values in zip(*columns, strict=True)]
-    return [content]
+        return {"": [dict(zip(content, values, strict=True)) for values in zip(*columns, strict=True)]}
+    return {"": [content]}
 
 
 def _is_table(rows: Any) -> bool:
     return isinstance(rows, list) and len(rows) > 0 and all(isinstance(row, dict) for row in rows)
 
 
-def _row(row: Any, where: str) -> Row:
-    if not isinstance(row, dict):
-        raise ValueError(f"{where}: expected a JSON object, got {type(row).__name__}")
-    try:
-        return _plain_row(row)
-    except ValueError as error:
-        raise ValueError(f"{where}: {error}") from error
-
-
 def _csv_rows(path: Path, text: str, text_columns: Sequence[str]) -> list[Row]:
     csv.field_size_limit(2**31 - 1)  # a prompt may be longer than the default of 128 KiB
     _check_separator(path, text)
     reader = csv.reader(io.StringIO(text, newline=""), strict=True)
+    lines = filter(None, reader)
     rows: list[Row] = []
     try:
-        names = [name.strip() for name in next((cells for cells in reader if cells), [])]
+        names = [name.strip() for name in next(lines, [])]
         while names and not names[-1]:  # a comma at the end of every line
             names.pop()
         if len(set(names)) < len(names):
             raise ValueError(f"{path}: its columns must have different names, got {', '.join(map(repr, names))}")
-        for cells in reader:
-            if not cells:
-                continue
-            cells = cells if any(cells[len(names) :]) else cells[: len(names)]
-            if len(cells) > len(names):
+        for cells in lines:
+            if any(cells[len(names) :]):
                 raise ValueError(f"{path}:{reader.line_num}: expected {len(names)} cells, got {len(cells)}")
-            cells += [""] * (len(names) - len(cells))
-            pairs = zip(names, cells, strict=True)
+            pairs = zip_longest(names, cells[: len(names)], fillvalue="")
             rows.append({name: _cell(cell, is_text=name in text_columns) for name, cell in pairs})
     except csv.Error as error:
         raise ValueError(f"{path}:{reader.line_num}: {error}") from error
@@ -278,30 +246,14 @@ def _check_separator(path: Path, text: str) -> None:
 
 
 def _cell(cell: str, *, is_text: bool) -> Any:
+    """A cell's value: JSON has all numbers as Python prints them, and others, which are texts here."""
     if cell == "":
         return None
-    for kind in (int, float):
-        try:
-            number = kind(cell)
-        except ValueError:
-            continue
-        if repr(number) == cell and math.isfinite(number):
-            return _plain(number)
     text = cell.replace("\r\n", "\n")
-    if cell.lstrip()[:1] not in ("[", "{"):
-        return text
     try:
-        value = _plain(_loads(cell))
-    except ValueError:  # a text that begins with a bracket
+        value = _loads(cell)
+        is_number = isinstance(value, (int, float)) and repr(value) == cell
+        is_json = _is_table(value) or (isinstance(value, (list, dict)) and not is_text)
+        return _plain(value) if is_number or is_json else text
+    except ValueError:  # not JSON, or nested too deep
         return text
-    return value if _is_table(value) or not is_text else text
-
-
-def _parquet_rows(path: Path) -> list[Row]:
-    import pyarrow as arrow
-    from pyarrow import parquet
-
-    try:
-        return table_rows(parquet.read_table(path))
-    except (OSError, ValueError, OverflowError, arrow.ArrowException) as error:
-        raise ValueError(f"{path} cannot be read: {described(error)}") from error

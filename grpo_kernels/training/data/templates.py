@@ -1,10 +1,8 @@
 """Prompt templates: how a row's question becomes the text that a completion continues.
 
-A rendered prompt may hold the beginning of the completion, its *opening*: a template that ends in ``<think>``, a chat
-template that adds ``<think>`` to the assistant's turn, a conversation that ends in the assistant's own words, or a row
-that starts in the middle of a solution. What a model samples then lacks that beginning. A reward that looks at the
-whole form of a completion, as the format reward does, must be given ``whole_completion(...)``, or it calls every such
-sample malformed.
+A rendered prompt may hold the beginning of the completion, its *opening*: a ``<think>`` that the template ends in, the
+assistant's own words that a conversation ends in, or the ``completion_prefix`` of a row that starts in the middle of a
+solution. What a model samples lacks it; a reward that looks at the form of a completion needs ``whole_completion``.
 """
 
 from __future__ import annotations
@@ -13,12 +11,14 @@ import json
 import logging
 import math
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from itertools import groupby
 from typing import Any, NamedTuple
 
 from transformers import PreTrainedTokenizerBase
 
 from grpo_kernels.errors import ThirdPartyError, third_party_error
-from grpo_kernels.rewards.completions import message_text, plain_message
+from grpo_kernels.rewards.completions import message_text
 from grpo_kernels.training.arguments import mapping
 from grpo_kernels.training.data.files import Row
 
@@ -47,11 +47,9 @@ class PromptFormat(NamedTuple):
 class ChatText(str):
     """A prompt that a chat template rendered: the special tokens that it begins with stand in the text already."""
 
-    __slots__ = ()
-
 
 def check_template(template: str | None) -> None:
-    """Raises ValueError unless ``template`` is None, a name, or a text with ``{prompt}`` in it."""
+    """Raises ValueError unless a template is None, a name, or a text with ``{prompt}`` in it."""
     if template is not None and template not in TEMPLATES and "{prompt}" not in template:
         raise ValueError(
             f"prompt_template must be one of {', '.join(TEMPLATES)}, or a text with {{prompt}} in it, got {template!r}"
@@ -59,7 +57,7 @@ def check_template(template: str | None) -> None:
 
 
 def render_prompts(rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase, prompt_format: PromptFormat) -> list[str]:
-    """The text that each row's completion continues; arguments and errors are ``render_prompt``'s."""
+    """The text that each row's completion continues; as ``render_prompt``."""
     return [render_prompt(row, tokenizer, *prompt_format) for row in rows]
 
 
@@ -72,65 +70,62 @@ def render_prompt(
 ) -> str:
     """The text that a row's completion continues.
 
-    A conversation that ends with the assistant is continued in its last message. A template that takes something out of
-    that message, as reasoning, is not given it: the message then stands, as it is, after the generation prompt.
-
     Args:
-        row: Its ``prompt`` is a text or a list of chat messages. A ``completion_prefix`` is taken from the end of the
-            prompt, if it stands there, and put after the rendered question: in a chat, into the assistant's turn.
-            A chat template is given its ``tools``, JSON schemas, and its ``chat_template_kwargs``.
+        row: Its ``prompt`` is a text or a list of chat messages. A last message of the assistant's is continued, and
+            stands as it is after the generation prompt if the template would change it. A ``completion_prefix`` is
+            taken from the end of the prompt, if it stands there, and put after the rendered question. A chat template
+            is given the row's ``tools``, JSON schemas, and ``chat_template_kwargs``.
         tokenizer: Its chat template renders messages.
         template: "none" (the text as it is), "r1_zero", "chat" (the tokenizer's chat template), or a text in which
             ``{prompt}`` is replaced and other braces stay. None is "chat" for messages, and for a text with a system
             prompt, arguments of a chat template or tools; for any other text it is "none".
-        system_prompt: Put before messages that do not begin with a system message of their own; a text template has
-            its own words and takes none.
-        chat_template_kwargs: What a chat template is given, as Qwen3's ``{"enable_thinking": False}``. A row's own
-            win over these.
+        system_prompt: Put before messages that do not begin with a system message; a text template takes none.
+        chat_template_kwargs: As Qwen3's ``{"enable_thinking": False}``; a row's own win over these.
 
     Raises:
-        ValueError: The template is unknown, takes no system prompt or no conversation of several messages, or the
-            tokenizer has no chat template.
+        ValueError: The template is unknown or missing, or takes no system prompt or no conversation.
         ThirdPartyError: The tokenizer's chat template refuses the messages, as one that knows no system role does.
     """
     check_template(template)
-    prompt = question(row)
-    own = {name: _decoded(row, name) for name in ("chat_template_kwargs", "tools") if row.get(name)}
+    prompt, prefix = question(row), row.get("completion_prefix") or ""
+    own = {name: _decoded(name, row[name]) for name in ("chat_template_kwargs", "tools") if row.get(name)}
     if template is None:
         is_text = isinstance(prompt, str) and system_prompt is None and not chat_template_kwargs and not own
         template = "none" if is_text else "chat"
     if template == "chat":
         kwargs = mapping("column chat_template_kwargs", own.pop("chat_template_kwargs", {}))
-        chat = _Chat(tokenizer, {**(chat_template_kwargs or {}), **kwargs, **own})
-        return ChatText(chat.rendered(prompt, system_prompt, row.get("completion_prefix") or ""))
+        options = {**(chat_template_kwargs or {}), **kwargs, **own}
+        if tokenizer.chat_template is None:
+            raise ValueError("the tokenizer has no chat template: set prompt_template, and no system_prompt")
+        messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+        if system_prompt is not None and messages[0]["role"] != "system":
+            messages = [{"role": "system", "content": system_prompt}, *messages]
+        return ChatText(_render_chat(messages, prefix, partial(_apply_template, tokenizer, options)))
     for name, value in (("system_prompt", system_prompt), ("chat_template_kwargs", chat_template_kwargs)):
         if value:
             raise ValueError(f"{name} must be None for the text template {template!r}, got {value!r}")
-    text, prefix = _text(prompt, template), row.get("completion_prefix") or _prefilled(prompt)
-    return _continued(TEXT_TEMPLATES.get(template, template).replace("{prompt}", text), prefix)
+    request, answer_start = _split_answer(prompt)
+    if not isinstance(request, str):
+        if len(request) != 1 or request[0]["role"] != "user":
+            roles = ", ".join(message["role"] for message in prompt)
+            raise ValueError(f"the template {template!r} takes a text or one user message, got messages of {roles}")
+        request = message_text(request[0])
+    rendered = TEXT_TEMPLATES.get(template, template).replace("{prompt}", request)
+    return join_texts(rendered, _without_opened_tag(prefix or answer_start, rendered))
 
 
 def encode_prompts(prompts: Sequence[str], tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
-    """The tokens of rendered prompts.
-
-    The tokenizer adds its special ones to all but those of a chat template. A prompt that begins with the
-    begin-of-text token already, as one that was rendered beforehand does, does not get a second.
-
-    Raises:
-        ThirdPartyError: The tokenizer failed.
-    """
-    ids: dict[int, list[int]] = {}
-    for is_chat in (False, True):
-        own = [i for i, prompt in enumerate(prompts) if isinstance(prompt, ChatText) == is_chat]
-        if own:
-            texts = [str(prompts[i]) for i in own]
-            try:
-                encoded = tokenizer(texts, add_special_tokens=not is_chat)["input_ids"]
-            except Exception as error:
-                whose = f"the tokenizer {tokenizer.name_or_path!r} failed on {len(texts)} prompts"
-                raise third_party_error(whose, error) from error
-            ids |= zip(own, encoded, strict=True)
-    return [_without_second_bos(ids[i], tokenizer.bos_token_id) for i in range(len(prompts))]
+    """The tokens of rendered prompts: all but a chat template's get special ones, none a second begin-of-text token."""
+    ids: list[list[int]] = []
+    for kind, group in groupby(prompts, key=type):
+        texts = [str(prompt) for prompt in group]
+        try:
+            ids += tokenizer(texts, add_special_tokens=kind is not ChatText)["input_ids"]
+        except Exception as error:
+            whose = f"the tokenizer {tokenizer.name_or_path!r} failed on {len(texts)} prompts"
+            raise third_party_error(whose, error) from error
+    bos = tokenizer.bos_token_id
+    return [tokens[1:] if bos is not None and tokens[:2] == [bos, bos] else tokens for tokens in ids]
 
 
 def rows_that_fit(
@@ -140,39 +135,23 @@ def rows_that_fit(
     *,
     max_completion_length: int,
     max_prompt_length: int | None = None,
-    context_length: int | None = None,
-    what: str = "training",
+    context_length: int | None = None,  # of a prompt and its completion
+    what: str = "training",  # names the rows in messages
     least: int = 1,
 ) -> list[Row]:
     """The rows whose prompt has a token, is no longer than ``max_prompt_length`` and leaves room for a completion.
 
-    What is left out is counted in a warning.
-
-    Args:
-        rows: Problems.
-        tokenizer: Of their prompts.
-        prompt_format: How they are rendered.
-        max_completion_length: Tokens that a completion must have room for.
-        max_prompt_length: Tokens of a prompt at most; None where there is no bound but the context.
-        context_length: Tokens of a prompt and its completion; None where there is no bound.
-        what: Names the rows in messages.
-        least: How many must be left.
-
-    Raises:
-        ValueError: There is no room for a prompt, or fewer rows are left.
+    What is left out is counted in a warning. Raises ValueError where fewer rows than ``least`` are left.
     """
-    limits = [] if max_prompt_length is None else [max_prompt_length]
+    limit = math.inf if max_prompt_length is None else max_prompt_length
     if context_length is not None:
-        room = context_length - max_completion_length
-        if room < 1:
+        if max_completion_length >= context_length:
             raise ValueError(
                 f"max_completion_length must be less than the context of {context_length} tokens, "
                 f"got {max_completion_length}"
             )
-        limits.append(room)
-    limit = min(limits, default=math.inf)
-    texts = render_prompts(rows, tokenizer, prompt_format)
-    lengths = [len(ids) for ids in encode_prompts(texts, tokenizer)]
+        limit = min(limit, context_length - max_completion_length)
+    lengths = [len(ids) for ids in encode_prompts(render_prompts(rows, tokenizer, prompt_format), tokenizer)]
     empty, long = lengths.count(0), sum(length > limit for length in lengths)
     if empty:
         _LOGGER.warning("%d of %d %s prompts have no token and are left out", empty, len(rows), what)
@@ -181,15 +160,11 @@ def rows_that_fit(
                         long, len(rows), what, limit, max(lengths))  # fmt: skip
     fitting = [row for row, length in zip(rows, lengths, strict=True) if 0 < length <= limit]
     if len(fitting) < least:
-        at_most = f" and at most {limit} tokens" if limits else ""
+        at_most = "" if limit == math.inf else f" and at most {limit} tokens"
         raise ValueError(
             f"at least {least} {what} prompts must have a token{at_most}, got {len(fitting)} of {len(rows)}"
         )
     return fitting
-
-
-def _without_second_bos(ids: list[int], bos: int | None) -> list[int]:
-    return ids[1:] if bos is not None and ids[:2] == [bos, bos] else ids
 
 
 def question(row: Row) -> str | list[dict[str, Any]]:
@@ -199,18 +174,13 @@ def question(row: Row) -> str | list[dict[str, Any]]:
         return prompt
     if isinstance(prompt, str):
         return prompt.removesuffix(prefix).removesuffix(" ") if prompt.endswith(prefix) else prompt
-    ends_in_prefix = prompt[-1]["role"] == "assistant" and prompt[-1]["content"] == prefix
-    return prompt[:-1] if ends_in_prefix else prompt
+    return prompt[:-1] if prompt[-1]["role"] == "assistant" and prompt[-1]["content"] == prefix else prompt
 
 
 def completion_opening(row: Row, rendered_prompt: str) -> str:
-    """What of the completion already stands at the end of its rendered prompt; empty if nothing does.
-
-    That is the row's ``completion_prefix``, the assistant's message that its conversation ends with, or else a
-    ``<think>`` that the prompt ends in. A ``<think>`` in the middle of a prompt, as in instructions, opens nothing.
-    """
-    opening = row.get("completion_prefix") or _prefilled(row["prompt"])
-    return opening or (OPENING_TAG if _opens_reasoning(rendered_prompt) else "")
+    """What of the completion already stands at the end of its rendered prompt; empty if nothing does."""
+    opening = row.get("completion_prefix") or _split_answer(row["prompt"])[1]
+    return opening or (OPENING_TAG if rendered_prompt.rstrip().endswith(OPENING_TAG) else "")
 
 
 def whole_completion(row: Row, rendered_prompt: str, completion: str) -> str:
@@ -230,102 +200,55 @@ def join_texts(first: str, second: str) -> str:
     return f"{first} {second}"
 
 
-def _continued(rendered: str, prefix: str, join: Callable[[str, str], str] = join_texts) -> str:
-    """A rendered prompt and the beginning of its completion; a ``<think>`` that both have stands there once."""
-    if _opens_reasoning(rendered) and prefix.lstrip().startswith(OPENING_TAG):
-        prefix = prefix.lstrip().removeprefix(OPENING_TAG).lstrip()
-    return join(rendered, prefix)
+def _without_opened_tag(opening: str, rendered_prompt: str) -> str:
+    """The beginning of a completion without the ``<think>`` that its prompt ends in already."""
+    if rendered_prompt.rstrip().endswith(OPENING_TAG) and opening.lstrip().startswith(OPENING_TAG):
+        return opening.lstrip().removeprefix(OPENING_TAG).lstrip()
+    return opening
 
 
-def _follow(first: str, second: str) -> str:
-    return first + second
-
-
-def _opens_reasoning(rendered_prompt: str) -> bool:
-    return rendered_prompt.rstrip().endswith(OPENING_TAG)
-
-
-def _prefilled(prompt: str | Sequence[dict[str, Any]]) -> str:
-    """The assistant's words that a conversation ends with; empty if it does not."""
-    is_begun = not isinstance(prompt, str) and len(prompt) > 0 and prompt[-1]["role"] == "assistant"
-    text = message_text(prompt[-1]) if is_begun else ""
-    return text if text.strip() else ""
-
-
-def _without_empty_end(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The conversation without an assistant's message that says nothing yet.
-
-    Raises:
-        ValueError: That message calls a tool or only reasons, which no template can go on with.
-    """
-    if messages[-1]["role"] != "assistant":
-        return messages
-    others = [name for name, value in messages[-1].items() if name not in ("role", "content") and value]
-    if others:
+def _split_answer(prompt: str | list[dict[str, Any]]) -> tuple[str | list[dict[str, Any]], str]:
+    """A prompt without the assistant's message that a conversation ends with, and the text of that message."""
+    if isinstance(prompt, str) or not prompt or prompt[-1]["role"] != "assistant":
+        return prompt, ""
+    text = message_text(prompt[-1])
+    others = [name for name, value in prompt[-1].items() if name not in ("role", "content") and value]
+    if others and not text.strip():  # a call of a tool, or reasoning alone, which no template can go on with
         raise ValueError(f"a conversation cannot end with the assistant's {' and '.join(others)}, which has no text")
-    return messages[:-1]
+    return prompt[:-1], text if text.strip() else ""
 
 
-def _plain(prompt: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    return [plain_message(message) for message in _without_none(prompt)]
+def _decoded(column: str, value: Any) -> Any:
+    """A column's value, which may be JSON text; there too a field that is null is not there."""
+    if not isinstance(value, str):
+        return value
+    try:
+        return json.loads(value, object_hook=lambda fields: {k: v for k, v in fields.items() if v is not None})
+    except ValueError as error:
+        raise ValueError(f"column {column} must be JSON, got {value!r:.80}") from error
 
 
-def _text(prompt: str | list[dict[str, Any]], template: str) -> str:
-    if isinstance(prompt, str):
-        return prompt
-    asked = prompt[:-1] if _prefilled(prompt) else prompt
-    if len(asked) != 1 or asked[0]["role"] != "user":
-        roles = ", ".join(message["role"] for message in prompt)
-        raise ValueError(f"the template {template!r} takes a text or one user message, got messages of {roles}")
-    return message_text(asked[0])
-
-
-def _decoded(row: Row, column: str) -> Any:
-    """What a column holds, where it may be JSON text, and fields that other rows have may be filled up with None."""
-    value = row.get(column)
-    if isinstance(value, str):
+def _render_chat(messages: list[dict[str, Any]], prefix: str, apply: Callable[..., str]) -> str:
+    """Messages up to where the completion begins, and the beginning that it has, by a tokenizer's template."""
+    history, answer_start = _split_answer(messages)
+    # a template may take <think> out of an answer, or put another before it
+    if answer_start and not answer_start.lstrip().startswith(OPENING_TAG):
         try:
-            value = json.loads(value)
-        except ValueError as error:
-            raise ValueError(f"column {column} must be JSON, got {value!r:.80}") from error
-    return _without_none(value)
-
-
-def _without_none(value: Any) -> Any:
-    if isinstance(value, Mapping):
-        return {key: _without_none(item) for key, item in value.items() if item is not None}
-    return [_without_none(item) for item in value] if isinstance(value, (list, tuple)) else value
-
-
-class _Chat(NamedTuple):
-    """A tokenizer's chat template and what it is given beside the messages."""
-
-    tokenizer: PreTrainedTokenizerBase
-    options: dict[str, Any]
-
-    def rendered(self, prompt: str | list[dict[str, Any]], system_prompt: str | None, prefix: str) -> str:
-        """Messages up to where the completion begins."""
-        if self.tokenizer.chat_template is None:
-            raise ValueError("the tokenizer has no chat template: set prompt_template, and no system_prompt")
-        messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else _plain(prompt)
-        if system_prompt is not None and messages[0]["role"] != "system":
-            messages = [{"role": "system", "content": system_prompt}, *messages]
-        prefilled = _prefilled(messages)
-        if prefilled.lstrip().startswith(OPENING_TAG):  # which templates take out, or put another before
-            return _continued(self._applied(messages[:-1], add_generation_prompt=True), prefilled, _follow)
-        if not prefilled:
-            return _continued(self._applied(_without_empty_end(messages), add_generation_prompt=True), prefix)
-        try:
-            return self._applied(messages, continue_final_message=True)
+            return apply(messages, continue_final_message=True)
         except ThirdPartyError as error:
             if not isinstance(error.__cause__, ValueError):  # transformers', where the template leaves the message out
                 raise
-        return _continued(self._applied(messages[:-1], add_generation_prompt=True), prefilled, _follow)
+    rendered = apply(history, add_generation_prompt=True)
+    opening = _without_opened_tag(answer_start or prefix, rendered)
+    return rendered + opening if answer_start else join_texts(rendered, opening)
 
-    def _applied(self, messages: list[dict[str, Any]], **options: Any) -> str:
-        try:
-            return self.tokenizer.apply_chat_template(messages, tokenize=False, **self.options, **options)
-        except Exception as error:
-            roles = ", ".join(str(message.get("role")) for message in messages)
-            name = self.tokenizer.name_or_path or type(self.tokenizer).__name__
-            raise third_party_error(f"the chat template of {name!r} failed on messages of {roles}", error) from error
+
+def _apply_template(
+    tokenizer: PreTrainedTokenizerBase, options: dict[str, Any], messages: list[dict[str, Any]], **more: bool
+) -> str:
+    try:
+        return tokenizer.apply_chat_template(messages, tokenize=False, **options, **more)
+    except Exception as error:
+        roles = ", ".join(str(message.get("role")) for message in messages)
+        name = tokenizer.name_or_path or type(tokenizer).__name__
+        raise third_party_error(f"the chat template of {name!r} failed on messages of {roles}", error) from error
