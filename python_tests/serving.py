@@ -17,6 +17,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from gloo_transfer import STORE_PREFIX
 from test_training_loop import recipe_of
 
 from grpo_kernels.training.loop import GRPOLoop
@@ -71,7 +72,6 @@ class Server(ThreadingHTTPServer):
                     "model_config": {"logprobs_mode": self.logprobs_mode},
                 }
             },
-            "/get_world_size": lambda: {"world_size": 1},
             "/init_weight_transfer_engine": lambda: self.join(**body["init_info"]),
             "/start_weight_update": lambda: {},
             "/update_weights": lambda: self.receive(**body["update_info"]),
@@ -84,9 +84,7 @@ class Server(ThreadingHTTPServer):
     def join(self, master_address: str, master_port: int, rank_offset: int, world_size: int) -> dict[str, str]:
         limit = timedelta(seconds=60)
         self.store = dist.TCPStore(master_address, master_port, world_size, False, timeout=limit)
-        self.group = dist.ProcessGroupGloo(
-            dist.PrefixStore("weight_transfer", self.store), rank_offset, world_size, limit
-        )
+        self.group = dist.ProcessGroupGloo(dist.PrefixStore(STORE_PREFIX, self.store), rank_offset, world_size, limit)
         return {"message": "initialized"}
 
     @torch.no_grad()
@@ -182,7 +180,7 @@ def starts_servers():
 
 
 def recipe_for(server, **changes):
-    settings = {"use_vllm": True, "vllm_server_base_url": server.url, "vllm_group_port": 0, "vllm_server_timeout": 60.0,
+    settings = {"use_vllm": True, "vllm_server_base_url": server.url, "vllm_server_timeout": 60.0,
                 "vllm_generation_timeout": 60.0}  # fmt: skip
     return recipe_of(**(settings | changes))
 

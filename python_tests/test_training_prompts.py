@@ -20,7 +20,7 @@ from grpo_kernels.training.rollout import generate, teacher_forced
 from grpo_kernels.training.run import train
 from grpo_kernels.training.samplers import ContinuousSampler
 from grpo_kernels.training.samplers.server import ServerSampler
-from grpo_kernels.training.samplers.vllm_client import Sampled
+from grpo_kernels.training.samplers.vllm_client import Completion
 from grpo_kernels.training.supervised import traces_that_fit, worked_batch
 from grpo_kernels.training.task import Task, held_out_rows, load_task, train_on_traces
 from grpo_kernels.training.tasks import TASKS, build_model
@@ -64,8 +64,8 @@ def test_every_reader_of_a_chat_prompt_sees_the_same_tokens(tokenizer: PreTraine
         temperature=1.0,
         end_ids=[tokenizer.eos_token_id],
         accelerator=Accelerator(cpu=True),
-        _sent=0,
-        _by_main=lambda _: [Sampled([5], [0.0])],
+        _sent_step=0,
+        _run_on_main=lambda _: [Completion([5], [0.0])],
     )
     for found in (
         generate(model, tokenizer, [prompt], max_completion_length=2, temperature=0),

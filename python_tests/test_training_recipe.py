@@ -51,6 +51,7 @@ def test_an_unknown_key_names_the_nearest_known_one(tmp_path, key, nearest):
     [
         ("max_steps: many\n", "max_steps.*many"),
         ("max_steps: 0\n", "max_steps must be at least 1, got 0"),
+        ("vllm_group_port: 0\n", "vllm_group_port must be at least 1, got 0"),
         ("max_steps: {a: 1}\n", "max_steps must be a single value or a list"),
         ("loss_type: gpro\n", "loss_type must be one of .* got 'gpro'"),
         ("backend: gpu\n", "backend must be one of auto, .* got 'gpu'"),

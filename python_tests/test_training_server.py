@@ -22,7 +22,7 @@ from grpo_kernels.training.report.log import read_records
 from grpo_kernels.training.run import train
 from grpo_kernels.training.samplers.server import ServerSampler
 from grpo_kernels.training.samplers.vllm_client import ServerError, VLLMServer
-from grpo_kernels.training.samplers.weight_transfer import describe, whole_weights
+from grpo_kernels.training.samplers.weight_transfer import full_weights, weight_metadata
 from grpo_kernels.training.task import load_task
 
 
@@ -92,8 +92,8 @@ def test_adapters_arrive_merged_and_leave_the_trainers_bits_alone(start):
 
 def test_what_is_described_is_what_is_sent():
     model = load_task(recipe_of()).model.to(torch.bfloat16)
-    sent = [(name, "bfloat16", list(weight.shape)) for name, weight in whole_weights(model)]
-    assert [tuple(each) for each in describe(model)] == sent
+    sent = [(name, "bfloat16", list(weight.shape)) for name, weight in full_weights(model)]
+    assert weight_metadata(model) == sent
 
 
 def test_prompts_go_out_once_a_group_with_seeds_of_their_own(start):
@@ -246,7 +246,7 @@ def worker(url: str, out: str) -> None:
 
     accelerator = accelerator_of("fsdp2")
     recipe = recipe_of(
-        use_vllm=True, vllm_server_base_url=url, vllm_group_port=0, vllm_server_timeout=60.0, dynamic_sampling=True,
+        use_vllm=True, vllm_server_base_url=url, vllm_server_timeout=60.0, dynamic_sampling=True,
         reward_funcs=["test_training_sampling:reward_of_some"],
     )  # fmt: skip
     loop = GRPOLoop(load_task(recipe), recipe, accelerator)

@@ -131,7 +131,7 @@ class ModelOptions(Options):
 class SamplerOptions(Options):
     """Who samples: the model itself, transformers' continuous batching, or a vLLM server."""
 
-    least: ClassVar = {"vllm_server_port": 1, "vllm_group_port": 0}
+    least: ClassVar = {"vllm_server_port": 1, "vllm_group_port": 1}
 
     use_transformers_continuous_batching: bool = option(False, "sample by transformers' generate_batch")
     transformers_continuous_batching_config: str | None = option(None, "JSON for its ContinuousBatchingConfig")
@@ -142,7 +142,7 @@ class SamplerOptions(Options):
     vllm_server_port: int = option(8000, "its port")
     vllm_server_timeout: float = option(240.0, "seconds for it to come up, and for every answer but completions")
     vllm_generation_timeout: float = option(1800.0, "seconds for the completions of a prompt")
-    vllm_group_port: int = option(51216, "of the trainer, for the weights; 0 takes a free one, for gloo")
+    vllm_group_port: int = option(51216, "of the trainer, for the weights")
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections import deque
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -14,8 +15,8 @@ from transformers import PreTrainedTokenizerBase
 from grpo_kernels.training.data.templates import encode_prompts
 from grpo_kernels.training.models import context_length_of
 from grpo_kernels.training.rollout import Rollout, end_token_ids, padded
-from grpo_kernels.training.samplers.vllm_client import Sampled, Served, ServerError, VLLMServer
-from grpo_kernels.training.samplers.weight_transfer import Transfer, connected, describe, whole_weights
+from grpo_kernels.training.samplers.vllm_client import Completion, ServerError, VLLMServer
+from grpo_kernels.training.samplers.weight_transfer import TRANSFERS, SendWeights, full_weights, weight_metadata
 
 _LOGGER = logging.getLogger(__name__)
 
@@ -28,18 +29,13 @@ class ServerSampler:
     for what the uninterrupted one would have. What fails in the main process is raised in every one.
 
     Args:
-        model: Whose weights are sent.
-        tokenizer: Must have a pad token.
+        model: As for ``ModelSampler``, and so are ``tokenizer``, ``max_completion_length`` and ``temperature``.
         accelerator: Of the processes.
-        base_url: ``http://host:port``.
-        timeout: Seconds for it to come up, and for every answer but completions.
-        generation_timeout: Seconds for the completions of a prompt.
+        base_url: As for ``VLLMServer``, and so are ``timeout`` and ``generation_timeout``.
         group_port: Of the trainer, for the weights.
-        max_completion_length: Tokens of a completion at most.
-        temperature: Divides the logits, unless a call says otherwise.
 
     Raises:
-        ServerError: The server cannot be reached, or does not offer what is needed.
+        ServerError: The server cannot be reached, does not offer what is needed, or fails later, in a call.
         RuntimeError: Its way for weights cannot run here.
     """
 
@@ -59,97 +55,94 @@ class ServerSampler:
         self.model, self.tokenizer, self.accelerator = model, tokenizer, accelerator
         self.max_completion_length, self.temperature = max_completion_length, temperature
         self.server = VLLMServer(base_url, timeout=timeout, generation_timeout=generation_timeout)
-        self._group_port = group_port
         self.end_ids = end_token_ids(model, tokenizer)
-        self._transfer: Transfer | None = None  # of the main process
-        self._sent: int | None = None  # the number of steps that the server's weights have had
-        self._served: Served = self._by_main(self._connect)
-        bounds = [bound for bound in (context_length_of(model), self._served.context_length) if bound is not None]
-        self.context_length = min(bounds) if bounds else None
+        self._send: SendWeights | None = None  # of the main process
+        self._sent_step: int | None = None  # the number of steps that the server's weights have had
+        self._model_name, served_length = self._run_on_main(lambda: self._connect(group_port))
+        self.context_length = min(filter(None, (context_length_of(model), served_length)), default=None)
 
     def __call__(
         self, prompts: Sequence[str], *, step: int = 0, group_size: int = 1, temperature: float | None = None
     ) -> Rollout:
-        """Raises ServerError where the server fails."""
-        if step != self._sent:
+        if step != self._sent_step:
             self._send_weights()
-            self._sent = step
-        own = encode_prompts(prompts, self.tokenizer)
-        all_prompts = own if self.accelerator.num_processes == 1 else gather_object(own)
+            self._sent_step = step
+        prompt_ids = encode_prompts(prompts, self.tokenizer)
+        group_prompts = gather_object(prompt_ids)[::group_size]
         temperature = self.temperature if temperature is None else temperature
-        completions = self._by_main(lambda: self._complete(all_prompts[::group_size], group_size, temperature))
-        first = self.accelerator.process_index * len(own)
-        mine = completions[first : first + len(own)]
+        completions = self._run_on_main(lambda: self._complete(group_prompts, group_size, temperature))
+        first = self.accelerator.process_index * len(prompt_ids)
+        completions = completions[first : first + len(prompt_ids)]
         return padded(
-            own,
-            [completion.ids for completion in mine],
+            prompt_ids,
+            [completion.ids for completion in completions],
             self.end_ids,
             pad_id=self.tokenizer.pad_token_id,
             device=self.model.device,
-            logprobs=[completion.logprobs for completion in mine],
+            logprobs=[completion.logprobs for completion in completions],
         )
 
-    def _connect(self) -> Served:
+    def _connect(self, group_port: int) -> tuple[str, int | None]:
+        """The server's model and its context length, once it is sure that its log-probabilities and weights will do."""
         self.server.wait_until_up()
-        served = self.server.served()
-        self._check_logprobs()
-        self._transfer = connected(self.server, self._group_port, self.model.device)
-        return served
-
-    def _check_logprobs(self) -> None:
-        """Raises where the server's log-probabilities are not of the distribution that it samples from."""
-        config = self.server.settings().get("model_config")
-        mode = config.get("logprobs_mode") if isinstance(config, dict) else None
-        if self.temperature == 1 or mode == "processed_logprobs":
-            return
-        if mode is not None:
+        model, config = self.server.served_model(), self.server.config()
+        mode = (config.get("model_config") or {}).get("logprobs_mode")
+        if self.temperature != 1 and mode is None:
+            _LOGGER.warning("%s does not say its logprobs_mode; processed_logprobs is needed", self.server.base_url)
+        elif self.temperature != 1 and mode != "processed_logprobs":
             raise ServerError(
                 f"{self.server.base_url} answers {mode}, which at temperature={self.temperature} are not those "
                 "that it samples by; it must run with --logprobs-mode processed_logprobs"
             )
-        _LOGGER.warning("%s does not say its logprobs_mode; processed_logprobs is needed", self.server.base_url)
+        transfer_config = config.get("weight_transfer_config")
+        backend = transfer_config.get("backend") if isinstance(transfer_config, dict) else None
+        if backend not in TRANSFERS:
+            raise ServerError(
+                f"{self.server.base_url} has the weight_transfer_config {transfer_config!r}: its backend must be "
+                f"""{" or ".join(TRANSFERS)}, as with --weight-transfer-config '{{"backend": "nccl"}}'"""
+            )
+        self._send = TRANSFERS[backend](self.server, group_port, self.model.device)
+        return model
 
     def _send_weights(self) -> None:
-        """Collective: every process gathers, the main one sends."""
-        weights = whole_weights(self.model)
+        """Collective: every process gathers to the end, the main one sends."""
+        weights = full_weights(self.model)
 
         def send() -> None:
             try:
-                self._transfer.send(describe(self.model), weights)
+                self._send(weight_metadata(self.model), weights)
             finally:
-                for _ in weights:  # the others gather all of them
-                    pass
+                deque(weights, maxlen=0)
+            self.server.reset_prefix_cache()
 
         if not self.accelerator.is_main_process:
-            for _ in weights:
-                pass
-        self._by_main(send)
+            deque(weights, maxlen=0)
+        self._run_on_main(send)
 
-    def _complete(self, prompts: list[list[int]], group_size: int, temperature: float) -> list[Sampled]:
-        seeds = torch.randint(2**31, (len(prompts),)).tolist()
-        groups = self.server.complete(
-            self._served.model,
+    def _complete(self, prompts: list[list[int]], group_size: int, temperature: float) -> list[Completion]:
+        return self.server.complete(
             prompts,
+            torch.randint(2**31, (len(prompts),)).tolist(),
+            vocab_size=self.model.get_output_embeddings().weight.shape[0],
+            model=self._model_name,
             n=group_size,
-            seeds=seeds,
             temperature=temperature,
             max_tokens=self.max_completion_length,
-            end_ids=self.end_ids,
-            vocab_size=self.model.get_output_embeddings().weight.shape[0],
+            stop_token_ids=self.end_ids,
         )
-        return [completion for group in groups for completion in group]
 
-    def _by_main(self, act: Callable[[], Any]) -> Any:
-        """What the main process makes of it, in every process; a failure is everyone's, so that nobody waits for it."""
-        results, failure = [None, None], None  # the value, or the error in words
+    def _run_on_main(self, function: Callable[[], Any]) -> Any:
+        """What the function returns in the main process, in every process. So is its failure raised: none waits."""
+        result, failure = None, None
         if self.accelerator.is_main_process:
             try:
-                results[0] = act()
+                result = function()
             except Exception as error:
-                failure, results[1] = error, f"{type(error).__name__}: {error}"
-        broadcast_object_list(results)
+                failure = error
+        message = [result, None if failure is None else f"{type(failure).__name__}: {failure}"]
+        broadcast_object_list(message)
         if failure is not None:
             raise failure
-        if results[1] is not None:
-            raise ServerError(f"in the main process: {results[1]}")
-        return results[0]
+        if message[1] is not None:
+            raise ServerError(f"in the main process: {message[1]}")
+        return message[0]
