@@ -11,8 +11,8 @@ from typing import Any
 import torch.distributed as dist
 from torch import Tensor
 
+from grpo_kernels.training.samplers.server import TRANSFERS, Metadata
 from grpo_kernels.training.samplers.vllm_client import VLLMServer
-from grpo_kernels.training.samplers.weight_transfer import TRANSFERS, Metadata
 
 STORE_PREFIX = "weight_transfer"
 

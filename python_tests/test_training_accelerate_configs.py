@@ -13,7 +13,7 @@ from accelerate.commands.config.config_args import load_config_from_file
 from accelerate.utils import DistributedType
 
 from grpo_kernels.training.recipe import Recipe
-from grpo_kernels.training.report.log import read_records
+from grpo_kernels.training.report import read_records
 from grpo_kernels.training.run import train
 
 FOLDER = Path(str(resources.files("grpo_kernels.training") / "accelerate_configs"))

@@ -8,7 +8,6 @@ from types import SimpleNamespace
 import datasets
 import pytest
 import torch
-from accelerate import Accelerator
 from testing.training import report_of
 
 from grpo_kernels import rewards
@@ -16,7 +15,6 @@ from grpo_kernels.training import supervised
 from grpo_kernels.training.data import templates
 from grpo_kernels.training.data.files import read_file
 from grpo_kernels.training.data.rows import load_rows, split_solution
-from grpo_kernels.training.filtering import filter_by_pass_rate
 from grpo_kernels.training.loop import GRPOLoop
 from grpo_kernels.training.metrics import informative_groups
 from grpo_kernels.training.recipe import Recipe
@@ -306,17 +304,6 @@ def test_a_row_in_the_middle_of_its_solution_goes_on_in_the_assistants_turn():
         rendered = templates.render_prompt(row, tokenizer, "chat")
         assert rendered == f"[user]1 + 1 =[go] {prefix}"
         assert templates.whole_completion(row, rendered, "+ 1 </think>") == "<think> units 1 + 1 </think>"
-
-
-def test_the_pass_rate_filter_keeps_what_is_sometimes_solved():
-    rows = [{"prompt": str(i)} for i in range(5)]
-    rates = [0.0, 0.125, 0.5, 0.875, 1.0]
-    here = Accelerator(cpu=True)
-    for low, high, expected in (
-        (0.0, 1.0, rows[1:4]), (0.125, 0.9, rows[2:4]), (None, 1.0, rows[:4]), (0.0, None, rows[1:])
-    ):  # fmt: skip
-        bounds = {"min_pass_rate": low, "max_pass_rate": high}
-        assert filter_by_pass_rate(rows, rates, least=1, accelerator=here, **bounds) == expected
 
 
 @pytest.mark.parametrize("aggregation", ["sum_then_normalize", "normalize_then_sum"])

@@ -15,7 +15,7 @@ from grpo_kernels.device_values import first_bad
 from grpo_kernels.loss.metrics import PolicyMetrics
 from grpo_kernels.training.loop import GRPOLoop
 from grpo_kernels.training.recipe import Recipe, load_recipe
-from grpo_kernels.training.report.log import read_records
+from grpo_kernels.training.report import read_records
 from grpo_kernels.training.rollout import Rollout
 from grpo_kernels.training.run import train
 from grpo_kernels.training.task import Task, load_task, train_on_traces

@@ -19,7 +19,7 @@ from grpo_kernels import cli
 from grpo_kernels.training.checkpoint import list_checkpoints, read_weights, save_checkpoint
 from grpo_kernels.training.models import load_pretrained
 from grpo_kernels.training.recipe import Recipe
-from grpo_kernels.training.report.log import read_records
+from grpo_kernels.training.report import read_records
 from grpo_kernels.training.run import train
 from grpo_kernels.training.task import load_model, prepare_model
 from grpo_kernels.training.tasks import TASKS, build_model

@@ -69,7 +69,7 @@ def accelerator_of(mode: str) -> Any:
     from accelerate import Accelerator, DeepSpeedPlugin, PartialState
     from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
 
-    from grpo_kernels.training.distributed import load_models_whole
+    from grpo_kernels.training.models import load_models_whole
 
     if mode.startswith("zero"):
         zero = {"stage": int(mode[-1]), "stage3_gather_16bit_weights_on_model_save": True}

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 
 from grpo_kernels.info import versions
 from grpo_kernels.training.loop import Sample
-from grpo_kernels.training.report.log import append_records, append_samples, read_records
+from grpo_kernels.training.report import append_records, append_samples, read_records
 from grpo_kernels.training.report.page import number, write_report
 
 EVIL = "</script><script>alert(1)</script> <img src=http://example.org/x> & \"quoted\" 'single' $x$ </pre></details>"

@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 
 from grpo_kernels.training.checkpoint import list_checkpoints
 from grpo_kernels.training.recipe import Recipe
-from grpo_kernels.training.report.log import read_records
+from grpo_kernels.training.report import read_records
 from grpo_kernels.training.run import train
 from grpo_kernels.training.tasks import TASKS
 

@@ -16,8 +16,8 @@ from testing.training import completion_logprobs, sampler_of
 from grpo_kernels.training.data.templates import PromptFormat, rows_that_fit
 from grpo_kernels.training.loop import GRPOLoop
 from grpo_kernels.training.metrics import informative_groups
-from grpo_kernels.training.report.log import read_records
-from grpo_kernels.training.rollout import Rollout, Scored, concat_rollouts, concat_scored, padded
+from grpo_kernels.training.report import read_records
+from grpo_kernels.training.rollout import Rollout, Scored, concat_rollouts, concat_scored, pad_rollout
 from grpo_kernels.training.run import train
 from grpo_kernels.training.samplers import ContinuousSampler
 from grpo_kernels.training.task import build_sampler, load_task
@@ -64,14 +64,14 @@ def fresh():
 
 
 def test_lists_become_a_rollout_and_rollouts_one():
-    one = padded([[5], [5, 6, 7]], [[8, 1, 9], []], [1], pad_id=0, device="cpu", logprobs=[[-1.0, -2.0, -3.0], []])
+    one = pad_rollout([[5], [5, 6, 7]], [[8, 1, 9], []], [1], pad_id=0, device="cpu", logprobs=[[-1.0, -2.0, -3.0], []])
     assert one.prompt_ids.tolist() == [[0, 0, 5], [5, 6, 7]] and one.prompt_mask.tolist() == [[0, 0, 1], [1, 1, 1]]
     assert one.completion_ids.tolist() == [[8, 1, 9], [0, 0, 0]]
     assert one.completion_mask.tolist() == [[1, 1, 0], [0, 0, 0]]  # nothing counts after an end token
     assert one.sampling_logprobs.tolist() == [[-1, -2, 0], [0, 0, 0]]
     assert one.select(torch.tensor([0])).sampling_logprobs.tolist() == [[-1, -2]]
-    assert padded([[5]], [[]], [1], pad_id=0, device="cpu").completion_mask.tolist() == [[0]]
-    other = padded([[5, 6]], [[4, 4, 4, 4]], [1], pad_id=0, device="cpu", logprobs=[[-1.0] * 4])
+    assert pad_rollout([[5]], [[]], [1], pad_id=0, device="cpu").completion_mask.tolist() == [[0]]
+    other = pad_rollout([[5, 6]], [[4, 4, 4, 4]], [1], pad_id=0, device="cpu", logprobs=[[-1.0] * 4])
     both = concat_rollouts([one, other])
     assert both.prompt_ids.tolist() == [[0, 0, 5], [5, 6, 7], [0, 5, 6]]
     assert both.completion_mask.sum(dim=1).tolist() == [2, 0, 4] and both.completion_ids.shape == (3, 4)
@@ -194,13 +194,11 @@ def easy_task_run(folder, monkeypatch, **changes):
     """A run whose base model solves the first problems always, the next half of the time, and the others never."""
     asked = []
 
-    def counts_of(sampler, tokenizer, rows, accelerator, *, num_samples, greedy, **options):
+    def rates_of(sampler, tokenizer, rows, accelerator, *, num_samples, **options):
         asked.append((len(rows), num_samples))
-        assert not greedy
-        rates = [1.0 if i < 10 else 0.5 if i < 30 else 0.0 for i in range(len(rows))]
-        return torch.tensor([[rate * num_samples, 0] for rate in rates])
+        return [1.0 if i < 10 else 0.5 if i < 30 else 0.0 for i in range(len(rows))]
 
-    monkeypatch.setattr("grpo_kernels.training.filtering.right_counts", counts_of)
+    monkeypatch.setattr("grpo_kernels.training.run.measure_pass_rates", rates_of)
     SCORED.clear()
     train(recipe_of(output_dir=str(folder), reward_funcs=named("reward_of_some"), max_completion_length=3, **changes))
     return asked

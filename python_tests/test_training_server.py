@@ -18,11 +18,10 @@ from testing.training import completion_logprobs
 
 from grpo_kernels.training.loop import GRPOLoop
 from grpo_kernels.training.metrics import correction_metrics, correction_statistics
-from grpo_kernels.training.report.log import read_records
+from grpo_kernels.training.report import read_records
 from grpo_kernels.training.run import train
-from grpo_kernels.training.samplers.server import ServerSampler
+from grpo_kernels.training.samplers.server import ServerSampler, full_weights, weight_metadata
 from grpo_kernels.training.samplers.vllm_client import ServerError, VLLMServer
-from grpo_kernels.training.samplers.weight_transfer import full_weights, weight_metadata
 from grpo_kernels.training.task import load_task
 
 

@@ -13,7 +13,7 @@ from accelerate.tracking import LOGGER_TYPE_TO_CLASS, GeneralTracker, get_availa
 
 from grpo_kernels import cli
 from grpo_kernels.training.recipe import Recipe
-from grpo_kernels.training.report.log import read_records, tracker_names
+from grpo_kernels.training.report import read_records, tracker_names
 from grpo_kernels.training.run import tracked, train
 from grpo_kernels.training.stages.config import KINDS
 
@@ -107,7 +107,7 @@ def test_none_and_all_stand_alone() -> None:
 def test_a_tracker_that_is_not_installed_is_named_before_any_work(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr("grpo_kernels.training.report.log.get_available_trackers", lambda: [])
+    monkeypatch.setattr("grpo_kernels.training.report.get_available_trackers", lambda: [])
     for command in ("train", "sft"):
         folder = tmp_path / command
         assert cli.main([command, "--sft_steps", "1", "--report_to", "comet_ml", "--output_dir", str(folder)]) == 2

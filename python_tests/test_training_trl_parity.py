@@ -15,9 +15,9 @@ from torch import Tensor
 from grpo_kernels.loss.metrics import PolicyMetrics
 from grpo_kernels.rewards import columns_of, score
 from grpo_kernels.training.data.files import Row
-from grpo_kernels.training.distributed import build_optimizer
 from grpo_kernels.training.loop import Batch, GRPOLoop, Sample
 from grpo_kernels.training.metrics import correction_metrics, correction_statistics
+from grpo_kernels.training.models import build_optimizer
 from grpo_kernels.training.recipe import Recipe
 from grpo_kernels.training.rollout import Rollout, completion_tokens, end_mask
 from grpo_kernels.training.task import Task

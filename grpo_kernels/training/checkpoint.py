@@ -32,8 +32,7 @@ from torch.distributed.checkpoint.state_dict import (
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from grpo_kernels.hub import check_loaded
-from grpo_kernels.training.distributed import is_deepspeed
-from grpo_kernels.training.models import ADAPTERS, BASE, base_model, has_adapters
+from grpo_kernels.training.models import ADAPTERS, BASE, base_model, has_adapters, is_deepspeed
 
 STATE = "trainer_state.json"
 OPTIMIZER = "optimizer.safetensors"
@@ -66,12 +65,12 @@ class Trained(NamedTuple):
 
 def save_checkpoint(
     output_dir: Path,
-    step: int,
-    model: PreTrainedModel,
+    step: int,  # optimizer steps so far
+    model: PreTrainedModel,  # what is trained, not wrapped
     tokenizer: PreTrainedTokenizerBase,
     *,
     keep: int,
-    trained: Trained | None = None,
+    trained: Trained | None = None,  # the state to add, so that a run can go on from there; every process calls then
 ) -> Path:
     """Writes ``checkpoint-<step>``, loadable by ``from_pretrained``, and deletes all but the newest ``keep``.
 
@@ -79,14 +78,6 @@ def save_checkpoint(
     next one replaces. ``checkpoint-0``, what GRPO started from, stays: it is the reference of a resumed run. Of a model
     with adapters these alone are saved, and once, in ``checkpoint-0/base``, the model under them where it has no name
     to be loaded by.
-
-    Args:
-        output_dir: The run's folder.
-        step: Optimizer steps so far.
-        model: What is trained, not wrapped.
-        tokenizer: Saved beside it.
-        keep: How many to keep.
-        trained: The state to add, so that a run can go on from there; every process calls then.
 
     Raises:
         OSError: It cannot be written, as on a full disk. Earlier ones stay, and of this one nothing.
@@ -141,12 +132,7 @@ def _write_base(folder: Path, model: Any, weights: dict[str, Any]) -> None:
 
 
 def load_weights(folder: Path, model: Any, wrapped: Any) -> None:
-    """Puts a checkpoint's weights, or those of its adapters, into a model; every process calls.
-
-    Args:
-        folder: The checkpoint.
-        model: What is trained, not wrapped.
-        wrapped: The same as accelerate has wrapped it.
+    """Puts a checkpoint's weights, or its adapters', into a model, also ``wrapped`` by accelerate; every process calls.
 
     Raises:
         ValueError: The checkpoint cannot be read, or is of another model.

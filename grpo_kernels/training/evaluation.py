@@ -71,26 +71,16 @@ class EvalReport(NamedTuple):
 def evaluate(
     sampler: Sampler,
     tokenizer: PreTrainedTokenizerBase,
-    rows: Sequence[Row],
+    rows: Sequence[Row],  # the same in every process
     accelerator: Accelerator | None = None,
     *,
     num_samples: int,
-    **options: Any,
+    **options: Any,  # further ones of evaluate_samples
 ) -> dict[str, float]:
     """The share of right answers: ``num_samples`` completions a row at temperature 1, and one greedy.
 
-    Samples depend on the seed and the number of processes alone.
-
-    Args:
-        sampler: Draws the completions.
-        tokenizer: Of prompts and completions.
-        rows: The same in every process.
-        accelerator: Of the processes that have a share of the rows each, and know what was right in all.
-        num_samples: Completions of a row.
-        options: Further ones of ``evaluate_samples``.
-
-    Raises:
-        ValueError: There are no rows.
+    Each process has a share of the rows, and knows what was right in all. Samples depend on the seed and the number of
+    processes alone. Raises ValueError where there are no rows.
     """
     counts = right_counts(sampler, tokenizer, rows, accelerator, num_samples=num_samples, **options)
     sampled, greedy = counts.sum(dim=0).tolist()
@@ -120,14 +110,14 @@ def right_counts(
 def evaluate_samples(
     sampler: Sampler,
     tokenizer: PreTrainedTokenizerBase,
-    rows: Sequence[Row],
+    rows: Sequence[Row],  # P held-out problems
     *,
     check: RewardFunction,
-    num_samples: int,
+    num_samples: int,  # completions of a row at temperature 1
     check_name: str = "check",
-    batch_size: int = 256,
+    batch_size: int = 256,  # completions to sample at once
     seed: int = 0,
-    step: int = 0,
+    step: int = 0,  # optimizer steps that the model has had
     prompt_format: PromptFormat = PromptFormat(),  # noqa: B008 - immutable
     ks: Sequence[int] | None = None,
     extract: Callable[[str], str | None] | None = None,
@@ -138,16 +128,7 @@ def evaluate_samples(
     The random state is put back afterwards, so that evaluating changes no training curve.
 
     Args:
-        sampler: Draws the completions.
-        tokenizer: Of prompts and completions.
-        rows: P held-out problems.
         check: A completion is right where this reward is 1; less, or an abstention, is wrong.
-        num_samples: Completions of a row at temperature 1.
-        check_name: Names it in errors.
-        batch_size: Completions to sample at once.
-        seed: Of the samples.
-        step: Optimizer steps that the model has had.
-        prompt_format: How prompts are rendered.
         ks: pass@k for each of these, and cons@k for those above 1; by default 1 and ``num_samples``.
         extract: A completion's answer, in one spelling, for the vote of cons@k; None where it gives none. By default
             that which ``check`` has; where it has none, as a judge of programs, there is no cons@k.
@@ -197,6 +178,20 @@ def evaluate_samples(
         scores.append(pass_at_k([[sample.right] for sample in greedy_samples])._replace(name="greedy"))
     by_name = {score.name: score for score in scores}
     return EvalReport(by_row, greedy_samples, pass_rates(right), by_name, ids_by_row)
+
+
+def measure_pass_rates(
+    sampler: Sampler,
+    tokenizer: PreTrainedTokenizerBase,
+    rows: Sequence[Row],
+    accelerator: Accelerator | None = None,
+    *,
+    num_samples: int,
+    **options: Any,
+) -> list[float]:
+    """The share of right answers to each row among ``num_samples`` at temperature 1; as ``evaluate``."""
+    counts = right_counts(sampler, tokenizer, rows, accelerator, num_samples=num_samples, greedy=False, **options)
+    return (counts[:, 0].double() / num_samples).tolist()
 
 
 def pass_rates(right: Sequence[Sequence[bool]]) -> list[float]:

@@ -28,13 +28,6 @@ from grpo_kernels.rewards import total
 from grpo_kernels.training.checkpoint import Trained, load_weights, read_state
 from grpo_kernels.training.data.files import Row
 from grpo_kernels.training.data.rows import RowOrder
-from grpo_kernels.training.distributed import (
-    backward,
-    build_accelerator,
-    build_optimizer,
-    wrap_policy,
-    wrap_reference,
-)
 from grpo_kernels.training.metrics import (
     SilentRewards,
     correction_metrics,
@@ -44,7 +37,14 @@ from grpo_kernels.training.metrics import (
     mean_of_logged,
     reward_metrics,
 )
-from grpo_kernels.training.models import has_adapters
+from grpo_kernels.training.models import (
+    backward,
+    build_accelerator,
+    build_optimizer,
+    has_adapters,
+    wrap_policy,
+    wrap_reference,
+)
 from grpo_kernels.training.policy import Policy, training_mode
 from grpo_kernels.training.recipe import Recipe
 from grpo_kernels.training.rollout import Rollout, Sampler, Scored, concat_scored, ends, score_rollout

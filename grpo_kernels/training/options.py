@@ -1,16 +1,37 @@
-"""What commands are told: groups of keys under TRL's names, of which a recipe and every kind of stage are made."""
+"""What commands are told: groups of keys under TRL's names, of which a recipe and every kind of stage are made.
+
+They are read from a YAML file and the command line, whose values win.
+"""
 
 # ruff: noqa: RUF009  (option returns a dataclasses.field)
 from __future__ import annotations
 
+import argparse
+import difflib
 import json
 import os
-from dataclasses import dataclass, field
-from typing import Any, ClassVar, Literal
+import re
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any, ClassVar, Literal, TypeVar
 
-from grpo_kernels.training.arguments import mapping
-from grpo_kernels.training.data.templates import PromptFormat, check_template
+import yaml
+from transformers import HfArgumentParser
 
+from grpo_kernels.training.data.templates import PromptFormat, check_template, mapping
+
+#: What keys of other trainers are called here.
+_ELSEWHERE = {
+    "lr": "learning_rate", "num_train_epochs": "max_steps", "warmup_ratio": "warmup_steps", "epsilon_low": "epsilon",
+    "resume_from_checkpoint": "resume", "train_batch_size": "per_device_train_batch_size", "num_samples":
+    "num_generations", "max_new_tokens": "max_completion_length", "model": "model_name_or_path", "dataset":
+    "dataset_name", "epochs": "max_steps", "kl_coef": "beta",
+}  # fmt: skip
+_NEAR = 0.75  # how alike a key must be to be what was meant, from 0 to 1
+#: argparse's own takes -1e-05, as Python writes it, for an option.
+NEGATIVE = re.compile(r"^-(\d+\.?\d*|\.\d+)([eE][-+]?\d+)?$")
+_Kind = TypeVar("_Kind", bound="Options")
 MAPPINGS = ("chat_template_kwargs",)  # keys whose values are mappings, or texts of them
 
 
@@ -203,3 +224,135 @@ def at_least(name: str, value: float, least: float) -> None:
     """Raises ValueError where a value is smaller."""
     if not value >= least:
         raise ValueError(f"{name} must be at least {least}, got {value}")
+
+
+def parse(
+    kind: type[_Kind], where: str, content: Mapping[str, Any], overrides: Sequence[str], *, command: str
+) -> _Kind:
+    """Options of keys and values, and command-line overrides, which argparse checks and converts.
+
+    Args:
+        kind: Of the options.
+        where: Names the content in errors.
+        content: Keys and values, as a YAML file has them.
+        overrides: ``["--key", "value", ...]``, which win.
+        command: Whose help ``--help`` shows.
+    """
+    if "reward_funcs" in given_keys(overrides):  # the weights of the file's functions are not theirs
+        content = {key: value for key, value in content.items() if key != "reward_weights"}
+    parser = HfArgumentParser(
+        kind,
+        prog=f"grpo-kernels {command}",
+        usage="%(prog)s [--recipe NAME_OR_FILE] [--debug] [--key value ...]",
+        allow_abbrev=False,
+        exit_on_error=False,
+    )
+    parser._negative_number_matcher = NEGATIVE
+    as_yaml = kind.of_classes("as_yaml")
+    for action in parser._actions:
+        if action.dest in kind.hidden:
+            action.help = argparse.SUPPRESS
+        if action.dest in as_yaml:
+            action.type, action.nargs, action.choices, action.metavar = _yaml_value, None, None, "YAML"
+    lists = {key.name for key in fields(kind) if "list[" in str(key.type) and key.name not in as_yaml}
+    arguments = _arguments(kind, where, content, as_yaml)
+    try:
+        parsed, unknown = parser.parse_args_into_dataclasses(
+            [*arguments, *with_yaml_lists(overrides, lists)], return_remaining_strings=True, look_for_args_file=False
+        )
+    except argparse.ArgumentError as error:
+        raise ValueError(f"{'command line' if overrides else 'recipe'}: {error}") from error
+    if unknown:
+        raise ValueError(f"command line: {unknown_key(kind, given_keys(unknown[:1])[0])}")
+    return parsed
+
+
+def _yaml_value(text: str) -> Any:
+    try:
+        return yaml.safe_load(text)
+    except (yaml.YAMLError, RecursionError) as error:
+        raise argparse.ArgumentTypeError(f"expected YAML, got {text!r}") from error
+
+
+def _arguments(kind: type[Options], where: str, content: Mapping[str, Any], as_yaml: Collection[str]) -> list[str]:
+    """A file's keys as command-line arguments, for argparse to check and convert (YAML reads 1e-4 as text)."""
+    known = {key.name for key in fields(kind)}
+    arguments: list[str] = []
+    for key, value in content.items():
+        if key not in known:
+            raise ValueError(f"{where}: {unknown_key(kind, str(key))}")
+        if key in as_yaml:
+            arguments.append(f"--{key}={yaml.safe_dump(value, default_flow_style=True)}")
+        elif isinstance(value, dict) and key in MAPPINGS:
+            arguments.append(f"--{key}={json.dumps(value)}")
+        elif isinstance(value, dict):
+            raise ValueError(f"{where}: {key} must be a single value or a list, got a mapping")
+        elif isinstance(value, list):
+            arguments += [f"--{key}", *map(str, value)]
+        elif value is not None:
+            arguments.append(f"--{key}={value}")
+    return arguments
+
+
+def unknown_key(kind: type[Options], key: str) -> str:
+    """What is said of a key that there is not, with the nearest one."""
+    near = [_ELSEWHERE[key]] if key in _ELSEWHERE else []
+    near += difflib.get_close_matches(key, [f.name for f in fields(kind)], n=1, cutoff=_NEAR)
+    hint = f"the nearest known key is {near[0]!r}" if near else "grpo-kernels train --help lists the keys"
+    return f"unknown key {key!r}; {hint}"
+
+
+def with_yaml_lists(overrides: Sequence[str], lists: Collection[str]) -> list[str]:
+    """Command-line arguments in which ``--key '[a, b]'``, of a key in ``lists``, is ``--key a b``."""
+    arguments: list[str] = []
+    key = ""  # of the last option
+    for argument in overrides:
+        value = argument
+        if argument.startswith("--"):
+            key = _key(argument)
+            if "=" in argument and key in lists:
+                option, _, value = argument.partition("=")
+                arguments.append(option)
+        arguments += _list_items(key, value) if key in lists and value.startswith("[") else [value]
+    return arguments
+
+
+def given_keys(overrides: Sequence[str]) -> list[str]:
+    """The keys of ``["--key", "value", "--key=value", ...]``."""
+    return [_key(text) for text in overrides if text.startswith("--")]
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """The keys and values of a YAML file; raises ValueError, with its name, where it cannot be read or has others."""
+    try:
+        content = yaml.load(path.read_text(encoding="utf-8"), _UniqueKeysLoader)
+    except (OSError, UnicodeDecodeError, yaml.YAMLError, RecursionError) as error:
+        raise ValueError(f"{path} cannot be read: {' '.join(str(error).split())}") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{path}: expected a mapping of keys to values, got {type(content).__name__}")
+    return content
+
+
+class _UniqueKeysLoader(yaml.SafeLoader):
+    """Refuses a key that is there twice, of which YAML's own would take the last."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        names = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
+        twice = [name for name in names if names.count(name) > 1]
+        if twice:
+            raise yaml.constructor.ConstructorError(None, None, f"found the key {twice[0]!r} twice", node.start_mark)
+        return super().construct_mapping(node, deep)
+
+
+def _key(option: str) -> str:
+    return option[2:].partition("=")[0].replace("-", "_")
+
+
+def _list_items(key: str, text: str) -> list[str]:
+    try:
+        values = yaml.safe_load(text)
+    except (yaml.YAMLError, RecursionError) as error:
+        raise ValueError(f"command line: {key} must be a list in YAML, got {text!r}") from error
+    if not isinstance(values, list) or any(isinstance(value, (list, dict)) for value in values):
+        raise ValueError(f"command line: {key} must be a list of single values, got {text!r}")
+    return [str(value) for value in values]

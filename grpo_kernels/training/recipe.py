@@ -3,34 +3,25 @@
 # ruff: noqa: RUF009  (option returns a dataclasses.field)
 from __future__ import annotations
 
-import argparse
-import difflib
-import json
-from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, fields
+from collections.abc import Sequence
+from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
-from typing import Any, ClassVar, Literal, TypeVar
-
-import yaml
-from transformers import HfArgumentParser
+from typing import ClassVar, Literal
 
 from grpo_kernels import BACKENDS, GRPOLossConfig
-from grpo_kernels.training.arguments import NEGATIVE, given_keys, read_yaml, with_yaml_lists
 from grpo_kernels.training.options import (
-    MAPPINGS,
     DatasetOptions,
     EvaluationOptions,
     ModelOptions,
-    Options,
     RunOptions,
     SamplerOptions,
     SupervisedOptions,
     at_least,
     option,
+    parse,
+    read_yaml,
 )
-
-_Kind = TypeVar("_Kind", bound=Options)
 
 
 @dataclass(kw_only=True)
@@ -134,8 +125,8 @@ class Recipe(RunOptions, DatasetOptions, ModelOptions, SamplerOptions, Evaluatio
             )
         if self.backend not in ("auto", *BACKENDS):
             raise ValueError(f"backend must be one of auto, {', '.join(BACKENDS)}, got {self.backend!r}")
-        low = float("-inf") if self.min_pass_rate is None else self.min_pass_rate
-        if not low < (float("inf") if self.max_pass_rate is None else self.max_pass_rate):
+        low, high = self.pass_rate_bounds
+        if not low < high:
             raise ValueError(
                 f"min_pass_rate must be less than max_pass_rate ({self.max_pass_rate}), got {self.min_pass_rate}"
             )
@@ -153,6 +144,12 @@ class Recipe(RunOptions, DatasetOptions, ModelOptions, SamplerOptions, Evaluatio
     def prompts_per_generation(self) -> int:
         """Groups sampled at once."""
         return self.generation_batch_size // self.num_generations
+
+    @property
+    def pass_rate_bounds(self) -> tuple[float, float]:
+        """Between which a problem's pass rate must lie."""
+        low, high = self.min_pass_rate, self.max_pass_rate
+        return float("-inf") if low is None else low, float("inf") if high is None else high
 
     @property
     def is_on_policy(self) -> bool:
@@ -183,14 +180,6 @@ class Recipe(RunOptions, DatasetOptions, ModelOptions, SamplerOptions, Evaluatio
         )
 
 
-#: What keys of other trainers are called here.
-_ELSEWHERE = {
-    "lr": "learning_rate", "num_train_epochs": "max_steps", "warmup_ratio": "warmup_steps", "epsilon_low": "epsilon",
-    "resume_from_checkpoint": "resume", "train_batch_size": "per_device_train_batch_size", "num_samples":
-    "num_generations", "max_new_tokens": "max_completion_length", "model": "model_name_or_path", "dataset":
-    "dataset_name", "epochs": "max_steps", "kl_coef": "beta",
-}  # fmt: skip
-_NEAR = 0.75  # how alike a key must be to be what was meant, from 0 to 1
 #: What scale_rewards may be called; a YAML file's false, as Dr. GRPO's recipes have it, is "none".
 _SCALES = {"group": "group", "true": "group", "batch": "batch", "none": "none", "false": "none"}
 
@@ -233,79 +222,3 @@ def load_recipe(name: str | None, overrides: Sequence[str] = ()) -> Recipe:
     if "stages" in content:
         raise ValueError(f"{path} is a recipe of several stages: grpo-kernels recipe {name}")
     return parse(Recipe, str(path), content, overrides, command="train")
-
-
-def parse(
-    kind: type[_Kind], where: str, content: Mapping[str, Any], overrides: Sequence[str], *, command: str
-) -> _Kind:
-    """Options of keys and values, and command-line overrides, which argparse checks and converts.
-
-    Args:
-        kind: Of the options.
-        where: Names the content in errors.
-        content: Keys and values, as a YAML file has them.
-        overrides: ``["--key", "value", ...]``, which win.
-        command: Whose help ``--help`` shows.
-    """
-    if "reward_funcs" in given_keys(overrides):  # the weights of the file's functions are not theirs
-        content = {key: value for key, value in content.items() if key != "reward_weights"}
-    parser = HfArgumentParser(
-        kind,
-        prog=f"grpo-kernels {command}",
-        usage="%(prog)s [--recipe NAME_OR_FILE] [--debug] [--key value ...]",
-        allow_abbrev=False,
-        exit_on_error=False,
-    )
-    parser._negative_number_matcher = NEGATIVE
-    as_yaml = kind.of_classes("as_yaml")
-    for action in parser._actions:
-        if action.dest in kind.hidden:
-            action.help = argparse.SUPPRESS
-        if action.dest in as_yaml:
-            action.type, action.nargs, action.choices, action.metavar = _yaml_value, None, None, "YAML"
-    lists = {key.name for key in fields(kind) if "list[" in str(key.type) and key.name not in as_yaml}
-    arguments = _arguments(kind, where, content, as_yaml)
-    try:
-        parsed, unknown = parser.parse_args_into_dataclasses(
-            [*arguments, *with_yaml_lists(overrides, lists)], return_remaining_strings=True, look_for_args_file=False
-        )
-    except argparse.ArgumentError as error:
-        raise ValueError(f"{'command line' if overrides else 'recipe'}: {error}") from error
-    if unknown:
-        raise ValueError(f"command line: {unknown_key(kind, given_keys(unknown[:1])[0])}")
-    return parsed
-
-
-def _yaml_value(text: str) -> Any:
-    try:
-        return yaml.safe_load(text)
-    except (yaml.YAMLError, RecursionError) as error:
-        raise argparse.ArgumentTypeError(f"expected YAML, got {text!r}") from error
-
-
-def _arguments(kind: type[Options], where: str, content: Mapping[str, Any], as_yaml: Collection[str]) -> list[str]:
-    """A file's keys as command-line arguments, for argparse to check and convert (YAML reads 1e-4 as text)."""
-    known = {key.name for key in fields(kind)}
-    arguments: list[str] = []
-    for key, value in content.items():
-        if key not in known:
-            raise ValueError(f"{where}: {unknown_key(kind, str(key))}")
-        if key in as_yaml:
-            arguments.append(f"--{key}={yaml.safe_dump(value, default_flow_style=True)}")
-        elif isinstance(value, dict) and key in MAPPINGS:
-            arguments.append(f"--{key}={json.dumps(value)}")
-        elif isinstance(value, dict):
-            raise ValueError(f"{where}: {key} must be a single value or a list, got a mapping")
-        elif isinstance(value, list):
-            arguments += [f"--{key}", *map(str, value)]
-        elif value is not None:
-            arguments.append(f"--{key}={value}")
-    return arguments
-
-
-def unknown_key(kind: type[Options], key: str) -> str:
-    """What is said of a key that there is not, with the nearest one."""
-    near = [_ELSEWHERE[key]] if key in _ELSEWHERE else []
-    near += difflib.get_close_matches(key, [f.name for f in fields(kind)], n=1, cutoff=_NEAR)
-    hint = f"the nearest known key is {near[0]!r}" if near else "grpo-kernels train --help lists the keys"
-    return f"unknown key {key!r}; {hint}"

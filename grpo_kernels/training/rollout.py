@@ -8,7 +8,6 @@ from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
-from torch.nn.utils.rnn import pad_sequence
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from grpo_kernels.integrations.transformers.model_head import Head
@@ -38,6 +37,10 @@ class Rollout(NamedTuple):
             completion_mask[:, :length],
             None if self.sampling_logprobs is None else self.sampling_logprobs[indices, :length],
         )
+
+    def predicting(self, hidden: Tensor) -> Tensor:  # [B, T + 1 or more, H] -> [B, T, H]
+        """The hidden states that predict the completions' tokens."""
+        return hidden[:, -(self.completion_ids.shape[1] + 1) : -1]
 
 
 class Scored(NamedTuple):
@@ -80,27 +83,16 @@ class Sampler(Protocol):
 def score_rollout(
     sampler: Sampler,
     tokenizer: PreTrainedTokenizerBase,
-    rows: Sequence[Row],
-    reward_functions: Mapping[str, RewardFunction],
+    rows: Sequence[Row],  # B problems, each group_size times in a row
+    reward_functions: Mapping[str, RewardFunction],  # by the names that metrics and errors show
     *,
     prompt_format: PromptFormat,
-    step: int = 0,
-    max_steps: int = 0,
+    step: int = 0,  # optimizer steps so far
+    max_steps: int = 0,  # of the training, for reward functions to read
     group_size: int = 1,
-    temperature: float | None = None,
+    temperature: float | None = None,  # as for the sampler
 ) -> Scored:
     """Renders the prompts of rows, samples a completion of each and scores it.
-
-    Args:
-        sampler: Draws the completions.
-        tokenizer: Of prompts and completions.
-        rows: B problems, each ``group_size`` times in a row.
-        reward_functions: By the names that metrics and errors show.
-        prompt_format: How prompts are rendered.
-        step: Optimizer steps so far.
-        max_steps: Of the training, for reward functions to read.
-        group_size: Completions of one problem.
-        temperature: As for the sampler.
 
     Raises:
         ThirdPartyError: A reward function or a chat template failed.
@@ -131,27 +123,21 @@ def concat_scored(parts: Sequence[Scored]) -> Scored:
 def generate(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
-    prompts: Sequence[str],
+    prompts: Sequence[str],  # B texts; repeat a prompt for a group
     *,
-    max_completion_length: int,
-    temperature: float,
-    synced: bool = False,
+    max_completion_length: int,  # tokens at most
+    temperature: float,  # divides the logits; 0 is greedy
+    synced: bool = False,  # go on until every process is done, as models whose parameters are divided need
 ) -> Rollout:
     """Samples one completion per prompt from the whole distribution (no top-k, top-p or penalty), or the greedy one.
 
-    The model's own generation config is set aside, so that the sampled distribution is the one that the loss sees.
-
-    Args:
-        model: Any causal language model, on any device.
-        tokenizer: Must have a pad token; pads on the left here whatever it is set to.
-        prompts: B texts. Repeat a prompt for a group.
-        max_completion_length: Tokens at most.
-        temperature: Divides the logits; 0 is greedy.
-        synced: Every process goes on until the last is done, as models whose parameters are divided need.
+    The model's own generation config is set aside, so that the sampled distribution is the one that the loss sees. The
+    tokenizer must have a pad token.
     """
-    prompt_ids, prompt_mask = (ids.to(model.device) for ids in _padded_prompts(tokenizer, prompts))
+    encoded = _pad(encode_prompts(prompts, tokenizer), tokenizer.pad_token_id, "left")
+    prompt_ids, prompt_mask = (rows.to(model.device) for rows in encoded)
     config = generation_config(model, tokenizer, max_completion_length, temperature)
-    models_own = model.generation_config
+    own_config = model.generation_config
     model.generation_config = GenerationConfig()  # generate() fills what is unset from here
     try:
         with torch.no_grad():
@@ -159,7 +145,7 @@ def generate(
                 prompt_ids, attention_mask=prompt_mask, generation_config=config, synced_gpus=synced
             )
     finally:
-        model.generation_config = models_own
+        model.generation_config = own_config
     completion_ids = sequences[:, prompt_ids.shape[1] :].contiguous()
     return Rollout(prompt_ids, prompt_mask, completion_ids, end_mask(completion_ids, config.eos_token_id))
 
@@ -177,78 +163,55 @@ def generation_config(
     )
 
 
-def padded(
-    prompts: Sequence[Sequence[int]],
-    completions: Sequence[Sequence[int]],
-    end_ids: Sequence[int],
+def pad_rollout(
+    prompts: Sequence[Sequence[int]],  # B lists of ids
+    completions: Sequence[Sequence[int]],  # an empty one has no token in the mask
+    end_ids: Sequence[int],  # the tokens that end a completion
     *,
     pad_id: int,
     device: torch.device,
-    logprobs: Sequence[Sequence[float]] | None = None,
+    logprobs: Sequence[Sequence[float]] | None = None,  # of each completion's tokens, in nats, by what sampled them
 ) -> Rollout:
-    """B prompts and completions of unequal lengths as a rollout; what stands after an end token does not count.
+    """Prompts and completions of unequal lengths as a rollout; what stands after an end token does not count."""
+    prompt_ids, prompt_mask = (rows.to(device) for rows in _pad(prompts, pad_id, "left"))
+    ids, mask = (rows.to(device) for rows in _pad(completions, pad_id, "right"))
+    mask = mask * end_mask(ids, end_ids)
+    if logprobs is None:
+        return Rollout(prompt_ids, prompt_mask, ids, mask)
+    sampling_logprobs = _pad(logprobs, 0.0, "right")[0].to(device)
+    return Rollout(prompt_ids, prompt_mask, ids, mask, sampling_logprobs * mask)
 
-    Args:
-        prompts: Ids of tokens.
-        completions: Ids of tokens; one may be empty, and then has no token in the mask.
-        end_ids: The tokens that end a completion.
-        pad_id: Fills the rows.
-        device: Of the tensors.
-        logprobs: Of each completion's tokens, in nats, by what sampled them.
-    """
 
-    def rows(values: Sequence[Sequence[float]], fill: float, dtype: torch.dtype, side: str = "right") -> Tensor:
-        tensors = [torch.tensor(list(value), dtype=dtype) for value in values]
-        found = pad_sequence(tensors, batch_first=True, padding_value=fill, padding_side=side)
-        if not found.shape[1]:  # all are empty: one column, for a model to read
-            found = torch.full((len(tensors), 1), fill, dtype=dtype)
-        return found.to(device)
-
-    def ones(values: Sequence[Sequence[int]]) -> list[list[int]]:
-        return [[1] * len(value) for value in values]
-
-    ids = rows(completions, pad_id, torch.long)
-    mask = rows(ones(completions), 0, torch.long) * end_mask(ids, end_ids)
-    sampling_logprobs = None if logprobs is None else rows(logprobs, 0.0, torch.float32) * mask
-    prompt_ids = rows(prompts, pad_id, torch.long, "left")
-    return Rollout(prompt_ids, rows(ones(prompts), 0, torch.long, "left"), ids, mask, sampling_logprobs)
+def _pad(values: Sequence[Sequence[float]], fill: float, side: str) -> tuple[Tensor, Tensor]:
+    """Lists of unequal lengths as rows, and their mask; where all are empty one column, for a model to read."""
+    length = max(1, *map(len, values))
+    gaps = [(length - len(row), 0) if side == "left" else (0, length - len(row)) for row in values]
+    rows = [[fill] * left + list(row) + [fill] * right for row, (left, right) in zip(values, gaps, strict=True)]
+    mask = [[0] * left + [1] * len(row) + [0] * right for row, (left, right) in zip(values, gaps, strict=True)]
+    return torch.tensor(rows), torch.tensor(mask)
 
 
 def concat_rollouts(rollouts: Sequence[Rollout]) -> Rollout:
     """The completions of several rollouts in one, padded to the longest prompt and completion of them all."""
     if len(rollouts) == 1:
         return rollouts[0]
-    prompt, completion = (max(r[k].shape[1] for r in rollouts) for k in (0, 2))
 
-    def left(values: Tensor) -> Tensor:
-        return nn.functional.pad(values, (prompt - values.shape[1], 0))
+    def concat(parts: Sequence[Tensor], side: str) -> Tensor:
+        length = max(part.shape[1] for part in parts)
+        pads = [(length - part.shape[1], 0) if side == "left" else (0, length - part.shape[1]) for part in parts]
+        return torch.cat([nn.functional.pad(part, pad) for part, pad in zip(parts, pads, strict=True)])
 
-    def right(values: Tensor) -> Tensor:
-        return nn.functional.pad(values, (0, completion - values.shape[1]))
-
-    scored = rollouts[0].sampling_logprobs is not None
-    return Rollout(
-        torch.cat([left(r.prompt_ids) for r in rollouts]),
-        torch.cat([left(r.prompt_mask) for r in rollouts]),
-        torch.cat([right(r.completion_ids) for r in rollouts]),
-        torch.cat([right(r.completion_mask) for r in rollouts]),
-        torch.cat([right(r.sampling_logprobs) for r in rollouts]) if scored else None,
-    )
+    columns = [[part for part in column if part is not None] for column in zip(*rollouts, strict=True)]
+    sides = ("left", "left", "right", "right", "right")
+    return Rollout(*(concat(parts, side) if parts else None for parts, side in zip(columns, sides, strict=True)))
 
 
 def teacher_forced(tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str], completions: Sequence[str]) -> Rollout:
     """Given completions, ended by the end token, in the shape of sampled ones."""
     ids = tokenizer(list(completions), add_special_tokens=False)["input_ids"]
     ended = [[*completion, tokenizer.eos_token_id] for completion in ids]
-    padded = tokenizer.pad({"input_ids": ended}, padding_side="right", return_tensors="pt")
-    return Rollout(*_padded_prompts(tokenizer, prompts), padded["input_ids"], padded["attention_mask"])
-
-
-def _padded_prompts(tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str]) -> tuple[Tensor, Tensor]:
-    """The tokens of prompts and their mask, both [B, P]."""
-    ids = {"input_ids": encode_prompts(prompts, tokenizer)}
-    encoded = tokenizer.pad(ids, padding_side="left", return_tensors="pt")
-    return encoded["input_ids"], encoded["attention_mask"]
+    pad_id = tokenizer.pad_token_id
+    return Rollout(*_pad(encode_prompts(prompts, tokenizer), pad_id, "left"), *_pad(ended, pad_id, "right"))
 
 
 def end_mask(completion_ids: Tensor, end_ids: Sequence[int]) -> Tensor:  # [B, T] -> [B, T]
@@ -268,11 +231,7 @@ def completion_texts(rollout: Rollout, tokenizer: PreTrainedTokenizerBase, end_i
 
     Tokens with a role are left out: those that begin, end, pad or mask a text, and the unknown one. Any other stands in
     the text as the model wrote it, also one that the tokenizer calls special, as ``<think>`` often is.
-
-    Args:
-        rollout: B completions.
-        tokenizer: Theirs.
-        end_ids: Tokens that end a completion beside the tokenizer's own.
+    So are ``end_ids``, which end a completion beside the tokenizer's own.
     """
     names = (name for name in tokenizer.SPECIAL_TOKENS_ATTRIBUTES if name != "additional_special_tokens")
     roles = {*end_ids, *(getattr(tokenizer, f"{name}_id") for name in names)}
@@ -295,20 +254,15 @@ def run_head(model: PreTrainedModel, rollout: Rollout, head: Head) -> Any:
 
 
 def forward_arguments(known: Collection[str], rollout: Rollout) -> dict[str, Any]:
-    """What a model's forward is given to read whole completions with their prompts.
-
-    Args:
-        known: The arguments that it takes: of positions and of logits to keep only what is in there is given.
-        rollout: B completions.
-    """
+    """What a model's forward is given to read whole completions with their prompts, of what is ``known`` to it."""
     mask = torch.cat([rollout.prompt_mask, rollout.completion_mask], dim=1)
     ids = torch.cat([rollout.prompt_ids, rollout.completion_ids], dim=1)
-    found = {"input_ids": ids, "attention_mask": mask, "use_cache": False}
+    arguments = {"input_ids": ids, "attention_mask": mask, "use_cache": False}
     if "position_ids" in known:
-        found["position_ids"] = (mask.cumsum(dim=1) - 1).clamp(min=0)
+        arguments["position_ids"] = (mask.cumsum(dim=1) - 1).clamp(min=0)
     if "logits_to_keep" in known:
-        found["logits_to_keep"] = rollout.completion_ids.shape[1] + 1
-    return found
+        arguments["logits_to_keep"] = rollout.completion_ids.shape[1] + 1
+    return arguments
 
 
 def end_token_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:

@@ -27,13 +27,11 @@ from grpo_kernels.training.checkpoint import (
     step_of,
 )
 from grpo_kernels.training.data.files import Row
-from grpo_kernels.training.distributed import build_accelerator, check_launch, is_deepspeed, load_models_whole
-from grpo_kernels.training.evaluation import evaluate
-from grpo_kernels.training.filtering import filter_by_pass_rate, measure_pass_rates, read_pass_rates
+from grpo_kernels.training.evaluation import evaluate, measure_pass_rates
 from grpo_kernels.training.loop import GRPOLoop, Step
-from grpo_kernels.training.models import has_adapters
+from grpo_kernels.training.models import build_accelerator, check_launch, has_adapters, is_deepspeed, load_models_whole
 from grpo_kernels.training.recipe import Recipe
-from grpo_kernels.training.report.log import (
+from grpo_kernels.training.report import (
     METRICS,
     SAMPLES,
     MetricsLog,
@@ -55,6 +53,8 @@ from grpo_kernels.training.task import (
     prepare_model,
     train_on_traces,
 )
+
+PASS_RATES = "pass_rates.json"
 
 
 class Result(NamedTuple):
@@ -177,21 +177,35 @@ class _RunFolder:
         return before, checkpoint, self._evaluate(task, loop.sampler, recipe.max_steps)
 
     def _filter(self, task: Task, sampler: Sampler | None) -> Task:
-        """The task with the training rows whose pass rate is within the bounds; without a sampler it is known."""
-        recipe = self.recipe
+        """The task with the training rows whose pass rate lies strictly between the bounds.
+
+        The rates are kept in ``pass_rates.json``, so that a run that is resumed, with another model, has the same rows:
+        without a sampler they are read.
+        """
+        recipe, path = self.recipe, self.output_dir / PASS_RATES
         if recipe.min_pass_rate is None and recipe.max_pass_rate is None:
             return task
         least = recipe.prompts_per_generation
         rows = fitting_rows(task, task.train_rows, recipe, least=least)
         if sampler is None:
-            rates = read_pass_rates(self.output_dir)
+            rates = _read_pass_rates(path)
         else:
             options = evaluation_options(recipe) | {"num_samples": recipe.pass_rate_samples}
-            rates = measure_pass_rates(sampler, task.tokenizer, rows, self.output_dir, self.accelerator, **options)
-        bounds = {"min_pass_rate": recipe.min_pass_rate, "max_pass_rate": recipe.max_pass_rate}
-        return task._replace(
-            train_rows=filter_by_pass_rate(rows, rates, least=least, accelerator=self.accelerator, **bounds)
+            rates = measure_pass_rates(sampler, task.tokenizer, rows, self.accelerator, **options)
+            if self.accelerator.is_main_process:
+                replace_text(path, json.dumps(rates))
+        low, high = recipe.pass_rate_bounds
+        kept = [row for row, rate in zip(rows, rates, strict=True) if low < rate < high]
+        self.accelerator.print(
+            f"pass-rate filter: {len(kept)} of {len(rates)} training problems are left, {sum(r <= low for r in rates)} "
+            f"were too hard and {sum(r >= high for r in rates)} too easy"
         )
+        if len(kept) < least:
+            raise ValueError(
+                f"at least {least} training problems (one generation's) must have a pass rate between min_pass_rate="
+                f"{recipe.min_pass_rate} and max_pass_rate={recipe.max_pass_rate}, got {len(kept)}"
+            )
+        return task._replace(train_rows=kept)
 
     def _resume(self, task: Task) -> GRPOLoop:
         """The loop as the newest checkpoint has it; its reference is what GRPO started from."""
@@ -274,6 +288,13 @@ def _prepare(output_dir: Path, overwrite: bool) -> None:
             "overwrite_output_dir"
         )
     output_dir.mkdir(parents=True, exist_ok=True)
+
+
+def _read_pass_rates(path: Path) -> list[float]:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{path} cannot be read, which says what rows the run has: {error}") from error
 
 
 def _cold_start(task: Task, recipe: Recipe) -> None:

@@ -20,8 +20,7 @@ from grpo_kernels import distillation_loss, sft_loss
 from grpo_kernels.integrations.transformers.model_head import Projection, open_head
 from grpo_kernels.training.data.files import Row
 from grpo_kernels.training.data.templates import PromptFormat, encode_prompts, remaining_completion, render_prompts
-from grpo_kernels.training.distributed import check_trainable
-from grpo_kernels.training.models import base_model, context_length_of
+from grpo_kernels.training.models import base_model, check_trainable, context_length_of
 from grpo_kernels.training.rollout import Rollout, Sampler, run_head, teacher_forced
 
 _LOGGER = logging.getLogger(__name__)
@@ -35,25 +34,16 @@ class SupervisedStep(NamedTuple):
 
 
 def train_supervised(
-    model: PreTrainedModel,
+    model: PreTrainedModel,  # changed
     tokenizer: PreTrainedTokenizerBase,
-    rows: Sequence[Row],
+    rows: Sequence[Row],  # those without a completion are passed over
     *,
-    batch_size: int,
-    seed: int,
+    batch_size: int,  # rows in a step
+    seed: int,  # of their order
     prompt_format: PromptFormat,
-    **options: Any,
+    **options: Any,  # of optimize
 ) -> Iterator[SupervisedStep]:
-    """Trains on the rows that have a ``completion``, each step on ``batch_size`` of them.
-
-    Args:
-        model: Changed.
-        tokenizer: Of prompts and completions.
-        rows: Those without a completion are passed over.
-        batch_size: Rows in a step.
-        seed: Of the order.
-        prompt_format: How prompts are rendered.
-        options: Further ones of ``descend``.
+    """Trains on the completions of rows.
 
     Raises:
         ValueError: No row has a completion, or none fits into the model's context.
@@ -70,44 +60,32 @@ def train_supervised(
         return worked_batch(model, tokenizer, rng.choices(examples, k=batch_size), prompt_format)
 
     open_head(model)
-    yield from descend(model, next_batch, worked_loss, batch_size=batch_size, **options)
+    yield from optimize(model, next_batch, worked_loss, batch_size=batch_size, **options)
 
 
 def distill(
-    student: PreTrainedModel,
-    teacher: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    rows: Sequence[Row],
-    problems: Sequence[Row],
+    student: PreTrainedModel,  # changed
+    teacher: PreTrainedModel,  # held fixed, on the same device; its width and dtype are its own
+    tokenizer: PreTrainedTokenizerBase,  # of both
+    rows: Sequence[Row],  # with completions, for the steps that are not on the student's own samples
+    problems: Sequence[Row],  # what the student samples from in the others
     *,
-    sampler: Sampler,
+    sampler: Sampler,  # draws its samples
     beta: float,
     lmbda: float,
-    temperature: float,
-    batch_size: int,
-    seed: int,
+    temperature: float,  # divides the logits of both
+    batch_size: int,  # completions in a step
+    seed: int,  # of their order
     prompt_format: PromptFormat,
     backend: str = "auto",
-    **options: Any,
+    **options: Any,  # of optimize
 ) -> Iterator[SupervisedStep]:
-    """Trains the student towards the teacher's distributions, each step on ``batch_size`` completions.
+    """Trains the student towards the teacher's distributions.
 
     Args:
-        student: Changed.
-        teacher: Held fixed, on the same device; its width and dtype are its own.
-        tokenizer: Of both.
-        rows: With a ``completion``, for the steps that are not on the student's own samples.
-        problems: What the student samples from in the others.
-        sampler: Draws them.
         beta: Of the divergence: 0 is KL from the teacher, 1 KL from the student, between them the generalised
             Jensen-Shannon divergence with that much of the teacher in the mixture.
         lmbda: The share of steps on the student's own samples.
-        temperature: Divides the logits of both.
-        batch_size: Completions in a step.
-        seed: Of the order.
-        prompt_format: How prompts are rendered.
-        backend: Of the kernels.
-        options: Further ones of ``descend``.
 
     Raises:
         ValueError: No row fits into the student's context.
@@ -124,34 +102,23 @@ def distill(
         return worked_batch(student, tokenizer, rng.choices(traces, k=batch_size), prompt_format)
 
     def loss_of(model: PreTrainedModel, batch: Rollout, tokens: int) -> Tensor:
-        return teaching_loss(
-            model, teacher, batch, beta=beta, num_items_in_batch=tokens, temperature=temperature, backend=backend
-        )
+        how = {"beta": beta, "temperature": temperature, "backend": backend}
+        return teaching_loss(model, teacher, batch, num_items_in_batch=tokens, **how)
 
-    yield from descend(student, next_batch, loss_of, batch_size=batch_size, **options)
+    yield from optimize(student, next_batch, loss_of, batch_size=batch_size, **options)
 
 
-def descend(
-    model: PreTrainedModel,
-    next_batch: Callable[[], Rollout],
-    loss_of: Callable[[PreTrainedModel, Rollout, int], Tensor],
+def optimize(
+    model: PreTrainedModel,  # changed
+    next_batch: Callable[[], Rollout],  # the completions of the next step
+    loss_of: Callable[[PreTrainedModel, Rollout, int], Tensor],  # a micro-batch's part of the mean over so many tokens
     *,
     steps: int,
     batch_size: int,
-    learning_rate: float,
-    accumulation_steps: int = 1,
+    learning_rate: float,  # at the first step
+    accumulation_steps: int = 1,  # micro-batches that a batch is cut into
 ) -> Iterator[SupervisedStep]:
     """Steps of AdamW with linear decay, each on one batch.
-
-    Args:
-        model: What is trained.
-        next_batch: The completions of the next step.
-        loss_of: A micro-batch's part of the loss, a mean over the step's tokens, of which the last argument says how
-            many there are.
-        steps: Optimizer steps.
-        batch_size: Completions in a step.
-        learning_rate: Its peak, at the first step.
-        accumulation_steps: Micro-batches that a batch is cut into.
 
     Raises:
         RuntimeError: A gradient is not finite.
@@ -177,11 +144,10 @@ def descend(
 
 def worked_loss(model: PreTrainedModel, batch: Rollout, tokens: int) -> Tensor:
     """A micro-batch's part of the mean cross-entropy of a step's ``tokens``."""
-    length = batch.completion_ids.shape[1]
 
     def loss(hidden: Tensor, head: Projection) -> Tensor:
         return sft_loss(
-            hidden[:, -(length + 1) : -1],
+            batch.predicting(hidden),
             head.weight,
             batch.completion_ids,
             batch.completion_mask,
@@ -196,12 +162,12 @@ def worked_loss(model: PreTrainedModel, batch: Rollout, tokens: int) -> Tensor:
 
 
 def teaching_loss(
-    student: PreTrainedModel,
+    student: PreTrainedModel,  # both with heads that open_head has opened
     teacher: PreTrainedModel,
-    batch: Rollout,
+    batch: Rollout,  # on their device
     *,
-    beta: float,
-    num_items_in_batch: int | None = None,
+    beta: float,  # as for distill
+    num_items_in_batch: int | None = None,  # tokens that the mean divides by; by default the batch's
     temperature: float = 1.0,
     backend: str = "auto",
 ) -> Tensor:
@@ -209,19 +175,10 @@ def teaching_loss(
 
     From hidden states, without either model's logits as a whole. Of heads that are padded to unequal sizes the rows
     beyond the shorter one take no part.
-
-    Args:
-        student, teacher: With heads that ``open_head`` has opened.
-        batch: Completions on their device.
-        beta: As for ``distill``.
-        num_items_in_batch: Tokens that the mean divides by; by default the batch's.
-        temperature: Divides both models' logits.
-        backend: Of the kernels.
     """
-    length = batch.completion_ids.shape[1]
 
     def hidden_and_head(hidden: Tensor, head: Projection) -> tuple[Tensor, Projection]:
-        return hidden[:, -(length + 1) : -1], head
+        return batch.predicting(hidden), head
 
     with torch.no_grad():
         targets, taught = run_head(teacher, batch, hidden_and_head)
@@ -229,7 +186,7 @@ def teaching_loss(
     def loss(hidden: Tensor, head: Projection) -> Tensor:
         size = min(len(head.weight), len(taught.weight))
         return distillation_loss(
-            hidden[:, -(length + 1) : -1],
+            batch.predicting(hidden),
             head.weight[:size],
             batch.completion_ids,
             batch.completion_mask,
@@ -256,10 +213,9 @@ def check_vocabularies(student: PreTrainedTokenizerBase, teacher: PreTrainedToke
     """Raises ValueError unless both tokenizers have the same tokens under the same ids."""
     ours, theirs = student.get_vocab(), teacher.get_vocab()
     if ours != theirs:
-        differing = len(ours.items() ^ theirs.items())
         raise ValueError(
             f"beta must be None for a teacher with another vocabulary: of {len(ours)} tokens and the teacher's "
-            f"{len(theirs)}, {differing} differ"
+            f"{len(theirs)}, {len(ours.items() ^ theirs.items())} differ"
         )
 
 
@@ -268,17 +224,14 @@ def traces_that_fit(
 ) -> list[Row]:
     """The rows whose prompt has a token, and with its completion no more than the model's context.
 
-    What is left out is counted in a warning.
-
-    Raises:
-        ValueError: No row is left.
+    What is left out is counted in a warning. Raises ValueError where no row is left.
     """
     bound = context_length_of(model)
     limit = math.inf if bound is None else bound - 1  # the end token comes after the completion
     prompts, completions = _prompts_and_completions(rows, tokenizer, prompt_format)
     prompt_ids, completion_ids = encode_prompts(prompts, tokenizer), tokenizer(completions, add_special_tokens=False)
-    pairs = zip(rows, prompt_ids, completion_ids["input_ids"], strict=True)
-    fitting = [row for row, prompt, completion in pairs if prompt and len(prompt) + len(completion) <= limit]
+    triples = zip(rows, prompt_ids, completion_ids["input_ids"], strict=True)
+    fitting = [row for row, prompt, completion in triples if prompt and len(prompt) + len(completion) <= limit]
     if len(fitting) < len(rows):
         _LOGGER.warning(
             "%d of %d traces are left out, whose prompt has no token or which are longer than the context of %s tokens",

@@ -17,12 +17,10 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from grpo_kernels.rewards import RewardFunction, check_name, resolve
 from grpo_kernels.training.augmentation import prompt_key
-from grpo_kernels.training.data.files import Row
+from grpo_kernels.training.data.files import Row, open_dataset
 from grpo_kernels.training.data.rows import load_rows
-from grpo_kernels.training.data.splits import open_dataset
 from grpo_kernels.training.data.templates import rows_that_fit
-from grpo_kernels.training.distributed import is_deepspeed
-from grpo_kernels.training.models import add_adapters, context_length_of, load_pretrained, pick_device
+from grpo_kernels.training.models import add_adapters, context_length_of, is_deepspeed, load_pretrained, pick_device
 from grpo_kernels.training.options import SamplerOptions
 from grpo_kernels.training.rollout import Sampler
 from grpo_kernels.training.samplers import ContinuousSampler, ModelSampler

@@ -13,8 +13,7 @@ from typing import Any
 
 from grpo_kernels.rewards.completions import completion_text, plain_message
 from grpo_kernels.rewards.scoring import ARGUMENTS
-from grpo_kernels.training.data.files import Row, read_file
-from grpo_kernels.training.data.splits import open_dataset
+from grpo_kernels.training.data.files import Row, open_dataset, read_file
 from grpo_kernels.training.tasks import TASKS
 
 _LOGGER = logging.getLogger(__name__)

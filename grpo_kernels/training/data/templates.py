@@ -15,11 +15,11 @@ from functools import partial
 from itertools import groupby
 from typing import Any, NamedTuple
 
+import yaml
 from transformers import PreTrainedTokenizerBase
 
 from grpo_kernels.errors import ThirdPartyError, third_party_error
 from grpo_kernels.rewards.completions import message_text
-from grpo_kernels.training.arguments import mapping
 from grpo_kernels.training.data.files import Row
 
 # The structure of DeepSeek-R1-Zero's template (arXiv:2501.12948, table 1) in other words. It ends without <think>.
@@ -46,6 +46,17 @@ class PromptFormat(NamedTuple):
 
 class ChatText(str):
     """A prompt that a chat template rendered: the special tokens that it begins with stand in the text already."""
+
+
+def mapping(name: str, value: Any) -> dict[str, Any]:
+    """A mapping, or the one that a text in YAML or JSON says; raises ValueError, with the name, for anything else."""
+    try:
+        content = yaml.safe_load(value) if isinstance(value, str) else value
+    except (yaml.YAMLError, RecursionError):
+        content = None
+    if not isinstance(content, dict):
+        raise ValueError(f"{name} must be a mapping, got {value!r}")
+    return content
 
 
 def check_template(template: str | None) -> None:

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from grpo_kernels.files import replace_text, replacing
-from grpo_kernels.training.report.log import METRICS, SAMPLES, Record, read_records
+from grpo_kernels.training.report import METRICS, SAMPLES, Record, read_records
 from grpo_kernels.training.report.terminal import printable
 
 if TYPE_CHECKING:

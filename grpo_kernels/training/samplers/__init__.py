@@ -12,7 +12,7 @@ from transformers import PreTrainedTokenizerBase
 
 from grpo_kernels.training.data.templates import encode_prompts
 from grpo_kernels.training.models import base_model, context_length_of
-from grpo_kernels.training.rollout import Rollout, end_token_ids, generate, generation_config, padded
+from grpo_kernels.training.rollout import Rollout, end_token_ids, generate, generation_config, pad_rollout
 
 _PAGE = 32  # tokens of a block of the paged cache, on a CPU
 _LEAST_BATCH_TOKENS = 256
@@ -119,7 +119,7 @@ class ContinuousSampler:
             )
         completions = [output.generated_tokens for output in outputs]
         pad_id, device = self.tokenizer.pad_token_id, self.model.device
-        return padded(ids, completions, self.end_ids, pad_id=pad_id, device=device)
+        return pad_rollout(ids, completions, self.end_ids, pad_id=pad_id, device=device)
 
     def _cache_options(self, ids: list[list[int]]) -> dict[str, Any]:
         if self.model.device.type != "cpu":

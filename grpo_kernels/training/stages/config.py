@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
 
 from grpo_kernels.rewards import resolve
-from grpo_kernels.training.arguments import given_keys, read_yaml
 from grpo_kernels.training.augmentation import WAYS
 from grpo_kernels.training.data.files import SUFFIXES
 from grpo_kernels.training.options import (
@@ -22,9 +21,13 @@ from grpo_kernels.training.options import (
     RunOptions,
     SamplerOptions,
     SupervisedOptions,
+    given_keys,
     option,
+    parse,
+    read_yaml,
+    unknown_key,
 )
-from grpo_kernels.training.recipe import Recipe, parse, recipe_path, unknown_key
+from grpo_kernels.training.recipe import Recipe, recipe_path
 
 
 def _is_number(value: Any) -> bool:

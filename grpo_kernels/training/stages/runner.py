@@ -18,9 +18,9 @@ from transformers.utils.logging import disable_progress_bar
 
 from grpo_kernels import info
 from grpo_kernels.files import replace_text
-from grpo_kernels.training.arguments import read_yaml
 from grpo_kernels.training.checkpoint import MAY_DIFFER, MAY_DIFFER_ON_RESUME, clear_run, list_checkpoints
-from grpo_kernels.training.report.log import METRICS, SAMPLES, has_records, tracker_names
+from grpo_kernels.training.options import read_yaml
+from grpo_kernels.training.report import METRICS, SAMPLES, has_records, tracker_names
 from grpo_kernels.training.stages.config import Stage, is_file
 from grpo_kernels.training.stages.inputs import fingerprints
 from grpo_kernels.training.stages.work import ROWS, STAGE_RUNNERS, Outcome

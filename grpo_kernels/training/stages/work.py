@@ -20,11 +20,11 @@ from grpo_kernels.training.augmentation import SEED, augment, is_right
 from grpo_kernels.training.checkpoint import save_checkpoint
 from grpo_kernels.training.data.files import Row
 from grpo_kernels.training.data.rows import read_rows
-from grpo_kernels.training.distributed import build_accelerator
 from grpo_kernels.training.evaluation import EvalReport, evaluate_samples
 from grpo_kernels.training.loop import Sample
+from grpo_kernels.training.models import build_accelerator
 from grpo_kernels.training.recipe import Recipe
-from grpo_kernels.training.report.log import SAMPLES, MetricsLog, append_samples
+from grpo_kernels.training.report import SAMPLES, MetricsLog, append_samples
 from grpo_kernels.training.report.terminal import count_step, progress_bar
 from grpo_kernels.training.rollout import Sampler, score_rollout
 from grpo_kernels.training.run import metrics_log, tracked, train
