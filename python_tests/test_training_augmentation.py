@@ -9,7 +9,7 @@ import pytest
 from test_training_tasks import every_task, problems, right, worked_out
 
 from grpo_kernels import rewards
-from grpo_kernels.training.augmentation import augment, is_right, prompt_key, relabel, vary_goal, vary_start
+from grpo_kernels.training.augmentation import augment, is_right, relabel, vary_goal, vary_start
 from grpo_kernels.training.data import templates
 from grpo_kernels.training.data.rows import worked_completion
 from grpo_kernels.training.tasks import TASKS
@@ -185,7 +185,7 @@ def test_a_chat_goes_on_in_an_assistants_message():
     (row,) = vary_start([chat], random.Random(0))
     assert row["prompt"][:-1] == chat["prompt"]
     assert row["prompt"][-1] == {"role": "assistant", "content": row["completion_prefix"]}
-    assert prompt_key(row) == prompt_key(chat) == ("how many apples are left?",)
+    assert templates.prompt_key(row) == templates.prompt_key(chat) == ("how many apples are left?",)
     assert vary_start([chat], random.Random(0), held_out=[{"prompt": "How many  apples are left?"}]) == []
 
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import logging
+import subprocess
+import sys
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -352,3 +354,28 @@ def test_a_recipe_in_the_other_commands_way_is_told(
     assert cli.main(arguments) == 2
     out, err = capsys.readouterr()
     assert message in err and err.count("\n") == 1 and not out
+
+
+UNTIL_THE_FIRST_STEP = """
+import sys
+from grpo_kernels import cli
+from grpo_kernels.training.loop import GRPOLoop
+def stop(self, micro_batches):
+    sys.stdout.write("MODULES " + " ".join(name for name in sys.modules if name.startswith("grpo_kernels.")))
+    sys.exit()
+GRPOLoop.optimizer_step = stop
+cli.main(["train", "--recipe", "addition", "--sft_steps", "1", "--num_eval_prompts", "2", "--disable_tqdm", "true"])
+"""
+
+
+def test_a_run_imports_what_it_uses(tmp_path: Path) -> None:
+    """Before the first step of the demo: no server, no sandbox, no page, no reward that is not asked for."""
+    done = subprocess.run(
+        [sys.executable, "-c", UNTIL_THE_FIRST_STEP], capture_output=True, text=True, cwd=tmp_path, timeout=300
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    modules = done.stdout.partition("MODULES ")[2].split()
+    training = {name.removeprefix("grpo_kernels.") for name in modules if ".training" in name or ".rewards" in name}
+    assert len(training) <= 30, sorted(training)
+    parts = {part for name in training for part in name.split(".")}
+    assert not parts & {"server", "vllm_client", "bubblewrap", "code", "language", "stages", "augmentation", "page"}

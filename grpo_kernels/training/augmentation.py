@@ -17,20 +17,12 @@ from collections.abc import Callable, Hashable, Sequence, Set
 from functools import partial
 
 from grpo_kernels.rewards import accuracy_reward, format_reward
-from grpo_kernels.rewards.completions import message_text
-from grpo_kernels.training.data.templates import join_texts, question
+from grpo_kernels.training.data.templates import join_texts, prompt_key
 from grpo_kernels.training.tasks import Addition, Row, step_boundaries
 
 SEED, START, GOAL, HINDSIGHT = "seed", "start", "goal", "hindsight"  # the values of ``source``
 WAYS = (START, GOAL, HINDSIGHT)
 Key = Callable[[Row], Hashable]
-
-
-def prompt_key(row: Row) -> Hashable:
-    """A row's question up to white space and letter case; of a chat, every message."""
-    asked = question(row)
-    texts = [asked] if isinstance(asked, str) else [message_text(message) for message in asked]
-    return tuple(" ".join(text.split()).casefold() for text in texts)
 
 
 def is_right(row: Row) -> bool:

@@ -40,7 +40,6 @@ from grpo_kernels.training.report import (
     read_records,
     tracker_options,
 )
-from grpo_kernels.training.report.page import plot_curves, write_report
 from grpo_kernels.training.report.terminal import MetricsTable, count_step, progress_bar, show_samples
 from grpo_kernels.training.rollout import Sampler
 from grpo_kernels.training.task import (
@@ -113,6 +112,8 @@ def train(recipe: Recipe, accelerator: Accelerator | None = None, rows: Sequence
         finally:
             run.metrics.close()
         if accelerator.is_main_process:
+            from grpo_kernels.training.report.page import plot_curves, write_report  # after the last step
+
             plot_curves(output_dir)
             write_report(output_dir)
     except OSError as error:

@@ -16,10 +16,9 @@ from accelerate import Accelerator
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from grpo_kernels.rewards import RewardFunction, check_name, resolve
-from grpo_kernels.training.augmentation import prompt_key
 from grpo_kernels.training.data.files import Row, open_dataset
 from grpo_kernels.training.data.rows import load_rows
-from grpo_kernels.training.data.templates import rows_that_fit
+from grpo_kernels.training.data.templates import prompt_key, rows_that_fit
 from grpo_kernels.training.models import add_adapters, context_length_of, is_deepspeed, load_pretrained, pick_device
 from grpo_kernels.training.options import SamplerOptions
 from grpo_kernels.training.rollout import Sampler

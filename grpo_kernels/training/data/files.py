@@ -42,7 +42,6 @@ from typing import Any, NamedTuple
 
 from grpo_kernels.errors import described
 from grpo_kernels.hub import check_folder, use_cache_if_unreachable
-from grpo_kernels.rewards import reasoning_gym
 
 Row = dict[str, Any]
 
@@ -297,8 +296,10 @@ def open_dataset(
 ) -> Splits:
     """The splits of a file, a folder or a name on the Hub; ``known`` are other names that would have been right."""
     path, where = Path(name).expanduser(), f"dataset {name!r}"
-    if name.startswith(reasoning_gym.PREFIX):
-        read = partial(reasoning_gym.generate_rows, name.removeprefix(reasoning_gym.PREFIX), config, seed)
+    if name.startswith("reasoning_gym/"):
+        from grpo_kernels.rewards.reasoning_gym import generate_rows
+
+        read = partial(generate_rows, name.removeprefix("reasoning_gym/"), config, seed)
         return Splits(where, {_ONLY: read}, is_single=True)
     suffix = path.suffix.lower()
     if suffix in SUFFIXES:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import logging
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from functools import partial
 from itertools import groupby
 from typing import Any, NamedTuple
@@ -186,6 +186,13 @@ def question(row: Row) -> str | list[dict[str, Any]]:
     if isinstance(prompt, str):
         return prompt.removesuffix(prefix).removesuffix(" ") if prompt.endswith(prefix) else prompt
     return prompt[:-1] if prompt[-1]["role"] == "assistant" and prompt[-1]["content"] == prefix else prompt
+
+
+def prompt_key(row: Row) -> Hashable:
+    """A row's question up to white space and letter case; of a chat, every message."""
+    asked = question(row)
+    texts = [asked] if isinstance(asked, str) else [message_text(message) for message in asked]
+    return tuple(" ".join(text.split()).casefold() for text in texts)
 
 
 def completion_opening(row: Row, rendered_prompt: str) -> str:
