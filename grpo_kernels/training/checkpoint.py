@@ -143,8 +143,8 @@ def load_weights(folder: Path, model: Any, wrapped: Any) -> None:
 
             set_peft_model_state_dict(model, load_file(folder / ADAPTERS))
         else:
-            whole = StateDictOptions(full_state_dict=True)
-            set_model_state_dict(wrapped, read_weights(folder, model), options=whole)
+            options = StateDictOptions(full_state_dict=True)
+            set_model_state_dict(wrapped, read_weights(folder, model), options=options)
     except (OSError, RuntimeError, SafetensorError) as error:
         raise ValueError(f"checkpoint {folder} cannot be read, it may be cut short: {error}") from error
 
@@ -174,8 +174,8 @@ def status_line(output_dir: Path) -> str:
 
 def list_checkpoints(output_dir: Path) -> list[Path]:
     """The complete checkpoints of a run, oldest first."""
-    found = [(int(match[1]), path) for path in output_dir.glob("checkpoint-*") if (match := _NAME.fullmatch(path.name))]
-    return [path for _, path in sorted(found)]
+    steps = [(int(match[1]), path) for path in output_dir.glob("checkpoint-*") if (match := _NAME.fullmatch(path.name))]
+    return [path for _, path in sorted(steps)]
 
 
 def step_of(checkpoint: Path) -> int:
@@ -239,7 +239,7 @@ def read_state(folder: Path, trained: Trained) -> dict[str, Any]:
         tensors = load_file(folder / OPTIMIZER)
         random_tensors = load_file(folder / f"random-{rank}.safetensors")
         values = json.loads((folder / f"random-{rank}.json").read_text(encoding="utf-8"))
-        _check_shape(values, {"python": list, "numpy": list})
+        _check_types(values, {"python": list, "numpy": list})
     except (OSError, ValueError, SafetensorError) as error:
         raise ValueError(f"checkpoint {folder} cannot be read, it may be cut short: {error}") from error
     optimizer_state = _merge(tensors, state["param_groups"])
@@ -256,7 +256,7 @@ def check_state(folder: Path, configuration: dict[str, Any], processes: int) -> 
     """
     try:
         state = json.loads((folder / STATE).read_text(encoding="utf-8"))
-        _check_shape(state, _STATE)
+        _check_types(state, _STATE)
     except (OSError, ValueError) as error:
         raise ValueError(f"checkpoint {folder} cannot be read, it may be cut short: {error}") from error
     step, max_steps = state["step"], configuration["max_steps"]
@@ -276,12 +276,12 @@ def check_state(folder: Path, configuration: dict[str, Any], processes: int) -> 
     return state
 
 
-def _check_shape(found: Any, kinds: dict[str, type]) -> None:
-    if not isinstance(found, dict):
-        raise ValueError(f"expected a mapping, got {type(found).__name__}")
+def _check_types(content: Any, kinds: dict[str, type]) -> None:
+    if not isinstance(content, dict):
+        raise ValueError(f"expected a mapping, got {type(content).__name__}")
     for name, kind in kinds.items():
-        if not isinstance(found.get(name), kind):
-            raise ValueError(f"expected {name!r} to be of type {kind.__name__}, got {found.get(name)!r}")
+        if not isinstance(content.get(name), kind):
+            raise ValueError(f"expected {name!r} to be of type {kind.__name__}, got {content.get(name)!r}")
 
 
 def _split(state: dict[str, Any]) -> tuple[dict[str, Tensor], list[dict[str, Any]]]:

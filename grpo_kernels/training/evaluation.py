@@ -145,10 +145,10 @@ def evaluate_samples(
             raise ValueError(f"ks must be at least 1 and at most eval_samples ({num_samples}), got {k}")
     extract = extract or extract_of(check)
 
-    def sample(asked: Sequence[Row], temperature: float) -> tuple[list[EvalSample], list[list[int]]]:
+    def sample(problems: Sequence[Row], temperature: float) -> tuple[list[EvalSample], list[list[int]]]:
         samples, ids = [], []
-        for begin in range(0, len(asked), batch_size):
-            batch = asked[begin : begin + batch_size]
+        for begin in range(0, len(problems), batch_size):
+            batch = problems[begin : begin + batch_size]
             scored = score_rollout(
                 sampler,
                 tokenizer,

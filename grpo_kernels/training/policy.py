@@ -12,29 +12,29 @@ import torch
 from torch import Tensor, nn
 
 from grpo_kernels import GRPOLossConfig, GRPOLossOutput, PolicyMetrics, linear_grpo_loss, linear_token_logprobs
-from grpo_kernels.integrations.transformers.model_head import Headed, Projection, open_head
+from grpo_kernels.integrations.transformers.model_head import HeadOutput, Projection, open_head
 from grpo_kernels.training.models import base_model, has_adapters
 from grpo_kernels.training.rollout import Rollout, forward_arguments
 
 _CHECKED_TOKENS = 12  # of each sequence that shows whether packing keeps them apart
 
 
-class Reading(NamedTuple):
+class ModelInputs(NamedTuple):
     """How a rollout goes through a model, and what comes back of it."""
 
     arguments: dict[str, Any]  # of the forward
     length: int  # T, of the padded form; 0 packed
     mask: Tensor  # [B, T] bool
 
-    def hidden(self, values: Tensor) -> Tensor:
+    def select_hidden(self, values: Tensor) -> Tensor:
         """Those that predict a completion's token: ``[B, T, H]``, or packed ``[N, H]``."""
         return values[:, -(self.length + 1) : -1] if self.length else values[0]
 
-    def of_tokens(self, values: Tensor | None) -> Tensor | None:
+    def select_tokens(self, values: Tensor | None) -> Tensor | None:
         """``[B, T]`` as the hidden states are: packed ``[N]``."""
         return values if values is None or self.length else values[self.mask]
 
-    def restored(self, values: Tensor) -> Tensor:
+    def unpack(self, values: Tensor) -> Tensor:
         """``[B, T]`` of what came back, 0 where nothing was read."""
         if self.length:
             return values
@@ -107,71 +107,66 @@ class Policy:
 
         The scales are shares of a step, of the GRPO loss and of the auxiliary one.
         """
-        reading = self._reading(rollout)
+        inputs = self._model_inputs(rollout)
 
         def head(hidden: Tensor, projection: Projection) -> GRPOLossOutput:
-            found = linear_grpo_loss(
-                reading.hidden(hidden),
+            output = linear_grpo_loss(
+                inputs.select_hidden(hidden),
                 projection.weight,
-                reading.of_tokens(rollout.completion_ids),
+                inputs.select_tokens(rollout.completion_ids),
                 advantages,
-                reading.of_tokens(rollout.completion_mask),
-                bias=projection.bias,
-                old_logprobs=reading.of_tokens(old_logprobs),
-                ref_logprobs=reading.of_tokens(ref_logprobs),
-                sampling_logprobs=reading.of_tokens(sampling_logprobs),
-                cu_seqlens=reading.cu_seqlens,
+                inputs.select_tokens(rollout.completion_mask),
+                old_logprobs=inputs.select_tokens(old_logprobs),
+                ref_logprobs=inputs.select_tokens(ref_logprobs),
+                sampling_logprobs=inputs.select_tokens(sampling_logprobs),
+                cu_seqlens=inputs.cu_seqlens,
                 loss_scale=loss_scale,
-                softcap=projection.softcap,
-                logit_scale=projection.logit_scale,
                 config=self.config,
                 backend=self.backend,
+                **projection.options,
             )
             # in the place of a mapping, which accelerate would make again as it widens what comes out
-            return found._replace(metrics=(found.metrics.partials, found.metrics.names))
+            return output._replace(metrics=(output.metrics.partials, output.metrics.names))
 
-        asked = {"output_router_logits": True} if self.aux_loss_coef else {}
-        headed: Headed = self.wrapped(**reading.arguments, **asked, head=head)
-        output: GRPOLossOutput = headed.result._replace(metrics=PolicyMetrics(*headed.result.metrics))
+        router_options = {"output_router_logits": True} if self.aux_loss_coef else {}
+        forward_output: HeadOutput = self.wrapped(**inputs.arguments, **router_options, head=head)
+        output: GRPOLossOutput = forward_output.result
+        output = output._replace(metrics=PolicyMetrics(*output.metrics))
+        aux_loss = forward_output.aux_loss
         if not self.aux_loss_coef:
             return output.loss, output, None
-        return output.loss + self.aux_loss_coef * aux_loss_scale * headed.aux_loss, output, headed.aux_loss
+        return output.loss + self.aux_loss_coef * aux_loss_scale * aux_loss, output, aux_loss
 
     @torch.no_grad()
     def logprobs(self, rollout: Rollout, batch_size: int, reference: bool = False) -> Tensor:  # [B, T]
         """Log-probabilities, in nats, of the sampled tokens at the loss's temperature; 0 on padding.
 
-        Args:
-            rollout: B completions.
-            batch_size: How many go through the model at once.
-            reference: Of the frozen model.
+        ``batch_size`` completions go through the model at once. With ``reference`` they are the frozen model's.
         """
         model = self.reference if reference else self.wrapped
         dtype = torch.float64 if self.model.dtype == torch.float64 else torch.float32
-        found = torch.zeros(rollout.completion_ids.shape, dtype=dtype, device=rollout.completion_ids.device)
+        logprobs = torch.zeros(rollout.completion_ids.shape, dtype=dtype, device=rollout.completion_ids.device)
         with self._without_adapters() if reference else contextlib.nullcontext():
-            for indices in torch.arange(len(found), device=found.device).split(batch_size):
+            for indices in torch.arange(len(logprobs), device=logprobs.device).split(batch_size):
                 values = self._logprobs_of(model, rollout.select(indices))
-                found[indices, : values.shape[1]] = values
-        return found
+                logprobs[indices, : values.shape[1]] = values
+        return logprobs
 
     def _logprobs_of(self, model: Any, rollout: Rollout) -> Tensor:
-        reading = self._reading(rollout)
+        inputs = self._model_inputs(rollout)
 
         def head(hidden: Tensor, projection: Projection) -> Tensor:
             return linear_token_logprobs(
-                reading.hidden(hidden),
+                inputs.select_hidden(hidden),
                 projection.weight,
-                reading.of_tokens(rollout.completion_ids),
-                bias=projection.bias,
+                inputs.select_tokens(rollout.completion_ids),
                 temperature=self.config.temperature,
-                softcap=projection.softcap,
-                logit_scale=projection.logit_scale,
-                mask=reading.of_tokens(rollout.completion_mask),
+                mask=inputs.select_tokens(rollout.completion_mask),
                 backend=self.backend,
+                **projection.options,
             ).logprobs
 
-        return reading.restored(model(**reading.arguments, head=head).result)
+        return inputs.unpack(model(**inputs.arguments, head=head).result)
 
     @torch.no_grad()
     def _check_packing(self) -> None:
@@ -193,10 +188,10 @@ class Policy:
     def _without_adapters(self) -> Any:
         return self.model.disable_adapter() if has_adapters(self.model) else contextlib.nullcontext()
 
-    def _reading(self, rollout: Rollout) -> Reading:
+    def _model_inputs(self, rollout: Rollout) -> ModelInputs:
         mask, arguments = rollout.completion_mask.bool(), forward_arguments(self._known, rollout)
         if not self.packing:
-            return Reading(arguments, mask.shape[1], mask)
+            return ModelInputs(arguments, mask.shape[1], mask)
         attention = _attention_of(base_model(self.model))
         if attention != self._attention:
             raise ValueError(
@@ -206,7 +201,7 @@ class Policy:
         kept = arguments.pop("attention_mask").bool()
         is_completion = nn.functional.pad(mask, (rollout.prompt_ids.shape[1], 0))
         packed = {name: arguments[name][kept][None] for name in ("input_ids", "position_ids")}
-        return Reading(arguments | packed | {"logits_to_keep": is_completion[kept].nonzero()[:, 0] - 1}, 0, mask)
+        return ModelInputs(arguments | packed | {"logits_to_keep": is_completion[kept].nonzero()[:, 0] - 1}, 0, mask)
 
 
 def _check_only_adapters_train(model: Any) -> None:
@@ -228,15 +223,15 @@ def _attention_of(base: Any) -> str | None:
     return getattr(base.config.get_text_config(), "_attn_implementation", None)
 
 
-def _aux_loss_coef(base: Any, given: float | None) -> float:
+def _aux_loss_coef(base: Any, coef: float | None) -> float:
     config = base.config.get_text_config()
     if not hasattr(config, "output_router_logits"):
-        if given:
+        if coef:
             raise ValueError(
-                f"router_aux_loss_coef is {given}, but {type(base).__name__} is no mixture of experts with one"
+                f"router_aux_loss_coef is {coef}, but {type(base).__name__} is no mixture of experts with one"
             )
         return 0.0
-    return float(getattr(config, "router_aux_loss_coef", 0.0) if given is None else given)
+    return float(getattr(config, "router_aux_loss_coef", 0.0) if coef is None else coef)
 
 
 @contextlib.contextmanager

@@ -152,10 +152,8 @@ def worked_loss(model: PreTrainedModel, batch: Rollout, tokens: int) -> Tensor:
             batch.completion_ids,
             batch.completion_mask,
             num_items_in_batch=tokens,
-            bias=head.bias,
-            softcap=head.softcap,
-            logit_scale=head.logit_scale,
             backend="torch",  # the reference, so that GRPO starts from one model whatever its backend
+            **head.options,
         )
 
     return run_head(model, batch, loss)

@@ -217,5 +217,5 @@ def _load_splits(recipe: Any) -> tuple[list[Row], list[Row]]:
     random.Random(recipe.seed).shuffle(rows)
     count = min(_HELD_OUT, len(rows) // 5) if recipe.num_eval_prompts is None else recipe.num_eval_prompts
     eval_rows = rows[:count]
-    asked = {prompt_key(row) for row in eval_rows}
-    return [row for row in rows[count:] if prompt_key(row) not in asked], eval_rows
+    held_out_keys = {prompt_key(row) for row in eval_rows}
+    return [row for row in rows[count:] if prompt_key(row) not in held_out_keys], eval_rows

@@ -89,14 +89,12 @@ def _forward(
             hidden[:, :-1],
             projection.weight,
             wanted,
-            bias=projection.bias,
             temperature=temperature,
-            softcap=projection.softcap,
-            logit_scale=projection.logit_scale,
             mask=wanted != -100,
             outputs=outputs,
             backend=backend,
+            **projection.options,
         )
 
-    headed = original(*args, head=head, **kwargs)
-    return ModelLogprobs(*headed.result, headed.aux_loss)
+    output = original(*args, head=head, **kwargs)
+    return ModelLogprobs(*output.result, output.aux_loss)

@@ -39,8 +39,13 @@ class Projection(NamedTuple):
     softcap: float | None
     logit_scale: float
 
+    @property
+    def options(self) -> dict[str, Any]:
+        """All but the weight, under the names that the linear ops have for them."""
+        return {"bias": self.bias, "softcap": self.softcap, "logit_scale": self.logit_scale}
 
-class Headed(NamedTuple):
+
+class HeadOutput(NamedTuple):
     """What a forward with a ``head`` returns."""
 
     result: Any  # the function's: a tensor, or tensors in a tuple
@@ -172,11 +177,13 @@ def _with_forwards(base: type, *forwards: Callable[..., Any]) -> Any:
 
 def _forward(model: Any, original: Callable[..., Any], *args: Any, head: Head | None = None, **kwargs: Any) -> Any:
     """The model's own forward, with ``head`` in the place of its head's call where it is given."""
-    return original(*args, **kwargs) if head is None else _headed(model, original, head, args, kwargs)
+    return original(*args, **kwargs) if head is None else _run_with_head(model, original, head, args, kwargs)
 
 
 @torch.compiler.disable(recursive=False)  # what is compiled is what it calls: it changes a module and back
-def _headed(model: Any, original: Callable[..., Any], head: Head, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+def _run_with_head(
+    model: Any, original: Callable[..., Any], head: Head, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> Any:
     check_model(model)
     transform, results, probes = _transform_of(model.config.get_text_config()), [], []
     module = model.get_output_embeddings()
@@ -195,7 +202,7 @@ def _headed(model: Any, original: Callable[..., Any], head: Head, args: tuple[An
             f"{len(results)} calls and {type(outputs).__name__}"
         )
     _check_probe(model, probes[0], outputs.logits, *transform)
-    return Headed(_after(outputs.logits, results[0]), getattr(outputs, "aux_loss", None))
+    return HeadOutput(_after(outputs.logits, results[0]), getattr(outputs, "aux_loss", None))
 
 
 def _probe(hidden: Tensor) -> Tensor:  # [B, T, H] -> [B, T, 1]

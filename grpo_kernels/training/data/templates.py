@@ -190,8 +190,8 @@ def question(row: Row) -> str | list[dict[str, Any]]:
 
 def prompt_key(row: Row) -> Hashable:
     """A row's question up to white space and letter case; of a chat, every message."""
-    asked = question(row)
-    texts = [asked] if isinstance(asked, str) else [message_text(message) for message in asked]
+    prompt = question(row)
+    texts = [prompt] if isinstance(prompt, str) else [message_text(message) for message in prompt]
     return tuple(" ".join(text.split()).casefold() for text in texts)
 
 

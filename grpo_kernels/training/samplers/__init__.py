@@ -59,40 +59,29 @@ class ModelSampler:
             )
 
 
-class ContinuousSampler:
+class ContinuousSampler(ModelSampler):
     """transformers' ``generate_batch``: a sequence that ends makes room for the next, over a paged cache.
 
     On a CPU the cache is as large as the batch needs; on a GPU transformers fits it into half of the free memory,
-    unless ``options`` say otherwise. Each process samples with its own whole model.
-
-    Args:
-        model: As for ``ModelSampler``, and so are ``tokenizer``, ``max_completion_length``, ``temperature`` and
-            ``autocast``.
-        options: For transformers' ``ContinuousBatchingConfig``.
+    unless ``options``, for transformers' ``ContinuousBatchingConfig``, say otherwise. Each process samples with its own
+    whole model.
 
     Raises:
         RuntimeError: This transformers, or this model, has no ``generate_batch`` with a configuration.
     """
 
     def __init__(
-        self,
-        model: Any,
-        tokenizer: PreTrainedTokenizerBase,
-        *,
-        max_completion_length: int,
-        temperature: float = 1.0,
-        options: Mapping[str, Any] | None = None,
-        autocast: Callable[[], contextlib.AbstractContextManager] = contextlib.nullcontext,
+        self, model: Any, tokenizer: PreTrainedTokenizerBase, *, options: Mapping[str, Any] | None = None, **common: Any
     ) -> None:
-        self.model, self.tokenizer, self.autocast = base_model(model), tokenizer, autocast
-        self.max_completion_length, self.temperature, self.options = max_completion_length, temperature, options or {}
         self._config_type = getattr(transformers.generation, "ContinuousBatchingConfig", None)
-        if self._config_type is None or not hasattr(self.model, "generate_batch"):
+        model = base_model(model)
+        if self._config_type is None or not hasattr(model, "generate_batch"):
             raise RuntimeError(
-                f"use_transformers_continuous_batching: {type(self.model).__name__} of transformers "
+                f"use_transformers_continuous_batching: {type(model).__name__} of transformers "
                 f"{transformers.__version__} cannot; 5.8 and later can, with generative models"
             )
-        self.context_length, self.end_ids = context_length_of(model), end_token_ids(model, tokenizer)
+        super().__init__(model, tokenizer, **common)
+        self.options = options or {}
 
     def __call__(
         self, prompts: Sequence[str], *, step: int = 0, group_size: int = 1, temperature: float | None = None
