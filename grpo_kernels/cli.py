@@ -92,7 +92,7 @@ def _recipe(name: str, overrides: Sequence[str], debug: bool) -> int:
     """The stages of a YAML file."""
 
     def act() -> None:
-        from grpo_kernels.training.stages.config import load_stages
+        from grpo_kernels.training.stages import load_stages
         from grpo_kernels.training.stages.runner import run_stages
 
         _look_beside(name)
@@ -108,7 +108,7 @@ def _stage(kind: str, name: str | None, overrides: Sequence[str], debug: bool) -
     """One stage by itself."""
 
     def act() -> None:
-        from grpo_kernels.training.stages.config import load_stage
+        from grpo_kernels.training.stages import load_stage
         from grpo_kernels.training.stages.runner import DONE, run_stage
 
         _look_beside(name)

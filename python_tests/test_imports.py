@@ -83,11 +83,9 @@ READS_RECIPES = {
     "task",
     "run",
     "loop",
-    "commands",
-    "stages.config",
+    "stages",
     "stages.runner",
     "stages.work",
-    "trackers",
 }
 
 

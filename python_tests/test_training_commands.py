@@ -19,7 +19,7 @@ from grpo_kernels.integrations.transformers.model_head import open_head
 from grpo_kernels.training.checkpoint import save_checkpoint
 from grpo_kernels.training.recipe import Recipe
 from grpo_kernels.training.rollout import teacher_forced
-from grpo_kernels.training.stages.config import KINDS, load_stage
+from grpo_kernels.training.stages import KINDS, load_stage
 from grpo_kernels.training.supervised import check_vocabularies, teaching_loss
 from grpo_kernels.training.task import columns_needed, load_task_rows
 from grpo_kernels.training.tasks import TASKS, build_model
@@ -202,6 +202,16 @@ def test_an_evaluation_needs_no_training_rows_and_augmentation_no_model(trained:
     trace = "<think> 1 + 1 = 2 </think> <answer> 2 </answer>"
     path.write_text(json.dumps({"prompt": "1 + 1 =", "answer": "2", "completion": trace}) + "\n")
     assert run("augment", tmp_path / "augment", dataset_name=path, num_eval_prompts=0, ways="[start]") == 0
+
+
+def test_an_evaluation_needs_held_out_problems(
+    trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "few.jsonl"  # of which a fifth is none
+    path.write_text('{"prompt": "1 + 1 =", "answer": "2"}\n{"prompt": "1 + 2 =", "answer": "3"}\n')
+    arguments = ["--dataset_name", str(path), "--model_name_or_path", str(trained), "--device", "cpu"]
+    assert cli.main(["eval", *arguments, "--output_dir", str(tmp_path / "eval")]) == 2
+    assert "few.jsonl' has no held-out problems: set num_eval_prompts, or" in capsys.readouterr().err
 
 
 def test_only_columns_that_a_reward_takes_are_needed(trained: Path, tmp_path: Path) -> None:

@@ -20,7 +20,7 @@ from grpo_kernels.training.metrics import SilentRewards
 from grpo_kernels.training.models import load_pretrained
 from grpo_kernels.training.recipe import Recipe, load_recipe
 from grpo_kernels.training.run import train
-from grpo_kernels.training.stages.config import load_stage
+from grpo_kernels.training.stages import load_stage
 from grpo_kernels.training.task import load_task_rows
 from grpo_kernels.training.tasks import TASKS, build_model
 

@@ -29,8 +29,8 @@ from grpo_kernels.training.metrics import (
 )
 from grpo_kernels.training.rollout import Rollout, generate
 from grpo_kernels.training.run import train
+from grpo_kernels.training.stages import Sample, Stage
 from grpo_kernels.training.stages import work as stage_work
-from grpo_kernels.training.stages.config import Sample, Stage
 from grpo_kernels.training.task import load_task
 
 NAN = math.nan
@@ -366,7 +366,7 @@ def test_a_stages_scores_reward_the_tokens_that_were_sampled(monkeypatch: pytest
         return [float(len(ids)) for ids in completion_ids]
 
     monkeypatch.setattr(samplers, "generate", recorded)
-    found, report = stage_work._scores(task._replace(reward_functions={"tokens": tokens}), recipe)
+    found, report = stage_work._evaluate(task._replace(reward_functions={"tokens": tokens}), recipe)
     every = [n for batch in lengths for n in batch]
     assert len(every) == 18 and len(set(every)) > 1
     assert found["eval_tokens"] == round(fmean(every), 4)
@@ -382,6 +382,6 @@ def test_a_sample_that_no_function_scored_has_no_reward(tmp_path: Path) -> None:
     )  # fmt: skip
     task, stage = load_task(options, least=1), Stage("samples", options)
     with pytest.raises(ValueError, match="none of 4 completions earned"):
-        stage_work._sampled(stage, task, options, task.train_rows, None)
+        stage_work._sample(stage, task, task.train_rows)
     samples = [json.loads(line) for line in (tmp_path / "samples.jsonl").read_text().splitlines()]
     assert [sample["reward"] for sample in samples] == [None] * 4

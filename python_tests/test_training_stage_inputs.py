@@ -12,9 +12,8 @@ import yaml
 
 from grpo_kernels import cli
 from grpo_kernels.training.recipe import load_recipe
-from grpo_kernels.training.stages.config import load_stages
-from grpo_kernels.training.stages.inputs import fingerprints
-from grpo_kernels.training.stages.runner import run_stages
+from grpo_kernels.training.stages import load_stages
+from grpo_kernels.training.stages.runner import fingerprints, run_stages
 from grpo_kernels.training.tasks import TASKS, build_model
 
 ROWS = "".join(json.dumps({"prompt": f"{i} + 1 =", "answer": i + 1, "completion": str(i + 1)}) + "\n" for i in range(8))
@@ -193,7 +192,7 @@ def test_names_of_ours_and_of_the_hub_have_no_files(folder: Path) -> None:
 
 
 def test_of_a_large_file_size_and_time_count(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("grpo_kernels.training.stages.inputs._HASHED", 10)
+    monkeypatch.setattr("grpo_kernels.training.stages.runner._HASHED", 10)
     config = {"data": "rows.jsonl", "output_dir": "runs/x"}
     os.utime(folder / "rows.jsonl", ns=(10**18, 10**18))
     before = fingerprints(config)

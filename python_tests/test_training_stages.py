@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 from grpo_kernels import cli
 from grpo_kernels.rewards import extract_answer
 from grpo_kernels.training.data.templates import join_texts
-from grpo_kernels.training.stages.config import Stage, load_stage, load_stages
+from grpo_kernels.training.stages import Stage, load_stage, load_stages
 from grpo_kernels.training.stages.runner import run_stage, run_stages
 from grpo_kernels.training.tasks import TASKS
 
@@ -342,6 +342,15 @@ def test_rows_may_be_in_the_home_folder(tmp_path: Path, monkeypatch: pytest.Monk
     names = ["--data", "~/rows.jsonl", "--dataset_name", "~/rows.jsonl", "--output_dir", "~/run"]
     stage = load_stage("augment", None, [*names, "--ways", "[start]", "--device", "cpu", "--num_eval_prompts", "0"])
     assert run_stage(stage)["seed"] == 3
+
+
+def test_the_folder_of_all_stages_may_be_in_the_home_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The summary went into a folder that is called ~."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "stages.yaml").write_text("output_dir: ~/run\n" + STAGE)
+    for overrides, name in (([], "run"), (["--output_dir", "~/other"], "other")):
+        root, stages = load_stages(str(tmp_path / "stages.yaml"), overrides)
+        assert root == tmp_path / name and stages[0].folder == root / "a"
 
 
 def test_rejection_that_keeps_nothing_is_an_error(tmp_path: Path) -> None:

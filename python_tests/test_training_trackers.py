@@ -15,7 +15,7 @@ from grpo_kernels import cli
 from grpo_kernels.training.recipe import Recipe
 from grpo_kernels.training.report import read_records, tracker_names
 from grpo_kernels.training.run import tracked, train
-from grpo_kernels.training.stages.config import KINDS
+from grpo_kernels.training.stages import KINDS
 
 SETTINGS: dict[str, Any] = {
     "num_generations": 4, "per_device_train_batch_size": 4, "max_completion_length": 6, "num_eval_prompts": 2,

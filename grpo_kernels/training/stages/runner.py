@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import json
+import sys
 import time
-from collections.abc import Sequence
-from dataclasses import replace
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,116 +19,159 @@ from transformers.utils.logging import disable_progress_bar
 
 from grpo_kernels import info
 from grpo_kernels.files import replace_text
+from grpo_kernels.rewards import BUILT_IN
 from grpo_kernels.training.checkpoint import MAY_DIFFER, MAY_DIFFER_ON_RESUME, clear_run, list_checkpoints
 from grpo_kernels.training.options import read_yaml
 from grpo_kernels.training.report import METRICS, SAMPLES, has_records, tracker_names
-from grpo_kernels.training.stages.config import Stage, is_file
-from grpo_kernels.training.stages.inputs import fingerprints
-from grpo_kernels.training.stages.work import ROWS, STAGE_RUNNERS, Outcome
+from grpo_kernels.training.stages import MODEL_PATHS, SOURCES, Stage, is_file
+from grpo_kernels.training.stages.work import ROWS, STAGE_RUNNERS, write_records
+from grpo_kernels.training.tasks import TASKS
 
 CONFIG, DONE, SUMMARY = "config.yaml", "done.json", "summary.jsonl"
 USED = "used.json"  # by key, the digest of the stage that was used; under "files", of what was read beside
+_HASHED = 2**24  # bytes: of larger files, as weights are, the size and the time of the last change must do
 
 
 def run_stages(root: Path, stages: Sequence[Stage]) -> list[dict[str, Any]]:
     """Runs what is not done yet, in order; returns a line of the summary for each.
 
     Raises:
-        ValueError: A stage that is done was another one, used one that has been redone since, or read files that have
-            changed since; delete its folder to run it again. Or there are several processes, which would write into
-            one folder.
+        ValueError: A stage that is done was another one, or what it used has changed since. Or there are several
+            processes, which would write into one folder.
         FileExistsError: A stage's folder holds another run that was not finished.
         OSError: A file cannot be written, as on a full disk; the message names the stage.
     """
     root.mkdir(parents=True, exist_ok=True)
     lines = []
     for stage in stages:
-        lines.append(run_stage(stage, {before.name: before for before in stages}))
-        replace_text(root / SUMMARY, "".join(json.dumps(found) + "\n" for found in lines))
+        lines.append(run_stage(stage, {other.name: other for other in stages}))
+        write_records(root / SUMMARY, lines)
     print("\n" + summary_table(lines))
     return lines
 
 
-def run_stage(stage: Stage, stages: dict[str, Stage] | None = None) -> dict[str, Any]:
-    """Runs one stage, unless it is done; returns its line of the summary.
-
-    Args:
-        stage: The stage.
-        stages: Those that it may name, by name; they are done.
-
-    Raises:
-        As ``run_stages``.
-    """
-    _check_alone(stage.options)
-    options, config = _resolved(stage, stages or {})
-    used = _used(stage, stages or {}) | {"files": fingerprints(config)}
-    line = None if options.overwrite_output_dir else _finished(stage.folder, config, used)
-    if line is not None:
-        return line
+def run_stage(stage: Stage, stages: Mapping[str, Stage] = {}) -> dict[str, Any]:
+    """Runs one stage, unless it is done, on what other ones by name left; returns its line, and raises as above."""
+    count = PartialState(cpu=stage.options.device == "cpu").num_processes
+    if count > 1:
+        raise ValueError(f"stages run in one process, got {count}: launch a GRPO stage's config.yaml with train")
+    sources = {key: stages[name] for key in SOURCES if (name := getattr(stage.options, key, None)) in stages}
+    stage = _resolve(stage, sources)
+    options, folder = stage.options, stage.folder
+    config = {name: value for name, value in asdict(options).items() if name not in options.hidden}
+    config = json.loads(json.dumps(config))  # as it will be read
+    used: dict[str, Any] = {key: _digest((source.folder / DONE).read_bytes()) for key, source in sources.items()}
+    used["files"] = fingerprints(config)
+    if (folder / DONE).exists() and not options.overwrite_output_dir:
+        return _done_line(folder, config, used)
     print(f"\n== {stage.name} ({stage.kind})", flush=True)
     disable_progress_bar()
     tracker_names(options.report_to)  # before any work
     start = time.perf_counter()
     try:
-        _begin(stage, options, config, used)
+        _prepare_folder(stage, config, used)
         if options.num_threads is not None:
             torch.set_num_threads(options.num_threads)
         set_seed(options.seed)
-        outcome: Outcome = STAGE_RUNNERS[stage.kind](stage, options, config)
+        outcome = STAGE_RUNNERS[stage.kind](stage)
         seconds = round(time.perf_counter() - start, 1)
         line = {"stage": stage.name, "kind": stage.kind, **outcome.line, "seconds": seconds}
         model = None if outcome.checkpoint is None else outcome.checkpoint.name
-        replace_text(stage.folder / DONE, json.dumps({"config": config, "line": line, "model": model}, indent=1))
+        replace_text(folder / DONE, json.dumps({"config": config, "line": line, "model": model}, indent=1))
     except FileExistsError:
         raise
     except OSError as error:
-        raise OSError(f"stage {stage.name!r} in {stage.folder} was not finished: {error}") from error
+        raise OSError(f"stage {stage.name!r} in {folder} was not finished: {error}") from error
     print("  " + ", ".join(f"{name} {value}" for name, value in line.items() if name not in ("stage", "kind")))
     return line
 
 
-def _check_alone(options: Any) -> None:
-    count = PartialState(cpu=options.device == "cpu").num_processes
-    if count > 1:
-        raise ValueError(f"stages run in one process, got {count}: launch a GRPO stage's config.yaml with train")
-
-
-def _used(stage: Stage, stages: dict[str, Stage]) -> dict[str, str]:
-    """By key, the digest of what another stage left when it was done."""
-    names = {key: getattr(stage.options, key) for key in stage.options.roles}
-    return {
-        key: hashlib.sha256((stages[name].folder / DONE).read_bytes()).hexdigest()
-        for key, name in names.items() if name in stages
-    }  # fmt: skip
-
-
-def _resolved(stage: Stage, stages: dict[str, Stage]) -> tuple[Any, dict[str, Any]]:
-    """The stage's options, and the file of it alone, with what it takes from other stages."""
-    options, paths = stage.options, {}
-    model, teacher, data = (getattr(options, role, None) for role in ("model", "teacher", "data"))
+def _resolve(stage: Stage, sources: Mapping[str, Stage]) -> Stage:
+    """The stage with what earlier ones left in the place of their names, by the keys that name them."""
+    values: dict[str, Any] = {}
     if stage.kind == "grpo":  # from its newest checkpoint, if there is one
-        options = replace(options, resume=True, sft_steps=0)
-    if model is not None:
-        options = replace(options, model_name_or_path=str(_model_of(stages[model])))
-    if teacher is not None:
-        paths["teacher_model_name_or_path"] = str(_model_of(stages[teacher]))
+        values |= {"resume": True, "sft_steps": 0}
+    for key in (key for key in MODEL_PATHS if key in sources):
+        name, folder = sources[key].name, sources[key].folder
+        path = folder / _read_record(folder / DONE, "config", "line")["model"]
+        if not path.is_dir():
+            raise ValueError(f"stage {name!r} is done, but {path} is gone; delete {folder} to run it again")
+        values |= {key: None, MODEL_PATHS[key]: str(path)}
+    data = getattr(stage.options, "data", None)
     if data is not None:
-        paths["data"] = str(Path(data).expanduser() if is_file(data) else stages[data].folder / ROWS)
-    return options, json.loads(json.dumps(stage.written(options, **paths)))
+        values["data"] = str(Path(data).expanduser() if is_file(data) else sources["data"].folder / ROWS)
+    return stage._replace(options=replace(stage.options, **values))
 
 
-def _model_of(stage: Stage) -> Path:
-    path = stage.folder / _done(stage.folder)["model"]
-    if not path.is_dir():
-        raise ValueError(f"stage {stage.name!r} is done, but {path} is gone; delete {stage.folder} to run it again")
-    return path
+def _done_line(folder: Path, config: dict[str, Any], used: dict[str, Any]) -> dict[str, Any]:
+    """The line of a stage that is done; raises ValueError where it was another one, or its inputs have changed."""
+    done = _read_record(folder / DONE, "config", "line")
+    keys = _differing(done["config"], config, (done["config"].keys() | config.keys()) - MAY_DIFFER)
+    if keys:
+        names = ", ".join(sorted(keys))
+        raise ValueError(f"{folder} holds a stage with another {names}; delete it to run it again, or name another "
+                         "output_dir")  # fmt: skip
+    remade, changed = _changed_inputs(folder, used)
+    if remade:
+        raise ValueError(f"{folder} holds a stage on a {remade} that was made anew since; delete it to run it again")
+    if changed:
+        raise ValueError(
+            f"{folder} holds a stage that read {changed}, which has changed since; delete it to run it again, or set "
+            "overwrite_output_dir, with which every stage of a recipe is run again"
+        )
+    return done["line"]
 
 
-def _done(folder: Path) -> dict[str, Any]:
-    return _read_record(folder / DONE, ("config", "line"))
+def _prepare_folder(stage: Stage, config: dict[str, Any], used: dict[str, Any]) -> None:
+    """Leaves a folder with the stage's configuration alone, or the GRPO run to go on with.
+
+    Raises:
+        FileExistsError: The folder holds something else, and the recipe does not say to replace it.
+    """
+    folder, resumes = stage.folder, stage.kind == "grpo"  # any other kind begins again
+    if stage.options.overwrite_output_dir:
+        clear_run(folder)
+    elif list_checkpoints(folder) or any(has_records(folder / name) for name in (METRICS, SAMPLES, ROWS)):
+        if not (folder / CONFIG).exists():
+            raise FileExistsError(f"{folder} holds another run; name another output_dir or set overwrite_output_dir")
+        recorded = read_yaml(folder / CONFIG)  # of a GRPO run, which has no key of a stage
+        keys = _differing(recorded, config, recorded.keys() - (MAY_DIFFER_ON_RESUME if resumes else MAY_DIFFER))
+        if keys:
+            raise FileExistsError(
+                f"{folder} holds a stage with another {', '.join(sorted(keys))} that was not finished; delete it, name "
+                "another output_dir or set overwrite_output_dir"
+            )
+        remade, changed = _changed_inputs(folder, used) if resumes else ("", "")
+        if remade:
+            raise FileExistsError(f"{folder} holds a stage on a {remade} that was made anew since; delete it")
+        if changed:  # a reward function that was mended, say
+            print(f"  goes on with {changed}, which has changed since the run began", flush=True)
+    (folder / DONE).unlink(missing_ok=True)
+    folder.mkdir(parents=True, exist_ok=True)
+    replace_text(folder / USED, json.dumps(used))
+    if resumes:
+        return  # the run looks after its folder itself
+    clear_run(folder)
+    for name in (ROWS, SAMPLES):
+        (folder / name).unlink(missing_ok=True)
+    replace_text(folder / CONFIG, yaml.safe_dump(config, sort_keys=False))
+    replace_text(folder / "versions.json", json.dumps(info.versions(), indent=1))
 
 
-def _read_record(path: Path, mappings: Sequence[str], **defaults: Any) -> dict[str, Any]:
+def _changed_inputs(folder: Path, used: dict[str, Any]) -> tuple[str, str]:
+    """In words, the keys whose stage was made anew since a folder's stage used it, and the files that have changed."""
+    has_record = (folder / USED).exists()  # which earlier versions wrote without files, or not at all
+    record = _read_record(folder / USED, "files", files={}) if has_record else {"files": {}}
+    remade = _differing(record, used, [key for key in used if key != "files"])
+    changed = _differing(record["files"], used["files"], [name for name in used["files"] if name in record["files"]])
+    return " and ".join(remade), " and ".join(changed)
+
+
+def _differing(record: Mapping[str, Any], current: Mapping[str, Any], names: Iterable[str]) -> list[str]:
+    return [name for name in names if record.get(name) != current.get(name)]
+
+
+def _read_record(path: Path, *mappings: str, **defaults: Any) -> dict[str, Any]:
     """What a stage wrote as JSON, with mappings under these keys; raises ValueError where it is anything else."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
@@ -139,103 +183,55 @@ def _read_record(path: Path, mappings: Sequence[str], **defaults: Any) -> dict[s
     return record
 
 
-def _finished(folder: Path, config: dict[str, Any], used: dict[str, Any]) -> dict[str, Any] | None:
-    """The line of a stage that is done; None if it is not."""
-    if not (folder / DONE).exists():
-        return None
-    done = _done(folder)
-    differing = _differing(done["config"], config)
-    if differing:
-        raise ValueError(
-            f"{folder} holds a stage with another {', '.join(differing)}; delete it to run it again, or name another "
-            "output_dir"
-        )
-    redone = _redone(folder, used)
-    if redone:
-        raise ValueError(f"{folder} holds a stage on a {redone} that was made anew since; delete it to run it again")
-    changed = _changed(folder, used)
-    if changed:
-        raise ValueError(
-            f"{folder} holds a stage that read {changed}, which has changed since; delete it to run it again, or set "
-            "overwrite_output_dir, with which every stage of a recipe is run again"
-        )
-    return done["line"]
+def fingerprints(config: Mapping[str, Any]) -> dict[str, str]:
+    """Of each file or folder that a stage reads, by its name in ``config.yaml``; what is on the Hub has none.
 
-
-def _redone(folder: Path, used: dict[str, Any]) -> str:
-    """The keys, in words, whose stage is not the one that a folder's was begun on."""
-    recorded = _recorded(folder)
-    return " and ".join(key for key in used if key != "files" and recorded.get(key) != used[key])
-
-
-def _changed(folder: Path, used: dict[str, Any]) -> str:
-    """The names, in words, of what is not as a folder's stage read it; of what it has no record of nothing is known."""
-    recorded = _recorded(folder)["files"]
-    return " and ".join(name for name, value in used["files"].items() if recorded.get(name, value) != value)
-
-
-def _recorded(folder: Path) -> dict[str, Any]:
-    """What ``used.json`` has, which versions of before wrote without files or not at all."""
-    path = folder / USED
-    return _read_record(path, ("files",), files={}) if path.exists() else {"files": {}}
-
-
-def _differing(found: dict[str, Any], config: dict[str, Any]) -> list[str]:
-    names = (found.keys() | config.keys()) - MAY_DIFFER
-    return sorted(name for name in names if found.get(name) != config.get(name))
-
-
-def _begin(stage: Stage, options: Any, config: dict[str, Any], used: dict[str, Any]) -> None:
-    """An empty folder but for the stage's configuration, or that of a GRPO stage to go on with.
-
-    Raises:
-        FileExistsError: The folder holds something else, and the recipe does not say to replace it.
+    These are models, datasets and rows, reward models, and the modules that reward functions are named in, but not what
+    those import.
     """
-    folder = stage.folder
-    if options.overwrite_output_dir:
-        clear_run(folder)
-    elif _is_begun(folder) and (folder / CONFIG).exists():
-        begun = read_yaml(folder / CONFIG)
-        differing = [name for name in _differing(begun, config) if name in begun]  # a run of GRPO has no stage's
-        differing = [name for name in differing if stage.kind != "grpo" or name not in MAY_DIFFER_ON_RESUME]
-        if differing:
-            raise FileExistsError(f"{folder} holds a stage with another {', '.join(differing)} that was not finished; "
-                                  "delete it, name another output_dir or set overwrite_output_dir")  # fmt: skip
-        redone = _redone(folder, used) if stage.kind == "grpo" else ""  # any other begins again
-        if redone:
-            raise FileExistsError(f"{folder} holds a stage on a {redone} that was made anew since; delete it")
-        changed = _changed(folder, used) if stage.kind == "grpo" else ""
-        if changed:  # a reward function that was mended, say
-            print(f"  goes on with {changed}, which has changed since the run began", flush=True)
-    elif _is_begun(folder):
-        raise FileExistsError(f"{folder} holds another run; name another output_dir or set overwrite_output_dir")
-    (folder / DONE).unlink(missing_ok=True)
-    folder.mkdir(parents=True, exist_ok=True)
-    replace_text(folder / USED, json.dumps(used))
-    if stage.kind == "grpo":
-        return  # the run looks after its folder itself
-    clear_run(folder)
-    for name in (ROWS, SAMPLES):
-        (folder / name).unlink(missing_ok=True)
-    replace_text(folder / CONFIG, yaml.safe_dump(config, sort_keys=False))
-    replace_text(folder / "versions.json", json.dumps(info.versions(), indent=1))
+    names = [config.get(key) for key in (*MODEL_PATHS.values(), "dataset_name", "data")]
+    paths = {name: Path(name).expanduser() for name in names if name not in (None, *TASKS)}
+    for reward in filter(None, (*config.get("reward_funcs", ()), *(config.get("keep") or ()), config.get("check"))):
+        name = reward.partition("(")[0].strip()
+        module = sys.modules.get(name.partition(":")[0].removesuffix(".py")) if ":" in name else None
+        if name not in BUILT_IN:
+            paths[name] = Path(getattr(module, "__file__", None) or name).expanduser()
+    output_dir = Path(config["output_dir"]).resolve()
+    return {
+        name: _fingerprint(path, output_dir, with_folders=name == config.get("dataset_name"))
+        for name, path in paths.items() if path.exists()
+    }  # fmt: skip
 
 
-def _is_begun(folder: Path) -> bool:
-    """Whether a folder has more than what a stage writes before its first row."""
-    files = (folder / METRICS, folder / SAMPLES, folder / ROWS)
-    return any(map(has_records, files)) or bool(list_checkpoints(folder))
+def _fingerprint(path: Path, output_dir: Path, *, with_folders: bool) -> str:
+    """Of a file, or of a folder's files that are neither hidden nor written by stages."""
+    files = [path]
+    if path.is_dir():
+        runs = output_dir.parent if path.resolve() in output_dir.parent.parents else output_dir
+        files = [
+            file for file in path.glob("**/*" if with_folders else "*")
+            if file.is_file() and runs not in file.resolve().parents
+            and not any(part.startswith(".") for part in file.relative_to(path).parts)
+        ]  # fmt: skip
+    lines = []
+    for file in sorted(files):
+        size, time_ns = file.stat().st_size, file.stat().st_mtime_ns
+        content = _digest(file.read_bytes()) if size <= _HASHED else f"{size} {time_ns}"
+        lines.append(f"{file.relative_to(path).as_posix()}\n{content}\n")
+    return _digest("".join(lines).encode(errors="surrogateescape"))
+
+
+def _digest(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()
 
 
 def summary_table(lines: Sequence[dict[str, Any]]) -> str:
     """The stages under each other, with what was measured of each."""
-    names = ["eval_accuracy", "eval_accuracy_greedy"]
-    names += [name for line in lines for name in line if name.startswith(("eval_format", "eval_language"))]
-    names = [*dict.fromkeys(names), "kept", "seconds"]
+    names = [name for line in lines for name in line if name.startswith(("eval_format", "eval_language"))]
+    names = [*dict.fromkeys(["eval_accuracy", "eval_accuracy_greedy", *names]), "kept", "seconds"]
     width = max(len(line["stage"]) for line in lines)
-    head = " ".join([" " * width, *(name.removeprefix("eval_").rjust(len(name)) for name in names)])
-    rows = [
-        " ".join([line["stage"].ljust(width), *(str(line.get(name, "")).rjust(len(name)) for name in names)])
-        for line in lines
-    ]
-    return "\n".join([head, *rows])
+    rows = [{"stage": ""} | {name: name.removeprefix("eval_") for name in names}, *lines]
+    return "\n".join(
+        " ".join([row["stage"].ljust(width), *(str(row.get(name, "")).rjust(len(name)) for name in names)])
+        for row in rows
+    )

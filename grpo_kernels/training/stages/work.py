@@ -6,7 +6,7 @@ import contextlib
 import json
 import random
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -28,7 +28,7 @@ from grpo_kernels.training.report import SAMPLES, MetricsLog, append_samples
 from grpo_kernels.training.report.terminal import count_step, progress_bar
 from grpo_kernels.training.rollout import Sampler, score_rollout
 from grpo_kernels.training.run import metrics_log, tracked, train
-from grpo_kernels.training.stages.config import Stage
+from grpo_kernels.training.stages import Stage
 from grpo_kernels.training.supervised import SupervisedStep, check_vocabularies, distill
 from grpo_kernels.training.task import (
     Task,
@@ -46,7 +46,6 @@ from grpo_kernels.training.task import (
 from grpo_kernels.training.tasks import TASKS
 
 ROWS = "rows.jsonl"
-Config = dict[str, Any]
 
 
 class Outcome(NamedTuple):
@@ -56,213 +55,194 @@ class Outcome(NamedTuple):
     checkpoint: Path | None = None
 
 
-def run_sft(stage: Stage, options: Any, config: Config) -> Outcome:
+def run_sft(stage: Stage) -> Outcome:
     """Trains on traces: the dataset's own, or rows with a prompt and a completion."""
-    task = _measurable(options)
-    rows = task.train_rows if options.data is None else read_rows(Path(config["data"]), ("prompt", "completion"))
-    with _log(options) as log:
-        steps = train_on_traces(task.model, task.tokenizer, rows, options)
-        return _trained(stage, task, options, steps, log, traces=sum(bool(row.get("completion")) for row in rows))
+    task = _load_fitting_task(stage.options)
+    rows = _read_data(stage.options, ("prompt", "completion"), task.train_rows)
+    with _open_log(stage.options) as log:
+        steps = train_on_traces(task.model, task.tokenizer, rows, stage.options)
+        return _train(stage, task, steps, log, traces=sum(bool(row.get("completion")) for row in rows))
 
 
-def run_grpo(stage: Stage, options: Any, config: Config) -> Outcome:
+def run_grpo(stage: Stage) -> Outcome:
     """Trains on rewards, and measures what came of it."""
-    rows = None if options.data is None else read_rows(Path(config["data"]), columns_needed(options))
-    recipe = Recipe(**{key.name: getattr(options, key.name) for key in fields(Recipe)})
+    rows = _read_data(stage.options, columns_needed(stage.options))
+    recipe = Recipe(**{key.name: getattr(stage.options, key.name) for key in fields(Recipe)})
     checkpoint = train(recipe, rows=rows).checkpoint
-    options = replace(options, model_name_or_path=str(checkpoint), use_vllm=False)  # the server served the run
-    return Outcome(_scores(_measurable(options), options)[0], checkpoint)
+    options = replace(stage.options, model_name_or_path=str(checkpoint), use_vllm=False)  # the server served the run
+    return Outcome(_evaluate(_load_fitting_task(options), options)[0], checkpoint)
 
 
-def run_sample(stage: Stage, options: Any, config: Config) -> Outcome:
+def run_sample(stage: Stage) -> Outcome:
     """Rejection sampling: keeps the distinct completions that earn enough, as rows to train on."""
-    rows = None if options.data is None else read_rows(Path(config["data"]), columns_needed(options))
-    task = load_task(options, rows, least=1)
-    rows = _problems(task, options)
-    with _log(options) as log:
-        return Outcome(_sampled(stage, task, options, rows, log)[1])
+    task = load_task(stage.options, _read_data(stage.options, columns_needed(stage.options)), least=1)
+    problems = fitting_rows(task, task.train_rows, stage.options)
+    with _open_log(stage.options) as log:
+        return Outcome(_sample(stage, task, problems, log)[1])
 
 
-def run_augment(stage: Stage, options: Any, config: Config) -> Outcome:
+def run_augment(stage: Stage) -> Outcome:
     """Writes the rows whose traces are right, and the problems that goal-directed augmentation makes of all."""
-    rows, eval_rows = load_task_rows(options)
-    if options.data is not None:
-        rows = read_rows(Path(config["data"]), ("prompt", "answer", "completion"))
+    options = stage.options
     built_in = TASKS.get(options.dataset_name)
-    found = augment(
-        [row for row in rows if row.get("completion")],
-        random.Random(options.seed),
-        task=built_in,
-        held_out=eval_rows,
-        num_rows=options.num_rows,
-        ways=options.ways,
-    )
+    train_rows, eval_rows = load_task_rows(options)
+    rows = _read_data(options, ("prompt", "answer", "completion"), train_rows)
+    rows = [row for row in rows if row.get("completion")]
+    how = {"task": built_in, "held_out": eval_rows, "num_rows": options.num_rows, "ways": options.ways}
+    rows = augment(rows, random.Random(options.seed), **how)
     is_good = is_right if built_in is None else built_in.is_worked
-    kept = [row for row in found if row["source"] != SEED or is_good(row)]
-    counts = Counter(row["source"] for row in kept)
+    kept = [row for row in rows if row["source"] != SEED or is_good(row)]
     if not kept:
-        raise ValueError(f"stage {stage.name!r}: no trace of {len(found)} rows is right, and nothing was made of them")
-    _write_rows(stage.folder, kept)
-    line = {name: counts[name] for name in (SEED, *options.ways)}
-    with _log(options) as log:
-        log.write(0, line)
-    _write_samples(stage.folder, [{"step": 0, **row} for row in kept[:: max(1, len(kept) // 20)]])
-    return Outcome({"kept": len(kept), **line})
+        raise ValueError(f"stage {stage.name!r}: no trace of {len(rows)} rows is right, and nothing was made of them")
+    sources = Counter(row["source"] for row in kept)
+    counts = {name: sources[name] for name in (SEED, *options.ways)}
+    write_records(stage.folder / ROWS, kept)
+    with _open_log(options) as log:
+        log.write(0, counts)
+    write_records(stage.folder / SAMPLES, [{"step": 0, **row} for row in kept[:: max(1, len(kept) // 20)]])
+    return Outcome({"kept": len(kept), **counts})
 
 
-def run_distill(stage: Stage, options: Any, config: Config) -> Outcome:
+def run_distill(stage: Stage) -> Outcome:
     """A teacher's samples, of which enough must be earned, and a student trained on them, or on its distributions."""
-    task = _measurable(options)
-    teacher, tokenizer = load_model(replace(options, model_name_or_path=config["teacher_model_name_or_path"]))
+    options = stage.options
+    task = _load_fitting_task(options)
+    teacher, tokenizer = load_model(replace(options, model_name_or_path=options.teacher_model_name_or_path))
     if options.beta is not None:
         check_vocabularies(task.tokenizer, tokenizer)
-    problems = _problems(task, options) if options.data is None or options.lmbda else []
-    rows, line = [], {}
-    with _log(options) as log:
-        if options.data is not None:
-            rows = read_rows(Path(config["data"]), ("prompt", "completion"))
-        elif options.lmbda < 1:
+    needs_problems = options.data is None or options.lmbda
+    problems = fitting_rows(task, task.train_rows, options) if needs_problems else []
+    rows, counts = _read_data(options, ("prompt", "completion"), []), {}
+    with _open_log(options) as log:
+        if options.data is None and options.lmbda < 1:
             set_seed(options.seed)
-            teaching = task._replace(model=teacher, tokenizer=tokenizer)
-            rows, line = _sampled(stage, teaching, options, problems, None)
+            rows, counts = _sample(stage, task._replace(model=teacher, tokenizer=tokenizer), problems)
         set_seed(options.seed)
         if options.beta is None:
             steps = train_on_traces(task.model, task.tokenizer, rows, options)
         else:
-            steps = distill(
-                task.model,
-                teacher,
-                task.tokenizer,
-                rows,
-                problems[: options.prompts],
-                sampler=_sampler(task, options),
-                beta=options.beta,
-                lmbda=options.lmbda,
-                temperature=options.temperature,
-                backend=options.backend,
-                **supervised_options(options),
-            )
-        return _trained(stage, task, options, steps, log, **line)
+            loss = {name: getattr(options, name) for name in ("beta", "lmbda", "temperature", "backend")}
+            loss |= {"sampler": _build_sampler(task, options), **supervised_options(options)}
+            steps = distill(task.model, teacher, task.tokenizer, rows, problems[: options.prompts], **loss)
+        return _train(stage, task, steps, log, **counts)
 
 
-def run_eval(stage: Stage, options: Any, config: Config) -> Outcome:
+def run_eval(stage: Stage) -> Outcome:
     """pass@1, pass@k and cons@k of the held-out problems, each with its 95% confidence interval, and greedy."""
-    task = _measurable(options, least=0)
+    options = stage.options
+    task = _load_fitting_task(options, least=0)
+    if not task.eval_rows:
+        raise ValueError(f"dataset {options.dataset_name!r} has no held-out problems: set num_eval_prompts, or an "
+                         "eval_dataset_split with rows")  # fmt: skip
     print(f"  {options.model_name_or_path or 'a fresh model'}, {len(task.eval_rows)} held-out problems, right answers "
           f"judged by: {evaluation_options(options)['check_name']}")  # fmt: skip
-    found, report = _scores(task, options, ks=options.ks, all_intervals=True)
-    for value in report.scores.values():
-        print(f"  {value}")
-    with _log(options) as log:
-        log.write(0, found)
-    _write_eval_samples(stage.folder, 0, report)
-    return Outcome({"problems": len(task.eval_rows), "samples": options.eval_samples, **found})
+    with _open_log(options) as log:
+        scores, report = _evaluate(task, options, log, ks=options.ks, all_intervals=True)
+    for score_with_interval in report.scores.values():
+        print(f"  {score_with_interval}")
+    return Outcome({"problems": len(task.eval_rows), "samples": options.eval_samples, **scores})
 
 
-#: By kind: from a stage, what it is told and what its file says to what came of it.
-STAGE_RUNNERS: dict[str, Callable[[Stage, Any, Config], Outcome]] = {
+#: By kind. The stage that they take has, in the place of another's name, what that one left.
+STAGE_RUNNERS: dict[str, Callable[[Stage], Outcome]] = {
     "sft": run_sft, "grpo": run_grpo, "sample": run_sample, "augment": run_augment, "distill": run_distill,
     "eval": run_eval,
 }  # fmt: skip
 
 
-def _measurable(options: Any, least: int = 1) -> Task:
-    """The task with the held-out rows that fit into its model's context; found out before any training."""
+def write_records(path: Path, records: Iterable[Mapping[str, Any]]) -> None:
+    """Writes a line of JSON for each record, as a whole."""
+    replace_text(path, "".join(json.dumps(record) + "\n" for record in records))
+
+
+def _load_fitting_task(options: Any, least: int = 1) -> Task:
+    """The task with the held-out rows that fit into its model's context, which is an error before any training."""
     task = load_task(options, least=least)
     return task._replace(eval_rows=held_out_rows(task, options))
 
 
-def _sampler(task: Task, options: Any) -> Sampler:
+def _read_data(options: Any, columns: Sequence[str], default: Any = None) -> Any:
+    """The rows of the key ``data``, which have these columns; without it the default."""
+    return default if options.data is None else read_rows(Path(options.data), columns)
+
+
+def _build_sampler(task: Task, options: Any) -> Sampler:
     accelerator = build_accelerator(bf16=False, cpu=task.model.device.type == "cpu")
     return build_sampler(task, options, accelerator, getattr(options, "temperature", 1.0))
 
 
-def _problems(task: Task, options: Any) -> list[Row]:
-    """The training rows whose prompt leaves room for a completion in the model's context."""
-    return fitting_rows(task, task.train_rows, options)
-
-
-def _log(options: Any) -> contextlib.closing[MetricsLog]:
+def _open_log(options: Any) -> contextlib.closing[MetricsLog]:
     return contextlib.closing(metrics_log(options, tracked(options)))
 
 
-def _trained(
-    stage: Stage, task: Task, options: Any, steps: Iterator[SupervisedStep], log: MetricsLog, **line: Any
-) -> Outcome:
+def _train(stage: Stage, task: Task, steps: Iterator[SupervisedStep], log: MetricsLog, **counts: int) -> Outcome:
     """Goes through the steps of a supervised training, saves the model, and measures it."""
+    options = stage.options
     with progress_bar(options.sft_steps, stage.name, is_hidden=options.disable_tqdm) as bar:
         for number, step in enumerate(steps, start=1):
             log.write(number, {"loss": step.loss})
             count_step(bar, completions=options.sft_batch_size, tokens=step.tokens, loss=step.loss)
     checkpoint = save_checkpoint(stage.folder, options.sft_steps, task.model, task.tokenizer, keep=1)
-    found, report = _scores(task, options)
-    if report is not None:
-        log.write(options.sft_steps, found)
-        _write_eval_samples(stage.folder, options.sft_steps, report)
-    return Outcome(line | found, checkpoint)
+    return Outcome(counts | _evaluate(task, options, log, options.sft_steps)[0], checkpoint)
 
 
-def _sampled(
-    stage: Stage, task: Task, options: Any, rows: Sequence[Row], log: MetricsLog | None
+def _sample(
+    stage: Stage, task: Task, problems: Sequence[Row], log: MetricsLog | None = None
 ) -> tuple[list[Row], dict[str, int]]:
     """Writes the distinct completions that earn enough, never an empty one; returns them, and how many they are.
 
     Raises:
         ValueError: None does.
     """
-    functions = {name: resolve(name) for name in options.keep or {}}
-    least = torch.tensor(list((options.keep or {}).values()))
-    asked = [row for row in rows[: options.prompts] for _ in range(options.samples)]
-    sampler = _sampler(task, options)
+    options, keep = stage.options, stage.options.keep or {}
+    functions = {name: resolve(name) for name in keep}
+    thresholds = torch.tensor(list(keep.values()))
+    rows = [row for row in problems[: options.prompts] for _ in range(options.samples)]
+    sampler = _build_sampler(task, options)
     kept: dict[tuple[str, str], Row] = {}
-    for number, begin in enumerate(range(0, len(asked), options.eval_batch_size), start=1):
-        batch = asked[begin : begin + options.eval_batch_size]
+    for number, begin in enumerate(range(0, len(rows), options.eval_batch_size), start=1):
+        batch = rows[begin : begin + options.eval_batch_size]
         scored = score_rollout(
             sampler, task.tokenizer, batch, functions, prompt_format=options.prompt_format, temperature=1.0
         )
-        completions, rewards = scored.completions, scored.rewards
-        for row, completion, is_good in zip(batch, completions, (rewards >= least).all(dim=1).tolist(), strict=True):
-            if is_good and completion:
+        rewards, is_kept = total(scored.rewards, None).tolist(), (scored.rewards >= thresholds).all(dim=1).tolist()
+        samples = []
+        for row, completion, reward, earns_enough in zip(batch, scored.completions, rewards, is_kept, strict=True):
+            samples.append(Sample(str(row["prompt"]), completion, reward))
+            if earns_enough and completion:
                 kept[json.dumps(row["prompt"]), completion] = row | {"completion": completion}
-        shown = zip(batch, completions, total(rewards, None).tolist(), strict=True)
-        shown = [Sample(str(row["prompt"]), *found) for row, *found in shown][: options.num_completions_to_print]
-        append_samples(stage.folder / SAMPLES, number, shown)
+        append_samples(stage.folder / SAMPLES, number, samples[: options.num_completions_to_print])
         if log is not None:
-            means = {f"rewards/{name}/mean": rewards[:, k].nanmean().item() for k, name in enumerate(functions)}
+            means = {f"rewards/{name}/mean": scored.rewards[:, k].nanmean().item() for k, name in enumerate(functions)}
             log.write(number, {"sampled": begin + len(batch), "kept": len(kept), **means})
     if not kept:
-        raise ValueError(f"stage {stage.name!r}: none of {len(asked)} completions earned {options.keep}")
-    found = list(kept.values())
-    _write_rows(stage.folder, found)
-    return found, {"sampled": len(asked), "kept": len(found)}
+        raise ValueError(f"stage {stage.name!r}: none of {len(rows)} completions earned {options.keep}")
+    write_records(stage.folder / ROWS, kept.values())
+    return list(kept.values()), {"sampled": len(rows), "kept": len(kept)}
 
 
-def _scores(
-    task: Task, options: Any, ks: Sequence[int] | None = None, all_intervals: bool = False
-) -> tuple[dict[str, float], EvalReport | None]:
-    """Held-out scores, and the mean of every reward function at temperature 1; nothing without held-out problems."""
+def _evaluate(
+    task: Task, options: Any, log: MetricsLog | None = None, step: int = 0, *,
+    ks: Sequence[int] | None = None, all_intervals: bool = False,
+) -> tuple[dict[str, float], EvalReport | None]:  # fmt: skip
+    """Held-out scores, and the mean of every reward function at temperature 1; nothing without held-out problems.
+
+    With a log it writes them there, and every completion of the held-out problems to ``samples.jsonl``.
+    """
     if not task.eval_rows:
         return {}, None
-    sampler, evaluation = _sampler(task, options), evaluation_options(options)
-    report = evaluate_samples(sampler, task.tokenizer, task.eval_rows, ks=ks, **evaluation)
-    scores = {name: round(value, 4) for name, value in report.metrics(all_intervals).items()}
+    sampler = _build_sampler(task, options)
+    report = evaluate_samples(sampler, task.tokenizer, task.eval_rows, ks=ks, **evaluation_options(options))
+    samples = [sample for group in report.samples for sample in group]
     rows = [row for row in task.eval_rows for _ in range(options.eval_samples)]
-    completions = [sample.completion for group in report.samples for sample in group]
     columns = columns_of(rows, [ids for group in report.completion_ids for ids in group])
-    rewards = score(task.reward_functions, [row["prompt"] for row in rows], completions, columns)
-    means = {name: round(rewards[:, k].nanmean().item(), 4) for k, name in enumerate(task.reward_functions)}
-    return scores | {f"eval_{name}": mean for name, mean in means.items() if name != "accuracy"}, report
-
-
-def _write_rows(folder: Path, rows: Sequence[Row]) -> None:
-    replace_text(folder / ROWS, "".join(json.dumps(row) + "\n" for row in rows))
-
-
-def _write_samples(folder: Path, records: Sequence[dict[str, Any]]) -> None:
-    replace_text(folder / SAMPLES, "".join(json.dumps(record) + "\n" for record in records))
-
-
-def _write_eval_samples(folder: Path, step: int, report: EvalReport) -> None:
-    """Every completion of the held-out problems."""
-    samples = [sample for group in [*report.samples, report.greedy] for sample in group]
-    _write_samples(folder, [{"step": step, **sample._asdict()} for sample in samples])
+    prompts, completions = [row["prompt"] for row in rows], [sample.completion for sample in samples]
+    rewards = score(task.reward_functions, prompts, completions, columns)
+    means = {f"eval_{name}": rewards[:, k].nanmean().item() for k, name in enumerate(task.reward_functions)}
+    means.pop("eval_accuracy", None)  # which the report has
+    scores = {name: round(value, 4) for name, value in (report.metrics(all_intervals) | means).items()}
+    if log is not None:
+        log.write(step, scores)
+        records = [{"step": step, **sample._asdict()} for sample in [*samples, *report.greedy]]
+        write_records(Path(options.output_dir) / SAMPLES, records)
+    return scores, report
