@@ -22,7 +22,7 @@ from pathlib import Path
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from grpo_kernels.training.tasks import build_model
+from grpo_kernels.training.addition import build_model
 
 WORDS = ("<pad>", "<eos>", "<unk>", "<think>", "</think>", "<answer>", "</answer>")
 WORDS += (*"0123456789", "-", "=", "units", "borrow", "tens")

@@ -158,7 +158,7 @@ def _check_runs_here(options: Any) -> None:
 
 
 def _look_beside(name: str | None) -> None:
-    """Has ``module:function`` looked for in the folder at hand, which a console script leaves out, and the recipe's."""
+    """Has reward modules found in the current folder, which a console script leaves out, and beside the recipe."""
     from grpo_kernels.rewards import look_in
 
     look_in(Path.cwd())

@@ -34,7 +34,7 @@ def test_the_minimal_loop_learns(run_example, capsys):
 
 
 def test_the_minimal_loop_takes_a_model_and_a_kl_penalty(run_example, tmp_path):
-    from grpo_kernels.training.tasks import TASKS, build_model
+    from grpo_kernels.training.addition import TASKS, build_model
 
     tokenizer = TASKS["addition"].build_tokenizer()
     build_model(tokenizer, 0, hidden_size=32).save_pretrained(tmp_path)

@@ -16,7 +16,7 @@ from transformers import Qwen2Config, Qwen2ForSequenceClassification
 from grpo_kernels import rewards
 from grpo_kernels.errors import ThirdPartyError
 from grpo_kernels.rewards import RewardLog, RewardModel, columns_of, resolve, score
-from grpo_kernels.training.tasks import TASKS, build_model
+from grpo_kernels.training.addition import TASKS, build_model
 
 CHAT = [{"role": "user", "content": "1 + 1 ="}]
 TEMPLATE = "{% for m in messages %}<{{ m.role }}> {{ m.content }} {% endfor %}"

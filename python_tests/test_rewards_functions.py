@@ -211,7 +211,7 @@ def test_length_may_be_counted_by_a_tokenizer():
 
 
 def test_a_tokenizer_is_loaded_by_its_name(tmp_path):
-    from grpo_kernels.training.tasks import TASKS
+    from grpo_kernels.training.addition import TASKS
 
     tokenizer = TASKS["addition"].build_tokenizer()
     tokenizer.save_pretrained(tmp_path)

@@ -9,10 +9,10 @@ import pytest
 from test_training_tasks import every_task, problems, right, worked_out
 
 from grpo_kernels import rewards
+from grpo_kernels.training.addition import TASKS
 from grpo_kernels.training.augmentation import augment, is_right, relabel, vary_goal, vary_start
 from grpo_kernels.training.data import templates
 from grpo_kernels.training.data.rows import worked_completion
-from grpo_kernels.training.tasks import TASKS
 
 SEEDS = range(6)
 SOLUTION = "He has 3*4 = <<3*4=12>>12 apples.\nHe eats half, <<12/2=6>>6 of them.\nSo 12-6-1 = <<12-6-1=5>>5 are left."

@@ -21,10 +21,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from grpo_kernels import cli
 from grpo_kernels.files import replace_text, replacing
 from grpo_kernels.hub import load_tokenizer
+from grpo_kernels.training.addition import TASKS, build_model
 from grpo_kernels.training.checkpoint import clear_run, list_checkpoints, save_checkpoint, status_line
 from grpo_kernels.training.report import append_records, read_records
 from grpo_kernels.training.report.page import plot_curves
-from grpo_kernels.training.tasks import TASKS, build_model
 
 
 @pytest.fixture

@@ -16,13 +16,13 @@ from testing.training import completion_logits
 
 from grpo_kernels import cli
 from grpo_kernels.integrations.transformers.model_head import open_head
+from grpo_kernels.training.addition import TASKS, build_model
 from grpo_kernels.training.checkpoint import save_checkpoint
 from grpo_kernels.training.recipe import Recipe
 from grpo_kernels.training.rollout import teacher_forced
 from grpo_kernels.training.stages import KINDS, load_stage
 from grpo_kernels.training.supervised import check_vocabularies, teaching_loss
 from grpo_kernels.training.task import columns_needed, load_task_rows
-from grpo_kernels.training.tasks import TASKS, build_model
 
 SMALL: dict[str, Any] = {
     "num_eval_prompts": 3, "eval_samples": 2, "sft_steps": 3, "sft_batch_size": 4, "max_completion_length": 8,

@@ -12,6 +12,7 @@ from testing.training import report_of
 
 from grpo_kernels import rewards
 from grpo_kernels.training import supervised
+from grpo_kernels.training.addition import TASKS, build_model
 from grpo_kernels.training.data import templates
 from grpo_kernels.training.data.files import read_file
 from grpo_kernels.training.data.rows import load_rows, split_solution
@@ -20,7 +21,6 @@ from grpo_kernels.training.metrics import informative_groups
 from grpo_kernels.training.recipe import Recipe
 from grpo_kernels.training.rollout import teacher_forced
 from grpo_kernels.training.task import load_task, train_on_traces
-from grpo_kernels.training.tasks import TASKS, build_model
 
 CLIPS = (
     "Natalia sold 48/2 = <<48/2=24>>24 clips in May.\n"

@@ -18,7 +18,6 @@ from grpo_kernels.training.evaluation import (
     interval,
     measure_pass_rates,
     pass_at_k,
-    pass_rates,
 )
 from grpo_kernels.training.recipe import Recipe
 from grpo_kernels.training.rollout import teacher_forced
@@ -31,7 +30,6 @@ def rights(*counts, samples):
 
 def test_pass_at_k_by_hand():
     right = rights(0, 1, 4, samples=4)
-    assert pass_rates(right) == [0.0, 0.25, 1.0]
     assert pass_at_k(right).value == pytest.approx(1.25 / 3)
     assert pass_at_k(right, 2).value == pytest.approx((0 + 0.5 + 1) / 3)  # 1 - C(3, 2) / C(4, 2) = 1 - 3/6
     assert pass_at_k(right, 4).value == pytest.approx(2 / 3)
@@ -101,7 +99,7 @@ def test_no_values_and_no_samples_are_refused():
     with pytest.raises(ValueError, match="values must have one value per problem, got none"):
         interval([])
     with pytest.raises(ValueError, match=r"the samples of each problem \(0\)"):
-        pass_rates([[True], []])
+        pass_at_k([[True], []])
 
 
 def test_one_sample_a_problem_has_wilsons_interval():
@@ -198,7 +196,6 @@ def test_a_report_has_samples_rates_and_scores_in_the_order_of_the_rows(task, sc
     assert [s.answer for s in report.samples[0]] == [right[0], "7", right[0], None]
     assert [s.prompt for s in report.greedy] == [row["prompt"] for row in rows]
     assert [s.right for s in report.greedy] == [True, False]
-    assert report.pass_rates == [0.5, 0.25]
     values = {name: score.value for name, score in report.scores.items()}
     assert values == {"pass@1": 0.375, "pass@4": 1.0, "cons@4": 0.5, "greedy": 0.5}
     assert all(isinstance(score, Score) and score.name == name for name, score in report.scores.items())
@@ -227,8 +224,9 @@ def test_the_check_and_the_extraction_are_the_callers(task, script):
         seen.extend(zip(prompts, level, strict=True))
         return [None if c == "4" else 1.0 if c == "3" else 0.9 for c in completions]
 
-    found = report_of(task, rows, recipe_of(), script, ks=(3,), check=check, extract=lambda text: text)
-    assert found.pass_rates == [0.5, 0.5]  # only a whole 1 is right
+    check.extract = lambda text: text
+    found = report_of(task, rows, recipe_of(), script, ks=(3,), check=check)
+    assert [[s.right for s in group] for group in found.samples] == [[False, True, True, False]] * 2  # a whole 1
     assert found.scores["cons@3"].value == 1.0
     assert set(seen) == {(row["prompt"], row["level"]) for row in rows}
 

@@ -13,13 +13,13 @@ from testing.training import ScriptedSampler, accuracies_of, completion_logprobs
 from grpo_kernels import backends
 from grpo_kernels.device_values import first_bad
 from grpo_kernels.loss.metrics import PolicyMetrics
+from grpo_kernels.training.addition import TASKS, build_model
 from grpo_kernels.training.loop import GRPOLoop
 from grpo_kernels.training.recipe import Recipe, load_recipe
 from grpo_kernels.training.report import read_records
 from grpo_kernels.training.rollout import Rollout
 from grpo_kernels.training.run import train
 from grpo_kernels.training.task import Task, load_task, train_on_traces
-from grpo_kernels.training.tasks import TASKS, build_model
 
 
 @pytest.fixture(autouse=True)
@@ -75,7 +75,7 @@ def test_accumulated_gradients_equal_those_of_one_batch(loss_type, backend):
     entropy_coef = 0.1 if loss_type in ("dapo", "bnpo") else 0.0
     loop = loop_of(loss_type=loss_type, entropy_coef=entropy_coef, beta=0.1, backend=backend)
     loop.model.double()
-    loop.reference.double()
+    loop.policy.reference.double()
     batch, _, _ = loop.collect()
     with torch.no_grad():
         loop.model.lm_head.weight.mul_(1.5)  # ratios and KL away from 1 and 0
@@ -144,10 +144,10 @@ def test_old_and_reference_log_probs_exist_only_where_they_are_used():
 
 def test_the_reference_stays_where_it_was():
     loop = loop_of(beta=0.1, max_steps=2)
-    before = [p.clone() for p in loop.reference.parameters()]
+    before = [p.clone() for p in loop.policy.reference.parameters()]
     kl = [step.metrics["kl"] for step in loop.steps()]
     assert abs(kl[0]) < 1e-6 < kl[1]
-    assert all(torch.equal(p, q) for p, q in zip(before, loop.reference.parameters(), strict=True))
+    assert all(torch.equal(p, q) for p, q in zip(before, loop.policy.reference.parameters(), strict=True))
     assert not all(torch.equal(p, q) for p, q in zip(before, loop.model.parameters(), strict=True))
 
 
@@ -156,7 +156,8 @@ def test_the_references_log_probs_are_of_the_generation():
     batches = [loop.collect()[0] for _ in range(2)]
     assert not torch.equal(batches[0].rollout.completion_ids, batches[1].rollout.completion_ids)
     for batch in batches:
-        expected = completion_logprobs(loop.reference, batch.rollout, temperature=1.0, batch_size=16, backend="torch")
+        options = {"temperature": 1.0, "batch_size": 16, "backend": "torch"}
+        expected = completion_logprobs(loop.policy.reference, batch.rollout, **options)
         torch.testing.assert_close(batch.ref_logprobs, expected)
 
 

@@ -17,7 +17,7 @@ from test_training_loop import loop_of, one_thread, recipe_of  # noqa: F401  (a 
 from torch import Tensor
 
 from grpo_kernels import GRPOLossConfig, group_advantages
-from grpo_kernels.training import evaluation, samplers
+from grpo_kernels.training import evaluation
 from grpo_kernels.training.evaluation import EvalReport, EvalSample, evaluate
 from grpo_kernels.training.loop import Batch, GRPOLoop
 from grpo_kernels.training.metrics import (
@@ -27,8 +27,9 @@ from grpo_kernels.training.metrics import (
     length_metrics,
     reward_metrics,
 )
-from grpo_kernels.training.rollout import Rollout, generate
+from grpo_kernels.training.rollout import Rollout
 from grpo_kernels.training.run import train
+from grpo_kernels.training.samplers import ModelSampler
 from grpo_kernels.training.stages import Sample, Stage
 from grpo_kernels.training.stages import work as stage_work
 from grpo_kernels.training.task import load_task
@@ -235,7 +236,7 @@ def test_a_steps_metrics_are_those_of_one_plain_batch(packing: bool) -> None:
     """However unequal its micro-batches are; one has no token, and truncated completions are left out."""
     loop = loop_of(beta=0.1, epsilon=0.02, epsilon_high=0.03, temperature=0.8, packing=packing, max_grad_norm=0.0)
     loop.model.double()
-    loop.reference.double()
+    loop.policy.reference.double()
     for seed in range(3):
         torch.manual_seed(seed)
         batch, _, _ = loop.collect()
@@ -355,17 +356,18 @@ def test_a_stages_scores_reward_the_tokens_that_were_sampled(monkeypatch: pytest
     task = load_task(recipe_of(num_eval_prompts=6, reward_funcs=["accuracy"]))
     recipe = recipe_of(num_eval_prompts=6, eval_samples=3, eval_batch_size=4, reward_funcs=["accuracy"])
     lengths: list[list[int]] = []
+    sample = ModelSampler.__call__
 
-    def recorded(*arguments: Any, temperature: float, **options: Any) -> Rollout:
-        rollout = generate(*arguments, temperature=temperature, **options)
-        if temperature:
+    def recorded(self: ModelSampler, prompts: list[str], **options: Any) -> Rollout:
+        rollout = sample(self, prompts, **options)
+        if options["temperature"]:
             lengths.append(rollout.completion_mask.sum(dim=1).tolist())
         return rollout
 
     def tokens(prompts: list[str], completions: list[str], completion_ids: list[list[int]], **_: Any) -> list[float]:
         return [float(len(ids)) for ids in completion_ids]
 
-    monkeypatch.setattr(samplers, "generate", recorded)
+    monkeypatch.setattr(ModelSampler, "__call__", recorded)
     found, report = stage_work._evaluate(task._replace(reward_functions={"tokens": tokens}), recipe)
     every = [n for batch in lengths for n in batch]
     assert len(every) == 18 and len(set(every)) > 1

@@ -16,13 +16,13 @@ from safetensors.torch import load_file, save_file
 from test_training_resume import SETTINGS, recipe_of
 
 from grpo_kernels import cli
+from grpo_kernels.training.addition import TASKS, build_model
 from grpo_kernels.training.checkpoint import list_checkpoints, read_weights, save_checkpoint
 from grpo_kernels.training.models import load_pretrained
 from grpo_kernels.training.recipe import Recipe
 from grpo_kernels.training.report import read_records
 from grpo_kernels.training.run import train
 from grpo_kernels.training.task import load_model, prepare_model
-from grpo_kernels.training.tasks import TASKS, build_model
 
 ADAPTED: dict[str, Any] = {"use_peft": True, "lora_r": 4, "max_steps": 4, "learning_rate": 0.05}
 IDS = torch.arange(12)[None]

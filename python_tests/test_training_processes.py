@@ -53,7 +53,7 @@ class Found:
 def model_of(tokenizer: Any, tied: bool) -> Any:
     import transformers
 
-    from grpo_kernels.training.tasks import build_model
+    from grpo_kernels.training.addition import build_model
 
     config = build_model(tokenizer, seed=0).config
     config.tie_word_embeddings = tied
@@ -101,9 +101,9 @@ def worker(folder: Path, mode: str) -> None:
 
 
 def loop_of(name: str, accelerator: Any) -> Any:
+    from grpo_kernels.training.addition import TASKS
     from grpo_kernels.training.loop import GRPOLoop
     from grpo_kernels.training.task import Task
-    from grpo_kernels.training.tasks import TASKS
 
     tied, changes = CASES[name]
     tokenizer = TASKS["addition"].build_tokenizer()
@@ -119,7 +119,8 @@ def steps_of(folder: Path, mode: str, name: str, accelerator: Any) -> None:
     """
     from grpo_kernels.training.checkpoint import save_checkpoint
     from grpo_kernels.training.evaluation import evaluate
-    from grpo_kernels.training.rollout import generate, teacher_forced
+    from grpo_kernels.training.rollout import teacher_forced
+    from grpo_kernels.training.samplers import ModelSampler
     from grpo_kernels.training.task import evaluation_options
 
     loop = loop_of(name, accelerator)
@@ -136,14 +137,13 @@ def steps_of(folder: Path, mode: str, name: str, accelerator: Any) -> None:
     micro_batches = [batch.select(part) for part in torch.arange(share).split(2)]
     found = [loop.optimizer_step(micro_batches) for _ in range(2)]
     found.append(loop._reward_metrics(loop._gather(every[mine])) | loop._length_metrics(rollout))
-    greedy = generate(
-        loop.model, loop.tokenizer, prompts, max_completion_length=4, temperature=0.0, synced=mode != "one"
-    )
+    options = {"max_completion_length": 4, "temperature": 0.0, "synced": mode != "one"}
+    greedy = ModelSampler(loop.model, loop.tokenizer, **options)(prompts)
     sampled = accelerator.gather(accelerator.pad_across_processes(greedy.completion_ids, dim=1)).tolist()
     recipe = replace(loop.recipe, check="test_training_processes:of_even_length")
     accuracies = evaluate(loop.sampler, loop.tokenizer, loop.rows[:5], accelerator, **evaluation_options(recipe))
     checkpoint = save_checkpoint(
-        folder / f"{mode}-{name}", 2, loop.model, loop.tokenizer, keep=1, trained=loop.trained()
+        folder / f"{mode}-{name}", 2, loop.model, loop.tokenizer, keep=1, training_state=loop.training_state()
     )
     weights = accelerator.get_state_dict(loop.policy.wrapped)
     weights = {key: value.clone() for key, value in weights.items()} if accelerator.is_main_process else {}
@@ -167,9 +167,9 @@ def gradients_of_a_head_that_lets_its_weight_go() -> None:
     from torch.distributed.fsdp import fully_shard
 
     from grpo_kernels import GRPOLossConfig
+    from grpo_kernels.training.addition import TASKS
     from grpo_kernels.training.policy import Policy
     from grpo_kernels.training.rollout import teacher_forced
-    from grpo_kernels.training.tasks import TASKS
 
     tokenizer = TASKS["addition"].build_tokenizer()
     rollout = teacher_forced(tokenizer, ["1 + 2 =", "3 + 4 ="], ["1 2 3", "4"])

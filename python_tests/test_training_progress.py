@@ -8,7 +8,7 @@ import sys
 
 import pytest
 
-from grpo_kernels.training.loop import Sample
+from grpo_kernels.training.report import SampleRecord
 from grpo_kernels.training.report.terminal import MetricsTable, count_step, printable, progress_bar, show_samples
 
 
@@ -70,7 +70,7 @@ def shown_samples(capsys, *samples):
 
 def test_a_table_of_samples_folds_long_texts_into_its_width(capsys, as_terminal):
     words = [f"word{k}" for k in range(60)]
-    text = shown_samples(capsys, Sample("1 + 1 =", " ".join(words), 0.5, -1.25), Sample("p", "c", 1.0))
+    text = shown_samples(capsys, SampleRecord("1 + 1 =", " ".join(words), 0.5, -1.25), SampleRecord("p", "c", 1.0))
     plain = re.sub(r"\x1b\[[0-9;]*m", "", text)
     assert max(map(len, plain.splitlines())) == 80
     assert all(word in plain for word in words)
@@ -78,7 +78,7 @@ def test_a_table_of_samples_folds_long_texts_into_its_width(capsys, as_terminal)
 
 
 def test_a_log_file_gets_the_same_as_plain_text(capsys):
-    text = shown_samples(capsys, Sample("1 + 1 =", "Zwölf 数", 0.5, -1.25))
+    text = shown_samples(capsys, SampleRecord("1 + 1 =", "Zwölf 数", 0.5, -1.25))
     assert "\x1b" not in text and text.replace("Zwölf 数", "").isascii()
     assert re.search(r"\| 1 \+ 1 = +\| Zwölf 数 +\| 0\.50 +\| -1\.25 +\|", text)
 
@@ -87,14 +87,14 @@ def test_a_log_file_gets_the_same_as_plain_text(capsys):
 def test_markup_and_control_characters_of_a_completion_steer_nothing(capsys, request, where):
     if where == "terminal":
         request.getfixturevalue("as_terminal")
-    text = shown_samples(capsys, Sample("[red]p[/red]", "a\x1b[2J\rb\u009bc\ud800 :smile:", 0.5, 0.0))
+    text = shown_samples(capsys, SampleRecord("[red]p[/red]", "a\x1b[2J\rb\u009bc\ud800 :smile:", 0.5, 0.0))
     assert "[red]p[/red]" in text and ":smile:" in text
     assert r"a\x1b[2J\rb\x9bc\ud800" in text
     assert "\x1b[2J" not in text
 
 
 def test_the_middle_of_a_very_long_text_is_left_out(capsys):
-    text = re.sub(r"[|\s]|1\.00", "", shown_samples(capsys, Sample("p", "a" * 3000 + "b" * 3000, 1.0)))
+    text = re.sub(r"[|\s]|1\.00", "", shown_samples(capsys, SampleRecord("p", "a" * 3000 + "b" * 3000, 1.0)))
     assert "a" * 500 + "[...5000characters...]" + "b" * 500 in text
     assert text.count("a") + text.count("b") < 1100
 

@@ -14,16 +14,16 @@ from testing.training import completion_logits
 from tokenizers.processors import TemplateProcessing
 from transformers import PreTrainedTokenizerBase
 
+from grpo_kernels.training.addition import TASKS, build_model
 from grpo_kernels.training.data.templates import PromptFormat, encode_prompts, render_prompt, rows_that_fit
 from grpo_kernels.training.recipe import Recipe
-from grpo_kernels.training.rollout import generate, teacher_forced
+from grpo_kernels.training.rollout import teacher_forced
 from grpo_kernels.training.run import train
-from grpo_kernels.training.samplers import ContinuousSampler
+from grpo_kernels.training.samplers import ContinuousSampler, ModelSampler
 from grpo_kernels.training.samplers.server import ServerSampler
 from grpo_kernels.training.samplers.vllm_client import Completion
 from grpo_kernels.training.supervised import traces_that_fit, worked_batch
 from grpo_kernels.training.task import Task, held_out_rows, load_task, train_on_traces
-from grpo_kernels.training.tasks import TASKS, build_model
 
 CHAT = "{{ bos_token }} {% for m in messages %}{{ m['content'] }}{% endfor %}"
 SETTINGS: dict[str, Any] = {"device": "cpu", "max_completion_length": 12, "num_eval_prompts": 4, "num_threads": 1}
@@ -68,7 +68,7 @@ def test_every_reader_of_a_chat_prompt_sees_the_same_tokens(tokenizer: PreTraine
         _run_on_main=lambda _: [Completion([5], [0.0])],
     )
     for found in (
-        generate(model, tokenizer, [prompt], max_completion_length=2, temperature=0),
+        ModelSampler(model, tokenizer, max_completion_length=2, temperature=0)([prompt]),
         teacher_forced(tokenizer, [prompt], ["2"]),
         worked_batch(model, tokenizer, [row], recipe.prompt_format),
         ContinuousSampler(model, tokenizer, max_completion_length=12)([prompt]),
@@ -115,13 +115,13 @@ def test_a_run_evaluates_and_filters_what_fits(tmp_path: Any, monkeypatch: pytes
     task = load_task(Recipe(**SETTINGS))
     task = task._replace(train_rows=task.train_rows[:9] + long, eval_rows=task.eval_rows + long)
     monkeypatch.setattr("grpo_kernels.training.run.load_task", lambda recipe, rows: task)
-    original: Callable[..., Any] = generate
+    original: Callable[..., Any] = ModelSampler.__call__
 
-    def recorded(model: Any, tokenizer: Any, prompts: list[str], **options: Any) -> Any:
+    def recorded(self: ModelSampler, prompts: list[str], **options: Any) -> Any:
         asked.extend(len(prompt.split()) for prompt in prompts)
-        return original(model, tokenizer, prompts, **options)
+        return original(self, prompts, **options)
 
-    monkeypatch.setattr("grpo_kernels.training.samplers.generate", recorded)
+    monkeypatch.setattr(ModelSampler, "__call__", recorded)
     settings = {"max_steps": 1, "num_generations": 4, "max_pass_rate": 1.0, "pass_rate_samples": 2, "eval_samples": 1}
     train(Recipe(**SETTINGS, **settings, output_dir=str(tmp_path), disable_tqdm=True))
     assert len(asked) == 2 * 4 * 2 + 9 * 2 + 8 and max(asked) < 120  # two evaluations, the filter, a generation

@@ -6,9 +6,9 @@ import datasets
 import pytest
 
 from grpo_kernels import rewards
+from grpo_kernels.training.addition import TASKS, build_model
 from grpo_kernels.training.recipe import Recipe, load_recipe
 from grpo_kernels.training.task import load_task
-from grpo_kernels.training.tasks import TASKS, build_model
 
 
 def write_recipe(folder, text):

@@ -16,8 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from grpo_kernels.info import versions
-from grpo_kernels.training.loop import Sample
-from grpo_kernels.training.report import append_records, append_samples, read_records
+from grpo_kernels.training.report import SampleRecord, append_records, append_samples, read_records
 from grpo_kernels.training.report.page import number, write_report
 
 EVIL = "</script><script>alert(1)</script> <img src=http://example.org/x> & \"quoted\" 'single' $x$ </pre></details>"
@@ -86,7 +85,8 @@ def write_run(folder, *, steps=4, samples=True):
     ]
     append_records(folder / "metrics.jsonl", [*records, {"step": steps, "eval_accuracy": 0.75, "eval_pass@4": 0.9}])
     for step in (2, 4) if samples else ():
-        append_samples(folder / "samples.jsonl", step, [Sample("1 + 1 =", f"at {step} <b>&amp; {EVIL}", 0.5, -1.25)])
+        sample = SampleRecord("1 + 1 =", f"at {step} <b>&amp; {EVIL}", 0.5, -1.25)
+        append_samples(folder / "samples.jsonl", step, [sample])
 
 
 def page_of(folder, *records):
@@ -99,7 +99,8 @@ def page_of(folder, *records):
 
 def test_samples_are_written_with_all_their_fields(tmp_path):
     path = tmp_path / "samples.jsonl"
-    append_samples(path, 3, [Sample("p", "ü \u2028 </script>", 0.5, 1.0, {"mine": "x"}), Sample("q", "d", 0.0)])
+    mine = SampleRecord("p", "ü \u2028 </script>", 0.5, 1.0, {"mine": "x"})
+    append_samples(path, 3, [mine, SampleRecord("q", "d", 0.0)])
     assert read_records(path) == [
         {"step": 3, "mine": "x", "prompt": "p", "completion": "ü \u2028 </script>", "reward": 0.5, "advantage": 1.0},
         {"step": 3, "prompt": "q", "completion": "d", "reward": 0.0, "advantage": None},
@@ -318,7 +319,7 @@ def test_of_a_step_trained_twice_the_last_is_shown(tmp_path):
 def test_of_very_many_samples_some_are_shown_with_a_note(tmp_path):
     (tmp_path / "metrics.jsonl").write_text('{"step": 1, "reward": 1}\n')
     for step in range(1, 251):
-        append_samples(tmp_path / "samples.jsonl", step, [Sample("p", f"{step}.{k}", 1.0) for k in range(17)])
+        append_samples(tmp_path / "samples.jsonl", step, [SampleRecord("p", f"{step}.{k}", 1.0) for k in range(17)])
     page = page_of(tmp_path)
     steps = [a["data-step"] for tag, a in page.elements if tag == "details" and "data-step" in a]
     assert (len(steps), steps[0], steps[-1]) == (100, "1", "250")

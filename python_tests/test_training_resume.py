@@ -15,11 +15,11 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from grpo_kernels.training.addition import TASKS
 from grpo_kernels.training.checkpoint import list_checkpoints
 from grpo_kernels.training.recipe import Recipe
 from grpo_kernels.training.report import read_records
 from grpo_kernels.training.run import train
-from grpo_kernels.training.tasks import TASKS
 
 ROOT = Path(__file__).parents[1]
 SETTINGS = {

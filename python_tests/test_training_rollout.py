@@ -8,8 +8,9 @@ from testing.training import completion_logits, completion_logprobs
 from transformers import GenerationConfig
 
 from grpo_kernels.training import rollout
-from grpo_kernels.training.rollout import completion_texts, end_mask, ends, generate
-from grpo_kernels.training.tasks import TASKS, build_model
+from grpo_kernels.training.addition import TASKS, build_model
+from grpo_kernels.training.rollout import completion_texts, end_mask, ends
+from grpo_kernels.training.samplers import ModelSampler
 
 PROMPTS = ["1 + 2 =", "4 7 + 3 8 =", "9", "4 7 + 3 8 = <think> units"]
 
@@ -32,14 +33,14 @@ def model(tokenizer):
 
 def test_prompts_are_padded_on_the_left_and_padding_changes_nothing(model, tokenizer):
     tokenizer.padding_side = "right"
-    together = generate(model, tokenizer, PROMPTS, max_completion_length=12, temperature=0)
+    together = ModelSampler(model, tokenizer, max_completion_length=12, temperature=0)(PROMPTS)
     lengths = together.prompt_mask.sum(dim=1)
     assert lengths.tolist() == [4, 6, 1, 8]
     for i, prompt in enumerate(PROMPTS):
         n = int(lengths[i])
         assert together.prompt_mask[i, -n:].all() and not together.prompt_mask[i, :-n].any()
         assert together.prompt_ids[i, -n:].tolist() == tokenizer(prompt)["input_ids"]
-        alone = generate(model, tokenizer, [prompt], max_completion_length=12, temperature=0)
+        alone = ModelSampler(model, tokenizer, max_completion_length=12, temperature=0)([prompt])
         kept = int(alone.completion_mask.sum())
         assert int(together.completion_mask[i].sum()) == kept
         assert together.completion_ids[i, :kept].tolist() == alone.completion_ids[0, :kept].tolist()
@@ -77,7 +78,7 @@ def test_recomputed_log_probs_are_those_that_were_sampled_from(model, tokenizer,
 
     monkeypatch.setattr(torch, "multinomial", recording_draw)
     torch.manual_seed(0)
-    sampled = generate(model, tokenizer, PROMPTS * 8, max_completion_length=10, temperature=temperature)
+    sampled = ModelSampler(model, tokenizer, max_completion_length=10, temperature=temperature)(PROMPTS * 8)
     assert model.generation_config is own
     steps = torch.stack(drawn_from, dim=1).log()  # [B, T, V]
     expected = steps.gather(-1, sampled.completion_ids[..., None])[..., 0]
@@ -90,7 +91,7 @@ def test_recomputed_log_probs_are_those_that_were_sampled_from(model, tokenizer,
 
 def test_select_drops_columns_that_are_all_padding(model, tokenizer):
     torch.manual_seed(0)
-    sampled = generate(model, tokenizer, PROMPTS, max_completion_length=10, temperature=1.0)
+    sampled = ModelSampler(model, tokenizer, max_completion_length=10, temperature=1.0)(PROMPTS)
     whole = completion_logprobs(model, sampled, temperature=1.0, batch_size=4, backend="auto")
     part = sampled.select(torch.tensor([2, 0]))
     assert part.prompt_ids.shape == (2, 4)
@@ -109,7 +110,7 @@ def test_given_completions_take_the_shape_of_sampled_ones(tokenizer):
 
 def test_a_model_that_keeps_no_logits_is_cut_to_the_completion(model, tokenizer, monkeypatch):
     torch.manual_seed(0)
-    sampled = generate(model, tokenizer, PROMPTS, max_completion_length=6, temperature=1.0)
+    sampled = ModelSampler(model, tokenizer, max_completion_length=6, temperature=1.0)(PROMPTS)
     expected = completion_logits(model, sampled)
     assert expected.shape == (4, sampled.completion_ids.shape[1] + 1, len(tokenizer))
     forward = model.forward

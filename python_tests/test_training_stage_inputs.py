@@ -11,10 +11,10 @@ import pytest
 import yaml
 
 from grpo_kernels import cli
+from grpo_kernels.training.addition import TASKS, build_model
 from grpo_kernels.training.recipe import load_recipe
 from grpo_kernels.training.stages import load_stages
 from grpo_kernels.training.stages.runner import fingerprints, run_stages
-from grpo_kernels.training.tasks import TASKS, build_model
 
 ROWS = "".join(json.dumps({"prompt": f"{i} + 1 =", "answer": i + 1, "completion": str(i + 1)}) + "\n" for i in range(8))
 REWARD = "def right(completions, **kwargs):\n    return [1.0] * len(completions)\n"

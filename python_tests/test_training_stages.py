@@ -16,10 +16,10 @@ from safetensors.torch import load_file
 
 from grpo_kernels import cli
 from grpo_kernels.rewards import extract_answer
+from grpo_kernels.training.addition import TASKS
 from grpo_kernels.training.data.templates import join_texts
 from grpo_kernels.training.stages import Stage, load_stage, load_stages
 from grpo_kernels.training.stages.runner import run_stage, run_stages
-from grpo_kernels.training.tasks import TASKS
 
 SMALL = """
 common: {dataset_name: addition-mixed, num_eval_prompts: 4, eval_samples: 2, sft_batch_size: 4, sft_steps: 2,

@@ -10,9 +10,9 @@ import pytest
 import torch
 
 from grpo_kernels import rewards
+from grpo_kernels.training.addition import TASKS, build_model, step_boundaries
 from grpo_kernels.training.recipe import Recipe
 from grpo_kernels.training.task import load_task
-from grpo_kernels.training.tasks import TASKS, build_model, step_boundaries
 
 # of json.dumps(build_rows(seed=0, num_eval=200)), from before there was more than one task
 ADDITION_ROWS = "8c06b837ac526088065a0d11abf39b23cc357d34244d85d360b782aac2aee7d4"

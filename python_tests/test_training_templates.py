@@ -13,6 +13,7 @@ from transformers import PreTrainedTokenizerBase
 from grpo_kernels import cli
 from grpo_kernels.errors import ThirdPartyError
 from grpo_kernels.rewards import accuracy_reward, format_reward
+from grpo_kernels.training.addition import TASKS, build_model
 from grpo_kernels.training.data.rows import load_rows
 from grpo_kernels.training.data.templates import (
     PromptFormat,
@@ -23,7 +24,6 @@ from grpo_kernels.training.data.templates import (
 )
 from grpo_kernels.training.recipe import load_recipe
 from grpo_kernels.training.rollout import completion_texts, teacher_forced
-from grpo_kernels.training.tasks import TASKS, build_model
 
 TURNS = "{% for m in messages %}<|{{ m.role }}|>{{ m.content }}<|end|>{% endfor %}"
 CHAT = TURNS + "{% if add_generation_prompt %}<|assistant|>{% endif %}"

@@ -15,10 +15,11 @@ from torch import Tensor
 from grpo_kernels.loss.metrics import PolicyMetrics
 from grpo_kernels.rewards import columns_of, score
 from grpo_kernels.training.data.files import Row
-from grpo_kernels.training.loop import Batch, GRPOLoop, Sample
+from grpo_kernels.training.loop import Batch, GRPOLoop
 from grpo_kernels.training.metrics import correction_metrics, correction_statistics
 from grpo_kernels.training.models import build_optimizer
 from grpo_kernels.training.recipe import Recipe
+from grpo_kernels.training.report import SampleRecord
 from grpo_kernels.training.rollout import Rollout, completion_tokens, end_mask
 from grpo_kernels.training.task import Task
 
@@ -128,7 +129,7 @@ class Given(GRPOLoop):
 
     completions: Completions
 
-    def collect(self) -> tuple[Batch, dict[str, float], list[Sample]]:
+    def collect(self) -> tuple[Batch, dict[str, float], list[SampleRecord]]:
         rows = [row for row in self._in_order() for _ in range(self.recipe.num_generations)]
         encoded = self.tokenizer([row["prompt"] for row in rows], padding=True, return_tensors="pt")
         ids = torch.nn.utils.rnn.pad_sequence(

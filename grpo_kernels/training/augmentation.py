@@ -17,8 +17,8 @@ from collections.abc import Callable, Hashable, Sequence, Set
 from functools import partial
 
 from grpo_kernels.rewards import accuracy_reward, format_reward
+from grpo_kernels.training.addition import Addition, Row, step_boundaries
 from grpo_kernels.training.data.templates import join_texts, prompt_key
-from grpo_kernels.training.tasks import Addition, Row, step_boundaries
 
 SEED, START, GOAL, HINDSIGHT = "seed", "start", "goal", "hindsight"  # the values of ``source``
 WAYS = (START, GOAL, HINDSIGHT)

@@ -53,7 +53,7 @@ _STATE = {"step": int, "rows_drawn": int, "schedule": dict, "param_groups": list
 _NAME = re.compile(r"checkpoint-(\d+)")
 
 
-class Trained(NamedTuple):
+class TrainingState(NamedTuple):
     """What a run has beside its model: its optimizer, the place that it is at, what it was told."""
 
     model: Any  # as accelerate has wrapped it
@@ -66,11 +66,11 @@ class Trained(NamedTuple):
 def save_checkpoint(
     output_dir: Path,
     step: int,  # optimizer steps so far
-    model: PreTrainedModel,  # what is trained, not wrapped
+    model: PreTrainedModel,  # what is training_state, not wrapped
     tokenizer: PreTrainedTokenizerBase,
     *,
     keep: int,
-    trained: Trained | None = None,  # the state to add, so that a run can go on from there; every process calls then
+    training_state: TrainingState | None = None,  # added, so that a run can go on from there
 ) -> Path:
     """Writes ``checkpoint-<step>``, loadable by ``from_pretrained``, and deletes all but the newest ``keep``.
 
@@ -84,9 +84,9 @@ def save_checkpoint(
     """
     final = output_dir / f"checkpoint-{step}"
     unfinished = output_dir / ".unfinished-checkpoint"
-    is_main = trained is None or trained.accelerator.is_main_process
+    is_main = training_state is None or training_state.accelerator.is_main_process
     try:
-        _write(unfinished, model, tokenizer, trained, is_main)
+        _write(unfinished, model, tokenizer, training_state, is_main)
         if is_main:
             _remove(final)
             os.replace(unfinished, final)
@@ -101,17 +101,21 @@ def save_checkpoint(
 
 
 def _write(
-    folder: Path, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, trained: Trained | None, is_main: bool
+    folder: Path,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    training_state: TrainingState | None,
+    is_main: bool,
 ) -> None:
     if is_main:
         _remove(folder)
         folder.mkdir(parents=True)
     weights = {"save_embedding_layers": False} if has_adapters(model) else {}  # no vocabulary is resized here
-    if trained is not None:
-        trained.accelerator.wait_for_everyone()
-        weights |= {"state_dict": trained.accelerator.get_state_dict(trained.model)}
-        write_state(folder, trained)
-        trained.accelerator.wait_for_everyone()
+    if training_state is not None:
+        training_state.accelerator.wait_for_everyone()
+        weights |= {"state_dict": training_state.accelerator.get_state_dict(training_state.model)}
+        write_state(folder, training_state)
+        training_state.accelerator.wait_for_everyone()
     if is_main:
         model.save_pretrained(folder, **weights)
         tokenizer.save_pretrained(folder)
@@ -204,19 +208,19 @@ def _remove(folder: Path) -> None:
         shutil.rmtree(doomed)
 
 
-def write_state(folder: Path, trained: Trained) -> None:
+def write_state(folder: Path, training_state: TrainingState) -> None:
     """Adds a run's state to a checkpoint's folder; every process calls it, at the same step.
 
     Under DeepSpeed, whose engine keeps the optimizer to itself, nothing is added: no run can go on from there.
     """
-    accelerator = trained.accelerator
+    accelerator = training_state.accelerator
     if is_deepspeed(accelerator):
         return
-    state = get_optimizer_state_dict(trained.model, trained.optimizer.optimizer, options=_WHOLE)
+    state = get_optimizer_state_dict(training_state.model, training_state.optimizer.optimizer, options=_WHOLE)
     if accelerator.is_main_process:
         tensors, groups = _split(state)
         save_file(tensors, folder / OPTIMIZER)
-        written = {**trained.place, "param_groups": groups, "recipe": trained.configuration}
+        written = {**training_state.place, "param_groups": groups, "recipe": training_state.configuration}
         written["processes"] = accelerator.num_processes
         (folder / STATE).write_text(json.dumps(written, indent=1), encoding="utf-8")
     tensors, values = _random_state()
@@ -224,7 +228,7 @@ def write_state(folder: Path, trained: Trained) -> None:
     (folder / f"random-{accelerator.process_index}.json").write_text(json.dumps(values), encoding="utf-8")
 
 
-def read_state(folder: Path, trained: Trained) -> dict[str, Any]:
+def read_state(folder: Path, training_state: TrainingState) -> dict[str, Any]:
     """Puts optimizer and random state where the run that wrote the checkpoint had them; its model is loaded before.
 
     Returns:
@@ -233,8 +237,8 @@ def read_state(folder: Path, trained: Trained) -> dict[str, Any]:
     Raises:
         ValueError: The checkpoint is cut short, of another recipe or another number of processes.
     """
-    rank = trained.accelerator.process_index
-    state = check_state(folder, trained.configuration, trained.accelerator.num_processes)
+    rank = training_state.accelerator.process_index
+    state = check_state(folder, training_state.configuration, training_state.accelerator.num_processes)
     try:
         tensors = load_file(folder / OPTIMIZER)
         random_tensors = load_file(folder / f"random-{rank}.safetensors")
@@ -243,7 +247,7 @@ def read_state(folder: Path, trained: Trained) -> dict[str, Any]:
     except (OSError, ValueError, SafetensorError) as error:
         raise ValueError(f"checkpoint {folder} cannot be read, it may be cut short: {error}") from error
     optimizer_state = _merge(tensors, state["param_groups"])
-    set_optimizer_state_dict(trained.model, trained.optimizer.optimizer, optimizer_state, options=_WHOLE)
+    set_optimizer_state_dict(training_state.model, training_state.optimizer.optimizer, optimizer_state, options=_WHOLE)
     _set_random_state(random_tensors, values)
     return state
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Hashable, Sequence
 from statistics import NormalDist, fmean, variance
 from typing import Any, NamedTuple
 
@@ -53,7 +53,6 @@ class EvalReport(NamedTuple):
 
     samples: list[list[EvalSample]]  # [P][n], at temperature 1
     greedy: list[EvalSample]  # [P]; empty where none was asked for
-    pass_rates: list[float]  # [P], of the samples at temperature 1
     scores: dict[str, Score]  # by name: pass@k and cons@k at temperature 1, and greedy
     completion_ids: Sequence[Sequence[list[int]]] = ()  # [P][n], the tokens of ``samples``, with the end token
 
@@ -96,7 +95,7 @@ def right_counts(
 ) -> Tensor:  # [P, 2]
     """How many samples of each row are right, and whether the greedy one is; the arguments are ``evaluate``'s."""
     count, rank = (1, 0) if accelerator is None else (accelerator.num_processes, accelerator.process_index)
-    share = math.ceil(len(rows) / count)  # of each process alike, where the last rows come round to the first
+    share = math.ceil(len(rows) / count)  # of each process; the last may repeat the first rows, which are cut off below
     own_rows = [rows[(rank + k * count) % len(rows)] for k in range(share)] if rows else []
     report = evaluate_samples(sampler, tokenizer, own_rows, ks=(1,), **options)
     greedy = [sample.right for sample in report.greedy] or [False] * share
@@ -120,7 +119,6 @@ def evaluate_samples(
     step: int = 0,  # optimizer steps that the model has had
     prompt_format: PromptFormat = PromptFormat(),  # noqa: B008 - immutable
     ks: Sequence[int] | None = None,
-    extract: Callable[[str], str | None] | None = None,
     greedy: bool = True,
 ) -> EvalReport:
     """Samples completions of each row at temperature 1 and a greedy one, and scores them.
@@ -128,10 +126,10 @@ def evaluate_samples(
     The random state is put back afterwards, so that evaluating changes no training curve.
 
     Args:
-        check: A completion is right where this reward is 1; less, or an abstention, is wrong.
+        check: A completion is right where this reward is 1; less, or an abstention, is wrong. Its attribute ``extract``
+            reads a completion's answer, in one spelling or None, for the vote of cons@k; without it, as for a judge of
+            programs, there is no cons@k.
         ks: pass@k for each of these, and cons@k for those above 1; by default 1 and ``num_samples``.
-        extract: A completion's answer, in one spelling, for the vote of cons@k; None where it gives none. By default
-            that which ``check`` has; where it has none, as a judge of programs, there is no cons@k.
         greedy: Whether to sample the greedy completions, too.
 
     Raises:
@@ -143,7 +141,7 @@ def evaluate_samples(
     for k in ks:
         if not 1 <= k <= num_samples:
             raise ValueError(f"ks must be at least 1 and at most eval_samples ({num_samples}), got {k}")
-    extract = extract or extract_of(check)
+    extract = extract_of(check)
 
     def sample(problems: Sequence[Row], temperature: float) -> tuple[list[EvalSample], list[list[int]]]:
         samples, ids = [], []
@@ -177,7 +175,7 @@ def evaluate_samples(
     if greedy:
         scores.append(pass_at_k([[sample.right] for sample in greedy_samples])._replace(name="greedy"))
     by_name = {score.name: score for score in scores}
-    return EvalReport(by_row, greedy_samples, pass_rates(right), by_name, ids_by_row)
+    return EvalReport(by_row, greedy_samples, by_name, ids_by_row)
 
 
 def measure_pass_rates(
@@ -192,16 +190,6 @@ def measure_pass_rates(
     """The share of right answers to each row among ``num_samples`` at temperature 1; as ``evaluate``."""
     counts = right_counts(sampler, tokenizer, rows, accelerator, num_samples=num_samples, greedy=False, **options)
     return (counts[:, 0].double() / num_samples).tolist()
-
-
-def pass_rates(right: Sequence[Sequence[bool]]) -> list[float]:
-    """The share of right samples of each problem.
-
-    Raises:
-        ValueError: There is no problem, or a problem has no sample.
-    """
-    _check(right, 1)
-    return [sum(samples) / len(samples) for samples in right]
 
 
 def pass_at_k(right: Sequence[Sequence[bool]], k: int = 1) -> Score:

@@ -15,7 +15,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from accelerate import Accelerator
@@ -25,7 +25,7 @@ from transformers import get_scheduler
 
 from grpo_kernels import PolicyMetrics, check_device_values, group_advantages, mask_truncated
 from grpo_kernels.rewards import total
-from grpo_kernels.training.checkpoint import Trained, load_weights, read_state
+from grpo_kernels.training.checkpoint import TrainingState, load_weights, read_state
 from grpo_kernels.training.data.files import Row
 from grpo_kernels.training.data.rows import RowOrder
 from grpo_kernels.training.metrics import (
@@ -41,12 +41,10 @@ from grpo_kernels.training.models import (
     backward,
     build_accelerator,
     build_optimizer,
-    has_adapters,
-    wrap_policy,
-    wrap_reference,
 )
 from grpo_kernels.training.policy import Policy, training_mode
 from grpo_kernels.training.recipe import Recipe
+from grpo_kernels.training.report import SampleRecord
 from grpo_kernels.training.rollout import Rollout, Sampler, Scored, concat_scored, ends, score_rollout
 from grpo_kernels.training.task import Task, build_sampler, fitting_rows
 
@@ -60,7 +58,7 @@ class Batch(NamedTuple):
     advantages: Tensor  # [B]
     old_logprobs: Tensor | None  # [B, T]; None where every ratio is 1
     ref_logprobs: Tensor | None  # [B, T]; None at beta 0
-    num_items: float | None = None  # tokens of all processes that an optimizer step divides by; None: its own
+    num_items: float | None = None  # what an optimizer step's loss is divided by; None: its own tokens or sequences
 
     def select(self, indices: Tensor) -> Batch:
         """The completions at ``indices``."""
@@ -70,23 +68,13 @@ class Batch(NamedTuple):
         return Batch(rollout, self.advantages[indices], old, ref, self.num_items)
 
 
-class Sample(NamedTuple):
-    """One completion as text, for people to read."""
-
-    prompt: str
-    completion: str
-    reward: float
-    advantage: float | None = None  # None where nothing was trained on it
-    extra: dict[str, Any] | None = None  # what reward functions logged of it
-
-
 class Step(NamedTuple):
     """What one optimizer step reports."""
 
     number: int  # from 1
     metrics: dict[str, float]  # under TRL's names
-    samples: list[Sample]  # of this process alone where they are not to be printed
-    is_whole: bool = True  # whether it was the last on its generation: nothing sampled is left to train on
+    samples: list[SampleRecord]  # of this process alone where they are not to be printed
+    ends_generation: bool = True  # nothing that was sampled is left to train on
 
 
 class GRPOLoop:
@@ -94,22 +82,23 @@ class GRPOLoop:
 
     Args:
         task: The model, its tokenizer, the rows and the reward functions; the same in every process.
-        recipe: The hyper-parameters. Batch sizes are a process's own.
+        recipe: The hyper-parameters. Batch sizes are per process.
         accelerator: Of the processes; by default one on the model's device.
-        sampler: Draws the completions; by default the recipe's.
+        sampler: Draws the completions; by default the recipe's. Its log-probabilities, if it gives any, correct the
+            loss as ``vllm_importance_sampling_mode`` says.
     """
 
     def __init__(
         self, task: Task, recipe: Recipe, accelerator: Accelerator | None = None, sampler: Sampler | None = None
     ) -> None:
-        self.model, self.tokenizer, self.rows = task.model, task.tokenizer, task.train_rows
+        self.model, self.tokenizer = task.model, task.tokenizer
         self.accelerator = accelerator or build_accelerator(bf16=recipe.bf16, cpu=task.model.device.type == "cpu")
         self.recipe = recipe
-        self.config = recipe.loss_config()
+        self.sampler = sampler or build_sampler(task, recipe, self.accelerator, recipe.temperature)
+        self.config = recipe.loss_config(corrected=self.sampler.gives_logprobs)
         self.reward_functions = task.reward_functions
         self.policy = Policy(self.model, self.config, backend=recipe.backend, packing=recipe.packing,
                              aux_loss_coef=recipe.router_aux_loss_coef)  # fmt: skip
-        self.reference = self.policy.reference
         optimizer = build_optimizer(
             self.model,
             learning_rate=recipe.learning_rate,
@@ -117,60 +106,60 @@ class GRPOLoop:
             betas=(recipe.adam_beta1, recipe.adam_beta2),
             epsilon=recipe.adam_epsilon,
         )
-        options = {"micro_batch_size": recipe.per_device_train_batch_size, "max_grad_norm": recipe.max_grad_norm}
-        self.policy.wrapped, self.optimizer = wrap_policy(
-            self.model, optimizer, self.accelerator, bf16=recipe.bf16, **options
+        self.optimizer = self.policy.wrap(
+            optimizer,
+            self.accelerator,
+            bf16=recipe.bf16,
+            micro_batch_size=recipe.per_device_train_batch_size,
+            max_grad_norm=recipe.max_grad_norm,
         )
-        if self.reference is not None and not has_adapters(self.model):
-            self.policy.reference = wrap_reference(self.reference, self.accelerator)
         self.schedule = get_scheduler(recipe.lr_scheduler_type, self.optimizer, recipe.warmup_steps, recipe.max_steps)
-        self.sampler = sampler or build_sampler(task, recipe, self.accelerator, recipe.temperature)
         self.rows = fitting_rows(
             task, task.train_rows, recipe, least=recipe.prompts_per_generation, sampler=self.sampler
         )
         self.row_order = RowOrder(self.rows, recipe.seed)
-        self.number = 0  # of the last optimizer step
+        self.global_step = 0  # of the last optimizer step
         self.num_tokens = 0  # of prompts and completions, of all processes, so far
         self._silent = SilentRewards(list(self.reward_functions))
 
-    def trained(self) -> Trained:
+    def training_state(self) -> TrainingState:
         """What a checkpoint keeps beside the model."""
         place = {
-            "step": self.number,
+            "step": self.global_step,
             "rows_drawn": self.row_order.drawn,
             "rows": self.row_order.digest,
             "schedule": self.schedule.state_dict(),
             "num_tokens": self.num_tokens,
         }
-        return Trained(self.policy.wrapped, self.optimizer, self.accelerator, place, asdict(self.recipe))
+        return TrainingState(self.policy.wrapped, self.optimizer, self.accelerator, place, asdict(self.recipe))
 
     def restore(self, checkpoint: Path) -> None:
         """Goes on from a checkpoint; raises ValueError where that is of another run, or cut short."""
         load_weights(checkpoint, self.model, self.policy.wrapped)
-        place = read_state(checkpoint, self.trained())
+        place = read_state(checkpoint, self.training_state())
         if place["rows"] != self.row_order.digest:
             raise ValueError(f"checkpoint {checkpoint} is of another run: the training rows are others now")
         self.schedule.load_state_dict(place["schedule"])
         self.row_order.take(place["rows_drawn"])
-        self.number, self.num_tokens = place["step"], place["num_tokens"]
+        self.global_step, self.num_tokens = place["step"], place["num_tokens"]
 
     def steps(self) -> Iterator[Step]:
         """Generations and their optimizer steps, until ``max_steps``."""
-        while self.number < self.recipe.max_steps:
+        while self.global_step < self.recipe.max_steps:
             start = time.perf_counter()
             batch, generation_metrics, samples = self.collect()
             steps = list(self.optimizer_batches(batch))
             for k, micro_batches in enumerate(steps, start=1):
-                self.number += 1
+                self.global_step += 1
                 metrics = {**generation_metrics, **self.optimizer_step(micro_batches)}
                 metrics["step_time"] = time.perf_counter() - start
-                yield Step(self.number, metrics, samples, is_whole=k == len(steps))
+                yield Step(self.global_step, metrics, samples, ends_generation=k == len(steps))
                 start = time.perf_counter()
-                if self.number == self.recipe.max_steps:
+                if self.global_step == self.recipe.max_steps:
                     break
-        self._silent.check_end()
+        self._silent.raise_if_all_silent()
 
-    def collect(self) -> tuple[Batch, dict[str, float], list[Sample]]:
+    def collect(self) -> tuple[Batch, dict[str, float], list[SampleRecord]]:
         """Samples ``num_generations`` completions of each of the next prompts and scores them.
 
         The batch is this process's own, metrics are of all, and so are samples that will be printed. With
@@ -181,18 +170,18 @@ class GRPOLoop:
         if self.recipe.dynamic_sampling:
             sampled, chosen, missing = self._sample_until_informative(rounds)
         all_rewards = self._gather(sampled.rewards)
-        self._silent.note(all_rewards, self.number + 1)
+        self._silent.note(all_rewards, self.global_step + 1)
         metrics = self._reward_metrics(all_rewards) | self._length_metrics(sampled.rollout)
-        metrics |= mean_of_logged(self._gather_objects([sampled.metrics]))
+        metrics |= mean_of_logged(gather_object([sampled.metrics]))
         if self.recipe.dynamic_sampling:
             all_rewards = self._gather(chosen.rewards)
             metrics |= self._sampling_metrics(len(rounds), missing)
         batch = self._make_batch(chosen.rollout, all_rewards, missing * self.recipe.num_generations)
-        if chosen.rollout.sampling_logprobs is not None and batch.old_logprobs is not None:
+        if self.config.rollout_correction is not None:
             metrics |= self._correction_metrics(chosen.rollout, batch)
         totals, advantages = total(chosen.rewards, self.recipe.reward_weights).tolist(), batch.advantages.tolist()
-        samples = list(map(Sample, chosen.prompts, chosen.completions, totals, advantages, chosen.extras))
-        return batch, metrics, self._gather_objects(samples) if self._will_show() else samples
+        samples = list(map(SampleRecord, chosen.prompts, chosen.completions, totals, advantages, chosen.extras))
+        return batch, metrics, gather_object(samples) if self._will_show() else samples
 
     def optimizer_batches(self, batch: Batch) -> Iterator[list[Batch]]:
         """The micro-batches of each optimizer step: every iteration is a new permutation of the generation."""
@@ -213,7 +202,7 @@ class GRPOLoop:
         norm = self.accelerator.clip_grad_norm_(self.policy.wrapped.parameters(), limit)
         norm = float(norm.full_tensor() if hasattr(norm, "full_tensor") else norm)
         if not math.isfinite(norm):
-            raise RuntimeError(f"the gradient norm of step {self.number} is {norm}")
+            raise RuntimeError(f"the gradient norm of step {self.global_step} is {norm}")
         metrics |= {"grad_norm": norm, "learning_rate": self.schedule.get_last_lr()[0]}
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
@@ -269,7 +258,7 @@ class GRPOLoop:
             [row for row in self._next_rows() for _ in range(recipe.num_generations)],
             self.reward_functions,
             prompt_format=recipe.prompt_format,
-            step=self.number,
+            step=self.global_step,
             max_steps=recipe.max_steps,
             group_size=recipe.num_generations,
         )
@@ -322,7 +311,7 @@ class GRPOLoop:
         size = recipe.per_device_train_batch_size
         needs_old = not recipe.is_on_policy or self.config.rollout_correction is not None
         old_logprobs = self.policy.logprobs(rollout, size) if needs_old else None
-        ref_logprobs = None if self.reference is None else self.policy.logprobs(rollout, size, reference=True)
+        ref_logprobs = None if self.policy.reference is None else self.policy.logprobs(rollout, size, reference=True)
         if recipe.mask_truncated_completions:
             mask = mask_truncated(rollout.completion_ids, rollout.completion_mask, self.sampler.end_ids)
             rollout = rollout._replace(completion_mask=mask)
@@ -332,7 +321,7 @@ class GRPOLoop:
         return Batch(rollout, advantages, old_logprobs, ref_logprobs, self._num_items(rollout))
 
     def _num_items(self, rollout: Rollout) -> float | None:
-        """Tokens of the generation, of all processes, over its optimizer steps, where the loss type's mean is by them.
+        """The generation's tokens, of all processes, over its optimizer steps; None unless the loss is their mean.
 
         As in TRL, so that a token counts alike in whichever step of the generation it comes.
         """
@@ -351,16 +340,13 @@ class GRPOLoop:
         """Rows of all processes, in their order, on the host."""
         return self.accelerator.gather(values.to(self.model.device)).cpu()
 
-    def _gather_objects(self, values: list[Any]) -> list[Any]:
-        return values if self.accelerator.num_processes == 1 else gather_object(values)
-
     def _will_show(self) -> bool:
         """Whether samples are printed after one of the generation's optimizer steps."""
         recipe, interval = self.recipe, self.recipe.completions_steps
         if not interval or not recipe.num_completions_to_print:
             return False
         steps = recipe.num_iterations * recipe.steps_per_generation // recipe.gradient_accumulation_steps
-        return (self.number + steps) // interval > self.number // interval
+        return (self.global_step + steps) // interval > self.global_step // interval
 
     def _reward_metrics(self, rewards: Tensor) -> dict[str, float]:
         recipe = self.recipe
@@ -382,7 +368,7 @@ class GRPOLoop:
         if all_missing and self.accelerator.is_main_process:
             _LOGGER.warning(
                 "step %d: after max_generation_batches=%d batches of prompts %d of %d groups still have equal rewards; "
-                "they stay out of the loss", self.number + 1, rounds, all_missing, prompts * processes,
+                "they stay out of the loss", self.global_step + 1, rounds, all_missing, prompts * processes,
             )  # fmt: skip
         return {
             "dynamic_sampling/generation_batches": float(rounds),

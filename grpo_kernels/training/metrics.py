@@ -137,9 +137,9 @@ class SilentRewards:
                 _LOGGER.warning("step %d: reward function %r returned None for all %d completions",
                                 step, name, len(rewards))  # fmt: skip
         if self._generations == _SILENT_GENERATIONS:
-            self.check_end()
+            self.raise_if_all_silent()
 
-    def check_end(self) -> None:
+    def raise_if_all_silent(self) -> None:
         """Raises ValueError where nothing was scored: there was nothing to learn from."""
         if self._generations and not self._has_scored:
             raise ValueError(

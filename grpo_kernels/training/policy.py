@@ -9,11 +9,12 @@ from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import torch
+from accelerate import Accelerator
 from torch import Tensor, nn
 
 from grpo_kernels import GRPOLossConfig, GRPOLossOutput, PolicyMetrics, linear_grpo_loss, linear_token_logprobs
 from grpo_kernels.integrations.transformers.model_head import HeadOutput, Projection, open_head
-from grpo_kernels.training.models import base_model, has_adapters
+from grpo_kernels.training.models import base_model, has_adapters, wrap_policy, wrap_reference
 from grpo_kernels.training.rollout import Rollout, forward_arguments
 
 _CHECKED_TOKENS = 12  # of each sequence that shows whether packing keeps them apart
@@ -92,6 +93,13 @@ class Policy:
             self._check_packing()
         self.aux_loss_coef = _aux_loss_coef(base, aux_loss_coef)
 
+    def wrap(self, optimizer: torch.optim.Optimizer, accelerator: Accelerator, **options: Any) -> Any:
+        """Has accelerate wrap the model and its reference, as ``wrap_policy``; returns the optimizer, wrapped."""
+        self.wrapped, optimizer = wrap_policy(self.model, optimizer, accelerator, **options)
+        if self.reference is not None and self.reference is not self.model:
+            self.reference = wrap_reference(self.reference, accelerator)
+        return optimizer
+
     def loss(
         self,
         rollout: Rollout,
@@ -103,13 +111,13 @@ class Policy:
         loss_scale: float = 1.0,
         aux_loss_scale: float = 1.0,
     ) -> tuple[Tensor, GRPOLossOutput, Tensor | None]:
-        """What to differentiate, the GRPO loss in it, and a mixture's auxiliary loss, unscaled, where it counts.
+        """The loss to differentiate, the GRPO loss's output, and a mixture's auxiliary loss, unscaled, if it counts.
 
-        The scales are shares of a step, of the GRPO loss and of the auxiliary one.
+        ``loss_scale`` and ``aux_loss_scale`` are the shares of an optimizer step that the two losses here have.
         """
         inputs = self._model_inputs(rollout)
 
-        def head(hidden: Tensor, projection: Projection) -> GRPOLossOutput:
+        def loss_of_hidden(hidden: Tensor, projection: Projection) -> GRPOLossOutput:
             output = linear_grpo_loss(
                 inputs.select_hidden(hidden),
                 projection.weight,
@@ -125,11 +133,12 @@ class Policy:
                 backend=self.backend,
                 **projection.options,
             )
-            # in the place of a mapping, which accelerate would make again as it widens what comes out
+            # accelerate makes mappings anew as it converts outputs to fp32, so PolicyMetrics travels as a tuple
             return output._replace(metrics=(output.metrics.partials, output.metrics.names))
 
         router_options = {"output_router_logits": True} if self.aux_loss_coef else {}
-        forward_output: HeadOutput = self.wrapped(**inputs.arguments, **router_options, head=head)
+        # the forward calls loss_of_hidden in the place of its lm_head
+        forward_output: HeadOutput = self.wrapped(**inputs.arguments, **router_options, head=loss_of_hidden)
         output: GRPOLossOutput = forward_output.result
         output = output._replace(metrics=PolicyMetrics(*output.metrics))
         aux_loss = forward_output.aux_loss
@@ -155,7 +164,7 @@ class Policy:
     def _logprobs_of(self, model: Any, rollout: Rollout) -> Tensor:
         inputs = self._model_inputs(rollout)
 
-        def head(hidden: Tensor, projection: Projection) -> Tensor:
+        def logprobs_of_hidden(hidden: Tensor, projection: Projection) -> Tensor:
             return linear_token_logprobs(
                 inputs.select_hidden(hidden),
                 projection.weight,
@@ -166,7 +175,7 @@ class Policy:
                 **projection.options,
             ).logprobs
 
-        return inputs.unpack(model(**inputs.arguments, head=head).result)
+        return inputs.unpack(model(**inputs.arguments, head=logprobs_of_hidden).result)
 
     @torch.no_grad()
     def _check_packing(self) -> None:

@@ -156,10 +156,14 @@ class Recipe(RunOptions, DatasetOptions, ModelOptions, SamplerOptions, Evaluatio
         """Whether each generation serves one optimizer step, so that every importance ratio is 1."""
         return self.num_iterations == 1 and self.steps_per_generation == self.gradient_accumulation_steps
 
-    def loss_config(self) -> GRPOLossConfig:
-        """The loss that the recipe asks for; raises ValueError where ``GRPOLossConfig`` does."""
+    def loss_config(self, *, corrected: bool | None = None) -> GRPOLossConfig:
+        """The loss that the recipe asks for; raises ValueError where ``GRPOLossConfig`` does.
+
+        Args:
+            corrected: Whether the sampler gives log-probabilities to correct it by; by default whether it is vLLM.
+        """
         correction, bound = {}, self.vllm_importance_sampling_clip_max
-        if self.use_vllm and self.vllm_importance_sampling_correction:
+        if (self.use_vllm if corrected is None else corrected) and self.vllm_importance_sampling_correction:
             correction = {
                 "rollout_correction": self.vllm_importance_sampling_mode,
                 "rollout_clip_min": self.vllm_importance_sampling_clip_min,

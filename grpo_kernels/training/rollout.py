@@ -62,10 +62,14 @@ class Scored(NamedTuple):
 
 
 class Sampler(Protocol):
-    """What draws completions from the model that is trained; every process calls it alike."""
+    """What draws completions from the model that is trained; every process calls it alike.
+
+    Draws, or their seeds, come from torch's generator, so that a resumed run and an evaluation repeat them.
+    """
 
     context_length: int | None  # tokens of a prompt and its completion; None where there is no bound
     end_ids: list[int]  # the tokens that end a completion
+    gives_logprobs: bool  # whether rollouts have sampling_logprobs, at the loss's temperature: they correct the loss
 
     def __call__(
         self, prompts: Sequence[str], *, step: int = 0, group_size: int = 1, temperature: float | None = None
@@ -120,36 +124,6 @@ def concat_scored(parts: Sequence[Scored]) -> Scored:
     return Scored(rollout, rewards, prompts, completions, extras, metrics)
 
 
-def generate(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    prompts: Sequence[str],  # B texts; repeat a prompt for a group
-    *,
-    max_completion_length: int,  # tokens at most
-    temperature: float,  # divides the logits; 0 is greedy
-    synced: bool = False,  # go on until every process is done, as models whose parameters are divided need
-) -> Rollout:
-    """Samples one completion per prompt from the whole distribution (no top-k, top-p or penalty), or the greedy one.
-
-    The model's own generation config is set aside, so that the sampled distribution is the one that the loss sees. The
-    tokenizer must have a pad token.
-    """
-    encoded = _pad(encode_prompts(prompts, tokenizer), tokenizer.pad_token_id, "left")
-    prompt_ids, prompt_mask = (rows.to(model.device) for rows in encoded)
-    config = generation_config(model, tokenizer, max_completion_length, temperature)
-    own_config = model.generation_config
-    model.generation_config = GenerationConfig()  # generate() fills what is unset from here
-    try:
-        with torch.no_grad():
-            sequences = model.generate(
-                prompt_ids, attention_mask=prompt_mask, generation_config=config, synced_gpus=synced
-            )
-    finally:
-        model.generation_config = own_config
-    completion_ids = sequences[:, prompt_ids.shape[1] :].contiguous()
-    return Rollout(prompt_ids, prompt_mask, completion_ids, end_mask(completion_ids, config.eos_token_id))
-
-
 def generation_config(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, max_completion_length: int, temperature: float
 ) -> GenerationConfig:
@@ -173,16 +147,16 @@ def pad_rollout(
     logprobs: Sequence[Sequence[float]] | None = None,  # of each completion's tokens, in nats, by what sampled them
 ) -> Rollout:
     """Prompts and completions of unequal lengths as a rollout; what stands after an end token does not count."""
-    prompt_ids, prompt_mask = (rows.to(device) for rows in _pad(prompts, pad_id, "left"))
-    ids, mask = (rows.to(device) for rows in _pad(completions, pad_id, "right"))
+    prompt_ids, prompt_mask = (rows.to(device) for rows in pad(prompts, pad_id, "left"))
+    ids, mask = (rows.to(device) for rows in pad(completions, pad_id, "right"))
     mask = mask * end_mask(ids, end_ids)
     if logprobs is None:
         return Rollout(prompt_ids, prompt_mask, ids, mask)
-    sampling_logprobs = _pad(logprobs, 0.0, "right")[0].to(device)
+    sampling_logprobs = pad(logprobs, 0.0, "right")[0].to(device)
     return Rollout(prompt_ids, prompt_mask, ids, mask, sampling_logprobs * mask)
 
 
-def _pad(values: Sequence[Sequence[float]], fill: float, side: str) -> tuple[Tensor, Tensor]:
+def pad(values: Sequence[Sequence[float]], fill: float, side: str) -> tuple[Tensor, Tensor]:
     """Lists of unequal lengths as rows, and their mask; where all are empty one column, for a model to read."""
     length = max(1, *map(len, values))
     gaps = [(length - len(row), 0) if side == "left" else (0, length - len(row)) for row in values]
@@ -211,7 +185,7 @@ def teacher_forced(tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str], c
     ids = tokenizer(list(completions), add_special_tokens=False)["input_ids"]
     ended = [[*completion, tokenizer.eos_token_id] for completion in ids]
     pad_id = tokenizer.pad_token_id
-    return Rollout(*_pad(encode_prompts(prompts, tokenizer), pad_id, "left"), *_pad(ended, pad_id, "right"))
+    return Rollout(*pad(encode_prompts(prompts, tokenizer), pad_id, "left"), *pad(ended, pad_id, "right"))
 
 
 def end_mask(completion_ids: Tensor, end_ids: Sequence[int]) -> Tensor:  # [B, T] -> [B, T]

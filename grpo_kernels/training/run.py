@@ -105,10 +105,10 @@ def train(recipe: Recipe, accelerator: Accelerator | None = None, rows: Sequence
         f"{backend} backend, {len(task.train_rows)} training problems"
     )
     start = time.perf_counter()
-    run = _RunFolder(recipe, output_dir, accelerator)
+    run = _Run(recipe, output_dir, accelerator)
     try:
         try:
-            before, checkpoint, after = run.train(task)
+            before, checkpoint, after = run.execute(task)
         finally:
             run.metrics.close()
         if accelerator.is_main_process:
@@ -117,7 +117,7 @@ def train(recipe: Recipe, accelerator: Accelerator | None = None, rows: Sequence
             plot_curves(output_dir)
             write_report(output_dir)
     except OSError as error:
-        raise OSError(f"{error}; stopped after step {run.number}; {status_line(output_dir)}") from error
+        raise OSError(f"{error}; stopped after step {run.global_step}; {status_line(output_dir)}") from error
     if accelerator.is_main_process:
         _print_summary(before, after, time.perf_counter() - start, checkpoint, recipe)
     return Result(checkpoint, before, after)
@@ -139,19 +139,19 @@ def metrics_log(recipe: Any, accelerator: Accelerator) -> MetricsLog:
     return MetricsLog(accelerator, recipe.output_dir, hyper_parameters=asdict(recipe), **names)
 
 
-class _RunFolder:
-    """A run's folder: what is in it, and what goes on from there."""
+class _Run:
+    """One run: what its folder has, and what is done and written there."""
 
     def __init__(self, recipe: Recipe, output_dir: Path, accelerator: Accelerator) -> None:
         self.recipe, self.output_dir, self.accelerator = recipe, output_dir, accelerator
-        self.number = 0  # of the last optimizer step
+        self.global_step = 0  # of the last optimizer step
         self.checkpoints = list_checkpoints(output_dir) if recipe.resume else []
         if accelerator.is_main_process:
             if self.checkpoints:
                 for name in (METRICS, SAMPLES):
-                    _cut(output_dir / name, step_of(self.checkpoints[-1]))
+                    _drop_records_after(output_dir / name, step_of(self.checkpoints[-1]))
             else:
-                _prepare(output_dir, recipe.overwrite_output_dir or recipe.resume)
+                _clear_or_refuse(output_dir, recipe.overwrite_output_dir or recipe.resume)
         accelerator.wait_for_everyone()
         self.metrics = metrics_log(recipe, accelerator)
         if accelerator.is_main_process:
@@ -159,7 +159,7 @@ class _RunFolder:
             replace_text(output_dir / "config.yaml", yaml.safe_dump(asdict(recipe), sort_keys=False))
             replace_text(output_dir / "versions.json", json.dumps(info.versions(), indent=1))
 
-    def train(self, task: Task) -> tuple[dict[str, float], Path, dict[str, float]]:
+    def execute(self, task: Task) -> tuple[dict[str, float], Path, dict[str, float]]:
         """Held-out accuracies before GRPO, the last checkpoint, and the accuracies after."""
         recipe = self.recipe
         if not self.checkpoints:
@@ -218,32 +218,36 @@ class _RunFolder:
             task.model.load_state_dict(read_weights(first, task.model))
         loop = GRPOLoop(task, self.recipe, self.accelerator)
         loop.restore(newest)
-        self.number = loop.number
-        self.accelerator.print(f"resumed after step {loop.number}, from {newest}")
+        self.global_step = loop.global_step
+        self.accelerator.print(f"resumed after step {loop.global_step}, from {newest}")
         return loop
 
     def _save(self, task: Task, loop: GRPOLoop) -> Path:
-        keep = self.recipe.save_total_limit
         return save_checkpoint(
-            self.output_dir, loop.number, task.model, task.tokenizer, keep=keep, trained=loop.trained()
+            self.output_dir,
+            loop.global_step,
+            task.model,
+            task.tokenizer,
+            keep=self.recipe.save_total_limit,
+            training_state=loop.training_state(),
         )
 
     def _run_grpo(self, task: Task, loop: GRPOLoop) -> Path:
         """Checkpoints are written where a generation ends, the first after each ``save_steps``."""
-        recipe, checkpoint = self.recipe, self.output_dir / f"checkpoint-{loop.number}"
-        saved, processes = loop.number, self.accelerator.num_processes
+        recipe, checkpoint = self.recipe, self.output_dir / f"checkpoint-{loop.global_step}"
+        saved, processes = loop.global_step, self.accelerator.num_processes
         completions = recipe.per_device_train_batch_size * recipe.gradient_accumulation_steps * processes
         is_hidden = recipe.disable_tqdm or not self.accelerator.is_main_process
-        with progress_bar(recipe.max_steps - loop.number, "GRPO", is_hidden=is_hidden) as bar:
+        with progress_bar(recipe.max_steps - loop.global_step, "GRPO", is_hidden=is_hidden) as bar:
             table = MetricsTable()
             for step in loop.steps():
-                self.number = step.number
+                self.global_step = step.number
                 self.metrics.write(step.number, step.metrics)
                 tokens = completions * step.metrics["completions/mean_length"]
                 count_step(bar, completions=completions, tokens=tokens, reward=step.metrics["reward"])
                 self._show(step, table)
                 is_due = step.number // recipe.save_steps > saved // recipe.save_steps
-                if (is_due and step.is_whole) or step.number == recipe.max_steps:
+                if (is_due and step.ends_generation) or step.number == recipe.max_steps:
                     checkpoint, saved = self._save(task, loop), step.number
         return checkpoint
 
@@ -273,14 +277,14 @@ class _RunFolder:
         return accuracies
 
 
-def _cut(path: Path, step: int) -> None:
+def _drop_records_after(path: Path, step: int) -> None:
     """Takes out what a run will write again from a checkpoint on, and a line that was cut by a kill."""
     records = read_records(path) if path.exists() else []
     kept = [r for r in records if r["step"] == 0 or (r["step"] <= step and "eval_accuracy" not in r)]
     replace_text(path, "".join(json.dumps(record) + "\n" for record in kept))
 
 
-def _prepare(output_dir: Path, overwrite: bool) -> None:
+def _clear_or_refuse(output_dir: Path, overwrite: bool) -> None:
     if overwrite:
         clear_run(output_dir)
     elif has_records(output_dir / METRICS) or list_checkpoints(output_dir):

@@ -16,6 +16,7 @@ from accelerate import Accelerator
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from grpo_kernels.rewards import RewardFunction, check_name, resolve
+from grpo_kernels.training.addition import TASKS, build_model
 from grpo_kernels.training.data.files import Row, open_dataset
 from grpo_kernels.training.data.rows import load_rows
 from grpo_kernels.training.data.templates import prompt_key, rows_that_fit
@@ -24,7 +25,6 @@ from grpo_kernels.training.options import SamplerOptions
 from grpo_kernels.training.rollout import Sampler
 from grpo_kernels.training.samplers import ContinuousSampler, ModelSampler
 from grpo_kernels.training.supervised import SupervisedStep, train_supervised
-from grpo_kernels.training.tasks import TASKS, build_model
 
 _HELD_OUT = 200  # problems, unless a recipe says how many; of one split that is cut in two a fifth at most
 

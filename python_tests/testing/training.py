@@ -45,7 +45,7 @@ class ScriptedSampler:
         say: From a prompt and a temperature to a completion.
     """
 
-    context_length = None
+    context_length, gives_logprobs = None, False
 
     def __init__(self, task: Any, say: Callable[[str, float], str]) -> None:
         self.task, self.say = task, say

@@ -13,8 +13,8 @@ from typing import Any
 
 from grpo_kernels.rewards.completions import completion_text, plain_message
 from grpo_kernels.rewards.scoring import ARGUMENTS
+from grpo_kernels.training.addition import TASKS
 from grpo_kernels.training.data.files import Row, open_dataset, read_file
-from grpo_kernels.training.tasks import TASKS
 
 _LOGGER = logging.getLogger(__name__)
 # how GSM8K (arXiv:2110.14168) writes a solution: calculations as <<48/2=24>>, and a last line "#### 72"

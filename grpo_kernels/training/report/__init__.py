@@ -6,18 +6,25 @@ import json
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, NamedTuple
 
 from accelerate import Accelerator
 from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
 from accelerate.utils import LoggerType, ProjectConfiguration
 
-if TYPE_CHECKING:
-    from grpo_kernels.training.loop import Sample
-
 METRICS, SAMPLES = "metrics.jsonl", "samples.jsonl"
 Record = dict[str, Any]
 _RUN_NAME = {"wandb": "name", "trackio": "name", "mlflow": "run_name"}  # the argument of a tracker
+
+
+class SampleRecord(NamedTuple):
+    """One completion as text, for people to read."""
+
+    prompt: str
+    completion: str
+    reward: float
+    advantage: float | None = None  # None where nothing was trained on it
+    extra: dict[str, Any] | None = None  # what reward functions logged of it
 
 
 def append_records(path: Path, records: Sequence[Record]) -> None:
@@ -38,7 +45,7 @@ def append_records(path: Path, records: Sequence[Record]) -> None:
         raise
 
 
-def append_samples(path: Path, step: int, samples: Sequence[Sample]) -> None:
+def append_samples(path: Path, step: int, samples: Sequence[SampleRecord]) -> None:
     """Adds the samples of a step, each with all its fields and what reward functions logged of it."""
     fields = [sample._asdict() for sample in samples]
     append_records(path, [{"step": step, **(record.pop("extra", None) or {}), **record} for record in fields])

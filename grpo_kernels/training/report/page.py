@@ -76,7 +76,7 @@ def write_report(run_dir: Path | str) -> Path:
     folder, notes = Path(run_dir), []
     curves = _curves(read_records(folder / METRICS, notes))
     samples = read_records(folder / SAMPLES, notes) if (folder / SAMPLES).exists() else []
-    names = ("config.yaml", "config.json", "versions.json")
+    names = ("config.yaml", "versions.json")
     settings = [path for path in map(folder.joinpath, names) if path.exists()]
     loader = jinja2.FileSystemLoader(Path(__file__).parent)
     environment = jinja2.Environment(autoescape=True, loader=loader, undefined=jinja2.StrictUndefined)

@@ -13,7 +13,7 @@ from tqdm import tqdm
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from grpo_kernels.training.loop import Sample
+    from grpo_kernels.training.report import SampleRecord
 
 COLUMNS = (
     "step", "reward", "reward_std", "frac_reward_zero_std", "rewards/accuracy/mean", "rewards/format/mean",
@@ -62,7 +62,7 @@ class MetricsTable:
         self._rows += 1
 
 
-def show_samples(step: int, samples: Sequence[Sample]) -> None:
+def show_samples(step: int, samples: Sequence[SampleRecord]) -> None:
     """Prints sample completions above a bar, long texts folded into their column."""
     from rich import box
     from rich.table import Table

@@ -7,12 +7,13 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import torch
 import transformers
-from transformers import PreTrainedTokenizerBase
+from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 from grpo_kernels.training.data.templates import encode_prompts
 from grpo_kernels.training.models import base_model, context_length_of
-from grpo_kernels.training.rollout import Rollout, end_token_ids, generate, generation_config, pad_rollout
+from grpo_kernels.training.rollout import Rollout, end_mask, end_token_ids, generation_config, pad, pad_rollout
 
 _PAGE = 32  # tokens of a block of the paged cache, on a CPU
 _LEAST_BATCH_TOKENS = 256
@@ -31,6 +32,8 @@ class ModelSampler:
         autocast: What the model runs in, so that it samples as the loss will see it.
     """
 
+    gives_logprobs = False
+
     def __init__(
         self,
         model: Any,
@@ -48,15 +51,25 @@ class ModelSampler:
     def __call__(
         self, prompts: Sequence[str], *, step: int = 0, group_size: int = 1, temperature: float | None = None
     ) -> Rollout:
-        with self.autocast():
-            return generate(
-                self.model,
-                self.tokenizer,
-                prompts,
-                max_completion_length=self.max_completion_length,
-                temperature=self.temperature if temperature is None else temperature,
-                synced=self.synced,
-            )
+        """From the whole distribution (no top-k, top-p or penalty), or the greedy one.
+
+        The model's own generation config is set aside, so that the sampled distribution is the one that the loss sees.
+        """
+        encoded = pad(encode_prompts(prompts, self.tokenizer), self.tokenizer.pad_token_id, "left")
+        prompt_ids, prompt_mask = (rows.to(self.model.device) for rows in encoded)
+        temperature = self.temperature if temperature is None else temperature
+        config = generation_config(self.model, self.tokenizer, self.max_completion_length, temperature)
+        own_config = self.model.generation_config
+        self.model.generation_config = GenerationConfig()  # generate() fills what is unset from here
+        try:
+            with self.autocast(), torch.no_grad():
+                sequences = self.model.generate(
+                    prompt_ids, attention_mask=prompt_mask, generation_config=config, synced_gpus=self.synced
+                )
+        finally:
+            self.model.generation_config = own_config
+        completion_ids = sequences[:, prompt_ids.shape[1] :].contiguous()
+        return Rollout(prompt_ids, prompt_mask, completion_ids, end_mask(completion_ids, config.eos_token_id))
 
 
 class ContinuousSampler(ModelSampler):

@@ -44,6 +44,8 @@ class ServerSampler:
         RuntimeError: Its way for weights cannot run here.
     """
 
+    gives_logprobs = True
+
     def __init__(
         self,
         model: Any,

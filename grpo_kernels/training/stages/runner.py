@@ -20,12 +20,12 @@ from transformers.utils.logging import disable_progress_bar
 from grpo_kernels import info
 from grpo_kernels.files import replace_text
 from grpo_kernels.rewards import BUILT_IN
+from grpo_kernels.training.addition import TASKS
 from grpo_kernels.training.checkpoint import MAY_DIFFER, MAY_DIFFER_ON_RESUME, clear_run, list_checkpoints
 from grpo_kernels.training.options import read_yaml
 from grpo_kernels.training.report import METRICS, SAMPLES, has_records, tracker_names
 from grpo_kernels.training.stages import MODEL_PATHS, SOURCES, Stage, is_file
 from grpo_kernels.training.stages.work import ROWS, STAGE_RUNNERS, write_records
-from grpo_kernels.training.tasks import TASKS
 
 CONFIG, DONE, SUMMARY = "config.yaml", "done.json", "summary.jsonl"
 USED = "used.json"  # by key, the digest of the stage that was used; under "files", of what was read beside

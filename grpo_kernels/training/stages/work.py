@@ -16,15 +16,15 @@ from transformers import set_seed
 
 from grpo_kernels.files import replace_text
 from grpo_kernels.rewards import columns_of, resolve, score, total
+from grpo_kernels.training.addition import TASKS
 from grpo_kernels.training.augmentation import SEED, augment, is_right
 from grpo_kernels.training.checkpoint import save_checkpoint
 from grpo_kernels.training.data.files import Row
 from grpo_kernels.training.data.rows import read_rows
 from grpo_kernels.training.evaluation import EvalReport, evaluate_samples
-from grpo_kernels.training.loop import Sample
 from grpo_kernels.training.models import build_accelerator
 from grpo_kernels.training.recipe import Recipe
-from grpo_kernels.training.report import SAMPLES, MetricsLog, append_samples
+from grpo_kernels.training.report import SAMPLES, MetricsLog, SampleRecord, append_samples
 from grpo_kernels.training.report.terminal import count_step, progress_bar
 from grpo_kernels.training.rollout import Sampler, score_rollout
 from grpo_kernels.training.run import metrics_log, tracked, train
@@ -43,7 +43,6 @@ from grpo_kernels.training.task import (
     supervised_options,
     train_on_traces,
 )
-from grpo_kernels.training.tasks import TASKS
 
 ROWS = "rows.jsonl"
 
@@ -208,7 +207,7 @@ def _sample(
         rewards, is_kept = total(scored.rewards, None).tolist(), (scored.rewards >= thresholds).all(dim=1).tolist()
         samples = []
         for row, completion, reward, earns_enough in zip(batch, scored.completions, rewards, is_kept, strict=True):
-            samples.append(Sample(str(row["prompt"]), completion, reward))
+            samples.append(SampleRecord(str(row["prompt"]), completion, reward))
             if earns_enough and completion:
                 kept[json.dumps(row["prompt"]), completion] = row | {"completion": completion}
         append_samples(stage.folder / SAMPLES, number, samples[: options.num_completions_to_print])
