@@ -259,7 +259,7 @@ def test_a_small_negative_number_is_a_number_in_a_list(tmp_path: Path, written: 
     assert load_recipe(None, [*both, f"[1, {written}]"]).reward_weights == [1.0, -1e-5]
 
 
-def test_lists_on_the_command_line_are_yaml_too(tmp_path: Path) -> None:
+def test_lists_on_the_command_line_are_yaml_too(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     for arguments in (["--reward_funcs", "[format, 'repetition(n=2, max_penalty=-0.5)']"],
                       ["--reward-funcs=[format, 'repetition(n=2, max_penalty=-0.5)']"],
                       ["--reward_funcs", "format", "repetition(n=2, max_penalty=-0.5)"]):  # fmt: skip
@@ -268,6 +268,7 @@ def test_lists_on_the_command_line_are_yaml_too(tmp_path: Path) -> None:
     (tmp_path / "r.yaml").write_text("reward_funcs: [accuracy, format]\nreward_weights: [1.0, 0.5]\n")
     found = load_recipe(str(tmp_path / "r.yaml"), ["--reward_funcs", "[format]"])
     assert found.reward_weights is None  # those were of other functions
+    assert "its reward_weights are of its own reward_funcs and are left out" in caplog.text
 
 
 @pytest.mark.parametrize(("rows", "held_out"), [(4, 0), (20, 4), (150, 30), (2000, 200)])

@@ -19,6 +19,7 @@ from grpo_kernels.training.recipe import Recipe, load_recipe
 from grpo_kernels.training.report import read_records
 from grpo_kernels.training.rollout import Rollout
 from grpo_kernels.training.run import train
+from grpo_kernels.training.samplers import ModelSampler
 from grpo_kernels.training.task import Task, load_task, train_on_traces
 
 
@@ -168,6 +169,28 @@ def test_what_a_gpu_flagged_stops_the_run_before_the_step():
     with pytest.raises(ValueError, match=r"an id outside the vocabulary where unmasked, at 3"):
         next(loop.steps())
     assert all(torch.equal(p, q) for p, q in zip(before, loop.model.parameters(), strict=True))
+
+
+def test_a_samplers_own_log_probs_correct_the_loss():
+    """As a server's do, whoever the sampler is; the recipe can turn it off."""
+
+    class Shifted(ModelSampler):
+        gives_logprobs = True
+
+        def __call__(self, prompts, **options):
+            rollout = super().__call__(prompts, **options)
+            return rollout._replace(sampling_logprobs=torch.where(rollout.completion_mask.bool(), -9.0, 0.0))
+
+    found = {}
+    for on in (True, False):
+        recipe = recipe_of(vllm_importance_sampling_correction=on, vllm_importance_sampling_mode="token_truncate")
+        torch.manual_seed(0)
+        task = load_task(recipe)
+        loop = GRPOLoop(task, recipe, sampler=Shifted(task.model, task.tokenizer, max_completion_length=12))
+        batch, metrics, _ = loop.collect()
+        found[on] = loop.accumulate_gradients([batch])["loss"], "sampling/importance_sampling_ratio/mean" in metrics
+    assert found[True][1] and not found[False][1]
+    assert found[True][0] != found[False][0]
 
 
 def test_truncated_completions_can_be_left_out():

@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import difflib
 import json
+import logging
 import os
 import re
 from collections.abc import Collection, Mapping, Sequence
@@ -22,6 +23,7 @@ from transformers import HfArgumentParser
 from grpo_kernels.training.data.templates import PromptFormat, check_template, mapping
 
 #: What keys of other trainers are called here.
+_LOGGER = logging.getLogger(__name__)
 _ELSEWHERE = {
     "lr": "learning_rate", "num_train_epochs": "max_steps", "warmup_ratio": "warmup_steps", "epsilon_low": "epsilon",
     "resume_from_checkpoint": "resume", "train_batch_size": "per_device_train_batch_size", "num_samples":
@@ -238,7 +240,10 @@ def parse(
         overrides: ``["--key", "value", ...]``, which win.
         command: Whose help ``--help`` shows.
     """
-    if "reward_funcs" in given_keys(overrides):  # the weights of the file's functions are not theirs
+    given = given_keys(overrides)
+    if "reward_funcs" in given and content.get("reward_weights"):
+        if "reward_weights" not in given:
+            _LOGGER.warning("%s: its reward_weights are of its own reward_funcs and are left out: all weigh 1", where)
         content = {key: value for key, value in content.items() if key != "reward_weights"}
     parser = HfArgumentParser(
         kind,
