@@ -13,7 +13,7 @@ import contextlib
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 from unittest import mock
 
@@ -21,7 +21,8 @@ import torch
 from transformers import set_seed
 
 from grpo_kernels.training import loop as loop_module
-from grpo_kernels.training.loop import Batch, GRPOLoop
+from grpo_kernels.training import rollout as rollout_module
+from grpo_kernels.training.loop import Batch, GRPOLoop, Step
 from grpo_kernels.training.recipe import load_recipe
 from grpo_kernels.training.task import load_task, train_on_traces
 
@@ -58,16 +59,16 @@ class Clock:
 def parts(loop: GRPOLoop) -> list[tuple[str, Any, str]]:
     """Names of parts, and where the functions are that they are made of."""
     return [
-        (GENERATE, loop, "sampler"),
+        (GENERATE, type(loop.sampler), "__call__"),
         (REFERENCE, loop.policy, "logprobs"),
         (FORWARD, loop.policy, "loss"),
         (BACKWARD, loop_module, "backward"),
         ("AdamW", loop.optimizer, "step"),
         ("clipping", loop.accelerator, "clip_grad_norm_"),
-        ("rewards", loop_module, "score"),
-        ("decoding", loop_module, "completion_texts"),
-        ("decoding", loop_module, "completion_tokens"),
-        ("prompts", loop_module, "render_prompts"),
+        ("rewards", rollout_module, "score"),
+        ("decoding", rollout_module, "completion_texts"),
+        ("decoding", rollout_module, "completion_tokens"),
+        ("prompts", rollout_module, "render_prompts"),
         ("advantages", loop_module, "group_advantages"),
         ("reward and length metrics", loop, "_reward_metrics"),
         ("reward and length metrics", loop, "_length_metrics"),
@@ -77,8 +78,8 @@ def parts(loop: GRPOLoop) -> list[tuple[str, Any, str]]:
     ]
 
 
-def measure(steps: int) -> tuple[Counter[str], float]:
-    """Seconds by part, and of all, over ``steps`` steps of a warm loop."""
+def warm_loop(steps: int) -> tuple[GRPOLoop, Iterator[Step]]:
+    """The loop of the recipe ``addition`` after its cold start, and its next ``steps`` steps."""
     with tempfile.TemporaryDirectory() as folder:
         recipe = load_recipe("addition", ["--output_dir", folder, "--max_steps", str(steps + WARM_UP)])
     torch.set_num_threads(recipe.num_threads)
@@ -87,9 +88,15 @@ def measure(steps: int) -> tuple[Counter[str], float]:
     for _ in train_on_traces(task.model, task.tokenizer, task.train_rows, recipe):
         pass
     loop = GRPOLoop(task, recipe)
-    clock, run = Clock(), loop.steps()
+    run = loop.steps()
     for _ in range(WARM_UP):
         next(run)
+    return loop, run
+
+
+def measure(loop: GRPOLoop, run: Iterator[Step], steps: int) -> tuple[Counter[str], float]:
+    """Seconds by part, and of all, over ``steps`` steps of a loop that runs."""
+    clock = Clock()
     with contextlib.ExitStack() as stack:
         for part, owner, name in parts(loop):
             stack.enter_context(mock.patch.object(owner, name, clock.timed(part, getattr(owner, name))))
@@ -105,7 +112,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="prints where a step of the demo's training loop goes")
     parser.add_argument("--steps", type=int, default=40, help="optimizer steps to time; a multiple of 2 is fair")
     steps = parser.parse_args().steps
-    seconds, took = measure(steps)
+    seconds, took = measure(*warm_loop(steps), steps)
     print("| part of a step | ms | share |\n|---|---|---|")
     for part, spent in sorted(seconds.items(), key=lambda item: (item[0] not in OF_THE_MODEL, -item[1])):
         print(f"| {part} | {1e3 * spent / steps:.2f} | {spent / took:.1%} |")
