@@ -13,12 +13,14 @@ from typing import Any
 
 import guard
 import interleaved
+import loop_overhead
 import memory
 import providers
 import pytest
 import qualify
 import torch
 from records import Results
+from test_training_loop import loop_of
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 CASES = [("logits", "float32"), ("hidden", "float32"), ("logprobs", "float32"), ("upstream", "float32")]
@@ -177,3 +179,10 @@ def test_the_guard_passes_and_fails_by_its_limit(capsys: pytest.CaptureFixture[s
     assert printed.count("x  p20") == len(guard.works(True)) and "not compared" not in printed
     assert guard.guard(root, "itself", rounds=3, limit=0.001, quick=True) == 1
     assert capsys.readouterr().out.count("slower than") == len(guard.works(True))
+
+
+def test_every_part_of_a_step_that_the_benchmark_times_is_called() -> None:
+    loop = loop_of(max_steps=1, beta=0.1)
+    seconds, took = loop_overhead.measure(loop, loop.steps(), steps=1)
+    named = {part for part, _, _ in loop_overhead.parts(loop)}
+    assert set(seconds) == {*named, loop_overhead.REST} and 0 < sum(seconds.values()) <= took * (1 + 1e-9)
