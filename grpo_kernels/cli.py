@@ -65,10 +65,10 @@ def _train(name: str | None, overrides: Sequence[str], debug: bool) -> int:
     output_dir: list[Path] = []
 
     def act() -> None:
-        from grpo_kernels.training.options import given_keys
+        from grpo_kernels.training.options import override_keys
         from grpo_kernels.training.recipe import load_recipe
 
-        chosen, keys = name, {*given_keys(overrides), *(["help"] if "-h" in overrides else [])}
+        chosen, keys = name, {*override_keys(overrides), *(["help"] if "-h" in overrides else [])}
         if name is None and not {"dataset_name", "model_name_or_path", "help"} & keys:
             print("no --recipe, --dataset_name or --model_name_or_path: training by --recipe addition")
             chosen = "addition"

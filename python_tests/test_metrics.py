@@ -14,7 +14,7 @@ from torch import distributed, multiprocessing
 
 from grpo_kernels import GRPOLossConfig, policy_loss
 from grpo_kernels.loss.metrics import PolicyMetrics
-from grpo_kernels.training.processes import end_process_group
+from grpo_kernels.training.models import end_process_group
 
 CONFIGS = {
     level: GRPOLossConfig(beta=0.1, importance_sampling_level=level, loss_type="grpo")

@@ -15,6 +15,7 @@ import pytest
 from grpo_kernels import rewards
 from grpo_kernels.cli import main
 from grpo_kernels.rewards import reasoning_gym
+from grpo_kernels.training.data.rows import read_rows
 from grpo_kernels.training.recipe import Recipe
 from grpo_kernels.training.task import columns_needed, load_task_rows
 
@@ -76,8 +77,11 @@ def test_rows_follow_from_the_seed_and_no_question_is_on_both_sides():
 
 
 @pytest.mark.usefixtures("library")
-def test_the_datasets_own_judge_scores_rows_that_went_through_a_file():
-    rows = [json.loads(json.dumps(row)) for row in load_task_rows(recipe_of(dataset_config='{"size": 20}'))[0]]
+@pytest.mark.parametrize("config", ['{"size": 20}', None])
+def test_the_datasets_own_judge_scores_rows_that_went_through_a_file(tmp_path, config):
+    path = tmp_path / "rows.jsonl"
+    path.write_text("\n".join(json.dumps(row) for row in load_task_rows(recipe_of(dataset_config=config))[0][:16]))
+    rows = read_rows(path, ("prompt", "answer"))
     texts = [f"<think> a </think> <answer> {row['answer']} </answer>" for row in rows]
     columns = rewards.columns_of(rows, [[]] * len(rows))
     reward = {"reasoning_gym": rewards.resolve("reasoning_gym")}

@@ -21,7 +21,7 @@ from grpo_kernels.training.checkpoint import save_checkpoint
 from grpo_kernels.training.recipe import Recipe
 from grpo_kernels.training.rollout import teacher_forced
 from grpo_kernels.training.stages import KINDS, load_stage
-from grpo_kernels.training.supervised import check_vocabularies, teaching_loss
+from grpo_kernels.training.supervised import check_vocabularies, distillation_batch_loss
 from grpo_kernels.training.task import columns_needed, load_task_rows
 
 SMALL: dict[str, Any] = {
@@ -116,7 +116,7 @@ def test_the_loss_is_trls(beta: float) -> None:
     expected = trainer.generalized_jsd_loss(ours, theirs, labels, beta=beta, temperature=0.9)
     for model in (student, teacher):
         open_head(model)
-    loss = teaching_loss(student, teacher, batch, beta=beta, temperature=0.9)
+    loss = distillation_batch_loss(student, teacher, batch, beta=beta, temperature=0.9)
     torch.testing.assert_close(loss, expected, rtol=1e-5, atol=1e-6)
     loss.backward()
     assert any(p.grad is not None and p.grad.abs().max() > 0 for p in student.parameters())
@@ -130,9 +130,9 @@ def test_a_head_that_is_padded_further_teaches_the_same_tokens() -> None:
     batch = teacher_forced(tokenizer, ["1 + 1 ="], ["2 carry 1"])
     for model in (student, teacher):
         open_head(model)
-    expected = teaching_loss(student, teacher, batch, beta=0.5)
+    expected = distillation_batch_loss(student, teacher, batch, beta=0.5)
     teacher.resize_token_embeddings(len(tokenizer) + 10)
-    torch.testing.assert_close(teaching_loss(student, teacher, batch, beta=0.5), expected)
+    torch.testing.assert_close(distillation_batch_loss(student, teacher, batch, beta=0.5), expected)
 
 
 def test_another_vocabulary_teaches_by_samples_alone(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -179,6 +179,30 @@ def test_an_option_without_effect_is_refused(
         assert f"{name} has no effect on kind '{command}'" in capsys.readouterr().err
     assert cli.main([command, f"--{name.replace('_', '-')}={value}"]) == 2
     assert f"{name} has no effect on kind '{command}'" in capsys.readouterr().err
+
+
+def test_what_is_wrong_is_the_key_not_what_it_leaves_out(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for command, key, near in (("sft", "sft_step", "sft_steps"), ("sample", "kep", "keep"),
+                               ("distill", "teacher_model_name", "teacher_model_name_or_path")):  # fmt: skip
+        assert run(command, tmp_path, **{key: "{format: 1}"}) == 2
+        assert f"unknown key {key!r}; the nearest known key is {near!r}" in capsys.readouterr().err
+    assert run("eval", tmp_path, colour=1) == 2
+    assert "unknown key 'colour'; grpo-kernels eval --help lists the keys" in capsys.readouterr().err
+
+
+def test_an_evaluation_stays_out_of_the_folder_of_a_run(trained: Path, tmp_path: Path) -> None:
+    path, folder = tmp_path / "mine.yaml", trained.parent
+    path.write_text(f"model_name_or_path: {trained}\noutput_dir: {folder}\n")
+    assert load_stage("eval", str(path)).folder == folder / "eval"
+    path.write_text(f"model_name_or_path: {trained}\noutput_dir: {tmp_path / 'other'}\n")
+    assert load_stage("eval", str(path)).folder == tmp_path / "other"
+
+
+def test_prompts_alone_are_sampled_where_nothing_reads_an_answer(tmp_path: Path) -> None:
+    path = tmp_path / "prompts.jsonl"
+    path.write_text("".join(f'{{"prompt": "{k} + 1 ="}}\n' for k in range(6)))
+    stage = load_stage("sample", None, ["--dataset_name", str(path), "--keep", "{format: 0}"])
+    assert columns_needed(stage.options) == ("prompt",)
 
 
 def test_every_key_of_a_recipe_is_read_by_some_kind_of_stage() -> None:

@@ -368,11 +368,13 @@ def test_a_stages_scores_reward_the_tokens_that_were_sampled(monkeypatch: pytest
         return [float(len(ids)) for ids in completion_ids]
 
     monkeypatch.setattr(ModelSampler, "__call__", recorded)
-    found, report = stage_work._evaluate(task._replace(reward_functions={"tokens": tokens}), recipe)
+    found, report = stage_work._evaluate(
+        task._replace(reward_functions={"tokens": tokens}), stage_work._build_sampler(task, recipe), recipe
+    )
     every = [n for batch in lengths for n in batch]
     assert len(every) == 18 and len(set(every)) > 1
     assert found["eval_tokens"] == round(fmean(every), 4)
-    assert [[len(ids) for ids in group] for group in report.completion_ids] == [every[k::6] for k in range(6)]
+    assert report.rewards == {"tokens": fmean(every)}
 
 
 def test_a_sample_that_no_function_scored_has_no_reward(tmp_path: Path) -> None:
@@ -384,6 +386,6 @@ def test_a_sample_that_no_function_scored_has_no_reward(tmp_path: Path) -> None:
     )  # fmt: skip
     task, stage = load_task(options, least=1), Stage("samples", options)
     with pytest.raises(ValueError, match="none of 4 completions earned"):
-        stage_work._sample(stage, task, task.train_rows)
+        stage_work._sample(stage, task, stage_work._build_sampler(task, stage.options), task.train_rows)
     samples = [json.loads(line) for line in (tmp_path / "samples.jsonl").read_text().splitlines()]
     assert [sample["reward"] for sample in samples] == [None] * 4

@@ -22,7 +22,7 @@ from grpo_kernels.training.run import train
 from grpo_kernels.training.samplers import ContinuousSampler, ModelSampler
 from grpo_kernels.training.samplers.server import ServerSampler
 from grpo_kernels.training.samplers.vllm_client import Completion
-from grpo_kernels.training.supervised import traces_that_fit, worked_batch
+from grpo_kernels.training.supervised import trace_batch, traces_that_fit
 from grpo_kernels.training.task import Task, held_out_rows, load_task, train_on_traces
 
 CHAT = "{{ bos_token }} {% for m in messages %}{{ m['content'] }}{% endfor %}"
@@ -65,12 +65,12 @@ def test_every_reader_of_a_chat_prompt_sees_the_same_tokens(tokenizer: PreTraine
         end_ids=[tokenizer.eos_token_id],
         accelerator=Accelerator(cpu=True),
         _sent_step=0,
-        _run_on_main=lambda _: [Completion([5], [0.0])],
+        _call_on_main=lambda _: [Completion([5], [0.0])],
     )
     for found in (
         ModelSampler(model, tokenizer, max_completion_length=2, temperature=0)([prompt]),
         teacher_forced(tokenizer, [prompt], ["2"]),
-        worked_batch(model, tokenizer, [row], recipe.prompt_format),
+        trace_batch(model, tokenizer, [row], recipe.prompt_format),
         ContinuousSampler(model, tokenizer, max_completion_length=12)([prompt]),
         server([prompt]),
     ):
@@ -100,13 +100,16 @@ def test_an_empty_prompt_is_left_out_and_counted(caplog: pytest.LogCaptureFixtur
 
 
 def test_held_out_prompts_that_leave_no_room_are_left_out_and_counted(caplog: pytest.LogCaptureFixture) -> None:
-    task = with_rows(eval_rows=of_lengths(3, 117, 116, 0))  # a context of 128, 12 of a completion
+    task, recipe = with_rows(eval_rows=of_lengths(3, 117, 116, 0)), Recipe(**SETTINGS)  # 12 of a completion
+    sampler = ModelSampler(task.model, task.tokenizer, max_completion_length=12)  # a context of 128
     with caplog.at_level(logging.WARNING):
-        assert [len(row["prompt"].split()) for row in held_out_rows(task, Recipe(**SETTINGS))] == [3, 116]
+        assert [len(row["prompt"].split()) for row in held_out_rows(task, recipe, sampler)] == [3, 116]
     assert "1 of 4 held-out prompts are longer than 116 tokens and left out" in caplog.text
     with pytest.raises(ValueError, match="at least 1 held-out prompts"):
-        held_out_rows(with_rows(eval_rows=of_lengths(117)), Recipe(**SETTINGS))
-    assert held_out_rows(with_rows(eval_rows=[]), Recipe(**SETTINGS)) == []
+        held_out_rows(with_rows(eval_rows=of_lengths(117)), recipe, sampler)
+    assert held_out_rows(with_rows(eval_rows=[]), recipe, sampler) == []
+    sampler.context_length = 15  # a server's may be less than the model's
+    assert [len(row["prompt"].split()) for row in held_out_rows(task, recipe, sampler)] == [3]
 
 
 def test_a_run_evaluates_and_filters_what_fits(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -171,7 +174,7 @@ def test_a_supervised_step_forms_no_logits_as_a_whole() -> None:
 def test_a_supervised_loss_is_the_mean_cross_entropy_of_completions() -> None:
     task, recipe = with_rows(), Recipe(**SETTINGS, sft_steps=1, sft_batch_size=8, per_device_train_batch_size=8)
     rows = random.Random(recipe.seed).choices([row for row in task.train_rows if row.get("completion")], k=8)
-    batch = worked_batch(task.model, task.tokenizer, rows, recipe.prompt_format)
+    batch = trace_batch(task.model, task.tokenizer, rows, recipe.prompt_format)
     with torch.no_grad():
         logits = completion_logits(task.model, batch)[:, :-1]
     kept = batch.completion_mask.bool()

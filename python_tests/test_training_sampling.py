@@ -213,6 +213,9 @@ def test_a_run_trains_on_problems_between_the_pass_rates(tmp_path, monkeypatch, 
     shown = f"20 of {len(rows)} training problems are left, {len(rows) - 30} were too hard and 10 too easy"
     assert f"pass-rate filter: {shown}" in " ".join(capsys.readouterr().out.split())
     assert easy_task_run(tmp_path, monkeypatch, resume=True, **settings) == []  # the rates are known
+    (tmp_path / "pass_rates.json").write_text("[0.1]")
+    with pytest.raises(ValueError, match=f"is of another run: it has 1 training problems, not {len(rows)}"):
+        easy_task_run(tmp_path, monkeypatch, resume=True, **settings)
     (tmp_path / "pass_rates.json").write_text("[0.1")
     with pytest.raises(ValueError, match=r"pass_rates\.json cannot be read, which says what rows the run has"):
         easy_task_run(tmp_path, monkeypatch, resume=True, **settings)

@@ -230,6 +230,10 @@ def test_nccl_is_driven_by_trls_client(start, monkeypatch):
     expected = [((name, "float32", list(value.shape)), name) for name, value in loop.model.named_parameters()]
     assert [(metadata, name) for metadata, (name, _) in sent] == expected
     assert server.count("/reset_prefix_cache") == 1
+    loop.global_step = 1
+    client.return_value.update_named_params.side_effect = Exception("Request failed: 500, out of memory")
+    with pytest.raises(ServerError, match=f"{server.url} did not take the weights: .*500, out of memory"):
+        loop.collect()
 
 
 def test_log_probs_of_another_distribution_are_refused(start):

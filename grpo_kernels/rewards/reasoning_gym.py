@@ -15,7 +15,7 @@ PREFIX = "reasoning_gym/"
 
 def generate_rows(dataset: str, config: str | None, seed: int) -> list[dict[str, Any]]:
     """1000 distinct problems, or ``size`` of ``config``, which holds the generator's options in JSON."""
-    source, rows = {"dataset": dataset, "config": config, "seed": seed}, {}
+    source, rows = {"dataset": dataset, "config": config or "{}", "seed": seed}, {}
     for index, problem in enumerate(_generate(**source)[1]):
         row = {"prompt": problem["question"], "answer": problem["answer"], "reasoning_gym": source | {"index": index}}
         rows.setdefault(row["prompt"], row)
@@ -42,7 +42,7 @@ def _score(completion: str, index: int, **source: Any) -> float:
 
 
 @cache
-def _generate(dataset: str, config: str | None, seed: int) -> tuple[Any, list[dict[str, Any]]]:
+def _generate(dataset: str, config: str, seed: int) -> tuple[Any, list[dict[str, Any]]]:
     name = f"{PREFIX}{dataset}"
     try:
         import reasoning_gym as library
@@ -53,7 +53,7 @@ def _generate(dataset: str, config: str | None, seed: int) -> tuple[Any, list[di
         near = difflib.get_close_matches(dataset, DATASETS) or sorted(DATASETS)
         raise ValueError(f"dataset_name must be a dataset of reasoning-gym, as {', '.join(near)}, got {name!r}")
     try:
-        generator = library.create_dataset(dataset, **{"size": 1000, "seed": seed, **json.loads(config or "{}")})
+        generator = library.create_dataset(dataset, **{"size": 1000, "seed": seed, **json.loads(config)})
         return generator, [generator[index] for index in range(len(generator))]
     except Exception as error:
         raise ValueError(

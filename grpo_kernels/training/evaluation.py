@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from statistics import NormalDist, fmean, variance
 from typing import Any, NamedTuple
 
@@ -20,7 +20,7 @@ from grpo_kernels.rewards import RewardFunction
 from grpo_kernels.rewards.answers import extract_of
 from grpo_kernels.training.data.files import Row
 from grpo_kernels.training.data.templates import PromptFormat
-from grpo_kernels.training.rollout import Sampler, completion_tokens, score_rollout
+from grpo_kernels.training.rollout import Sampler, score_rollout
 
 _CONFIDENCE = 0.95
 _Z = NormalDist().inv_cdf(0.5 + _CONFIDENCE / 2)
@@ -54,7 +54,7 @@ class EvalReport(NamedTuple):
     samples: list[list[EvalSample]]  # [P][n], at temperature 1
     greedy: list[EvalSample]  # [P]; empty where none was asked for
     scores: dict[str, Score]  # by name: pass@k and cons@k at temperature 1, and greedy
-    completion_ids: Sequence[Sequence[list[int]]] = ()  # [P][n], the tokens of ``samples``, with the end token
+    rewards: dict[str, float]  # means over ``samples`` of the reward functions that were asked for
 
     def metrics(self, all_intervals: bool = False) -> dict[str, float]:
         """The scores as a record for ``metrics.jsonl``, with the ends of the two accuracies' intervals, or of all."""
@@ -120,6 +120,7 @@ def evaluate_samples(
     prompt_format: PromptFormat = PromptFormat(),  # noqa: B008 - immutable
     ks: Sequence[int] | None = None,
     greedy: bool = True,
+    reward_functions: Mapping[str, RewardFunction] | None = None,  # further ones, of the samples at temperature 1
 ) -> EvalReport:
     """Samples completions of each row at temperature 1 and a greedy one, and scores them.
 
@@ -143,15 +144,17 @@ def evaluate_samples(
             raise ValueError(f"ks must be at least 1 and at most eval_samples ({num_samples}), got {k}")
     extract = extract_of(check)
 
-    def sample(problems: Sequence[Row], temperature: float) -> tuple[list[EvalSample], list[list[int]]]:
-        samples, ids = [], []
+    def sample(
+        problems: Sequence[Row], temperature: float, functions: Mapping[str, RewardFunction]
+    ) -> tuple[list[EvalSample], Tensor]:
+        samples, rewards = [], []
         for begin in range(0, len(problems), batch_size):
             batch = problems[begin : begin + batch_size]
             scored = score_rollout(
                 sampler,
                 tokenizer,
                 batch,
-                {check_name: check},
+                functions,
                 prompt_format=prompt_format,
                 step=step,
                 temperature=temperature,
@@ -159,14 +162,16 @@ def evaluate_samples(
             answers = [None if extract is None else extract(completion) for completion in scored.completions]
             right = (scored.rewards[:, 0] == 1).tolist()
             samples += map(EvalSample, scored.prompts, scored.completions, answers, right)
-            ids += completion_tokens(scored.rollout)
-        return samples, ids
+            rewards.append(scored.rewards)
+        return samples, torch.cat(rewards)
 
     with torch.random.fork_rng():
         torch.manual_seed(seed + 1)
-        drawn, drawn_ids = sample(list(rows) * num_samples, 1.0)
-        greedy_samples = sample(rows, 0.0)[0] if greedy else []
-    by_row, ids_by_row = ([values[i :: len(rows)] for i in range(len(rows))] for values in (drawn, drawn_ids))
+        judge = {check_name: check}
+        functions = judge | {n: f for n, f in (reward_functions or {}).items() if n not in judge}
+        drawn, rewards = sample(list(rows) * num_samples, 1.0, functions)
+        greedy_samples = sample(rows, 0.0, judge)[0] if greedy else []
+    by_row = [drawn[i :: len(rows)] for i in range(len(rows))]
     right = [[sample.right for sample in group] for group in by_row]
     scores = [pass_at_k(right, k) for k in ks]
     if extract is not None:
@@ -175,7 +180,8 @@ def evaluate_samples(
     if greedy:
         scores.append(pass_at_k([[sample.right] for sample in greedy_samples])._replace(name="greedy"))
     by_name = {score.name: score for score in scores}
-    return EvalReport(by_row, greedy_samples, by_name, ids_by_row)
+    means = dict(zip(functions, rewards.double().nanmean(dim=0).tolist(), strict=True))
+    return EvalReport(by_row, greedy_samples, by_name, {name: means[name] for name in reward_functions or {}})
 
 
 def measure_pass_rates(

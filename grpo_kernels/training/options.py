@@ -240,7 +240,10 @@ def parse(
         overrides: ``["--key", "value", ...]``, which win.
         command: Whose help ``--help`` shows.
     """
-    given = given_keys(overrides)
+    given = override_keys(overrides)
+    for key in given:
+        if key not in {"help", *(known.name for known in fields(kind))}:
+            raise ValueError(f"command line: {unknown_key(kind, key, command)}")
     if "reward_funcs" in given and content.get("reward_weights"):
         if "reward_weights" not in given:
             _LOGGER.warning("%s: its reward_weights are of its own reward_funcs and are left out: all weigh 1", where)
@@ -260,7 +263,7 @@ def parse(
         if action.dest in as_yaml:
             action.type, action.nargs, action.choices, action.metavar = _yaml_value, None, None, "YAML"
     lists = {key.name for key in fields(kind) if "list[" in str(key.type) and key.name not in as_yaml}
-    arguments = _arguments(kind, where, content, as_yaml)
+    arguments = _arguments(kind, where, content, as_yaml, command)
     try:
         parsed, unknown = parser.parse_args_into_dataclasses(
             [*arguments, *with_yaml_lists(overrides, lists)], return_remaining_strings=True, look_for_args_file=False
@@ -268,7 +271,7 @@ def parse(
     except argparse.ArgumentError as error:
         raise ValueError(f"{'command line' if overrides else 'recipe'}: {error}") from error
     if unknown:
-        raise ValueError(f"command line: {unknown_key(kind, given_keys(unknown[:1])[0])}")
+        raise ValueError(f"command line: expected --key value, got {unknown[0]!r}")
     return parsed
 
 
@@ -279,13 +282,15 @@ def _yaml_value(text: str) -> Any:
         raise argparse.ArgumentTypeError(f"expected YAML, got {text!r}") from error
 
 
-def _arguments(kind: type[Options], where: str, content: Mapping[str, Any], as_yaml: Collection[str]) -> list[str]:
+def _arguments(
+    kind: type[Options], where: str, content: Mapping[str, Any], as_yaml: Collection[str], command: str
+) -> list[str]:
     """A file's keys as command-line arguments, for argparse to check and convert (YAML reads 1e-4 as text)."""
     known = {key.name for key in fields(kind)}
     arguments: list[str] = []
     for key, value in content.items():
         if key not in known:
-            raise ValueError(f"{where}: {unknown_key(kind, str(key))}")
+            raise ValueError(f"{where}: {unknown_key(kind, str(key), command)}")
         if key in as_yaml:
             arguments.append(f"--{key}={yaml.safe_dump(value, default_flow_style=True)}")
         elif isinstance(value, dict) and key in MAPPINGS:
@@ -299,11 +304,11 @@ def _arguments(kind: type[Options], where: str, content: Mapping[str, Any], as_y
     return arguments
 
 
-def unknown_key(kind: type[Options], key: str) -> str:
+def unknown_key(kind: type[Options], key: str, command: str = "train") -> str:
     """What is said of a key that there is not, with the nearest one."""
     near = [_ELSEWHERE[key]] if key in _ELSEWHERE else []
     near += difflib.get_close_matches(key, [f.name for f in fields(kind)], n=1, cutoff=_NEAR)
-    hint = f"the nearest known key is {near[0]!r}" if near else "grpo-kernels train --help lists the keys"
+    hint = f"the nearest known key is {near[0]!r}" if near else f"grpo-kernels {command} --help lists the keys"
     return f"unknown key {key!r}; {hint}"
 
 
@@ -322,7 +327,7 @@ def with_yaml_lists(overrides: Sequence[str], lists: Collection[str]) -> list[st
     return arguments
 
 
-def given_keys(overrides: Sequence[str]) -> list[str]:
+def override_keys(overrides: Sequence[str]) -> list[str]:
     """The keys of ``["--key", "value", "--key=value", ...]``."""
     return [_key(text) for text in overrides if text.startswith("--")]
 

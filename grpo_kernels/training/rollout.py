@@ -219,7 +219,7 @@ def completion_tokens(rollout: Rollout) -> list[list[int]]:
     return [row[:n] for row, n in zip(rollout.completion_ids.tolist(), lengths, strict=True)]
 
 
-def run_head(model: PreTrainedModel, rollout: Rollout, head: Head) -> Any:
+def forward_with_head(model: PreTrainedModel, rollout: Rollout, head: Head) -> Any:
     """What ``head`` makes of the hidden states [B, T+1, H], or of more before them; of a model by ``open_head``.
 
     The last T+1 are those whose position t predicts completion token t, and one more.

@@ -97,7 +97,9 @@ def train(recipe: Recipe, accelerator: Accelerator | None = None, rows: Sequence
     load_models_whole(accelerator)
     set_seed(recipe.seed)
     task = load_task(recipe, rows)
-    task = task._replace(model=prepare_model(task.model, recipe), eval_rows=held_out_rows(task, recipe))
+    task = task._replace(model=prepare_model(task.model, recipe))
+    sampler = build_sampler(task, recipe, accelerator, recipe.temperature)
+    task = task._replace(eval_rows=held_out_rows(task, recipe, sampler))
     backend = backends.resolve("grpo_loss", recipe.backend, task.model.device)
     parameters = task.model.num_parameters()
     accelerator.print(
@@ -108,7 +110,7 @@ def train(recipe: Recipe, accelerator: Accelerator | None = None, rows: Sequence
     run = _Run(recipe, output_dir, accelerator)
     try:
         try:
-            before, checkpoint, after = run.execute(task)
+            before, checkpoint, after = run.execute(task, sampler)
         finally:
             run.metrics.close()
         if accelerator.is_main_process:
@@ -159,12 +161,11 @@ class _Run:
             replace_text(output_dir / "config.yaml", yaml.safe_dump(asdict(recipe), sort_keys=False))
             replace_text(output_dir / "versions.json", json.dumps(info.versions(), indent=1))
 
-    def execute(self, task: Task) -> tuple[dict[str, float], Path, dict[str, float]]:
+    def execute(self, task: Task, sampler: Sampler) -> tuple[dict[str, float], Path, dict[str, float]]:
         """Held-out accuracies before GRPO, the last checkpoint, and the accuracies after."""
         recipe = self.recipe
         if not self.checkpoints:
-            _cold_start(task, recipe)
-            sampler = build_sampler(task, recipe, self.accelerator, recipe.temperature)
+            _cold_start(task, recipe, self.accelerator)
             before = self._evaluate(task, sampler, 0)
             task = self._filter(task, sampler)
             set_seed(recipe.seed + self.accelerator.process_index)  # each process samples other completions
@@ -173,23 +174,25 @@ class _Run:
         else:
             records = read_records(self.output_dir / METRICS)
             before = {name: value for r in records if r["step"] == 0 for name, value in r.items() if name != "step"}
-            loop = self._resume(self._filter(task, None))
+            loop = self._resume(task, sampler)
         checkpoint = self._run_grpo(task, loop)
-        return before, checkpoint, self._evaluate(task, loop.sampler, recipe.max_steps)
+        return before, checkpoint, self._evaluate(task, sampler, recipe.max_steps)
 
-    def _filter(self, task: Task, sampler: Sampler | None) -> Task:
+    def _filter(self, task: Task, sampler: Sampler) -> Task:
         """The task with the training rows whose pass rate lies strictly between the bounds.
 
-        The rates are kept in ``pass_rates.json``, so that a run that is resumed, with another model, has the same rows:
-        without a sampler they are read.
+        The rates are kept in ``pass_rates.json`` and read from there by a run that is resumed, with another model: so
+        it has the same rows.
         """
         recipe, path = self.recipe, self.output_dir / PASS_RATES
         if recipe.min_pass_rate is None and recipe.max_pass_rate is None:
             return task
         least = recipe.prompts_per_generation
-        rows = fitting_rows(task, task.train_rows, recipe, least=least)
-        if sampler is None:
+        rows = fitting_rows(task, task.train_rows, recipe, least=least, sampler=sampler)
+        if self.checkpoints:
             rates = _read_pass_rates(path)
+            if len(rates) != len(rows):
+                raise ValueError(f"{path} is of another run: it has {len(rates)} training problems, not {len(rows)}")
         else:
             options = evaluation_options(recipe) | {"num_samples": recipe.pass_rate_samples}
             rates = measure_pass_rates(sampler, task.tokenizer, rows, self.accelerator, **options)
@@ -208,7 +211,7 @@ class _Run:
             )
         return task._replace(train_rows=kept)
 
-    def _resume(self, task: Task) -> GRPOLoop:
+    def _resume(self, task: Task, sampler: Sampler) -> GRPOLoop:
         """The loop as the newest checkpoint has it; its reference is what GRPO started from."""
         first, newest = self.checkpoints[0], self.checkpoints[-1]
         if step_of(first):
@@ -216,7 +219,7 @@ class _Run:
         check_state(newest, asdict(self.recipe), self.accelerator.num_processes)
         if not has_adapters(task.model):
             task.model.load_state_dict(read_weights(first, task.model))
-        loop = GRPOLoop(task, self.recipe, self.accelerator)
+        loop = GRPOLoop(self._filter(task, sampler), self.recipe, self.accelerator, sampler)
         loop.restore(newest)
         self.global_step = loop.global_step
         self.accelerator.print(f"resumed after step {loop.global_step}, from {newest}")
@@ -302,16 +305,19 @@ def _read_pass_rates(path: Path) -> list[float]:
         raise ValueError(f"{path} cannot be read, which says what rows the run has: {error}") from error
 
 
-def _cold_start(task: Task, recipe: Recipe) -> None:
+def _cold_start(task: Task, recipe: Recipe, accelerator: Accelerator) -> None:
     if not recipe.sft_steps:
         return
     losses = []
-    with progress_bar(recipe.sft_steps, "cold start", is_hidden=recipe.disable_tqdm) as bar:
+    is_hidden = recipe.disable_tqdm or not accelerator.is_main_process
+    with progress_bar(recipe.sft_steps, "cold start", is_hidden=is_hidden) as bar:
         for loss, _ in train_on_traces(task.model, task.tokenizer, task.train_rows, recipe):
             losses.append(loss)
             bar.update()
             bar.set_postfix(loss=f"{loss:.3f}", refresh=False)
-    print(f"cold start: {len(losses)} supervised steps, loss {losses[0]:.3f} -> {losses[-1]:.3f} nats per token")
+    accelerator.print(
+        f"cold start: {len(losses)} supervised steps, loss {losses[0]:.3f} -> {losses[-1]:.3f} nats per token"
+    )
 
 
 def _print_summary(

@@ -21,7 +21,7 @@ from grpo_kernels.integrations.transformers.model_head import Projection, open_h
 from grpo_kernels.training.data.files import Row
 from grpo_kernels.training.data.templates import PromptFormat, encode_prompts, remaining_completion, render_prompts
 from grpo_kernels.training.models import base_model, check_trainable, context_length_of
-from grpo_kernels.training.rollout import Rollout, Sampler, run_head, teacher_forced
+from grpo_kernels.training.rollout import Rollout, Sampler, forward_with_head, teacher_forced
 
 _LOGGER = logging.getLogger(__name__)
 
@@ -57,10 +57,10 @@ def train_supervised(
     model = base_model(model)
 
     def next_batch() -> Rollout:
-        return worked_batch(model, tokenizer, rng.choices(examples, k=batch_size), prompt_format)
+        return trace_batch(model, tokenizer, rng.choices(examples, k=batch_size), prompt_format)
 
     open_head(model)
-    yield from optimize(model, next_batch, worked_loss, batch_size=batch_size, **options)
+    yield from optimize(model, next_batch, trace_loss, batch_size=batch_size, **options)
 
 
 def distill(
@@ -99,11 +99,11 @@ def distill(
     def next_batch() -> Rollout:
         if rng.random() < lmbda:
             return sampler(render_prompts(rng.choices(problems, k=batch_size), tokenizer, prompt_format))
-        return worked_batch(student, tokenizer, rng.choices(traces, k=batch_size), prompt_format)
+        return trace_batch(student, tokenizer, rng.choices(traces, k=batch_size), prompt_format)
 
     def loss_of(model: PreTrainedModel, batch: Rollout, tokens: int) -> Tensor:
-        how = {"beta": beta, "temperature": temperature, "backend": backend}
-        return teaching_loss(model, teacher, batch, num_items_in_batch=tokens, **how)
+        divergence = {"beta": beta, "temperature": temperature, "backend": backend}
+        return distillation_batch_loss(model, teacher, batch, num_items_in_batch=tokens, **divergence)
 
     yield from optimize(student, next_batch, loss_of, batch_size=batch_size, **options)
 
@@ -142,7 +142,7 @@ def optimize(
         yield SupervisedStep(sum(losses), tokens)
 
 
-def worked_loss(model: PreTrainedModel, batch: Rollout, tokens: int) -> Tensor:
+def trace_loss(model: PreTrainedModel, batch: Rollout, tokens: int) -> Tensor:
     """A micro-batch's part of the mean cross-entropy of a step's ``tokens``."""
 
     def loss(hidden: Tensor, head: Projection) -> Tensor:
@@ -156,10 +156,10 @@ def worked_loss(model: PreTrainedModel, batch: Rollout, tokens: int) -> Tensor:
             **head.options,
         )
 
-    return run_head(model, batch, loss)
+    return forward_with_head(model, batch, loss)
 
 
-def teaching_loss(
+def distillation_batch_loss(
     student: PreTrainedModel,  # both with heads that open_head has opened
     teacher: PreTrainedModel,
     batch: Rollout,  # on their device
@@ -179,18 +179,18 @@ def teaching_loss(
         return batch.predicting(hidden), head
 
     with torch.no_grad():
-        targets, taught = run_head(teacher, batch, hidden_and_head)
+        targets, teacher_head = forward_with_head(teacher, batch, hidden_and_head)
 
     def loss(hidden: Tensor, head: Projection) -> Tensor:
-        size = min(len(head.weight), len(taught.weight))
+        size = min(len(head.weight), len(teacher_head.weight))
         return distillation_loss(
             batch.predicting(hidden),
             head.weight[:size],
             batch.completion_ids,
             batch.completion_mask,
             teacher_hidden_states=targets,
-            teacher_lm_head_weight=taught.weight[:size],
-            teacher_bias=None if taught.bias is None else taught.bias[:size],
+            teacher_lm_head_weight=teacher_head.weight[:size],
+            teacher_bias=None if teacher_head.bias is None else teacher_head.bias[:size],
             divergence={0: "forward_kl", 1: "reverse_kl"}.get(beta, "js"),
             mixture=beta,
             num_items_in_batch=num_items_in_batch,
@@ -198,13 +198,13 @@ def teaching_loss(
             bias=None if head.bias is None else head.bias[:size],
             softcap=head.softcap,
             logit_scale=head.logit_scale,
-            teacher_softcap=taught.softcap,
-            teacher_logit_scale=taught.logit_scale,
+            teacher_softcap=teacher_head.softcap,
+            teacher_logit_scale=teacher_head.logit_scale,
             loss_scale=temperature**-2,  # TRL's mean has no factor of temperature
             backend=backend,
         ).loss
 
-    return run_head(student, batch, loss)
+    return forward_with_head(student, batch, loss)
 
 
 def check_vocabularies(student: PreTrainedTokenizerBase, teacher: PreTrainedTokenizerBase) -> None:
@@ -242,7 +242,7 @@ def traces_that_fit(
     return fitting
 
 
-def worked_batch(
+def trace_batch(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, rows: Sequence[Row], prompt_format: PromptFormat
 ) -> Rollout:
     """The completions of rows, on the model's device, without what their prompts already hold of them."""

@@ -1,7 +1,7 @@
 """What a recipe or a stage names, loaded and built: model, tokenizer, rows, rewards, sampler, an evaluation's options.
 
 ``recipe`` is a ``Recipe`` or what a kind of stage is told, which have the same keys. Beside this module, ``run.py``,
-the stages and the loop's constructor nothing reads them.
+the stages and ``GRPOLoop``, which is made from one, nothing reads them: the rest takes named values.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from grpo_kernels.training.addition import TASKS, build_model
 from grpo_kernels.training.data.files import Row, open_dataset
 from grpo_kernels.training.data.rows import load_rows
 from grpo_kernels.training.data.templates import prompt_key, rows_that_fit
-from grpo_kernels.training.models import add_adapters, context_length_of, is_deepspeed, load_pretrained, pick_device
+from grpo_kernels.training.models import add_adapters, is_deepspeed, load_pretrained, pick_device
 from grpo_kernels.training.options import SamplerOptions
 from grpo_kernels.training.rollout import Sampler
 from grpo_kernels.training.samplers import ContinuousSampler, ModelSampler
@@ -80,7 +80,8 @@ def columns_needed(recipe: Any) -> tuple[str, ...]:
     """``prompt``, and ``answer`` where a reward function of the recipe takes it, or the judge where one is needed."""
     names = list(recipe.reward_funcs)
     bounds = [getattr(recipe, name, None) for name in ("min_pass_rate", "max_pass_rate")]
-    if recipe.num_eval_prompts != 0 or bounds != [None, None]:
+    evaluates = hasattr(recipe, "eval_samples") and recipe.num_eval_prompts != 0
+    if evaluates or bounds != [None, None]:
         names.append(check_name(recipe.check, names))
     takes_answer = any("answer" in inspect.signature(resolve(name)).parameters for name in names)
     return ("prompt", "answer") if takes_answer else ("prompt",)
@@ -173,24 +174,22 @@ def supervised_options(recipe: Any) -> dict[str, Any]:
     }
 
 
-def fitting_rows(
-    task: Task, rows: Sequence[Row], recipe: Any, *, sampler: Sampler | None = None, **options: Any
-) -> list[Row]:
-    """The rows whose prompt fits beside a completion into the context of the sampler, or of the model."""
+def fitting_rows(task: Task, rows: Sequence[Row], recipe: Any, *, sampler: Sampler, **options: Any) -> list[Row]:
+    """The rows whose prompt fits beside a completion into the sampler's context."""
     return rows_that_fit(
         rows,
         task.tokenizer,
         recipe.prompt_format,
         max_completion_length=recipe.max_completion_length,
         max_prompt_length=recipe.max_prompt_length,
-        context_length=context_length_of(task.model) if sampler is None else sampler.context_length,
+        context_length=sampler.context_length,
         **options,
     )
 
 
-def held_out_rows(task: Task, recipe: Any) -> list[Row]:
+def held_out_rows(task: Task, recipe: Any, sampler: Sampler) -> list[Row]:
     """The held-out rows that fit, of which one must be left; none where there are none."""
-    return fitting_rows(task, task.eval_rows, recipe, what="held-out") if task.eval_rows else []
+    return fitting_rows(task, task.eval_rows, recipe, sampler=sampler, what="held-out") if task.eval_rows else []
 
 
 def _load_splits(recipe: Any) -> tuple[list[Row], list[Row]]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import logging
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -16,6 +17,7 @@ from accelerate.utils import broadcast_object_list, gather_object
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from grpo_kernels.errors import described
 from grpo_kernels.training.data.templates import encode_prompts
 from grpo_kernels.training.models import base_model, context_length_of, has_adapters
 from grpo_kernels.training.rollout import Rollout, end_token_ids, pad_rollout
@@ -42,6 +44,7 @@ class ServerSampler:
     Raises:
         ServerError: The server cannot be reached, does not offer what is needed, or fails later, in a call.
         RuntimeError: Its way for weights cannot run here.
+        ValueError: The model has trained modules beside its adapters (``modules_to_save``).
     """
 
     gives_logprobs = True
@@ -63,9 +66,10 @@ class ServerSampler:
         self.max_completion_length, self.temperature = max_completion_length, temperature
         self.server = VLLMServer(base_url, timeout=timeout, generation_timeout=generation_timeout)
         self.end_ids = end_token_ids(model, tokenizer)
+        weight_metadata(model)  # raises, in every process, where it has weights that no server takes
         self._send: SendWeights | None = None  # of the main process
         self._sent_step: int | None = None  # the number of steps that the server's weights have had
-        self._model_name, served_length = self._run_on_main(lambda: self._connect(group_port))
+        self._model_name, served_length = self._call_on_main(lambda: self._connect(group_port))
         self.context_length = min(filter(None, (context_length_of(model), served_length)), default=None)
 
     def __call__(
@@ -77,7 +81,7 @@ class ServerSampler:
         prompt_ids = encode_prompts(prompts, self.tokenizer)
         group_prompts = gather_object(prompt_ids)[::group_size]
         temperature = self.temperature if temperature is None else temperature
-        completions = self._run_on_main(lambda: self._complete(group_prompts, group_size, temperature))
+        completions = self._call_on_main(lambda: self._complete(group_prompts, group_size, temperature))
         first = self.accelerator.process_index * len(prompt_ids)
         completions = completions[first : first + len(prompt_ids)]
         return pad_rollout(
@@ -124,7 +128,7 @@ class ServerSampler:
 
         if not self.accelerator.is_main_process:
             deque(weights, maxlen=0)
-        self._run_on_main(send)
+        self._call_on_main(send)
 
     def _complete(self, prompts: list[list[int]], group_size: int, temperature: float) -> list[Completion]:
         return self.server.complete(
@@ -138,7 +142,7 @@ class ServerSampler:
             stop_token_ids=self.end_ids,
         )
 
-    def _run_on_main(self, function: Callable[[], Any]) -> Any:
+    def _call_on_main(self, function: Callable[[], Any]) -> Any:
         """What the function returns in the main process, in every process. So is its failure raised: none waits."""
         result, failure = None, None
         if self.accelerator.is_main_process:
@@ -156,7 +160,7 @@ class ServerSampler:
 
 
 def nccl_transfer(server: VLLMServer, group_port: int, device: torch.device) -> SendWeights:
-    """vLLM's own broadcast between GPUs, by TRL's client of it. It has not been run: it needs a GPU on either side."""
+    """vLLM's own broadcast between GPUs, by TRL's client, whose waits these are. It has not been run: it needs GPUs."""
     try:
         from trl.generation.vllm_client import VLLMClient
 
@@ -166,8 +170,15 @@ def nccl_transfer(server: VLLMServer, group_port: int, device: torch.device) -> 
             f"{server.base_url} takes weights over NCCL, for which trl>=1.16, vllm and requests must be "
             f"installed beside the trainer: {error}"
         ) from error
-    client.init_communicator(device)
-    return client.update_named_params
+
+    def call(function: Callable[..., None], *arguments: Any) -> None:
+        try:
+            function(*arguments)
+        except Exception as error:  # TRL's client has no type of its own
+            raise ServerError(f"{server.base_url} did not take the weights: {described(error)}") from error
+
+    call(client.init_communicator, device)
+    return partial(call, client.update_named_params)
 
 
 #: What opens a way for weights, by the backend that a server's weight_transfer_config names. Takes the server, the

@@ -31,6 +31,7 @@ from typing import Any, ClassVar, NamedTuple
 
 from grpo_kernels.rewards import resolve
 from grpo_kernels.training.augmentation import WAYS
+from grpo_kernels.training.checkpoint import list_checkpoints
 from grpo_kernels.training.data.files import SUFFIXES
 from grpo_kernels.training.options import (
     DatasetOptions,
@@ -40,8 +41,8 @@ from grpo_kernels.training.options import (
     RunOptions,
     SamplerOptions,
     SupervisedOptions,
-    given_keys,
     option,
+    override_keys,
     parse,
     read_yaml,
     unknown_key,
@@ -261,7 +262,7 @@ def load_stages(name: str, overrides: Sequence[str] = ()) -> tuple[Path, list[St
     content = {"output_dir": f"runs/{path.stem}", "common": {}} | read_yaml(path)
     _check_content(path, content)
     stages: list[Stage] = []
-    for where, keys in ((path, content["common"]), ("command line", given_keys(overrides))):
+    for where, keys in ((path, content["common"]), ("command line", override_keys(overrides))):
         for key in keys:
             if key not in _ALL_KEYS:
                 raise ValueError(f"{where}: {unknown_key(Recipe, str(key))}")
@@ -292,7 +293,8 @@ def load_stage(kind_name: str, name: str | None, overrides: Sequence[str] = ()) 
     """One stage by itself, as ``grpo-kernels sft`` and the like run it.
 
     ``overrides``, ``["--key", "value", ...]``, win over the YAML file ``name``; without one there are the defaults.
-    "eval" takes the file that trained: keys of training are passed over, and it writes to ``eval`` in the run's folder.
+    "eval" takes the file that trained: keys of training are passed over, and it writes to ``eval`` in the run's folder,
+    as it does wherever the file's ``output_dir`` has checkpoints.
 
     Raises:
         FileNotFoundError: There is no such file.
@@ -301,10 +303,11 @@ def load_stage(kind_name: str, name: str | None, overrides: Sequence[str] = ()) 
     kind, where = KINDS[kind_name], name or "command line"
     content = {} if name is None else read_yaml(recipe_path(name))
     keys_of_training = content.keys() & (_names(Recipe) - kind.keys())
-    if kind is Eval and keys_of_training:
-        folder = str(Path(content.get("output_dir", Recipe().output_dir)) / "eval")
+    if kind is Eval and name is not None:
+        folder = Path(content.get("output_dir", Recipe().output_dir)).expanduser()
         content = {key: value for key, value in content.items() if key not in keys_of_training}
-        content["output_dir"] = folder
+        if keys_of_training or ("output_dir" in content and list_checkpoints(folder)):
+            content["output_dir"] = str(folder / "eval")
     stage = _stage(where, kind_name, kind, {"output_dir": f"runs/{kind_name}"} | content, overrides)
     for key, path in MODEL_PATHS.items():
         if getattr(stage.options, key, None) is not None:
@@ -321,7 +324,7 @@ def is_file(data: str) -> bool:
 
 
 def _stage(where: str, name: str, kind: type[StageOptions], content: dict[str, Any], overrides: Sequence[str]) -> Stage:
-    for source, keys in ((where, content), ("command line", given_keys(overrides))):
+    for source, keys in ((where, content), ("command line", override_keys(overrides))):
         idle = [key for key in keys if key in _ALL_KEYS - kind.keys()]
         if idle:
             raise ValueError(f"{source}: {', '.join(idle)} has no effect on kind {kind.kind!r}")
@@ -356,6 +359,6 @@ def _shared(overrides: Sequence[str], kind: type[StageOptions]) -> list[str]:
     is_shared = False
     for text in overrides:
         if text.startswith("--"):
-            is_shared = given_keys([text])[0] in kind.shared_keys()
+            is_shared = override_keys([text])[0] in kind.shared_keys()
         shared += [text] if is_shared else []
     return shared

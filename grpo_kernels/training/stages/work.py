@@ -15,7 +15,7 @@ import torch
 from transformers import set_seed
 
 from grpo_kernels.files import replace_text
-from grpo_kernels.rewards import columns_of, resolve, score, total
+from grpo_kernels.rewards import resolve, total
 from grpo_kernels.training.addition import TASKS
 from grpo_kernels.training.augmentation import SEED, augment, is_right
 from grpo_kernels.training.checkpoint import save_checkpoint
@@ -47,48 +47,49 @@ from grpo_kernels.training.task import (
 ROWS = "rows.jsonl"
 
 
-class Outcome(NamedTuple):
+class StageResult(NamedTuple):
     """What a stage says in the summary, and the model that it leaves."""
 
     line: dict[str, Any]
     checkpoint: Path | None = None
 
 
-def run_sft(stage: Stage) -> Outcome:
+def run_sft(stage: Stage) -> StageResult:
     """Trains on traces: the dataset's own, or rows with a prompt and a completion."""
-    task = _load_fitting_task(stage.options)
+    task, sampler = _load_fitting_task(stage.options)
     rows = _read_data(stage.options, ("prompt", "completion"), task.train_rows)
     with _open_log(stage.options) as log:
         steps = train_on_traces(task.model, task.tokenizer, rows, stage.options)
-        return _train(stage, task, steps, log, traces=sum(bool(row.get("completion")) for row in rows))
+        return _train(stage, task, sampler, steps, log, traces=sum(bool(row.get("completion")) for row in rows))
 
 
-def run_grpo(stage: Stage) -> Outcome:
+def run_grpo(stage: Stage) -> StageResult:
     """Trains on rewards, and measures what came of it."""
     rows = _read_data(stage.options, columns_needed(stage.options))
     recipe = Recipe(**{key.name: getattr(stage.options, key.name) for key in fields(Recipe)})
     checkpoint = train(recipe, rows=rows).checkpoint
     options = replace(stage.options, model_name_or_path=str(checkpoint), use_vllm=False)  # the server served the run
-    return Outcome(_evaluate(_load_fitting_task(options), options)[0], checkpoint)
+    return StageResult(_evaluate(*_load_fitting_task(options), options)[0], checkpoint)
 
 
-def run_sample(stage: Stage) -> Outcome:
+def run_sample(stage: Stage) -> StageResult:
     """Rejection sampling: keeps the distinct completions that earn enough, as rows to train on."""
     task = load_task(stage.options, _read_data(stage.options, columns_needed(stage.options)), least=1)
-    problems = fitting_rows(task, task.train_rows, stage.options)
+    sampler = _build_sampler(task, stage.options)
+    problems = fitting_rows(task, task.train_rows, stage.options, sampler=sampler)
     with _open_log(stage.options) as log:
-        return Outcome(_sample(stage, task, problems, log)[1])
+        return StageResult(_sample(stage, task, sampler, problems, log)[1])
 
 
-def run_augment(stage: Stage) -> Outcome:
+def run_augment(stage: Stage) -> StageResult:
     """Writes the rows whose traces are right, and the problems that goal-directed augmentation makes of all."""
     options = stage.options
     built_in = TASKS.get(options.dataset_name)
     train_rows, eval_rows = load_task_rows(options)
     rows = _read_data(options, ("prompt", "answer", "completion"), train_rows)
     rows = [row for row in rows if row.get("completion")]
-    how = {"task": built_in, "held_out": eval_rows, "num_rows": options.num_rows, "ways": options.ways}
-    rows = augment(rows, random.Random(options.seed), **how)
+    augmentation = {"task": built_in, "held_out": eval_rows, "num_rows": options.num_rows, "ways": options.ways}
+    rows = augment(rows, random.Random(options.seed), **augmentation)
     is_good = is_right if built_in is None else built_in.is_worked
     kept = [row for row in rows if row["source"] != SEED or is_good(row)]
     if not kept:
@@ -99,51 +100,52 @@ def run_augment(stage: Stage) -> Outcome:
     with _open_log(options) as log:
         log.write(0, counts)
     write_records(stage.folder / SAMPLES, [{"step": 0, **row} for row in kept[:: max(1, len(kept) // 20)]])
-    return Outcome({"kept": len(kept), **counts})
+    return StageResult({"kept": len(kept), **counts})
 
 
-def run_distill(stage: Stage) -> Outcome:
+def run_distill(stage: Stage) -> StageResult:
     """A teacher's samples, of which enough must be earned, and a student trained on them, or on its distributions."""
     options = stage.options
-    task = _load_fitting_task(options)
+    task, sampler = _load_fitting_task(options)
     teacher, tokenizer = load_model(replace(options, model_name_or_path=options.teacher_model_name_or_path))
     if options.beta is not None:
         check_vocabularies(task.tokenizer, tokenizer)
     needs_problems = options.data is None or options.lmbda
-    problems = fitting_rows(task, task.train_rows, options) if needs_problems else []
+    problems = fitting_rows(task, task.train_rows, options, sampler=sampler) if needs_problems else []
     rows, counts = _read_data(options, ("prompt", "completion"), []), {}
     with _open_log(options) as log:
         if options.data is None and options.lmbda < 1:
             set_seed(options.seed)
-            rows, counts = _sample(stage, task._replace(model=teacher, tokenizer=tokenizer), problems)
+            teacher_task = task._replace(model=teacher, tokenizer=tokenizer)
+            rows, counts = _sample(stage, teacher_task, _build_sampler(teacher_task, options), problems)
         set_seed(options.seed)
         if options.beta is None:
             steps = train_on_traces(task.model, task.tokenizer, rows, options)
         else:
             loss = {name: getattr(options, name) for name in ("beta", "lmbda", "temperature", "backend")}
-            loss |= {"sampler": _build_sampler(task, options), **supervised_options(options)}
+            loss |= {"sampler": sampler, **supervised_options(options)}
             steps = distill(task.model, teacher, task.tokenizer, rows, problems[: options.prompts], **loss)
-        return _train(stage, task, steps, log, **counts)
+        return _train(stage, task, sampler, steps, log, **counts)
 
 
-def run_eval(stage: Stage) -> Outcome:
+def run_eval(stage: Stage) -> StageResult:
     """pass@1, pass@k and cons@k of the held-out problems, each with its 95% confidence interval, and greedy."""
     options = stage.options
-    task = _load_fitting_task(options, least=0)
+    task, sampler = _load_fitting_task(options, least=0)
     if not task.eval_rows:
         raise ValueError(f"dataset {options.dataset_name!r} has no held-out problems: set num_eval_prompts, or an "
                          "eval_dataset_split with rows")  # fmt: skip
     print(f"  {options.model_name_or_path or 'a fresh model'}, {len(task.eval_rows)} held-out problems, right answers "
           f"judged by: {evaluation_options(options)['check_name']}")  # fmt: skip
     with _open_log(options) as log:
-        scores, report = _evaluate(task, options, log, ks=options.ks, all_intervals=True)
+        scores, report = _evaluate(task, sampler, options, log, ks=options.ks, all_intervals=True)
     for score_with_interval in report.scores.values():
         print(f"  {score_with_interval}")
-    return Outcome({"problems": len(task.eval_rows), "samples": options.eval_samples, **scores})
+    return StageResult({"problems": len(task.eval_rows), "samples": options.eval_samples, **scores})
 
 
 #: By kind. The stage that they take has, in the place of another's name, what that one left.
-STAGE_RUNNERS: dict[str, Callable[[Stage], Outcome]] = {
+STAGE_RUNNERS: dict[str, Callable[[Stage], StageResult]] = {
     "sft": run_sft, "grpo": run_grpo, "sample": run_sample, "augment": run_augment, "distill": run_distill,
     "eval": run_eval,
 }  # fmt: skip
@@ -154,10 +156,11 @@ def write_records(path: Path, records: Iterable[Mapping[str, Any]]) -> None:
     replace_text(path, "".join(json.dumps(record) + "\n" for record in records))
 
 
-def _load_fitting_task(options: Any, least: int = 1) -> Task:
-    """The task with the held-out rows that fit into its model's context, which is an error before any training."""
+def _load_fitting_task(options: Any, least: int = 1) -> tuple[Task, Sampler]:
+    """The task with the held-out rows that fit, of which none is an error before any training, and its sampler."""
     task = load_task(options, least=least)
-    return task._replace(eval_rows=held_out_rows(task, options))
+    sampler = _build_sampler(task, options)
+    return task._replace(eval_rows=held_out_rows(task, options, sampler)), sampler
 
 
 def _read_data(options: Any, columns: Sequence[str], default: Any = None) -> Any:
@@ -174,7 +177,9 @@ def _open_log(options: Any) -> contextlib.closing[MetricsLog]:
     return contextlib.closing(metrics_log(options, tracked(options)))
 
 
-def _train(stage: Stage, task: Task, steps: Iterator[SupervisedStep], log: MetricsLog, **counts: int) -> Outcome:
+def _train(
+    stage: Stage, task: Task, sampler: Sampler, steps: Iterator[SupervisedStep], log: MetricsLog, **counts: int
+) -> StageResult:
     """Goes through the steps of a supervised training, saves the model, and measures it."""
     options = stage.options
     with progress_bar(options.sft_steps, stage.name, is_hidden=options.disable_tqdm) as bar:
@@ -182,11 +187,11 @@ def _train(stage: Stage, task: Task, steps: Iterator[SupervisedStep], log: Metri
             log.write(number, {"loss": step.loss})
             count_step(bar, completions=options.sft_batch_size, tokens=step.tokens, loss=step.loss)
     checkpoint = save_checkpoint(stage.folder, options.sft_steps, task.model, task.tokenizer, keep=1)
-    return Outcome(counts | _evaluate(task, options, log, options.sft_steps)[0], checkpoint)
+    return StageResult(counts | _evaluate(task, sampler, options, log, options.sft_steps)[0], checkpoint)
 
 
 def _sample(
-    stage: Stage, task: Task, problems: Sequence[Row], log: MetricsLog | None = None
+    stage: Stage, task: Task, sampler: Sampler, problems: Sequence[Row], log: MetricsLog | None = None
 ) -> tuple[list[Row], dict[str, int]]:
     """Writes the distinct completions that earn enough, never an empty one; returns them, and how many they are.
 
@@ -197,7 +202,6 @@ def _sample(
     functions = {name: resolve(name) for name in keep}
     thresholds = torch.tensor(list(keep.values()))
     rows = [row for row in problems[: options.prompts] for _ in range(options.samples)]
-    sampler = _build_sampler(task, options)
     kept: dict[tuple[str, str], Row] = {}
     for number, begin in enumerate(range(0, len(rows), options.eval_batch_size), start=1):
         batch = rows[begin : begin + options.eval_batch_size]
@@ -221,7 +225,7 @@ def _sample(
 
 
 def _evaluate(
-    task: Task, options: Any, log: MetricsLog | None = None, step: int = 0, *,
+    task: Task, sampler: Sampler, options: Any, log: MetricsLog | None = None, step: int = 0, *,
     ks: Sequence[int] | None = None, all_intervals: bool = False,
 ) -> tuple[dict[str, float], EvalReport | None]:  # fmt: skip
     """Held-out scores, and the mean of every reward function at temperature 1; nothing without held-out problems.
@@ -230,18 +234,16 @@ def _evaluate(
     """
     if not task.eval_rows:
         return {}, None
-    sampler = _build_sampler(task, options)
-    report = evaluate_samples(sampler, task.tokenizer, task.eval_rows, ks=ks, **evaluation_options(options))
-    samples = [sample for group in report.samples for sample in group]
-    rows = [row for row in task.eval_rows for _ in range(options.eval_samples)]
-    columns = columns_of(rows, [ids for group in report.completion_ids for ids in group])
-    prompts, completions = [row["prompt"] for row in rows], [sample.completion for sample in samples]
-    rewards = score(task.reward_functions, prompts, completions, columns)
-    means = {f"eval_{name}": rewards[:, k].nanmean().item() for k, name in enumerate(task.reward_functions)}
+    report = evaluate_samples(
+        sampler, task.tokenizer, task.eval_rows, ks=ks, reward_functions=task.reward_functions,
+        **evaluation_options(options),
+    )  # fmt: skip
+    means = {f"eval_{name}": mean for name, mean in report.rewards.items()}
     means.pop("eval_accuracy", None)  # which the report has
     scores = {name: round(value, 4) for name, value in (report.metrics(all_intervals) | means).items()}
     if log is not None:
         log.write(step, scores)
-        records = [{"step": step, **sample._asdict()} for sample in [*samples, *report.greedy]]
+        samples = [sample for group in [*report.samples, report.greedy] for sample in group]
+        records = [{"step": step, **sample._asdict()} for sample in samples]
         write_records(Path(options.output_dir) / SAMPLES, records)
     return scores, report
