@@ -170,8 +170,8 @@ FAULTS = (
     Fault(
         "a normaliser by local tokens",
         "grpo_kernels/training/loop.py",
-        old='every = self.accelerator.reduce(torch.tensor(sum(sizes), device=self.model.device), "sum").item()',
-        new="every = sum(sizes)",
+        old='num_items = self.accelerator.reduce(torch.tensor(sum(sizes), device=self.model.device), "sum").item()',
+        new="num_items = sum(sizes)",
         tests=(
             "test_training_loop.py::test_a_mean_is_over_the_tokens_or_sequences_of_all_processes[bnpo]",
             "test_training_loop.py::test_a_mean_is_over_the_tokens_or_sequences_of_all_processes[grpo]",
@@ -200,9 +200,9 @@ FAULTS = (
     Fault(
         "a stale reference",
         "grpo_kernels/training/loop.py",
-        old="        ref_logprobs = None if self.reference is None else "
+        old="        ref_logprobs = None if self.policy.reference is None else "
         "self.policy.logprobs(rollout, size, reference=True)\n",
-        new='        if self.reference is not None and not hasattr(self, "_ref_logprobs"):\n'
+        new='        if self.policy.reference is not None and not hasattr(self, "_ref_logprobs"):\n'
         "            self._ref_logprobs = self.policy.logprobs(rollout, size, reference=True)\n"
         '        ref_logprobs = getattr(self, "_ref_logprobs", None)\n',
         tests=(
