@@ -32,7 +32,7 @@ from grpo_kernels.training.run import train
 from grpo_kernels.training.samplers import ModelSampler
 from grpo_kernels.training.stages import Sample, Stage
 from grpo_kernels.training.stages import work as stage_work
-from grpo_kernels.training.task import load_task
+from grpo_kernels.training.task import evaluation_options, load_task
 
 NAN = math.nan
 GIVEN: list[list[list[float | None]]] = []  # by call of a function, the rewards of a group
@@ -375,6 +375,28 @@ def test_a_stages_scores_reward_the_tokens_that_were_sampled(monkeypatch: pytest
     assert len(every) == 18 and len(set(every)) > 1
     assert found["eval_tokens"] == round(fmean(every), 4)
     assert report.rewards == {"tokens": fmean(every)}
+
+
+def test_a_stages_scores_call_each_function_once_a_completion(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The judge, which may run programs, too; greedy completions are judged and have no other reward."""
+    judged: list[str] = []
+    scored: list[str] = []
+
+    def judge(completions: list[str], **_: Any) -> list[float]:
+        judged.extend(completions)
+        return [0.0] * len(completions)
+
+    def other(completions: list[str], **_: Any) -> list[float]:
+        scored.extend(completions)
+        return [0.5] * len(completions)
+
+    recipe = recipe_of(num_eval_prompts=6, eval_samples=3, eval_batch_size=4, reward_funcs=["accuracy"])
+    task = load_task(recipe)._replace(reward_functions={"accuracy": judge, "other": other})
+    options = evaluation_options(recipe) | {"check": judge}
+    monkeypatch.setattr(stage_work, "evaluation_options", lambda _: options)
+    found, _ = stage_work._evaluate(task, stage_work._build_sampler(task, recipe), recipe)
+    assert (len(judged), len(scored)) == (6 * 3 + 6, 6 * 3)
+    assert (found["eval_accuracy"], found["eval_other"]) == (0.0, 0.5)
 
 
 def test_a_sample_that_no_function_scored_has_no_reward(tmp_path: Path) -> None:

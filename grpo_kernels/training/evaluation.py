@@ -124,7 +124,7 @@ def evaluate_samples(
 ) -> EvalReport:
     """Samples completions of each row at temperature 1 and a greedy one, and scores them.
 
-    The random state is put back afterwards, so that evaluating changes no training curve.
+    Restores the random state afterwards, so that an evaluation does not change the training.
 
     Args:
         check: A completion is right where this reward is 1; less, or an abstention, is wrong. Its attribute ``extract``

@@ -283,7 +283,7 @@ def wrap_policy(
     micro_batch_size: int,
     max_grad_norm: float,
 ) -> tuple[Any, Any]:
-    """Model and optimizer as accelerate prepares them; DeepSpeed is told the size of batches and the norm to clip to.
+    """Prepares model and optimizer with accelerate; sets the batch size and the gradient clipping of DeepSpeed.
 
     Raises:
         ValueError: The accelerator would divide gradients once more, or compute in another precision than ``bf16``

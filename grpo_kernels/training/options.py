@@ -1,4 +1,4 @@
-"""What commands are told: groups of keys under TRL's names, of which a recipe and every kind of stage are made.
+"""The options of commands: groups of keys under TRL's names, from which a recipe and every kind of stage are built.
 
 They are read from a YAML file and the command line, whose values win.
 """
@@ -116,7 +116,7 @@ class DatasetOptions(Options):
 
 @dataclass(kw_only=True)
 class ModelOptions(Options):
-    """The model, and how it is asked."""
+    """The model, its prompts and the lengths of its completions."""
 
     least: ClassVar = {"max_prompt_length": 1, "max_completion_length": 1, "eval_batch_size": 1}
 

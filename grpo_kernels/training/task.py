@@ -1,6 +1,6 @@
 """What a recipe or a stage names, loaded and built: model, tokenizer, rows, rewards, sampler, an evaluation's options.
 
-``recipe`` is a ``Recipe`` or what a kind of stage is told, which have the same keys. Beside this module, ``run.py``,
+``recipe`` is a ``Recipe`` or the options of a kind of stage, which have the same keys. Beside this module, ``run.py``,
 the stages and ``GRPOLoop``, which is made from one, nothing reads them: the rest takes named values.
 """
 
@@ -141,7 +141,7 @@ def build_sampler(task: Task, recipe: Any, accelerator: Accelerator, temperature
 
 
 def evaluation_options(recipe: Any) -> dict[str, Any]:
-    """What ``evaluation.evaluate`` and its kin are told."""
+    """The arguments of ``evaluation.evaluate``, ``measure_pass_rates`` and ``evaluate_samples``."""
     name = check_name(recipe.check, recipe.reward_funcs)
     return {
         "check": resolve(name),
@@ -163,7 +163,7 @@ def train_on_traces(
 
 
 def supervised_options(recipe: Any) -> dict[str, Any]:
-    """What ``supervised.train_supervised`` and ``distill`` are told."""
+    """The arguments of ``supervised.train_supervised`` and ``distill``."""
     return {
         "steps": recipe.sft_steps,
         "batch_size": recipe.sft_batch_size,

@@ -1,4 +1,4 @@
-"""What a run keeps: ``metrics.jsonl``, ``samples.jsonl``, and what accelerate's trackers are told."""
+"""The records of a run: ``metrics.jsonl``, ``samples.jsonl``, and accelerate's trackers."""
 
 from __future__ import annotations
 

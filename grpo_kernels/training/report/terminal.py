@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING
 
 from tqdm import tqdm
 
+from grpo_kernels.training.report import SampleRecord
+
 if TYPE_CHECKING:
     from rich.table import Table
-
-    from grpo_kernels.training.report import SampleRecord
 
 COLUMNS = (
     "step", "reward", "reward_std", "frac_reward_zero_std", "rewards/accuracy/mean", "rewards/format/mean",
