@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -306,8 +307,12 @@ def test_any_model_folder_trains_on_any_prompt_answer_file(tmp_path):
     again = load_task(recipe_of(model_name_or_path=str(result.checkpoint)))
     assert isinstance(again, Task)
     assert again.tokenizer("1 + 1 =")["input_ids"] == tokenizer("1 + 1 =")["input_ids"]
-    with pytest.raises(FileExistsError, match="holds another run"):
-        train(recipe)
+    for changes in (
+        {},
+        {"use_vllm": True, "vllm_server_port": 9, "vllm_server_timeout": 0.1},
+    ):  # before a server is asked
+        with pytest.raises(FileExistsError, match="holds another run"):
+            train(replace(recipe, **changes))
 
 
 def curve(folder, **changes):

@@ -87,6 +87,8 @@ def train(recipe: Recipe, accelerator: Accelerator | None = None, rows: Sequence
             FSDP or DeepSpeed where accelerate has neither.
     """
     output_dir = Path(recipe.output_dir)
+    if not (recipe.resume or recipe.overwrite_output_dir):
+        _refuse_another_run(output_dir)  # before a model is loaded or a server connected to
     if recipe.num_threads is not None:
         torch.set_num_threads(recipe.num_threads)
     disable_progress_bar()  # transformers' own, one for every file that it reads or writes
@@ -142,7 +144,7 @@ def metrics_log(recipe: Any, accelerator: Accelerator) -> MetricsLog:
 
 
 class _Run:
-    """One run: what its folder has, and what is done and written there."""
+    """One run, and the files that it reads from and writes to its folder."""
 
     def __init__(self, recipe: Recipe, output_dir: Path, accelerator: Accelerator) -> None:
         self.recipe, self.output_dir, self.accelerator = recipe, output_dir, accelerator
@@ -153,7 +155,9 @@ class _Run:
                 for name in (METRICS, SAMPLES):
                     _drop_records_after(output_dir / name, step_of(self.checkpoints[-1]))
             else:
-                _clear_or_refuse(output_dir, recipe.overwrite_output_dir or recipe.resume)
+                if recipe.resume or recipe.overwrite_output_dir:
+                    clear_run(output_dir)
+                output_dir.mkdir(parents=True, exist_ok=True)
         accelerator.wait_for_everyone()
         self.metrics = metrics_log(recipe, accelerator)
         if accelerator.is_main_process:
@@ -287,15 +291,12 @@ def _drop_records_after(path: Path, step: int) -> None:
     replace_text(path, "".join(json.dumps(record) + "\n" for record in kept))
 
 
-def _clear_or_refuse(output_dir: Path, overwrite: bool) -> None:
-    if overwrite:
-        clear_run(output_dir)
-    elif has_records(output_dir / METRICS) or list_checkpoints(output_dir):
+def _refuse_another_run(output_dir: Path) -> None:
+    if has_records(output_dir / METRICS) or list_checkpoints(output_dir):
         raise FileExistsError(
             f"output_dir {output_dir} holds another run; name another, set resume to go on with it, or "
             "overwrite_output_dir"
         )
-    output_dir.mkdir(parents=True, exist_ok=True)
 
 
 def _read_pass_rates(path: Path) -> list[float]:
